@@ -1,0 +1,1 @@
+"""One declarative file per model family: which mesh axis shards which dim of which parameter."""

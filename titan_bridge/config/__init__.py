@@ -1,0 +1,1 @@
+"""The TOML files: their schema and the one reader."""
