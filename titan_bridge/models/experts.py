@@ -1,0 +1,77 @@
+"""Routed experts that compute in their weights' dtype.
+
+TorchTitan's ``GroupedExperts.forward`` casts activations and weights to bfloat16 whatever the model's dtype is. The
+variant here keeps float32 (and float16) and is TorchTitan's own code when the weights are bfloat16, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.moe import GroupedExperts
+
+# torch._grouped_mm wants every row to start at a multiple of this many bytes.
+_ROW_BYTES = 16
+
+
+class KeepDtypeGroupedExperts(GroupedExperts):
+    """``GroupedExperts`` without the cast; same parameters, same names."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GroupedExperts.Config):
+        pass
+
+    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
+        """Expert outputs ``[R, D]`` in ``x_RD``'s dtype.
+
+        Args:
+            x_RD: Rank-local tokens, sorted by local expert; rows beyond the sum of the counts get undefined values.
+            num_tokens_per_expert_E: Integer count for each local expert.
+        """
+        w1, w2, w3 = (
+            weight.to_local() if isinstance(weight, DTensor) else weight
+            for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
+        )
+        if w1.dtype == torch.bfloat16:
+            return GroupedExperts.forward(self, x_RD, num_tokens_per_expert_E)
+        ends = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
+        x = x_RD.to(w1.dtype)
+        gate = F.silu(self._product(x, w1, ends))
+        return self._product(gate * self._product(x, w3, ends), w2, ends).type_as(x_RD)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """``x[rows of expert e] @ weight[e].T`` for each expert: ``[R, in]`` by ``[E, out, in]`` gives ``[R, out]``."""
+        if any(size * x.element_size() % _ROW_BYTES for size in weight.shape[1:]):
+            return self._product_of_odd_sizes(x, weight, ends)
+        return self._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)
+
+    @staticmethod
+    def _product_of_odd_sizes(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The same for rows that ``torch._grouped_mm`` refuses; reads ``ends`` on the host."""
+        out = x.new_zeros(x.shape[0], weight.shape[1])
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                out[start:end] = x[start:end] @ weight[expert].T
+            start = end
+        return out
+
+
+def keep_expert_dtype(config: Decoder.Config) -> None:
+    """Swap the variant in for every MoE layer of a config tree, in place; call it again freely.
+
+    Raises:
+        TypeError: A layer's experts are a subclass of ``GroupedExperts`` that this variant would drop.
+    """
+    for layer in config.layers:
+        if layer.moe is None or isinstance(layer.moe.routed_experts.inner_experts, KeepDtypeGroupedExperts.Config):
+            continue
+        experts = layer.moe.routed_experts.inner_experts
+        if type(experts) is not GroupedExperts.Config:
+            raise TypeError(f"experts are {type(experts).__qualname__}; only GroupedExperts can keep their dtype")
+        stated = {field.name: getattr(experts, field.name) for field in fields(experts) if field.init}
+        layer.moe.routed_experts.inner_experts = KeepDtypeGroupedExperts.Config(**stated)

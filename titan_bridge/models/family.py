@@ -1,0 +1,103 @@
+"""What a model family is: the two-way road between a Hugging Face checkpoint and TorchTitan's own model.
+
+A family is one file in this package that defines ``FAMILY``, and one of the same name in ``parallelize/``. Nothing
+else lists families.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchtitan.models.common.decoder import Decoder
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.view import View
+
+
+class Family(ABC):
+    """Maps configs and weights of some Hugging Face architectures to one TorchTitan model class and back.
+
+    Every method that takes ``hf`` takes a parsed config.json and raises ``UnsupportedModelError`` for whatever it
+    states that TorchTitan's model cannot compute. No method reads weights.
+    """
+
+    name: str
+    """Family name, also the name of its file in ``parallelize/``, e.g. ``"qwen3"``."""
+    architectures: tuple[str, ...]
+    """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
+    model_class: type[Decoder]
+    """TorchTitan's model, e.g. ``Llama3Model``."""
+
+    @abstractmethod
+    def model_config(
+        self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, expert_bias: bool = False
+    ) -> Decoder.Config:
+        """A new TorchTitan config tree: fused qkv, flex attention, no sharding yet.
+
+        Nothing in it is shared between layers, so a caller may replace ``layers[i].attention.inner_attention``.
+
+        Args:
+            hf: Parsed config.json.
+            padded_vocab: Rows of the embedding and the head if more than the checkpoint has (tp must divide them);
+                rows from the checkpoint's ``vocab_size`` on stand for no token.
+            expert_bias: Give MoE layers TorchTitan's persistent ``expert_bias_E`` buffer (load balancing without an
+                auxiliary loss). Hugging Face checkpoints have no such tensor.
+        """
+
+    @abstractmethod
+    def views(
+        self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, fused_qkv: bool = True
+    ) -> tuple[View, ...]:
+        """Every tensor that a Hugging Face checkpoint of this config must have, as a view of a TorchTitan tensor.
+
+        Args:
+            hf: Parsed config.json.
+            padded_vocab: As in ``model_config``.
+            fused_qkv: Onto the live model's ``wqkv``; else onto ``wq``, ``wk``, ``wv``, the names that TorchTitan's
+                state dict and its DCP checkpoints use.
+        """
+
+    def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
+        """Tensors that a checkpoint may have besides: ``lm_head.weight`` where it is tied to the embedding."""
+        return ()
+
+    def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
+        """FQNs that are another name of one parameter, e.g. ``{"lm_head.weight": "tok_embeddings.weight"}``."""
+        return {}
+
+    def ignores(self, name: str) -> bool:
+        """Whether a checkpoint's tensor ``name`` holds nothing but what the model computes for itself."""
+        return name.endswith(".self_attn.rotary_emb.inv_freq")
+
+    def sliding_window(self, hf: Mapping[str, Any], layer: int) -> int | None:
+        """Tokens that a query of ``layer`` sees, itself included, or ``None`` for all of them."""
+        return None
+
+    @abstractmethod
+    def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
+        """config.json for a TorchTitan config: the reverse of ``model_config`` (``dtype`` is that of the weights)."""
+
+
+def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parsed config.json of a model directory (or of the file itself).
+
+    Raises:
+        BridgeError: No such directory, no config.json in it, or a file that is not a JSON object.
+    """
+    directory = Path(path)
+    file = directory if directory.is_file() else directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = f"{directory} has no config.json" if directory.is_dir() else f"{directory} does not exist"
+        raise BridgeError(f"{what}; give a directory with a Hugging Face checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise BridgeError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise BridgeError(f"{file} holds a JSON {type(config).__name__}; a Hugging Face config is an object")
+    return config

@@ -1,0 +1,69 @@
+"""Llama 3 (and every ``LlamaForCausalLM`` with plain or llama3-scaled rotary positions)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchtitan.models.common import ComplexRoPE
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
+
+from titan_bridge.models import decoder
+from titan_bridge.models.family import Family
+from titan_bridge.models.fields import Fields
+from titan_bridge.sharding.view import View
+
+
+def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
+    """Common sizes and the feed-forward's hidden size."""
+    fields = Fields(hf, "LlamaForCausalLM")
+    fields.only("mlp_bias", (False,))
+    dims = decoder.read_dims(fields, rope_types=("default", "llama3"), default_kv_heads=None, default_head_dim=None)
+    return dims, fields.integer("intermediate_size")
+
+
+class Llama3(Family):
+    name = "llama3"
+    architectures = ("LlamaForCausalLM",)
+    model_class = Llama3Model
+
+    def model_config(
+        self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, expert_bias: bool = False
+    ) -> Llama3Model.Config:
+        dims, hidden_dim = _read(hf)
+        layers = [
+            Llama3TransformerBlock.Config(
+                attention_norm=decoder.norm_config(dims.dim, dims.eps),
+                ffn_norm=decoder.norm_config(dims.dim, dims.eps),
+                attention=decoder.attention_config(dims, ComplexRoPE.Config, qk_norm=False),
+                feed_forward=decoder.ffn_config(dims, hidden_dim),
+            )
+            for _ in range(dims.layers)
+        ]
+        return Llama3Model.Config(layers=layers, **decoder.root_fields(dims, padded_vocab))
+
+    def views(
+        self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, fused_qkv: bool = True
+    ) -> tuple[View, ...]:
+        dims, hidden_dim = _read(hf)
+        views = list(decoder.root_views(dims, padded_vocab))
+        for layer in range(dims.layers):
+            views += decoder.norm_views(layer, dims)
+            views += decoder.attention_views(layer, dims, qk_norm=False, interleaved=True, fused_qkv=fused_qkv)
+            views += decoder.ffn_views(layer, dims, hidden_dim)
+        return tuple(views)
+
+    def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
+        dims, _ = _read(hf)
+        return decoder.tied_head_views(dims, padded_vocab)
+
+    def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
+        return decoder.tied_names(_read(hf)[0])
+
+    def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
+        root = decoder.hf_root(config, architecture="LlamaForCausalLM", model_type="llama", dtype=dtype)
+        return root | {"intermediate_size": config.layers[0].feed_forward.w1.out_features, "mlp_bias": False}
+
+
+FAMILY = Llama3()
