@@ -1,0 +1,99 @@
+"""Turns TorchTitan's declared activation shardings into vLLM collectives, once, when the model is built.
+
+`Module.parallelize` wraps every `forward` with a general redistribution that looks each boundary up at run
+time. Here each boundary is resolved beforehand: most need nothing and get their own `forward` back, the others
+keep exactly one collective on the tp axis, from vLLM (shared memory on one CPU node, custom all-reduce and
+CUDA graphs on GPUs). The source of truth stays TorchTitan's `ShardingConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import spmd_types as spmd
+import torch
+from torch import nn
+from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import SpmdLayout
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+
+Move = Callable[[torch.Tensor], torch.Tensor]
+_WHOLE = (spmd.R, spmd.I)
+"""Types with which every rank of an axis holds the whole value; they differ in the backward pass only."""
+
+
+def lower(root: nn.Module, keep: Callable[[nn.Module], bool] = lambda module: False) -> None:
+    """Replace the run-time redistribution of every TorchTitan module below `root` by its one collective.
+
+    `keep(module)` names modules whose subtree is handled by somebody else (routed experts).
+    """
+    for child in root.children():
+        if not keep(child):
+            lower(child, keep)
+    if isinstance(root, Module) and "forward" in root.__dict__:
+        _lower_one(root)
+
+
+def strip(root: nn.Module) -> None:
+    """Give every module below `root` its plain `forward` back: all of it runs on what the rank holds."""
+    for module in root.modules():
+        module.__dict__.pop("forward", None)
+
+
+def _lower_one(module: Module) -> None:
+    config = module._sharding_config
+    assert config is not None
+    del module.__dict__["forward"]
+    forward = module.forward
+    sources, targets = config.in_src_shardings or {}, config.in_dst_shardings or {}
+    moves = {
+        name: move
+        for name, target in targets.items()
+        if (move := _move(module, name, sources.get(name), target)) is not None
+    }
+    out = config.out_src_shardings
+    out_move = None if isinstance(out, tuple) else _move(module, "output", out, config.out_dst_shardings)
+    if not moves and out_move is None:
+        return
+    names = module._cache_pos_arg_names()
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        if moves:
+            args = tuple(moves[n](a) if n in moves else a for n, a in zip(names, args, strict=False))
+            kwargs = {n: moves[n](a) if n in moves else a for n, a in kwargs.items()}
+        result = forward(*args, **kwargs)
+        return result if out_move is None else out_move(result)
+
+    module.forward = lowered  # type: ignore[method-assign]
+
+
+def _move(module: Module, name: str, source: SpmdLayout | None, target: SpmdLayout | None) -> Move | None:
+    """The collective that takes `source` to `target` on the tp axis; None where there is nothing to do."""
+    tp = get_tensor_model_parallel_world_size()
+    if source is None or target is None or tp == 1:
+        return None
+    have, want = (_on_tp(layout) for layout in (source, target))
+    if have == want or (have in _WHOLE and want in _WHOLE):
+        return None
+    if have == spmd.P and want in _WHOLE:
+        return tensor_model_parallel_all_reduce
+    if isinstance(have, spmd.Shard) and want in _WHOLE:
+        dim = have.dim
+        return lambda x: tensor_model_parallel_all_gather(x, dim)
+    if have in _WHOLE and isinstance(want, spmd.Shard):
+        dim, rank = want.dim, get_tensor_model_parallel_rank()
+        return lambda x: x.chunk(tp, dim)[rank]
+    raise NotImplementedError(
+        f"{type(module).__name__}.{name}: its sharding config goes from {have} to {want} on the tp axis, "
+        "which serving does not know; allowed: P to R or I, S(dim) to R or I, R or I to S(dim)"
+    )
+
+
+def _on_tp(layout: SpmdLayout) -> Any:
+    return {axis.value: kind for axis, kind in layout.per_axis_spmd_types().items()}.get("tp", spmd.R)

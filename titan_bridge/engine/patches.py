@@ -1,0 +1,102 @@
+"""Every change we make to somebody else's code, one function a patch.
+
+Each says what it changes, why, for which version, and when it can be deleted; each checks that its target
+looks as expected and refuses otherwise. Nothing else in the project patches anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from titan_bridge.engine.plugin import ARCHITECTURE, MODEL_CLASS, PREFLIGHT_CLASS
+from titan_bridge.errors import BridgeError
+from titan_bridge.versions import unsupported
+
+MARK = "_titan_bridge_patch"
+"""Attribute on a replaced function: a target that carries it is never wrapped twice."""
+
+
+def install() -> None:
+    """Apply the patches that `model_impl="torchtitan"` needs in every vLLM process."""
+    registry = importlib.import_module("vllm.model_executor.models.registry")
+    registry.ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS) if (
+        ARCHITECTURE not in registry.ModelRegistry.models
+    ) else None
+    route_model_impl(registry)
+    check_config_early()
+
+
+def route_model_impl(registry: Any) -> None:
+    """Make `model_impl="torchtitan"` resolve to our class.
+
+    What: wraps `_ModelRegistry.inspect_model_cls` and `resolve_model_cls`. Why: `ModelConfig.model_impl` takes
+    any string, but the registry knows only its own four and serves vLLM's own model for all others without a
+    word. Version: vllm 0.32 (`vllm/model_executor/models/registry.py`). Delete when: vLLM lets a plugin
+    register a model implementation by name.
+    """
+    for name, result in (("inspect_model_cls", "_try_inspect_model_cls"), ("resolve_model_cls", "_try_load_model_cls")):
+        _wrap(registry._ModelRegistry, name, ["self", "architectures", "model_config"], _route(result))
+
+
+def _route(result: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def routed(self: Any, architectures: Any, model_config: Any) -> Any:
+            if getattr(model_config, "model_impl", None) != "torchtitan":
+                return original(self, architectures, model_config)
+            if problem := unsupported():
+                raise BridgeError(problem)
+            found = getattr(self, result)(ARCHITECTURE)
+            if found is None:  # vLLM logged why and would go on with its own model
+                raise BridgeError(
+                    f"model_impl='torchtitan' was asked for, but {MODEL_CLASS} does not import; "
+                    "the log above has the reason, and `titan-bridge doctor` says what to install"
+                )
+            return found, ARCHITECTURE
+
+        return routed
+
+    return wrap
+
+
+def check_config_early() -> None:
+    """Check model, sizes and options in the process the user talks to, before any worker starts.
+
+    What: enters our class in `MODELS_CONFIG_MAP`, vLLM's own table of per-architecture configuration hooks
+    (an entry of ours, nothing of vLLM's is replaced). Why: an error in a worker reaches the user as "Engine
+    core initialization failed". Version: vllm 0.32 (`vllm/model_executor/models/config.py`). Delete when: the
+    table gets a public registration function.
+    """
+    config = importlib.import_module("vllm.model_executor.models.config")
+    module, name = PREFLIGHT_CLASS.split(":")
+    if ARCHITECTURE not in config.MODELS_CONFIG_MAP:
+        config.MODELS_CONFIG_MAP[ARCHITECTURE] = _LazyHook(module, name)
+
+
+class _LazyHook:
+    """Stands in `MODELS_CONFIG_MAP` and imports the real hook (and torchtitan with it) when it is asked."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(getattr(importlib.import_module(self._module), self._name), attribute)
+
+
+def _wrap(owner: Any, name: str, parameters: list[str], wrapper: Callable[..., Any]) -> None:
+    original = inspect.getattr_static(owner, name, None)
+    if getattr(original, MARK, False):
+        return
+    found = list(inspect.signature(original).parameters) if callable(original) else None
+    if found != parameters:
+        raise RuntimeError(
+            f"titan_bridge does not know {owner.__qualname__}.{name}{tuple(found or ())}; "
+            f"it expects {tuple(parameters)} as in vllm 0.32"
+        )
+    patched = wrapper(original)
+    setattr(patched, MARK, True)
+    setattr(owner, name, patched)

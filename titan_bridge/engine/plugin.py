@@ -1,0 +1,22 @@
+"""The vLLM plugin: what every vLLM process runs before it reads a model.
+
+vLLM loads general plugins in the API server, the engine core, each worker and the model-inspection
+subprocess, and it logs and swallows whatever a plugin raises. So `register` does three cheap things, never
+raises for a version it does not know, and leaves every check that can fail to the moment when somebody asks
+for `model_impl="torchtitan"`. torchtitan is not imported here.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURE = "TitanForCausalLM"
+"""Name under which our class stands in vLLM's model registry."""
+
+MODEL_CLASS = "titan_bridge.engine.vllm_wrapper:TitanForCausalLM"
+PREFLIGHT_CLASS = "titan_bridge.engine.preflight:TitanConfigCheck"
+
+
+def register() -> None:
+    """Teach vLLM's registry about `model_impl="torchtitan"`. Idempotent; a few milliseconds."""
+    from titan_bridge.engine import patches  # here, so that importing the entry point alone imports no vLLM
+
+    patches.install()
