@@ -1,0 +1,104 @@
+"""What can be refused before an engine starts: the model's directory and the port. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+from titan_bridge.errors import BridgeError
+
+
+def model_directory(model: str) -> dict[str, Any]:
+    """Check that `model` is a directory with a readable config.json, and return what that says.
+
+    Raises:
+        BridgeError: no such directory, no config.json, not JSON, or not a JSON object.
+    """
+    folder = Path(model)
+    if not folder.exists():
+        raise BridgeError(f"{model} does not exist; give the directory of a model, with its config.json")
+    if not folder.is_dir():
+        raise BridgeError(f"{model} is not a directory; give the directory of a model, or a .toml file")
+    file = folder / "config.json"
+    if not file.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise BridgeError(f"{model} has no config.json (found: {found}); give a model in Hugging Face format")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BridgeError(f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BridgeError(f"{file} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise BridgeError(f"{file} holds a JSON {type(content).__name__}; a model's config is an object")
+    return content
+
+
+def weights_present(model: str) -> None:
+    """Check that the safetensors files are all there and as long as their headers say.
+
+    Reads headers only. A directory without safetensors is left to the loader.
+
+    Raises:
+        BridgeError: an index that names missing files, or a truncated or damaged file; all offenders named.
+    """
+    folder = Path(model)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
+            raise BridgeError(f"{index} is not a safetensors index: {type(error).__name__}: {error}") from None
+        if missing := sorted(name for name in named if not (folder / name).is_file()):
+            raise BridgeError(f"{index} names files that are missing: {', '.join(missing)}")
+        files = sorted(folder / name for name in named)
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if damaged := [f"{file.name} ({reason})" for file in files if (reason := _damage(file))]:
+        raise BridgeError(f"{model}: damaged safetensors: {'; '.join(damaged)}; copy or download them again")
+
+
+def _damage(file: Path) -> str | None:
+    """Why `file` is not a whole safetensors file; None if it is."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            return f"its header alone wants {length + 8} bytes, it has {size}"
+        try:
+            header = json.loads(stream.read(length))
+            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "its header is not JSON"
+    if size != 8 + length + end:
+        return f"its header promises {8 + length + end} bytes, it has {size}"
+    return None
+
+
+def port_free(host: str, port: int) -> None:
+    """Check that a server can listen on `host:port`.
+
+    Raises:
+        BridgeError: the port is out of range or in use, or the host is not of this machine.
+    """
+    if not 0 < port < 65536:
+        raise BridgeError(f"port {port} is out of range; allowed: 1 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror:
+        raise BridgeError(f"host {host!r} is not known; give an address of this machine, or 0.0.0.0") from None
+    except OSError as error:
+        raise BridgeError(
+            f"port {port} on {host} cannot be used ({error.strerror}); stop what listens there or give another --port"
+        ) from None
+
+
+def experts_in(hf_config: dict[str, Any]) -> bool:
+    """Whether the config is of a mixture-of-experts model, told as vLLM tells it."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any(isinstance(hf_config.get(name), int) and hf_config[name] > 0 for name in names)

@@ -1,0 +1,208 @@
+"""Reads TOML into a schema: defaults < file < `--set key=value` < flags, and says where each value came from.
+
+The only file that imports tomli. Every refusal names the file, the key, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import tomli
+from pydantic import TypeAdapter, ValidationError
+
+from titan_bridge.errors import BridgeError
+
+T = TypeVar("T")
+
+COMMAND_LINE = "the command line"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resolved(Generic[T]):
+    """A config and the origin of each value: dotted key -> "default", the file's name, "--set" or a flag."""
+
+    config: T
+    origin: Mapping[str, str]
+
+    def table(self) -> list[tuple[str, Any, str]]:
+        """Rows (dotted key, value, origin) of every value, in the order of the schema."""
+        return [(key, value, self.origin.get(key, "default")) for key, value in _leaves(self.config)]
+
+
+def resolve(
+    schema: type[T],
+    *,
+    file: str | Path | None = None,
+    sets: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Resolved[T]:
+    """Merge the sources and check the result.
+
+    Args:
+        schema: a pydantic dataclass, for instance `InferConfig`.
+        file: TOML file; None for none.
+        sets: `key=value` texts, the key dotted, the value TOML (a bare word is a string).
+        flags: dotted key -> value of explicit command-line flags; a None value means that it was not given.
+
+    Raises:
+        BridgeError: unreadable file, TOML syntax, unknown key, wrong type or value, all in one line.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if file is not None:
+        name = str(file)
+        values = _read(Path(file))
+        _check_keys(schema, values, name)
+        origin.update({key: name for key, _ in _walk(values)})
+    for text in sets:
+        key, value = parse_set(text)
+        _put(schema, values, key, value, f"--set {key}")
+        origin[key] = "--set"
+    for key, value in (flags or {}).items():
+        if value is not None:
+            flag = "--" + key.rsplit(".", 1)[-1].replace("_", "-")
+            _put(schema, values, key, value, flag)
+            origin[key] = flag
+    try:
+        # As JSON, because strict mode refuses a dict for a config class and a list for a tuple, but not from JSON.
+        config = TypeAdapter(schema).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise BridgeError(_explain(error, origin, str(file) if file else COMMAND_LINE)) from None
+    return Resolved(config=config, origin=origin)
+
+
+def json_schema(schema: type[Any]) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a config class."""
+    return TypeAdapter(schema).json_schema()
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`"parallel.tp=2"` -> `("parallel.tp", 2)`. The value is TOML; what is no TOML value is a string."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
+        raise BridgeError(f"--set {text!r} is not key=value; write for instance --set parallel.tp=2")
+    return key, toml_value(value.strip())
+
+
+def toml_value(text: str) -> Any:
+    """The TOML value that `text` spells, or `text` itself."""
+    try:
+        return tomli.loads(f"v = {text}")["v"] if "\n" not in text else text
+    except tomli.TOMLDecodeError:
+        return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except tomli.TOMLDecodeError as error:
+        reason = error.msg[:1].lower() + error.msg[1:]
+        raise BridgeError(f"{path}:{error.lineno}:{error.colno}: TOML syntax: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise BridgeError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except FileNotFoundError:
+        raise BridgeError(f"{path} does not exist; give a TOML file that does") from None
+    except OSError as error:
+        raise BridgeError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _fields(schema: Any) -> dict[str, Any] | None:
+    """Field name -> resolved type of a config class; None where `schema` is not one."""
+    if not dataclasses.is_dataclass(schema):
+        return None
+    hints = typing.get_type_hints(schema, include_extras=False)
+    return {field.name: _without_none(hints[field.name]) for field in dataclasses.fields(schema)}
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        arguments = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+        return arguments[0] if len(arguments) == 1 else hint
+    return hint
+
+
+def _check_keys(schema: Any, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    fields = _fields(schema)
+    if fields is None:
+        return
+    for key, value in values.items():
+        if key not in fields:
+            raise BridgeError(_unknown_key(f"{source}: unknown key {prefix}{key}", key, fields, prefix))
+        if isinstance(value, Mapping):
+            _check_keys(fields[key], value, source, f"{prefix}{key}.")
+
+
+def _unknown_key(what: str, key: str, fields: Mapping[str, Any], prefix: str) -> str:
+    near = difflib.get_close_matches(key, fields, n=1)
+    guess = f"; did you mean {prefix}{near[0]}?" if near else ";"
+    table = f"[{prefix[:-1]}]" if prefix else "the top level"
+    return f"{what}{guess} allowed in {table}: {', '.join(sorted(fields))}"
+
+
+def _put(schema: Any, values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    *tables, last = key.split(".")
+    nested: dict[str, Any] = {last: value}
+    for table in reversed(tables):
+        nested = {table: nested}
+    _check_keys(schema, nested, source)
+    place = values
+    for table in tables:
+        place = place.setdefault(table, {})
+        if not isinstance(place, dict):
+            raise BridgeError(f"{source}: {table} is a value, not a table; allowed: a key of a table")
+    place[last] = value
+
+
+def _walk(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        elif isinstance(value, Mapping) and value:
+            yield from _walk(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+_WANTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "dataclass_type": "a table",
+    "too_short": "a list that is not empty",
+}
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str], source: str) -> str:
+    """One line for pydantic's first error: where, key, what was given, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{source}: the key {key} is missing; it is required"
+    if first["type"] == "value_error":  # a rule of ours over several keys: its message says it all
+        sources = [place for name, place in origin.items() if name.startswith(f"{key}." if key else "")]
+        return f"{', '.join(dict.fromkeys(sources)) or source}: {first['ctx']['error']}"
+    given = f"{first['input']!r} ({type(first['input']).__name__})"
+    wanted = _WANTED.get(first["type"]) or first["msg"].removeprefix("Input should be ")
+    return f"{origin.get(key, source)}: {key} = {given} is not allowed; it must be {wanted}"

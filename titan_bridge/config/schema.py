@@ -1,0 +1,123 @@
+"""What a TOML file for inference may say. Every field's docstring is its description in the JSON Schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+Positive = Annotated[int, Field(ge=1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dense = Literal["replicate", "shard"]
+
+OWNED_BY_US = {
+    "model": "model",
+    "model_impl": "model_impl",
+    "dtype": "dtype",
+    "max_model_len": "max_model_len",
+    "tensor_parallel_size": "parallel.tp",
+    "data_parallel_size": "parallel.dp",
+    "enable_expert_parallel": "parallel.ep",
+}
+"""vLLM option -> the key of ours that says it: such an option under [vllm] would be said twice."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Parallel:
+    """How many ranks serve the model and what each axis does. World size = dp * tp."""
+
+    dp: Positive = 1
+    """Data parallel groups (TorchTitan's dp_shard)."""
+    tp: Positive = 1
+    """Tensor parallel ranks in each group."""
+    ep: Positive = 1
+    """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
+    dense: Dense = "replicate"
+    """Dense weights over dp: whole on each group ("replicate") or 1/dp each, gathered layer by layer ("shard")."""
+
+    def __post_init__(self) -> None:
+        world = self.dp * self.tp
+        if world % self.ep:
+            allowed = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+            raise ValueError(
+                f"ep={self.ep} does not divide dp * tp = {self.dp} * {self.tp} = {world}; allowed: {allowed}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Generate:
+    """Prompts and sampling of `titan-bridge generate`."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("The capital of France is",)
+    """Texts to continue."""
+    max_tokens: Positive = 32
+    """New tokens a prompt."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens that has this probability."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k likeliest tokens; 0 means all."""
+    seed: int | None = None
+    """Seed of the sampling; none: a new one each time."""
+    ignore_eos: bool = False
+    """Go on to max_tokens past the end-of-sequence token."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class InferConfig:
+    """One TOML file for `serve`, `generate`, `parity` and `inspect`."""
+
+    model: str
+    """Directory of the model (with config.json), relative to the working directory."""
+    model_impl: str = "torchtitan"
+    """"torchtitan" for TorchTitan's classes; any value of vLLM's own --model-impl to compare with."""
+    dtype: Dtype = "auto"
+    """Type of weights and activations; "auto" takes the checkpoint's."""
+    max_model_len: Positive | None = None
+    """Longest sequence in tokens, prompt included; none: what the model's config allows."""
+    parallel: Parallel = Field(default_factory=Parallel)
+    """Sizes and layout."""
+    generate: Generate = Field(default_factory=Generate)
+    """Prompts and sampling."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Any other engine option of vLLM by its Python name, for instance `enforce_eager = true`."""
+
+    def __post_init__(self) -> None:
+        for option in self.vllm:
+            if ours := OWNED_BY_US.get(option.replace("-", "_")):
+                raise ValueError(f"vllm.{option} is set by {ours}; write it there")
+        titan = self.additional_config().get("titan")
+        if titan is not None and not isinstance(titan, dict):
+            raise ValueError(f"vllm.additional_config.titan is {titan!r}; it must be a table")
+
+    def additional_config(self) -> dict[str, Any]:
+        """vLLM's `additional_config`, with our options under "titan" where they differ from the default."""
+        given = dict(self.vllm.get("additional_config") or {})
+        ours: dict[str, Any] = {}
+        if self.parallel.dense != "replicate":
+            ours["dense"] = self.parallel.dense
+        if 1 < self.parallel.ep < self.parallel.dp * self.parallel.tp:
+            ours["ep"] = self.parallel.ep
+        if ours:
+            given["titan"] = {**(given.get("titan") or {}), **ours}
+        return given
+
+    def engine_options(self) -> dict[str, Any]:
+        """Keyword arguments for vLLM's engine, data parallelism left out (offline it is one process a rank)."""
+        options = {
+            "model": self.model,
+            "model_impl": self.model_impl,
+            "dtype": self.dtype,
+            "tensor_parallel_size": self.parallel.tp,
+            "enable_expert_parallel": self.parallel.ep > 1,
+            **{key.replace("-", "_"): value for key, value in self.vllm.items()},
+        }
+        if self.max_model_len is not None:
+            options["max_model_len"] = self.max_model_len
+        if additional := self.additional_config():
+            options["additional_config"] = additional
+        return options

@@ -1,0 +1,122 @@
+"""Which cores the workers of vLLM's CPU backend run on, and how much memory each takes for its KV cache.
+
+Left alone, vLLM binds worker N to NUMA node N and refuses to start when there are more workers than nodes,
+and every worker claims most of the machine's memory. `environment` returns the variables that put both right;
+what the user has set is never changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+KV_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
+
+_SYS = Path("/sys/devices/system")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class Core:
+    """One physical core: its NUMA node and the first of its logical CPUs that we may use."""
+
+    node: int
+    cpu: int
+
+
+def is_cpu_backend() -> bool:
+    """Whether the vLLM that is installed computes on the CPU. Imports nothing."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return name == "vllm-cpu" or "cpu" in metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return False
+
+
+def cores() -> tuple[Core, ...]:
+    """Physical cores that this process may use, ordered by NUMA node; logical CPUs of one core count once."""
+    nodes = {
+        cpu: int(folder.name.removeprefix("node"))
+        for folder in sorted((_SYS / "node").glob("node[0-9]*"))
+        for cpu in parse_cpus((folder / "cpulist").read_text())
+    }
+    seen: dict[tuple[str, str], Core] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        topology = _SYS / f"cpu/cpu{cpu}/topology"
+        try:
+            name = (
+                (topology / "physical_package_id").read_text().strip(),
+                (topology / "core_id").read_text().strip(),
+            )
+        except OSError:  # no topology (some containers): each logical CPU is a core
+            name = ("", str(cpu))
+        seen.setdefault(name, Core(node=nodes.get(cpu, 0), cpu=cpu))
+    return tuple(sorted(seen.values()))
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """`"0-2,5"` -> `(0, 1, 2, 5)`."""
+    found: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.extend(range(int(first), int(last or first) + 1))
+    return tuple(found)
+
+
+def bind(workers: int, cores: Sequence[Core]) -> str | None:
+    """The value of `VLLM_CPU_OMP_THREADS_BIND`: one list of CPUs a worker, in the order of ranks (dp, tp).
+
+    Args:
+        workers: ranks on this machine, dp * tp.
+        cores: what `cores()` returned.
+
+    Returns:
+        For instance `"0,1|2,3"`. None where vLLM's own choice (a NUMA node a worker) works. Each worker gets
+        neighbouring cores; with four or more a worker, one of them is left to the engine's own process. With
+        fewer cores than workers, workers share a core.
+    """
+    if workers <= len({core.node for core in cores}):
+        return None
+    if len(cores) < workers:
+        return "|".join(str(cores[rank % len(cores)].cpu) for rank in range(workers))
+    edges = [rank * len(cores) // workers for rank in range(workers + 1)]
+    groups = [cores[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return "|".join(",".join(str(c.cpu) for c in (g[:-1] if len(g) >= 4 else g)) for g in groups)
+
+
+def kv_cache_gib(workers: int, available_bytes: int) -> int:
+    """Whole GiB of KV cache a worker: together at most a quarter of the memory that is free, from 1 to 16 each."""
+    return max(1, min(16, available_bytes // 4 // workers // 2**30))
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken now, as the kernel estimates them."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def environment(
+    workers: int, *, given: Mapping[str, str], options: Mapping[str, object] | None = None
+) -> dict[str, str]:
+    """Variables to add for `workers` ranks on this machine; empty on a GPU.
+
+    Args:
+        workers: dp * tp.
+        given: the environment so far; a variable that is in it stays as it is.
+        options: vLLM options by Python name; one that sizes the KV cache leaves that to vLLM.
+    """
+    if not is_cpu_backend():
+        return {}
+    added: dict[str, str] = {}
+    if BIND not in given and (value := bind(workers, cores())):
+        added[BIND] = value
+    sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"} & set(options or {})
+    if workers > 1 and KV_CACHE_GIB not in given and not sized:
+        added[KV_CACHE_GIB] = str(kv_cache_gib(workers, available_memory()))
+    return added
