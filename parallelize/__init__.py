@@ -1,1 +1,45 @@
-"""One declarative file per model family: which mesh axis shards which dim of which parameter."""
+"""Which parameter is sharded how: one declarative file a model family (imported as ``titan_bridge.parallelize``).
+
+A family's file defines
+
+- ``set_sharding(config, *, enable_ep)``: fills ``sharding_config`` on TorchTitan's config tree;
+- ``shard_placement_fn(fqn, shape, sizes)``: which mesh a parameter belongs to and which dim its FSDP axis shards.
+
+The file has the name of the family in ``titan_bridge/models/``; nothing else lists it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from torchtitan.models.common.decoder import Decoder
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import ShardPlacement, Sizes
+from titan_bridge.models import Family
+
+
+class Plan(Protocol):
+    """What a family's file here offers."""
+
+    def set_sharding(self, config: Decoder.Config, *, enable_ep: bool) -> None: ...
+
+    def shard_placement_fn(self, fqn: str, shape: Sequence[int], sizes: Sizes) -> ShardPlacement: ...
+
+
+def plan_for(family: Family | str) -> Plan:
+    """The sharding plan of a family.
+
+    Raises:
+        BridgeError: There is no file of that name here.
+    """
+    name = family if isinstance(family, str) else family.name
+    module = f"{__name__}.{name}"
+    try:
+        return cast(Plan, importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise BridgeError(f"family {name!r} has no file parallelize/{name}.py; add one") from None

@@ -45,8 +45,10 @@ def family_for(hf: Mapping[str, Any]) -> Family:
     for architecture in architectures:
         if architecture in known:
             return known[architecture]
-    given = f"architecture {', '.join(map(str, architectures))} is not supported" if architectures else (
-        "config.json names no architecture"
+    given = (
+        f"architecture {', '.join(map(str, architectures))} is not supported"
+        if architectures
+        else ("config.json names no architecture")
     )
     raise UnsupportedModelError(f"{given}; allowed: {', '.join(sorted(known))}")
 

@@ -67,7 +67,9 @@ def read_dims(
     head_dim = fields.integer("head_dim", default=default_head_dim or dim // heads, minimum=0)
     if heads % kv_heads:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
-        raise fields.refusal("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads: {', '.join(divisors)}")
+        raise fields.refusal(
+            "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads: {', '.join(divisors)}"
+        )
     if head_dim < 2 or head_dim % 2:
         raise fields.refusal("head_dim", head_dim, "an even number, which rotary positions need")
     return DecoderDims(
@@ -120,13 +122,19 @@ def root_fields(dims: DecoderDims, padded_vocab: int | None) -> dict[str, Any]:
     """
     rows = dims.vocab if padded_vocab is None else padded_vocab
     if rows < dims.vocab:
-        raise ValueError(f"padded_vocab={rows} is smaller than vocab_size={dims.vocab}; give at least that many rows")
-    embedding_init: Init = {"weight": skip_param_init} if dims.tied else {"weight": dims.weight_init["weight"]}
+        raise ValueError(
+            f"padded_vocab={rows} is smaller than vocab_size={dims.vocab}; give at least that many rows"
+        )
+    embedding_init: Init = (
+        {"weight": skip_param_init} if dims.tied else {"weight": dims.weight_init["weight"]}
+    )
     return {
         "dim": dims.dim,
         "vocab_size": rows,
         "norm": norm_config(dims.dim, dims.eps),
-        "tok_embeddings": Embedding.Config(num_embeddings=rows, embedding_dim=dims.dim, param_init=embedding_init),
+        "tok_embeddings": Embedding.Config(
+            num_embeddings=rows, embedding_dim=dims.dim, param_init=embedding_init
+        ),
         "lm_head": Linear.Config(in_features=dims.dim, out_features=rows, param_init=dims.weight_init),
         "enable_weight_tying": dims.tied,
     }
@@ -198,7 +206,9 @@ def attention_views(
     yield View.identity(f"{hf}.o_proj.weight", f"{titan}.wo.weight", (dims.dim, dims.heads * dims.head_dim))
     if qk_norm:
         for letter in "qk":
-            yield View.identity(f"{hf}.{letter}_norm.weight", f"{titan}.{letter}_norm.weight", (dims.head_dim,))
+            yield View.identity(
+                f"{hf}.{letter}_norm.weight", f"{titan}.{letter}_norm.weight", (dims.head_dim,)
+            )
 
 
 def hf_root(config: Decoder.Config, *, architecture: str, model_type: str, dtype: str) -> dict[str, Any]:

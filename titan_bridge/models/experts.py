@@ -68,10 +68,14 @@ def keep_expert_dtype(config: Decoder.Config) -> None:
         TypeError: A layer's experts are a subclass of ``GroupedExperts`` that this variant would drop.
     """
     for layer in config.layers:
-        if layer.moe is None or isinstance(layer.moe.routed_experts.inner_experts, KeepDtypeGroupedExperts.Config):
+        if layer.moe is None or isinstance(
+            layer.moe.routed_experts.inner_experts, KeepDtypeGroupedExperts.Config
+        ):
             continue
         experts = layer.moe.routed_experts.inner_experts
         if type(experts) is not GroupedExperts.Config:
-            raise TypeError(f"experts are {type(experts).__qualname__}; only GroupedExperts can keep their dtype")
+            raise TypeError(
+                f"experts are {type(experts).__qualname__}; only GroupedExperts can keep their dtype"
+            )
         stated = {field.name: getattr(experts, field.name) for field in fields(experts) if field.init}
         layer.moe.routed_experts.inner_experts = KeepDtypeGroupedExperts.Config(**stated)

@@ -70,7 +70,9 @@ class Fields:
                 return name, self.hf[name]
         first = next(iter(names))
         if default is _REQUIRED:
-            raise UnsupportedModelError(f"{self.architecture}: config.json has no {first}, which is needed; add it")
+            raise UnsupportedModelError(
+                f"{self.architecture}: config.json has no {first}, which is needed; add it"
+            )
         return first, default
 
 

@@ -19,7 +19,9 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
     """Common sizes and the feed-forward's hidden size."""
     fields = Fields(hf, "LlamaForCausalLM")
     fields.only("mlp_bias", (False,))
-    dims = decoder.read_dims(fields, rope_types=("default", "llama3"), default_kv_heads=None, default_head_dim=None)
+    dims = decoder.read_dims(
+        fields, rope_types=("default", "llama3"), default_kv_heads=None, default_head_dim=None
+    )
     return dims, fields.integer("intermediate_size")
 
 
@@ -50,7 +52,9 @@ class Llama3(Family):
         views = list(decoder.root_views(dims, padded_vocab))
         for layer in range(dims.layers):
             views += decoder.norm_views(layer, dims)
-            views += decoder.attention_views(layer, dims, qk_norm=False, interleaved=True, fused_qkv=fused_qkv)
+            views += decoder.attention_views(
+                layer, dims, qk_norm=False, interleaved=True, fused_qkv=fused_qkv
+            )
             views += decoder.ffn_views(layer, dims, hidden_dim)
         return tuple(views)
 

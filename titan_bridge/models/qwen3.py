@@ -9,7 +9,11 @@ from typing import Any
 
 from torch import nn
 from torchtitan.models.common import CosSinRoPE
-from torchtitan.models.common.config_utils import make_moe_config, make_routed_experts_config, make_router_config
+from torchtitan.models.common.config_utils import (
+    make_moe_config,
+    make_routed_experts_config,
+    make_router_config,
+)
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
@@ -85,7 +89,9 @@ def _read_windows(fields: Fields, layers: int, *, moe: bool) -> tuple[int | None
     if not fields.flag("use_sliding_window"):
         stated = fields.hf.get("layer_types") or ()
         if not moe and "sliding_attention" in stated:
-            raise fields.refusal("layer_types", "sliding_attention", "full_attention where use_sliding_window is false")
+            raise fields.refusal(
+                "layer_types", "sliding_attention", "full_attention where use_sliding_window is false"
+            )
         return (None,) * layers
     window = fields.integer("sliding_window", default=4096)
     if moe:
@@ -94,7 +100,11 @@ def _read_windows(fields: Fields, layers: int, *, moe: bool) -> tuple[int | None
     if types is None:
         first = fields.integer("max_window_layers", default=28, minimum=0)
         return tuple(window if layer >= first else None for layer in range(layers))
-    if not isinstance(types, (list, tuple)) or len(types) != layers or any(kind not in _LAYER_TYPES for kind in types):
+    if (
+        not isinstance(types, (list, tuple))
+        or len(types) != layers
+        or any(kind not in _LAYER_TYPES for kind in types)
+    ):
         raise fields.refusal("layer_types", types, f"a list of {layers} out of {', '.join(_LAYER_TYPES)}")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
@@ -129,7 +139,9 @@ class Qwen3(Family):
         views = list(decoder.root_views(dims, padded_vocab))
         for layer, sparse in enumerate(model.sparse):
             views += decoder.norm_views(layer, dims)
-            views += decoder.attention_views(layer, dims, qk_norm=True, interleaved=False, fused_qkv=fused_qkv)
+            views += decoder.attention_views(
+                layer, dims, qk_norm=True, interleaved=False, fused_qkv=fused_qkv
+            )
             if sparse and model.experts:
                 views += _moe_views(layer, dims, model.experts)
             else:
@@ -183,7 +195,11 @@ def _moe_views(layer: int, dims: decoder.DecoderDims, experts: _Experts) -> Iter
     hf, titan = f"model.layers.{layer}.mlp", f"layers.{layer}.moe"
     yield View.identity(f"{hf}.gate.weight", f"{titan}.router.gate.weight", (experts.count, dims.dim))
     wide, tall = (experts.hidden_dim, dims.dim), (dims.dim, experts.hidden_dim)
-    for name, parameter, shape in (("gate", "w1_EFD", wide), ("up", "w3_EFD", wide), ("down", "w2_EDF", tall)):
+    for name, parameter, shape in (
+        ("gate", "w1_EFD", wide),
+        ("up", "w3_EFD", wide),
+        ("down", "w2_EDF", tall),
+    ):
         for expert in range(experts.count):
             yield View(
                 name=f"{hf}.experts.{expert}.{name}_proj.weight",

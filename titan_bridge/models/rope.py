@@ -52,7 +52,10 @@ def read(fields: Fields, *, rope_types: Collection[str]) -> RopeSettings:
     stated = hf.get(key) or {}
     if not isinstance(stated, Mapping):
         raise fields.refusal(key, stated, "an object with rope_type and rope_theta")
-    merged = {"rope_theta": hf.get("rope_theta", 10000.0), "partial_rotary_factor": hf.get("partial_rotary_factor")}
+    merged = {
+        "rope_theta": hf.get("rope_theta", 10000.0),
+        "partial_rotary_factor": hf.get("partial_rotary_factor"),
+    }
     merged |= {name: value for name, value in stated.items() if value is not None}
     inner = Fields(merged, f"{fields.architecture}, {key}")
     inner.only("partial_rotary_factor", (1.0,))

@@ -1,0 +1,175 @@
+"""Where every parameter of a model lives, computed from the declarations in ``parallelize/`` alone.
+
+The model is built without memory; no process group, no device and no second process are needed, at any size. The
+result is what TorchTitan's ``parallelize`` (and ``fully_shard`` on top of it) gives the same model on real ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torchtitan.distributed.parallel_dims import MeshAxisName
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.protocols.sharding import SpmdLayout
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import DENSE, MESH_AXES, SPARSE, Sizes, check_divides, padded_vocab
+from titan_bridge.models import family_for, family_of
+from titan_bridge.models.build import build_on_meta
+from titan_bridge.parallelize import Plan, plan_for
+from titan_bridge.sharding.spec import ShardingSpec
+
+Dense = Literal["replicate", "shard"]
+_SHARD_AXIS = {DENSE: "fsdp", SPARSE: "efsdp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """One parameter or persistent buffer: global shape, storage dtype and layout.
+
+    ``spec.placements`` has one entry for every axis of its mesh; an axis of size 1 is always ``Replicate``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    spec: ShardingSpec
+    is_buffer: bool = False
+
+
+def specs(
+    model: Decoder.Config | Mapping[str, Any],
+    sizes: Sizes,
+    dense: Dense = "replicate",
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, ParamSpec]:
+    """FQN to layout of every parameter and persistent buffer, in the model's order.
+
+    Args:
+        model: A TorchTitan config tree (left as it is), or a parsed config.json, whose vocabulary is then padded to a
+            multiple of tp.
+        sizes: Parallel degrees.
+        dense: ``"replicate"``: every dp rank holds all of its tp or ep slice, as in serving. ``"shard"``: the fsdp and
+            efsdp axes shard, too, as in training.
+        dtype: Of the parameters; else the dtype that config.json states, else float32.
+
+    Returns:
+        A tied head is not listed: its one parameter is ``tok_embeddings.weight``.
+
+    Raises:
+        BridgeError: Sizes that do not divide, a model of no known family, a parameter without a declared sharding.
+    """
+    if dense not in ("replicate", "shard"):
+        raise BridgeError(f"dense={dense!r} is not a layout; allowed: replicate, shard")
+    if isinstance(model, Mapping):
+        family = family_for(model)
+        config = family.model_config(model)
+        rows = padded_vocab(config.vocab_size, sizes)
+        if rows != config.vocab_size:
+            config = family.model_config(model, padded_vocab=rows)
+        dtype = dtype or stated_dtype(model)
+    else:
+        family, config = family_of(model), copy.deepcopy(model)
+    check_divides(config, sizes)
+    plan = plan_for(family)
+    plan.set_sharding(config, enable_ep=sizes.ep > 1)
+    return specs_of_module(build_on_meta(config, dtype=dtype or torch.float32), plan, sizes, dense)
+
+
+def specs_of_module(
+    model: nn.Module, plan: Plan, sizes: Sizes, dense: Dense = "replicate"
+) -> dict[str, ParamSpec]:
+    """The same for a model that is built but not yet parallelised, so that its shapes are the global ones."""
+    result: dict[str, ParamSpec] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        persistent = {
+            name: tensor
+            for name, tensor in module._buffers.items()
+            if tensor is not None and name not in module._non_persistent_buffers_set
+        }
+        tensors = {
+            name: tensor for name, tensor in module._parameters.items() if tensor is not None
+        } | persistent
+        for name, tensor in tensors.items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            fqn = f"{prefix}.{name}" if prefix else name
+            declared = getattr(module, "_sharding_config", None)
+            layout = declared.state_shardings.get(name) if declared is not None else None
+            if layout is None:
+                raise BridgeError(
+                    f"{fqn} has no declared sharding; declare it in parallelize/'s file of this family"
+                )
+            result[fqn] = ParamSpec(
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
+                spec=_spec(
+                    fqn, tuple(tensor.shape), layout, plan, sizes, dense, is_buffer=name in persistent
+                ),
+                is_buffer=name in persistent,
+            )
+    return result
+
+
+def _spec(
+    fqn: str,
+    shape: tuple[int, ...],
+    layout: SpmdLayout,
+    plan: Plan,
+    sizes: Sizes,
+    dense: Dense,
+    *,
+    is_buffer: bool,
+) -> ShardingSpec:
+    """What TorchTitan declares for tp and ep, and the fsdp axis on top of it."""
+    types = layout.per_axis_spmd_types()
+    mesh = SPARSE if MeshAxisName.EP in types else DENSE
+    placements: dict[str, Placement] = {}
+    for axis in MESH_AXES[mesh]:
+        dim = getattr(types.get(MeshAxisName(axis)), "dim", None)
+        shards = dim is not None and sizes.axis(axis) > 1
+        placements[axis] = Shard(dim % len(shape)) if shards else Replicate()
+    shard_axis = _SHARD_AXIS[mesh]
+    # FSDP shards parameters only; a buffer keeps its declared layout.
+    if dense == "shard" and sizes.axis(shard_axis) > 1 and not is_buffer:
+        chosen = plan.shard_placement_fn(fqn, shape, sizes)
+        assert chosen.mesh == mesh, (
+            f"{fqn} is declared on the {mesh} mesh, shard_placement_fn says {chosen.mesh}"
+        )
+        placements[shard_axis] = _sharded_on_top(chosen.dim, placements, sizes)
+    return ShardingSpec(mesh=mesh, placements=tuple(placements.values()))
+
+
+def _sharded_on_top(dim: int, placements: Mapping[str, Placement], sizes: Sizes) -> Placement:
+    """FSDP cuts what tp or ep left: to the left of an axis that shards the same dim its slices are strided ones."""
+    inner = 1
+    for axis, placement in placements.items():
+        if isinstance(placement, Shard) and placement.dim == dim:
+            inner *= sizes.axis(axis)
+    return _StridedShard(dim, split_factor=inner) if inner > 1 else Shard(dim)
+
+
+def stated_dtype(hf: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that config.json states for the weights.
+
+    Raises:
+        BridgeError: It states something that is not a floating-point torch dtype.
+    """
+    stated = hf.get("dtype") or hf.get("torch_dtype")
+    if stated is None:
+        return None
+    dtype = getattr(torch, str(stated).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise BridgeError(
+            f"dtype={stated!r} in config.json is not supported; allowed: float32, float16, bfloat16"
+        )
+    return dtype
