@@ -1,0 +1,114 @@
+"""A view reads and writes exactly its slice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding import View
+
+
+@st.composite
+def views(draw, max_dims=3, max_factor=4, name="external", fqn="titan"):
+    """Any view: each dim factored in one to three, any slice, any order, neighbours joined at random."""
+    factors = tuple(
+        tuple(draw(st.lists(st.integers(1, max_factor), min_size=1, max_size=3)))
+        for _ in range(draw(st.integers(1, max_dims)))
+    )
+    flat = [size for dim in factors for size in dim]
+    index = []
+    for size in flat:
+        start = draw(st.integers(0, size - 1))
+        index.append((start, draw(st.integers(start + 1, size))))
+    permute = tuple(draw(st.permutations(range(len(flat)))))
+    shape = [1]
+    for dim in permute:
+        size = index[dim][1] - index[dim][0]
+        if draw(st.booleans()):
+            shape[-1] *= size
+        else:
+            shape.append(size)
+    return View(name=name, fqn=fqn, shape=tuple(shape), factors=factors, index=tuple(index), permute=permute)
+
+
+@settings(max_examples=200, deadline=None)
+@given(views())
+def test_write_then_read_and_nothing_else_changes(view):
+    titan = torch.arange(math.prod(view.titan_shape), dtype=torch.int64).reshape(view.titan_shape)
+    before, external = titan.clone(), -1 - torch.arange(math.prod(view.shape)).reshape(view.shape)
+    view.write(titan, external)
+    assert torch.equal(view.read(titan), external)
+    assert int((titan != before).sum()) == external.numel()
+
+
+@settings(max_examples=200, deadline=None)
+@given(views())
+def test_groups_multiply_to_the_external_shape(view):
+    assert tuple(math.prod(view.index_shape[d] for d in group) for group in view.groups) == view.shape
+
+
+def test_q_of_a_fused_qkv():
+    n_kv, r, hd, dim = 2, 5, 3, 4
+    wqkv = torch.randn(n_kv * r * hd, dim)
+    factors, full = ((n_kv, r, hd), (dim,)), ((0, hd), (0, dim))
+    q, k, v = (
+        View(
+            name=n,
+            fqn="wqkv",
+            shape=(n_kv * (b - a) * hd, dim),
+            factors=factors,
+            index=((0, n_kv), (a, b), *full),
+        )
+        for n, a, b in (("q", 0, r - 2), ("k", r - 2, r - 1), ("v", r - 1, r))
+    )
+    expected_q, expected_k, expected_v = wqkv.view(n_kv, r, hd, dim).split([r - 2, 1, 1], dim=1)
+    for view, expected in ((q, expected_q), (k, expected_k), (v, expected_v)):
+        assert torch.equal(view.read(wqkv), expected.reshape(-1, dim))
+
+
+def test_one_expert_and_identity():
+    w1_EFD = torch.randn(4, 3, 2)
+    view = View(name="e", fqn="w1", shape=(3, 2), factors=((4,), (3,), (2,)), index=((2, 3), (0, 3), (0, 2)))
+    assert torch.equal(view.read(w1_EFD), w1_EFD[2])
+    assert view.read(w1_EFD).data_ptr() == w1_EFD[2].data_ptr()
+    assert not view.is_identity
+    same = View.identity("a", "b", (4, 3, 2))
+    assert same.is_identity
+    assert torch.equal(same.read(w1_EFD), w1_EFD)
+    assert hash(same) == hash(same)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"factors": ((2, 3), ())}, "at least one size"),
+        ({"index": ((0, 2), (0, 3))}, "2 intervals in index for 3"),
+        ({"index": ((0, 2), (0, 4), (0, 5))}, "not inside a factored dim of size 3"),
+        ({"permute": (0, 0, 1)}, "not an order"),
+        ({"shape": (7, 5)}, "does not hold"),
+        ({"shape": (3, 10)}, "factor the dims further"),
+    ],
+)
+def test_what_is_refused(change, says):
+    good = {
+        "name": "x",
+        "fqn": "w",
+        "shape": (6, 5),
+        "factors": ((2, 3), (5,)),
+        "index": ((0, 2), (0, 3), (0, 5)),
+    }
+    with pytest.raises(BridgeError, match=says):
+        View(**{**good, **change})
+
+
+def test_tensors_of_another_shape_are_refused():
+    view = View.identity("x", "w", (2, 3))
+    with pytest.raises(BridgeError, match=r"w has shape \(3, 2\)"):
+        view.read(torch.zeros(3, 2))
+    with pytest.raises(BridgeError, match=r"x has shape \(6,\)"):
+        view.write(torch.zeros(2, 3), torch.zeros(6))

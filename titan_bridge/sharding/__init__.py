@@ -1,0 +1,40 @@
+"""Where every byte of a parameter lives: specs, boxes, layouts, views and the planner. Pure arithmetic on
+shapes."""
+
+from titan_bridge.sharding.boxes import Box, Piece, boxes_of, local_shape_of, pieces_of
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.spec import (
+    ShardingSpec,
+    attach,
+    attach_module,
+    attached,
+    carry,
+    get,
+    placement_from_str,
+    placement_to_str,
+    reattach,
+    specs_of,
+)
+from titan_bridge.sharding.view import View
+
+__all__ = [
+    "Box",
+    "Layout",
+    "MeshLayout",
+    "ParamLayout",
+    "Piece",
+    "ShardingSpec",
+    "View",
+    "attach",
+    "attach_module",
+    "attached",
+    "boxes_of",
+    "carry",
+    "get",
+    "local_shape_of",
+    "pieces_of",
+    "placement_from_str",
+    "placement_to_str",
+    "reattach",
+    "specs_of",
+]

@@ -1,0 +1,238 @@
+"""Which part of a global tensor a rank holds, as half-open boxes.
+
+The invariant: for any placements and any mesh, the boxes of all coordinates are equal or disjoint, and
+together they cover the tensor. It holds dim by dim, because a mesh axis shards at most one tensor dim: what a
+rank holds is the product, over the dims, of one list of intervals each. Most dims have one interval; a
+`_StridedShard` (FSDP laid over TP on one dim) has several, which lie one after the other in the rank's local
+tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from titan_bridge.errors import BridgeError
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Box:
+    """A half-open n-d interval: the elements `i` with `start[d] <= i[d] < stop[d]` for every dim `d`.
+
+    A 0-d box holds one element (a scalar tensor).
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop) or any(
+            not 0 <= a <= b for a, b in zip(self.start, self.stop, strict=True)
+        ):
+            raise BridgeError(
+                f"a box needs 0 <= start <= stop in every dim, got {self.start} and {self.stop}"
+            )
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box of a whole tensor of this (global) shape."""
+        return cls(start=(0,) * len(shape), stop=tuple(shape))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.start)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        """Elements in the box, not bytes."""
+        return math.prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """For indexing a tensor or an array: `tensor[box.slices]`."""
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part, or None when there is not one element in it."""
+        if self.ndim != other.ndim:
+            raise BridgeError(f"boxes of {self.ndim} and {other.ndim} dims cannot be intersected")
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(min, self.stop, other.stop))
+        return Box(start=start, stop=stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
+
+    def contains(self, other: Box) -> bool:
+        """True when every element of `other` is in this box."""
+        return all(a <= c for a, c in zip(self.start, other.start, strict=True)) and all(
+            d <= b for b, d in zip(self.stop, other.stop, strict=True)
+        )
+
+    def shift(self, offset: Sequence[int]) -> Box:
+        """The same box with its start moved by `offset` (one number a dim, may be negative)."""
+        return Box(
+            start=tuple(a + o for a, o in zip(self.start, offset, strict=True)),
+            stop=tuple(b + o for b, o in zip(self.stop, offset, strict=True)),
+        )
+
+    def relative_to(self, origin: Sequence[int]) -> Box:
+        """The same box seen from `origin`: coordinates inside a tensor that starts there."""
+        return self.shift([-o for o in origin])
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One box of a rank and where it lies in the rank's local tensor; both have the same shape."""
+
+    box: Box
+    """In the global tensor."""
+    local: Box
+    """In the local tensor, which is contiguous in torch's sense and as large as all pieces together."""
+
+
+Segment = tuple[int, int, int]
+"""(global start, global stop, local start) along one dim."""
+
+
+def chunk(size: int, chunks: int, index: int) -> tuple[int, int]:
+    """Half-open interval of chunk `index` as torch.chunk cuts `size` into `chunks`; the last ones may be
+    short or empty."""
+    width = -(-size // chunks)
+    return min(width * index, size), min(width * (index + 1), size)
+
+
+def segments_of(size: int, cuts: Sequence[tuple[Placement, int, int]]) -> tuple[Segment, ...]:
+    """What remains of a dim of `size` elements after `cuts`, in the order in which it lies in the local
+    tensor.
+
+    Args:
+        cuts: (placement, size of the mesh axis, coordinate on the mesh axis) of each axis that shards this
+        dim, in
+            the order of the mesh axes (DTensor reads placements from left to right).
+    """
+    held = [(0, size)]
+    for placement, chunks, index in cuts:
+        local = sum(b - a for a, b in held)
+        if isinstance(placement, _StridedShard):
+            factor = int(placement.split_factor)
+            outer = [chunk(local, factor, part) for part in range(factor)]
+            inner = [(a, chunk(b - a, chunks, index)) for a, b in outer]
+            taken = [(a + c, a + d) for a, (c, d) in inner if c < d]
+        else:
+            taken = [chunk(local, chunks, index)]
+        held = _take(held, taken)
+    segments, at = [], 0
+    for a, b in held:
+        segments.append((a, b, at))
+        at += b - a
+    return tuple(segments)
+
+
+def _take(held: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The global intervals of the local intervals `taken` out of `held`; touching neighbours become one."""
+    result: list[tuple[int, int]] = []
+    for start, stop in taken:
+        at = 0
+        for a, b in held:
+            first, last = max(start, at), min(stop, at + b - a)
+            if first < last:
+                interval = (a + first - at, a + last - at)
+                if result and result[-1][1] == interval[0]:
+                    result[-1] = (result[-1][0], interval[1])
+                else:
+                    result.append(interval)
+            at += b - a
+    return result
+
+
+def check(placements: Sequence[Placement], shape: Sequence[int], mesh_shape: Sequence[int]) -> None:
+    """Raise BridgeError unless `placements` fit the tensor (global `shape`) and the mesh."""
+    if len(placements) != len(mesh_shape):
+        raise BridgeError(
+            f"{len(placements)} placements for a mesh with {len(mesh_shape)} axes; give one placement for each axis"
+        )
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, (Shard, _StridedShard)):
+            raise BridgeError(
+                f"placement {placement} on mesh axis {axis}; a parameter can be R, S(d) or SS(d,f)"
+            )
+        if not 0 <= placement.dim < len(shape):
+            raise BridgeError(
+                f"placement {placement} on mesh axis {axis} shards dim {placement.dim} of a tensor with shape "
+                f"{tuple(shape)}; allowed: 0 to {len(shape) - 1}"
+            )
+
+
+def dim_segments(
+    placements: Sequence[Placement],
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+) -> tuple[tuple[Segment, ...], ...]:
+    """The segments of every dim of a tensor (global `shape`) for the rank at `coordinate`; see
+    `segments_of`."""
+    check(placements, shape, mesh_shape)
+    if len(coordinate) != len(mesh_shape) or any(
+        not 0 <= c < n for c, n in zip(coordinate, mesh_shape, strict=True)
+    ):
+        raise BridgeError(f"coordinate {tuple(coordinate)} is not on a mesh of shape {tuple(mesh_shape)}")
+    cuts: list[list[tuple[Placement, int, int]]] = [[] for _ in shape]
+    for placement, chunks, index in zip(placements, mesh_shape, coordinate, strict=True):
+        if not isinstance(placement, Replicate):
+            cuts[placement.dim].append((placement, chunks, index))
+    return tuple(segments_of(size, cut) for size, cut in zip(shape, cuts, strict=True))
+
+
+def pieces_of(
+    placements: Sequence[Placement],
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+) -> tuple[Piece, ...]:
+    """The boxes that the rank at `coordinate` holds of a tensor of global `shape`, with their places in its
+    local tensor.
+
+    Equal to what `distribute_tensor` puts there. Empty when the rank holds nothing (more ranks than rows).
+    Raises BridgeError when placements, shape, mesh and coordinate do not fit together.
+    """
+    dims = dim_segments(placements, shape, mesh_shape, coordinate)
+    return tuple(
+        Piece(
+            box=Box(start=tuple(a for a, _, _ in part), stop=tuple(b for _, b, _ in part)),
+            local=Box(start=tuple(at for _, _, at in part), stop=tuple(at + b - a for a, b, at in part)),
+        )
+        for part in itertools.product(*dims)
+    )
+
+
+def boxes_of(
+    placements: Sequence[Placement],
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+) -> tuple[Box, ...]:
+    """The boxes of `pieces_of`, in global coordinates and in the order of the local tensor."""
+    return tuple(piece.box for piece in pieces_of(placements, shape, mesh_shape, coordinate))
+
+
+def local_shape_of(
+    placements: Sequence[Placement],
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+) -> tuple[int, ...]:
+    """The shape of the local tensor of the rank at `coordinate`, for a tensor of global `shape`."""
+    dims = dim_segments(placements, shape, mesh_shape, coordinate)
+    return tuple(sum(b - a for a, b, _ in segments) for segments in dims)

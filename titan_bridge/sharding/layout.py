@@ -1,0 +1,313 @@
+"""A layout: the placements of every parameter of a model, with the meshes they refer to; written as JSON.
+
+    {"version": 1,
+     "meshes": {"dense": {"axes": ["dp_replicate", "fsdp", "tp"], "shape": [1, 2, 2], "ranks": [[[0, 1], [2, 3]]]}},
+     "params": {"norm.weight": {"mesh": "dense", "placements": ["R", "S(0)", "R"], "shape": [64], "dtype":
+     "bfloat16"}}}
+
+`ranks` is nested as the mesh is. A pipeline stage is a mesh of its own: its parameters name it, and the ranks
+that are not on it hold nothing of them. Reading is strict: anything unknown, missing or contradictory is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Piece, check
+from titan_bridge.sharding.spec import ShardingSpec, placement_from_str, placement_to_str
+
+VERSION = 1
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes an element of the torch dtype with this name ("bfloat16"). Raises BridgeError for another
+    name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if not isinstance(found, torch.dtype):
+        raise BridgeError(f"dtype {dtype!r} is not a torch dtype, for example 'bfloat16'")
+    return found.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshLayout:
+    """A device mesh without devices: names and sizes of the axes, and the ranks on it."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    """Global ranks, row-major; as many as the mesh is large."""
+
+    def __post_init__(self) -> None:
+        if not self.axes or len(set(self.axes)) != len(self.axes) or len(self.axes) != len(self.shape):
+            raise BridgeError(
+                f"mesh axes {self.axes} with shape {self.shape}; give one size for each of distinct axes"
+            )
+        if any(not _is_int(size) or size < 1 for size in self.shape):
+            raise BridgeError(f"mesh shape {self.shape}; every axis has at least size 1")
+        if len(self.ranks) != math.prod(self.shape):
+            raise BridgeError(
+                f"{len(self.ranks)} ranks on a mesh of shape {self.shape}; it needs {math.prod(self.shape)}"
+            )
+        if len(set(self.ranks)) != len(self.ranks) or any(
+            not _is_int(rank) or rank < 0 for rank in self.ranks
+        ):
+            raise BridgeError(f"the ranks of mesh {self.axes} must be distinct and not negative")
+
+    @classmethod
+    def make(cls, axes: Sequence[str], shape: Sequence[int], ranks: Any = None) -> MeshLayout:
+        """A mesh of the given `ranks` (any nested sequence or array), or of ranks 0, 1, 2, ..."""
+        flat = np.arange(math.prod(shape)) if ranks is None else np.asarray(ranks).reshape(-1)
+        return cls(axes=tuple(axes), shape=tuple(int(n) for n in shape), ranks=tuple(flat.tolist()))
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """The ranks as an int64 array of the shape of the mesh."""
+        return np.asarray(self.ranks, dtype=np.int64).reshape(self.shape)
+
+    @cached_property
+    def _position(self) -> dict[int, int]:
+        return {rank: position for position, rank in enumerate(self.ranks)}
+
+    def coordinate(self, rank: int) -> tuple[int, ...] | None:
+        """Where `rank` stands on the mesh, or None when it is not on it."""
+        position = self._position.get(rank)
+        return None if position is None else tuple(int(c) for c in np.unravel_index(position, self.shape))
+
+    def __str__(self) -> str:
+        return (
+            "(" + ", ".join(f"{axis}={size}" for axis, size in zip(self.axes, self.shape, strict=True)) + ")"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamLayout:
+    """One parameter: global shape, dtype, mesh and placements (also when it is replicated)."""
+
+    spec: ShardingSpec
+    shape: tuple[int, ...]
+    """Global shape, as served or trained."""
+    dtype: str
+    """Name of the torch dtype in storage, for example "bfloat16"."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if any(not _is_int(size) or size < 0 for size in self.shape):
+            raise BridgeError(f"shape {self.shape} is not a tensor's shape")
+        itemsize(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the global tensor."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)} on {self.spec}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Meshes and parameters by name. Raises BridgeError when they do not fit together."""
+
+    meshes: Mapping[str, MeshLayout]
+    params: Mapping[str, ParamLayout]
+
+    def __post_init__(self) -> None:
+        checked = set()
+        for fqn, param in self.params.items():
+            mesh = self.meshes.get(param.spec.mesh)
+            if mesh is None:
+                raise BridgeError(f"{fqn} lives on mesh {param.spec.mesh!r}; there are {sorted(self.meshes)}")
+            # Most parameters of a large model look alike, and checking each costs seconds.
+            if (key := (param.spec, len(param.shape))) not in checked:
+                try:
+                    check(param.spec.placements, param.shape, mesh.shape)
+                except BridgeError as error:
+                    raise BridgeError(f"{fqn}: {error}") from None
+                checked.add(key)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks of all meshes, sorted."""
+        return tuple(sorted({rank for mesh in self.meshes.values() for rank in mesh.ranks}))
+
+    def mesh_of(self, fqn: str) -> MeshLayout:
+        """The mesh of a parameter."""
+        return self.meshes[self.param(fqn).spec.mesh]
+
+    def param(self, fqn: str) -> ParamLayout:
+        """One parameter. Raises BridgeError when the layout has none of this name."""
+        if fqn not in self.params:
+            raise BridgeError(f"the layout has no parameter {fqn!r} (it has {len(self.params)} others)")
+        return self.params[fqn]
+
+    def pieces(self, fqn: str, rank: int) -> tuple[Piece, ...]:
+        """What `rank` holds of `fqn`: global boxes and their places in its local tensor. Empty when it holds
+        nothing."""
+        param, coordinate = self.param(fqn), self.mesh_of(fqn).coordinate(rank)
+        return (
+            () if coordinate is None else param.spec.pieces(param.shape, self.mesh_of(fqn).shape, coordinate)
+        )
+
+    def local_shape(self, fqn: str, rank: int) -> tuple[int, ...] | None:
+        """Shape of the local tensor of `rank`, or None when the rank is not on the parameter's mesh."""
+        param, coordinate = self.param(fqn), self.mesh_of(fqn).coordinate(rank)
+        return (
+            None
+            if coordinate is None
+            else param.spec.local_shape(param.shape, self.mesh_of(fqn).shape, coordinate)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and ints, as in the module's text."""
+        return {
+            "version": VERSION,
+            "meshes": {
+                name: {"axes": list(mesh.axes), "shape": list(mesh.shape), "ranks": mesh.array.tolist()}
+                for name, mesh in self.meshes.items()
+            },
+            "params": {
+                fqn: {
+                    "mesh": param.spec.mesh,
+                    "placements": [placement_to_str(placement) for placement in param.spec.placements],
+                    "shape": list(param.shape),
+                    "dtype": param.dtype,
+                }
+                for fqn, param in self.params.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Layout:
+        """The reverse of `to_json`. Raises BridgeError that names the first thing that is wrong."""
+        _keys(data, {"version", "meshes", "params"}, "layout")
+        if data["version"] != VERSION or isinstance(data["version"], bool):
+            raise BridgeError(f"layout version {data['version']!r}; this release reads version {VERSION}")
+        meshes = {name: _mesh(name, mesh) for name, mesh in _dict(data["meshes"], "meshes").items()}
+        params = {fqn: _param(fqn, param) for fqn, param in _dict(data["params"], "params").items()}
+        return cls(meshes=meshes, params=params)
+
+    def write(self, path: str | Path) -> None:
+        """Write the JSON file at `path`."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Layout:
+        """Read the JSON file at `path`. Raises BridgeError when it is not there or not a layout."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(), object_pairs_hook=_no_duplicates))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BridgeError(f"{path}: not a layout file: {error}") from None
+        except BridgeError as error:
+            raise BridgeError(f"{path}: {error}") from None
+
+    def diff(self, other: Layout) -> list[str]:
+        """What is different in `other`, a sentence each; empty when the two layouts say the same."""
+        lines = []
+        for name in [*self.meshes, *(name for name in other.meshes if name not in self.meshes)]:
+            mine, theirs = self.meshes.get(name), other.meshes.get(name)
+            if mine is None or theirs is None:
+                lines.append(
+                    f"mesh {name} {theirs or mine} is only in the {'second' if mine is None else 'first'} layout"
+                )
+            elif (mine.axes, mine.shape) != (theirs.axes, theirs.shape):
+                lines.append(f"mesh {name} is {mine} in the first layout and {theirs} in the second")
+            elif mine.ranks != theirs.ranks:
+                moved = sum(a != b for a, b in zip(mine.ranks, theirs.ranks, strict=True))
+                lines.append(f"mesh {name} {mine} has other ranks at {moved} of {len(mine.ranks)} places")
+        for fqn in [*self.params, *(fqn for fqn in other.params if fqn not in self.params)]:
+            mine, theirs = self.params.get(fqn), other.params.get(fqn)
+            if mine is None or theirs is None:
+                lines.append(
+                    f"{fqn} is only in the {'second' if mine is None else 'first'} layout ({theirs or mine})"
+                )
+            elif mine != theirs:
+                changes = [
+                    f"{what} {_text(a)} in the first layout and {_text(b)} in the second"
+                    for what, a, b in (
+                        ("has shape", mine.shape, theirs.shape),
+                        ("has dtype", mine.dtype, theirs.dtype),
+                        ("lives on mesh", mine.spec.mesh, theirs.spec.mesh),
+                        ("is placed", mine.spec.placements, theirs.spec.placements),
+                    )
+                    if a != b
+                ]
+                lines.append(f"{fqn} " + "; ".join(changes))
+        return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "(" + ", ".join(str(v) if isinstance(v, int) else placement_to_str(v) for v in value) + ")"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _dict(data: Any, what: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise BridgeError(f"{what} is {type(data).__name__}; it must be an object")
+    return data
+
+
+def _keys(data: Any, allowed: set[str], what: str) -> None:
+    found = set(_dict(data, what))
+    if found != allowed:
+        wrong = [f"missing {name!r}" for name in sorted(allowed - found)]
+        wrong += [f"unknown {name!r}" for name in sorted(found - allowed)]
+        raise BridgeError(f"{what}: {', '.join(wrong)}; it has exactly the fields {sorted(allowed)}")
+
+
+def _ints(data: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(data, list) or not all(_is_int(value) for value in data):
+        raise BridgeError(f"{what} is {data!r}; it must be a list of whole numbers")
+    return tuple(data)
+
+
+def _mesh(name: str, data: Any) -> MeshLayout:
+    _keys(data, {"axes", "shape", "ranks"}, f"mesh {name}")
+    axes, shape = data["axes"], _ints(data["shape"], f"mesh {name}: shape")
+    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
+        raise BridgeError(f"mesh {name}: axes is {axes!r}; it must be a list of names")
+    level = [data["ranks"]]
+    for size in shape:
+        if not all(isinstance(row, list) and len(row) == size for row in level):
+            raise BridgeError(f"mesh {name}: ranks must be nested as the shape {list(shape)} says")
+        level = [value for row in level for value in row]
+    try:
+        return MeshLayout(axes=tuple(axes), shape=shape, ranks=_ints(level, "ranks"))
+    except BridgeError as error:
+        raise BridgeError(f"mesh {name}: {error}") from None
+
+
+def _param(fqn: str, data: Any) -> ParamLayout:
+    _keys(data, {"mesh", "placements", "shape", "dtype"}, fqn)
+    if not isinstance(data["placements"], list):
+        raise BridgeError(
+            f"{fqn}: placements is {data['placements']!r}; it must be a list such as ['R', 'S(0)']"
+        )
+    try:
+        spec = ShardingSpec(mesh=data["mesh"], placements=tuple(map(placement_from_str, data["placements"])))
+        return ParamLayout(spec=spec, shape=_ints(data["shape"], "shape"), dtype=data["dtype"])
+    except BridgeError as error:
+        raise BridgeError(f"{fqn}: {error}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise BridgeError(f"the name {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return seen

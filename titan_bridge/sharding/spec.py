@@ -1,0 +1,196 @@
+"""ShardingSpec: the layout of one parameter, and how a parameter carries it.
+
+A spec is a plain attribute of the tensor, so `get(param)` needs no registry. What happens to such an
+attribute:
+
+- kept: `module.to(dtype or device)`, `load_state_dict`, `param.data = ...`, in-place copies, pickling;
+- lost, because torch builds a new Parameter: `to_empty` and `.to` from the meta device,
+  `load_state_dict(assign=True)`, `setattr(module, name, Parameter(...))` (vLLM's `replace_parameter`),
+  `copy.deepcopy` of the tensor, and every conversion of a buffer.
+
+For the second list, `attach_module(module, name, ...)` also writes the spec down on the module that owns the
+tensor. `get(module, name)` then never goes stale, and `reattach(model)` puts the attributes back on whatever
+tensors the model holds now. Code that builds the new tensor itself calls `carry(old, new)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Box, Piece, boxes_of, local_shape_of, pieces_of
+
+_ATTRIBUTE = "_titan_sharding_spec"
+_MODULE_ATTRIBUTE = "_titan_sharding_specs"
+_PLACEMENT = re.compile(r"(?P<R>R)|S\((?P<dim>\d+)\)|SS\((?P<sdim>\d+),\s*(?P<factor>\d+)\)")
+
+
+def placement_to_str(placement: Placement) -> str:
+    """`R`, `S(dim)` or `SS(dim,split_factor)`. Raises BridgeError for any other placement."""
+    if isinstance(placement, Replicate):
+        return "R"
+    if isinstance(placement, _StridedShard):
+        return f"SS({placement.dim},{int(placement.split_factor)})"
+    if isinstance(placement, Shard):
+        return f"S({placement.dim})"
+    raise BridgeError(f"placement {placement!r} cannot be written; a parameter can be R, S(d) or SS(d,f)")
+
+
+def placement_from_str(text: str) -> Placement:
+    """The reverse of `placement_to_str`. Raises BridgeError for any other text."""
+    match = _PLACEMENT.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise BridgeError(f"placement {text!r} is not one of R, S(d), SS(d,f), for example S(0) or SS(0,2)")
+    if match["R"]:
+        return Replicate()
+    if match["dim"]:
+        return Shard(int(match["dim"]))
+    if int(match["factor"]) < 1:
+        raise BridgeError(f"placement {text!r} has split factor 0; it must be at least 1")
+    return _StridedShard(int(match["sdim"]), split_factor=int(match["factor"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingSpec:
+    """Where a parameter lives: a named mesh and one torch placement for each axis of it.
+
+    Example: `ShardingSpec(mesh="dense", placements=(Replicate(), _StridedShard(0, split_factor=2),
+    Shard(0)))` on the mesh `(dp_replicate, fsdp, tp)`.
+    """
+
+    mesh: str
+    """Name of the mesh, for example "dense" or "sparse"."""
+    placements: tuple[Placement, ...]
+    """Replicate, Shard or _StridedShard; one for each mesh axis, read from left to right."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mesh, str) or not self.mesh:
+            raise BridgeError(f"mesh is {self.mesh!r}; give the name of a mesh, for example 'dense'")
+        object.__setattr__(self, "placements", tuple(self.placements))
+        for placement in self.placements:
+            if not isinstance(placement, (Replicate, Shard, _StridedShard)):
+                raise BridgeError(
+                    f"placement {placement!r}: a parameter can be Replicate, Shard or _StridedShard"
+                )
+            if not isinstance(placement, Replicate) and placement.dim < 0:
+                raise BridgeError(
+                    f"placement {placement!r} counts dims from the end; give the dim from the front"
+                )
+
+    @property
+    def is_replicated(self) -> bool:
+        """True when every rank of the mesh holds the whole tensor."""
+        return all(isinstance(placement, Replicate) for placement in self.placements)
+
+    def box(
+        self, shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int]
+    ) -> tuple[Box, ...]:
+        """The boxes of the global tensor (`shape`) that the rank at `coordinate` holds; see
+        `boxes.boxes_of`."""
+        return boxes_of(self.placements, shape, mesh_shape, coordinate)
+
+    def pieces(
+        self, shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int]
+    ) -> tuple[Piece, ...]:
+        """The same boxes, each with its place in the rank's local tensor."""
+        return pieces_of(self.placements, shape, mesh_shape, coordinate)
+
+    def local_shape(
+        self, shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Shape of the local tensor of the rank at `coordinate`."""
+        return local_shape_of(self.placements, shape, mesh_shape, coordinate)
+
+    def __str__(self) -> str:
+        return f"{self.mesh}({', '.join(placement_to_str(placement) for placement in self.placements)})"
+
+
+def attach(param: torch.Tensor, mesh: str, placements: Sequence[Placement]) -> None:
+    """Write the layout of `param` (a local tensor or a DTensor) down on it; `get` reads it back."""
+    setattr(param, _ATTRIBUTE, ShardingSpec(mesh=mesh, placements=tuple(placements)))
+
+
+def attach_module(module: nn.Module, name: str, mesh: str, placements: Sequence[Placement]) -> None:
+    """Write the layout down on the parameter or buffer `module.<name>` and on `module`, so that it outlives
+    the tensor.
+
+    Raises BridgeError when the module has no parameter or buffer of its own with this name.
+    """
+    tensor = _tensor(module, name)
+    attach(tensor, mesh, placements)
+    module.__dict__.setdefault(_MODULE_ATTRIBUTE, {})[name] = getattr(tensor, _ATTRIBUTE)
+
+
+def attached(param: torch.Tensor | nn.Module, name: str | None = None) -> ShardingSpec | None:
+    """Whatever was attached to a tensor, or to the tensor `name` of a module: also a spec that replicates on
+    all axes."""
+    if not isinstance(param, nn.Module):
+        return getattr(param, _ATTRIBUTE, None)
+    if name is None:
+        raise BridgeError("name the parameter: get(module, name)")
+    spec = param.__dict__.get(_MODULE_ATTRIBUTE, {}).get(name)
+    return spec if spec is not None else getattr(_tensor(param, name), _ATTRIBUTE, None)
+
+
+def get(param: torch.Tensor | nn.Module, name: str | None = None) -> ShardingSpec | None:
+    """The layout of a tensor, or of the parameter or buffer `name` of a module.
+
+    None means that every rank holds the whole tensor: nothing was attached, or only Replicate.
+    """
+    spec = attached(param, name)
+    return None if spec is None or spec.is_replicated else spec
+
+
+def carry(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Give `new`, which takes the place of `old`, the layout of `old`; returns `new`."""
+    spec = getattr(old, _ATTRIBUTE, None)
+    if spec is not None:
+        setattr(new, _ATTRIBUTE, spec)
+    return new
+
+
+def reattach(model: nn.Module) -> int:
+    """Put the layouts of `attach_module` back on the tensors that `model` holds now; returns how many had
+    lost theirs.
+
+    Call it after `to_empty`, after vLLM's post-processing of weights and after a reload.
+    """
+    lost = 0
+    for module in model.modules():
+        for name, spec in module.__dict__.get(_MODULE_ATTRIBUTE, {}).items():
+            tensor = module._parameters.get(name)
+            tensor = module._buffers.get(name) if tensor is None else tensor
+            # Post-processing may delete a parameter for good (vLLM sets it to None).
+            if tensor is not None and getattr(tensor, _ATTRIBUTE, None) != spec:
+                setattr(tensor, _ATTRIBUTE, spec)
+                lost += 1
+    return lost
+
+
+def specs_of(model: nn.Module) -> dict[str, ShardingSpec | None]:
+    """FQN to layout (None: replicated) of every parameter and buffer of `model`; tied tensors appear under
+    each name."""
+    result: dict[str, ShardingSpec | None] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in [*module._parameters, *module._buffers]:
+            if getattr(module, name) is not None:
+                result[f"{prefix}.{name}" if prefix else name] = get(module, name)
+    return result
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    tensor = module._parameters.get(name)
+    tensor = module._buffers.get(name) if tensor is None else tensor
+    if tensor is None:
+        own = sorted(n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None)
+        raise BridgeError(
+            f"{type(module).__name__} has no parameter or buffer {name!r} of its own; it has {own}"
+        )
+    return tensor

@@ -1,0 +1,146 @@
+"""A view: one external (Hugging Face) tensor as a slice of a reshape of one TorchTitan tensor.
+
+    external == titan.reshape(flat factors)[index].permute(permute).reshape(shape)
+
+No arithmetic happens on the way, so a view can be read, written, and cut by a sharding without the rest of
+the tensor. Three examples, with the TorchTitan tensor on the left:
+
+- q of a fused `wqkv [n_kv * R * head_dim, dim]`: factors ((n_kv, R, head_dim), (dim,)), index R in [0, R -
+  2);
+- one expert of `w1_EFD [E, F, D]`: factors ((E,), (F,), (D,)), index ((e, e + 1), (0, F), (0, D)), shape (F,
+  D);
+- rotary halves: factors ((n_heads, head_dim / 2, 2), (dim,)), permute (0, 2, 1, 3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from titan_bridge.errors import BridgeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """See the module's text. Shapes are global; all fields are tuples, so a view is hashable."""
+
+    name: str
+    """External name, for example "model.layers.0.self_attn.q_proj.weight"."""
+    fqn: str
+    """Name of the TorchTitan tensor, for example "layers.0.attention.qkv_linear.wqkv.weight"."""
+    shape: tuple[int, ...]
+    """Shape of the external tensor."""
+    factors: tuple[tuple[int, ...], ...]
+    """For each dim of the TorchTitan tensor its row-major factorisation; the product is the size of the
+    dim."""
+    index: tuple[tuple[int, int], ...]
+    """Half-open interval for each factored dim, in the order of `factors` laid flat."""
+    permute: tuple[int, ...] = ()
+    """Order in which the factored dims appear in the external tensor; empty means unchanged."""
+
+    def __post_init__(self) -> None:
+        flat = self.flat_factors
+        if not self.permute:
+            object.__setattr__(self, "permute", tuple(range(len(flat))))
+        if any(not dim for dim in self.factors) or any(size < 1 for size in flat):
+            raise BridgeError(
+                f"{self.name}: factors {self.factors} must name at least one size >= 1 for each dim"
+            )
+        if len(self.index) != len(flat):
+            raise BridgeError(
+                f"{self.name}: {len(self.index)} intervals in index for {len(flat)} factored dims"
+            )
+        for (start, stop), size in zip(self.index, flat, strict=True):
+            if not 0 <= start < stop <= size:
+                raise BridgeError(
+                    f"{self.name}: index [{start}, {stop}) is not inside a factored dim of size {size}"
+                )
+        if sorted(self.permute) != list(range(len(flat))):
+            raise BridgeError(
+                f"{self.name}: permute {self.permute} is not an order of {len(flat)} factored dims"
+            )
+        if math.prod(self.shape) != math.prod(self.index_shape):
+            raise BridgeError(
+                f"{self.name}: shape {self.shape} does not hold the {self.index_shape} that index selects"
+            )
+        object.__setattr__(self, "_groups", self._group())
+
+    @classmethod
+    def identity(cls, name: str, fqn: str, shape: tuple[int, ...]) -> View:
+        """The view of a tensor that is the same on both sides, apart from its name."""
+        return cls(
+            name=name,
+            fqn=fqn,
+            shape=tuple(shape),
+            factors=tuple((size,) for size in shape),
+            index=tuple((0, size) for size in shape),
+        )
+
+    @property
+    def flat_factors(self) -> tuple[int, ...]:
+        """Sizes of all factored dims."""
+        return tuple(size for dim in self.factors for size in dim)
+
+    @property
+    def index_shape(self) -> tuple[int, ...]:
+        """Sizes of the factored dims after indexing, before `permute`."""
+        return tuple(stop - start for start, stop in self.index)
+
+    @property
+    def titan_shape(self) -> tuple[int, ...]:
+        """Global shape of the TorchTitan tensor."""
+        return tuple(math.prod(dim) for dim in self.factors)
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """For each dim of the external tensor, the factored dims that it is made of, row-major (those of size
+        1 left out)."""
+        return self._groups  # type: ignore[attr-defined]
+
+    @property
+    def is_identity(self) -> bool:
+        """True when both tensors have the same elements in the same places."""
+        return (
+            self.shape == self.titan_shape
+            and self.permute == tuple(range(len(self.index)))
+            and self.index_shape == self.flat_factors
+        )
+
+    def read(self, titan: torch.Tensor) -> torch.Tensor:
+        """The external tensor cut out of the global TorchTitan tensor; a view of its memory where torch can
+        make one."""
+        self._check(titan, self.titan_shape, self.fqn)
+        cut = titan.reshape(self.flat_factors)[tuple(slice(a, b) for a, b in self.index)]
+        return cut.permute(self.permute).reshape(self.shape)
+
+    def write(self, titan: torch.Tensor, external: torch.Tensor) -> None:
+        """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its
+        dtype."""
+        self._check(titan, self.titan_shape, self.fqn)
+        self._check(external, self.shape, self.name)
+        cut = titan.view(self.flat_factors)[tuple(slice(a, b) for a, b in self.index)].permute(self.permute)
+        cut.copy_(external.reshape(cut.shape))
+
+    def _check(self, tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
+        if tuple(tensor.shape) != shape:
+            raise BridgeError(f"{name} has shape {tuple(tensor.shape)}; this view needs {shape}")
+
+    def _group(self) -> tuple[tuple[int, ...], ...]:
+        """Match the external dims with runs of factored dims; a dim may not straddle two runs."""
+        sizes = self.index_shape
+        rest = [dim for dim in self.permute if sizes[dim] > 1]
+        groups = []
+        for size in self.shape:
+            group, product = [], 1
+            while rest and product < size:
+                group.append(rest.pop(0))
+                product *= sizes[group[-1]]
+            if product != size:
+                raise BridgeError(
+                    f"{self.name}: external dim of size {size} in {self.shape} is not a product of neighbouring "
+                    f"factored dims {tuple(sizes[dim] for dim in self.permute)}; factor the dims further"
+                )
+            groups.append(tuple(group))
+        return tuple(groups)
