@@ -1,9 +1,9 @@
-"""Which parameter is sharded how: one declarative file a model family (imported as ``titan_bridge.parallelize``).
+"""Which parameter is sharded how: one declarative file a family (imported as ``titan_bridge.parallelize``).
 
 A family's file defines
 
 - ``set_sharding(config, *, enable_ep)``: fills ``sharding_config`` on TorchTitan's config tree;
-- ``shard_placement_fn(fqn, shape, sizes)``: which mesh a parameter belongs to and which dim its FSDP axis shards.
+- ``shard_placement_fn(fqn, shape, sizes)``: mesh of a parameter, and the dim that its FSDP axis shards.
 
 The file has the name of the family in ``titan_bridge/models/``; nothing else lists it.
 """

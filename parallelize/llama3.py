@@ -11,7 +11,7 @@ from titan_bridge.mesh import ShardPlacement, Sizes
 
 
 def set_sharding(config: Llama3Model.Config, *, enable_ep: bool) -> None:
-    """Fill ``sharding_config`` in place with TorchTitan's own declarations; there are no experts to parallelise."""
+    """Fill ``sharding_config`` in place with TorchTitan's own declarations; there are no experts."""
     set_llama3_sharding_config(config, enable_sp=False)
 
 

@@ -1,7 +1,8 @@
 """Where every parameter of a model lives, computed from the declarations in ``parallelize/`` alone.
 
-The model is built without memory; no process group, no device and no second process are needed, at any size. The
-result is what TorchTitan's ``parallelize`` (and ``fully_shard`` on top of it) gives the same model on real ranks.
+The model is built without memory; no process group, no device and no second process are needed, at any size.
+The result is what TorchTitan's ``parallelize`` (and ``fully_shard`` on top of it) gives the same model on
+real ranks.
 """
 
 from __future__ import annotations
@@ -53,18 +54,19 @@ def specs(
     """FQN to layout of every parameter and persistent buffer, in the model's order.
 
     Args:
-        model: A TorchTitan config tree (left as it is), or a parsed config.json, whose vocabulary is then padded to a
-            multiple of tp.
+        model: A TorchTitan config tree (left as it is), or a parsed config.json, whose vocabulary is then
+            padded to a multiple of tp.
         sizes: Parallel degrees.
-        dense: ``"replicate"``: every dp rank holds all of its tp or ep slice, as in serving. ``"shard"``: the fsdp and
-            efsdp axes shard, too, as in training.
+        dense: ``"replicate"``: every dp rank holds all of its tp or ep slice, as in serving. ``"shard"``: the
+            fsdp and efsdp axes shard, too, as in training.
         dtype: Of the parameters; else the dtype that config.json states, else float32.
 
     Returns:
         A tied head is not listed: its one parameter is ``tok_embeddings.weight``.
 
     Raises:
-        BridgeError: Sizes that do not divide, a model of no known family, a parameter without a declared sharding.
+        BridgeError: Sizes that do not divide, a model of no known family, a parameter without a declared
+            sharding.
     """
     if dense not in ("replicate", "shard"):
         raise BridgeError(f"dense={dense!r} is not a layout; allowed: replicate, shard")
@@ -150,7 +152,7 @@ def _spec(
 
 
 def _sharded_on_top(dim: int, placements: Mapping[str, Placement], sizes: Sizes) -> Placement:
-    """FSDP cuts what tp or ep left: to the left of an axis that shards the same dim its slices are strided ones."""
+    """FSDP cuts what tp or ep left, so where one of them shards the same dim its slices are strided."""
     inner = 1
     for axis, placement in placements.items():
         if isinstance(placement, Shard) and placement.dim == dim:

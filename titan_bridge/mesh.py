@@ -1,9 +1,9 @@
 """Parallel sizes and the named meshes that they make, for any number of ranks and without a process group.
 
-One vocabulary for both sides. vLLM's (dp, tp, expert parallel or not) and TorchTitan's ``ParallelDims`` describe the
-same ranks: ``rank = ((pp_rank * dp_replicate + replica) * dp + dp_rank) * tp + tp_rank``. The dense mesh unflattens
-them as (dp_replicate, fsdp, tp), the sparse mesh as (dp_replicate, efsdp, ep), so that the ep axis runs over
-consecutive ranks, first through tp and then through dp.
+One vocabulary for both sides. vLLM's (dp, tp, expert parallel or not) and TorchTitan's ``ParallelDims``
+describe the same ranks: ``rank = ((pp_rank * dp_replicate + replica) * dp + dp_rank) * tp + tp_rank``. The
+dense mesh unflattens them as (dp_replicate, fsdp, tp), the sparse mesh as (dp_replicate, efsdp, ep), so that
+the ep axis runs over consecutive ranks, first through tp and then through dp.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Parallel degrees. ``dp`` is what vLLM calls data parallel: the axis that FSDP may shard (TorchTitan's dp_shard).
+    """Parallel degrees. ``dp`` is vLLM's data parallelism, the axis that FSDP may shard (``dp_shard``).
 
     Raises:
         BridgeError: A size below 1, or an ``ep`` that does not divide ``dp * tp``.
@@ -200,11 +200,11 @@ def check_divides(config: Decoder.Config, sizes: Sizes) -> None:
 def to_parallel_dims(
     sizes: Sizes, spmd_backend: Literal["partial_dtensor", "full_dtensor", "spmd_types"] = "spmd_types"
 ) -> ParallelDims:
-    """TorchTitan's ``ParallelDims`` for the same ranks; its meshes are built later, when a process group exists."""
+    """TorchTitan's ``ParallelDims`` for the same ranks; building its meshes needs a process group."""
     # Imported here because describing meshes must not cost the import of TorchTitan.
-    from torchtitan.distributed import ParallelDims
+    from torchtitan.distributed import ParallelDims  # noqa: PLC0415
 
-    from titan_bridge.device import use_cpu_if_no_accelerator
+    from titan_bridge.device import use_cpu_if_no_accelerator  # noqa: PLC0415
 
     use_cpu_if_no_accelerator()
     return ParallelDims(

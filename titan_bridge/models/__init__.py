@@ -1,4 +1,4 @@
-"""Hugging Face configs and checkpoints as TorchTitan models: one file a family, found by looking at this package."""
+"""Hugging Face configs and checkpoints as TorchTitan models: one file a family, found by listing them."""
 
 from __future__ import annotations
 

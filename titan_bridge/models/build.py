@@ -13,7 +13,8 @@ from torchtitan.protocols.module import Module
 def build_on_meta(config: Decoder.Config, *, dtype: torch.dtype) -> Decoder:
     """The model with parameters of ``dtype`` on the meta device: global shapes, no memory.
 
-    Buffers keep the dtype that TorchTitan gives them (rotary caches and expert biases are float32 or complex64).
+    Buffers keep the dtype that TorchTitan gives them (rotary caches and expert biases are float32 or
+    complex64).
     """
     with _default_dtype(dtype), torch.device("meta"):
         return config.build()
@@ -22,8 +23,8 @@ def build_on_meta(config: Decoder.Config, *, dtype: torch.dtype) -> Decoder:
 def materialize(model: Decoder, device: torch.device | str) -> Decoder:
     """Give a model on the meta device memory on ``device``, fill its buffers and tie what is tied; in place.
 
-    Parameters are left uninitialised. The tie made on the meta device does not survive ``to_empty``, so the head is
-    pointed at the embedding's new parameter here.
+    Parameters are left uninitialised. The tie made on the meta device does not survive ``to_empty``, so the
+    head is pointed at the embedding's new parameter here.
     """
     with _default_dtype(torch.float32):
         model.to_empty(device=device)
@@ -35,7 +36,7 @@ def materialize(model: Decoder, device: torch.device | str) -> Decoder:
 
 
 def tie(model: Decoder) -> None:
-    """Make the head share the embedding's parameter where the config says so; in place, harmless when it does."""
+    """Make the head share the embedding's parameter where the config says so; in place, idempotent."""
     if model.enable_weight_tying and model.tok_embeddings is not None and model.lm_head is not None:
         model.lm_head.weight = model.tok_embeddings.weight
 

@@ -1,6 +1,7 @@
 """What the families share: one reading of the common config fields, TorchTitan config parts and their views.
 
-Dims: V vocabulary, D model, N query heads, n kv heads, H head, R = N/n + 2 (one kv head's queries, key and value).
+Dims: V vocabulary, D model, N query heads, n kv heads, H head; R = N/n + 2 is one kv head's queries, key and
+value.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Init = dict[str, Callable[..., Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderDims:
-    """Sizes and settings that every decoder's config.json states. ``vocab`` is the checkpoint's, without padding."""
+    """Sizes and settings that every decoder's config.json states; ``vocab`` is without padding."""
 
     vocab: int
     dim: int
@@ -57,7 +58,8 @@ def read_dims(
     """The common part of a config; ``None`` as a default means what the other sizes imply.
 
     Raises:
-        UnsupportedModelError: Missing or impossible sizes, and settings that TorchTitan's decoders do not have.
+        UnsupportedModelError: Missing or impossible sizes, and settings that TorchTitan's decoders do not
+            have.
     """
     fields.only("quantization_config", ())
     fields.only("hidden_act", ("silu",))
@@ -93,7 +95,7 @@ def norm_config(dim: int, eps: float) -> RMSNorm.Config:
 
 
 def attention_config(dims: DecoderDims, kind: type[RoPE.Config], *, qk_norm: bool) -> GQAttention.Config:
-    """Grouped-query attention with fused qkv; a head size that the others imply is left to TorchTitan, as it does."""
+    """Grouped-query attention with fused qkv; a head size that the others imply is left unset."""
     return make_gqa_config(
         dim=dims.dim,
         n_heads=dims.heads,
@@ -178,8 +180,8 @@ def attention_views(
 ) -> Iterator[View]:
     """Projections and head norms of one layer.
 
-    ``interleaved``: TorchTitan rotates neighbours (2i, 2i+1) of a head where Hugging Face rotates (i, i + H/2), so
-    that rows of q and k within a head are ``[H/2, 2]`` in the one and ``[2, H/2]`` in the other.
+    ``interleaved``: TorchTitan rotates neighbours (2i, 2i+1) of a head where Hugging Face rotates (i, i +
+    H/2), so that rows of q and k within a head are ``[H/2, 2]`` in the one and ``[2, H/2]`` in the other.
     """
     hf, titan = f"model.layers.{layer}.self_attn", f"layers.{layer}.attention"
     queries = dims.heads_per_kv

@@ -1,7 +1,8 @@
 """Routed experts that compute in their weights' dtype.
 
-TorchTitan's ``GroupedExperts.forward`` casts activations and weights to bfloat16 whatever the model's dtype is. The
-variant here keeps float32 (and float16) and is TorchTitan's own code when the weights are bfloat16, bit for bit.
+TorchTitan's ``GroupedExperts.forward`` casts activations and weights to bfloat16 whatever the model's dtype
+is. The variant here keeps float32 (and float16) and is TorchTitan's own code when the weights are bfloat16,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class KeepDtypeGroupedExperts(GroupedExperts):
         """Expert outputs ``[R, D]`` in ``x_RD``'s dtype.
 
         Args:
-            x_RD: Rank-local tokens, sorted by local expert; rows beyond the sum of the counts get undefined values.
+            x_RD: Rank-local tokens, sorted by local expert; rows beyond the sum of the counts get undefined
+                values.
             num_tokens_per_expert_E: Integer count for each local expert.
         """
         w1, w2, w3 = (
@@ -44,7 +46,7 @@ class KeepDtypeGroupedExperts(GroupedExperts):
         return self._product(gate * self._product(x, w3, ends), w2, ends).type_as(x_RD)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """``x[rows of expert e] @ weight[e].T`` for each expert: ``[R, in]`` by ``[E, out, in]`` gives ``[R, out]``."""
+        """``x[rows of e] @ weight[e].T`` for each expert e: ``[R, in]`` by ``[E, out, in]`` gives ``[R, out]``."""
         if any(size * x.element_size() % _ROW_BYTES for size in weight.shape[1:]):
             return self._product_of_odd_sizes(x, weight, ends)
         return self._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)

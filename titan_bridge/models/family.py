@@ -1,7 +1,7 @@
 """What a model family is: the two-way road between a Hugging Face checkpoint and TorchTitan's own model.
 
-A family is one file in this package that defines ``FAMILY``, and one of the same name in ``parallelize/``. Nothing
-else lists families.
+A family is one file in this package that defines ``FAMILY``, and one of the same name in ``parallelize/``.
+Nothing else lists families.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from titan_bridge.sharding.view import View
 class Family(ABC):
     """Maps configs and weights of some Hugging Face architectures to one TorchTitan model class and back.
 
-    Every method that takes ``hf`` takes a parsed config.json and raises ``UnsupportedModelError`` for whatever it
-    states that TorchTitan's model cannot compute. No method reads weights.
+    Every method that takes ``hf`` takes a parsed config.json and raises ``UnsupportedModelError`` for
+    whatever it states that TorchTitan's model cannot compute. No method reads weights.
     """
 
     name: str
@@ -39,35 +39,38 @@ class Family(ABC):
     ) -> Decoder.Config:
         """A new TorchTitan config tree: fused qkv, flex attention, no sharding yet.
 
-        Nothing in it is shared between layers, so a caller may replace ``layers[i].attention.inner_attention``.
+        Nothing in it is shared between layers, so a caller may replace
+        ``layers[i].attention.inner_attention``.
 
         Args:
             hf: Parsed config.json.
-            padded_vocab: Rows of the embedding and the head if more than the checkpoint has (tp must divide them);
-                rows from the checkpoint's ``vocab_size`` on stand for no token.
-            expert_bias: Give MoE layers TorchTitan's persistent ``expert_bias_E`` buffer (load balancing without an
-                auxiliary loss). Hugging Face checkpoints have no such tensor.
+            padded_vocab: Rows of the embedding and the head if more than the checkpoint has (tp must divide
+                them); rows from the checkpoint's ``vocab_size`` on stand for no token.
+            expert_bias: Give MoE layers TorchTitan's persistent ``expert_bias_E`` buffer (load balancing
+                without an auxiliary loss). Hugging Face checkpoints have no such tensor.
         """
 
     @abstractmethod
     def views(
         self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, fused_qkv: bool = True
     ) -> tuple[View, ...]:
-        """Every tensor that a Hugging Face checkpoint of this config must have, as a view of a TorchTitan tensor.
+        """Every tensor that a Hugging Face checkpoint of this config must have, as a view of a TorchTitan
+        tensor.
 
         Args:
             hf: Parsed config.json.
             padded_vocab: As in ``model_config``.
-            fused_qkv: Onto the live model's ``wqkv``; else onto ``wq``, ``wk``, ``wv``, the names that TorchTitan's
-                state dict and its DCP checkpoints use.
+            fused_qkv: Onto the live model's ``wqkv``; else onto ``wq``, ``wk``, ``wv``, the names that
+                TorchTitan's state dict and its DCP checkpoints use.
         """
 
     def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
-        """Tensors that a checkpoint may have besides: ``lm_head.weight`` where it is tied to the embedding."""
+        """Tensors that a checkpoint may have besides: ``lm_head.weight`` tied to the embedding."""
         return ()
 
     def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
-        """FQNs that are another name of one parameter, e.g. ``{"lm_head.weight": "tok_embeddings.weight"}``."""
+        """FQNs that are another name of one parameter, e.g. ``{"lm_head.weight":
+        "tok_embeddings.weight"}``."""
         return {}
 
     def ignores(self, name: str) -> bool:
@@ -80,7 +83,7 @@ class Family(ABC):
 
     @abstractmethod
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
-        """config.json for a TorchTitan config: the reverse of ``model_config`` (``dtype`` is that of the weights)."""
+        """config.json for a TorchTitan config whose weights have ``dtype``: the reverse of ``model_config``."""
 
 
 def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:

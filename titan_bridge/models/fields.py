@@ -1,4 +1,5 @@
-"""Read a Hugging Face config with the answer to a bad value ready: which field, what it said, what is allowed."""
+"""Read a Hugging Face config with the answer to a bad value ready: which field, what it said, what is
+allowed."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ class UnsupportedModelError(BridgeError):
 class Fields:
     """Typed access to the fields of one Hugging Face config.
 
-    A field that is missing or ``null`` takes the default, as it does in transformers; without a default it is an
-    error. Fields that are never asked for are ignored, as transformers does with fields its class does not know.
+    A field that is missing or ``null`` takes the default, as it does in transformers; without a default it is
+    an error. Fields that are never asked for are ignored, as transformers does with fields its class does not
+    know.
     """
 
     def __init__(self, hf: Mapping[str, Any], architecture: str) -> None:

@@ -39,7 +39,7 @@ class _Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class _Qwen3:
-    """One config.json, read: ``hidden_dim`` of dense layers, and for each layer whether it is sparse, and its window."""
+    """One config.json, read: ``hidden_dim`` is that of dense layers; one entry of the tuples a layer."""
 
     dims: decoder.DecoderDims
     hidden_dim: int
@@ -85,7 +85,7 @@ def _read_experts(fields: Fields, layers: int) -> tuple[_Experts, tuple[bool, ..
 
 
 def _read_windows(fields: Fields, layers: int, *, moe: bool) -> tuple[int | None, ...]:
-    """Sliding window of each layer: for MoE the same in all, for dense from ``layer_types`` or ``max_window_layers``."""
+    """Window of each layer: MoE has one for all, dense has ``layer_types`` or ``max_window_layers``."""
     if not fields.flag("use_sliding_window"):
         stated = fields.hf.get("layer_types") or ()
         if not moe and "sliding_attention" in stated:
@@ -216,7 +216,7 @@ def _hf_experts(config: Decoder.Config, moe: MoE.Config) -> dict[str, Any]:
     if router.score_func != "softmax" or router.route_scale != 1.0 or moe.shared_experts is not None:
         raise UnsupportedModelError(
             f"{_SPARSE}: score_func={router.score_func}, route_scale={router.route_scale}, shared experts "
-            f"{'present' if moe.shared_experts else 'absent'} cannot be written; allowed: softmax, 1.0, absent"
+            f"{'present' if moe.shared_experts else 'absent'} cannot be written; allowed: softmax, 1.0, none"
         )
     return {
         "num_experts": moe.num_experts,

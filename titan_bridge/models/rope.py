@@ -1,7 +1,7 @@
 """Rotary position settings: transformers' two spellings <-> TorchTitan's ``RoPE.Config`` fields.
 
-transformers 5 writes ``rope_parameters: {rope_type, rope_theta, ...}``; older files write ``rope_theta`` beside
-``rope_scaling: {type or rope_type, ...}``. Both are read; the newer one is written.
+transformers 5 writes ``rope_parameters: {rope_type, rope_theta, ...}``; older files write ``rope_theta``
+beside ``rope_scaling: {type or rope_type, ...}``. Both are read; the newer one is written.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def read(fields: Fields, *, rope_types: Collection[str]) -> RopeSettings:
     """Rope settings of a Hugging Face config, in either spelling.
 
     Raises:
-        UnsupportedModelError: A rope type that is not in ``rope_types``, a missing factor, or rotation of a part of
-            the head only.
+        UnsupportedModelError: A rope type that is not in ``rope_types``, a missing factor, or rotation of a
+            part of the head only.
     """
     hf = fields.hf
     key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
