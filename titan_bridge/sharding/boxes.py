@@ -159,7 +159,7 @@ def check(placements: Sequence[Placement], shape: Sequence[int], mesh_shape: Seq
     """Raise BridgeError unless `placements` fit the tensor (global `shape`) and the mesh."""
     if len(placements) != len(mesh_shape):
         raise BridgeError(
-            f"{len(placements)} placements for a mesh with {len(mesh_shape)} axes; give one placement for each axis"
+            f"{len(placements)} placements for a mesh with {len(mesh_shape)} axes; give one for each axis"
         )
     for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):
@@ -170,7 +170,7 @@ def check(placements: Sequence[Placement], shape: Sequence[int], mesh_shape: Seq
             )
         if not 0 <= placement.dim < len(shape):
             raise BridgeError(
-                f"placement {placement} on mesh axis {axis} shards dim {placement.dim} of a tensor with shape "
+                f"placement {placement} on mesh axis {axis} shards dim {placement.dim} of a tensor of shape "
                 f"{tuple(shape)}; allowed: 0 to {len(shape) - 1}"
             )
 

@@ -1,9 +1,10 @@
 """A layout: the placements of every parameter of a model, with the meshes they refer to; written as JSON.
 
     {"version": 1,
-     "meshes": {"dense": {"axes": ["dp_replicate", "fsdp", "tp"], "shape": [1, 2, 2], "ranks": [[[0, 1], [2, 3]]]}},
-     "params": {"norm.weight": {"mesh": "dense", "placements": ["R", "S(0)", "R"], "shape": [64], "dtype":
-     "bfloat16"}}}
+     "meshes": {"dense": {"axes": ["dp_replicate", "fsdp", "tp"], "shape": [1, 2, 2],
+                          "ranks": [[[0, 1], [2, 3]]]}},
+     "params": {"norm.weight": {"mesh": "dense", "placements": ["R", "S(0)", "R"],
+                                "shape": [64], "dtype": "bfloat16"}}}
 
 `ranks` is nested as the mesh is. A pipeline stage is a mesh of its own: its parameters name it, and the ranks
 that are not on it hold nothing of them. Reading is strict: anything unknown, missing or contradictory is
@@ -206,7 +207,7 @@ class Layout:
         """Read the JSON file at `path`. Raises BridgeError when it is not there or not a layout."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(), object_pairs_hook=_no_duplicates))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise BridgeError(f"{path}: not a layout file: {error}") from None
         except BridgeError as error:
             raise BridgeError(f"{path}: {error}") from None
@@ -217,9 +218,8 @@ class Layout:
         for name in [*self.meshes, *(name for name in other.meshes if name not in self.meshes)]:
             mine, theirs = self.meshes.get(name), other.meshes.get(name)
             if mine is None or theirs is None:
-                lines.append(
-                    f"mesh {name} {theirs or mine} is only in the {'second' if mine is None else 'first'} layout"
-                )
+                where = "second" if mine is None else "first"
+                lines.append(f"mesh {name} {theirs or mine} is only in the {where} layout")
             elif (mine.axes, mine.shape) != (theirs.axes, theirs.shape):
                 lines.append(f"mesh {name} is {mine} in the first layout and {theirs} in the second")
             elif mine.ranks != theirs.ranks:

@@ -139,7 +139,7 @@ class View:
                 product *= sizes[group[-1]]
             if product != size:
                 raise BridgeError(
-                    f"{self.name}: external dim of size {size} in {self.shape} is not a product of neighbouring "
+                    f"{self.name}: external dim of size {size} in {self.shape} is no product of neighbouring "
                     f"factored dims {tuple(sizes[dim] for dim in self.permute)}; factor the dims further"
                 )
             groups.append(tuple(group))
