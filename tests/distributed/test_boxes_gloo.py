@@ -52,9 +52,7 @@ class Parameters(nn.Module):
 
 
 def check_fsdp_over(axis: str, sizes: tuple[int, int], given: dict, fsdp_dim) -> dict:
-    axis: str, sizes: tuple[int, int], given: dict[str, tuple[tuple[int, ...], object]], fsdp_dim
-) -> dict:
-    """`fully_shard` over the first axis of tensors that are already placed on the second; returns the placements."""
+    """`fully_shard` over the first axis of tensors already placed on the second; returns the placements."""
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("fsdp", axis))
     full = {name: numbered(*shape) for name, (shape, _) in given.items()}
     module = Parameters(
