@@ -5,9 +5,25 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from titan_bridge.config.schema import InferConfig
+
+
+def check(config: InferConfig) -> dict[str, Any]:
+    """All checks on the model that need no engine; returns the parsed config.json.
+
+    Raises:
+        BridgeError: the first thing that is wrong.
+    """
+    hf_config = model_directory(config.model)
+    weights_present(config.model)
+    if config.parallel.ep > 1 and not experts_in(hf_config):
+        raise BridgeError(f"ep={config.parallel.ep}, but {config.model} has no experts; leave ep at 1")
+    return hf_config
 
 
 def model_directory(model: str) -> dict[str, Any]:
@@ -48,9 +64,9 @@ def weights_present(model: str) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
-            raise BridgeError(f"{index} is not a safetensors index: {type(error).__name__}: {error}") from None
+            named = {str(n) for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise BridgeError(f"{index} is no safetensors index: {type(error).__name__}: {error}") from None
         if missing := sorted(name for name in named if not (folder / name).is_file()):
             raise BridgeError(f"{index} names files that are missing: {', '.join(missing)}")
         files = sorted(folder / name for name in named)
@@ -69,7 +85,8 @@ def _damage(file: Path) -> str | None:
             return f"its header alone wants {length + 8} bytes, it has {size}"
         try:
             header = json.loads(stream.read(length))
-            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             return "its header is not JSON"
     if size != 8 + length + end:
@@ -91,10 +108,11 @@ def port_free(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except socket.gaierror:
-        raise BridgeError(f"host {host!r} is not known; give an address of this machine, or 0.0.0.0") from None
+        raise BridgeError(f"host {host!r} is not known; give an address of this machine") from None
     except OSError as error:
         raise BridgeError(
-            f"port {port} on {host} cannot be used ({error.strerror}); stop what listens there or give another --port"
+            f"port {port} on {host} cannot be used ({error.strerror}); "
+            "stop what listens there or give another --port"
         ) from None
 
 

@@ -8,6 +8,7 @@ what the user has set is never changed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -84,7 +85,7 @@ def bind(workers: int, cores: Sequence[Core]) -> str | None:
     if len(cores) < workers:
         return "|".join(str(cores[rank % len(cores)].cpu) for rank in range(workers))
     edges = [rank * len(cores) // workers for rank in range(workers + 1)]
-    groups = [cores[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    groups = [cores[start:stop] for start, stop in itertools.pairwise(edges)]
     return "|".join(",".join(str(c.cpu) for c in (g[:-1] if len(g) >= 4 else g)) for g in groups)
 
 
@@ -116,7 +117,9 @@ def environment(
     added: dict[str, str] = {}
     if BIND not in given and (value := bind(workers, cores())):
         added[BIND] = value
-    sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"} & set(options or {})
-    if workers > 1 and KV_CACHE_GIB not in given and not sized:
+    sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"} & set(
+        options or {}
+    )
+    if KV_CACHE_GIB not in given and not sized:
         added[KV_CACHE_GIB] = str(kv_cache_gib(workers, available_memory()))
     return added

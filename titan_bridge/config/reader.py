@@ -72,11 +72,16 @@ def resolve(
             _put(schema, values, key, value, flag)
             origin[key] = flag
     try:
-        # As JSON, because strict mode refuses a dict for a config class and a list for a tuple, but not from JSON.
-        config = TypeAdapter(schema).validate_json(json.dumps(values, default=str))
+        config = from_dict(schema, values)
     except ValidationError as error:
         raise BridgeError(_explain(error, origin, str(file) if file else COMMAND_LINE)) from None
     return Resolved(config=config, origin=origin)
+
+
+def from_dict(schema: type[T], values: Mapping[str, Any]) -> T:
+    """A checked config from plain values; pydantic's own errors."""
+    # As JSON: strict mode refuses a dict for a config class and a list for a tuple, but not from JSON.
+    return TypeAdapter(schema).validate_json(json.dumps(values, default=str))
 
 
 def json_schema(schema: type[Any]) -> dict[str, Any]:

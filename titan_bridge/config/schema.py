@@ -121,3 +121,7 @@ class InferConfig:
         if additional := self.additional_config():
             options["additional_config"] = additional
         return options
+
+
+SCHEMAS = {"infer": InferConfig}
+"""Kind of TOML file -> its class; the folder under configs/ has the name of the kind."""

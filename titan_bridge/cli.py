@@ -1,0 +1,122 @@
+"""The console script `titan-bridge`.
+
+A command is one file in `titan_bridge/commands/` with a frozen dataclass that has `run() -> int`, and one line in
+`COMMANDS`. Only the module of the command that was asked for is imported, and what is heavy (torch, vllm,
+torchtitan, pydantic) only inside its `run()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+
+from titan_bridge import __version__
+from titan_bridge.errors import BridgeError
+
+COMMANDS = {
+    "doctor": "titan_bridge.commands.doctor:Doctor",
+    "generate": "titan_bridge.commands.generate:Generate",
+    "serve": "titan_bridge.commands.serve:Serve",
+    "config": "titan_bridge.commands.config:Config",
+}
+"""Name -> "module:class". A class with a field `vllm_options` takes the options that it does not know."""
+
+DEBUG = "TITAN_BRIDGE_DEBUG"
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 if all is well; 1 if the command found a problem or failed; 2 for what the user can put right
+        (one line on stderr); 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except BridgeError as error:
+        print(f"titan-bridge: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `titan-bridge ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        print(
+            f"titan-bridge: {type(error).__name__}: {_one_line(error)} ({DEBUG}=1 shows the traceback)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"titan-bridge {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        import difflib  # only for this message
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise BridgeError(f"unknown command {name!r}; {guess}allowed: {', '.join(COMMANDS)}")
+    return _parse(name, rest).run()
+
+
+def _parse(name: str, arguments: list[str]):
+    import tyro  # a tenth of a second that --version and the overview do without
+
+    module, class_name = COMMANDS[name].split(":")
+    command = getattr(importlib.import_module(module), class_name)
+    takes_options = any(field.name == "vllm_options" for field in dataclasses.fields(command))
+    own, passed = arguments, []
+    if takes_options and "--" in arguments:
+        cut = arguments.index("--")
+        own, passed = arguments[:cut], arguments[cut + 1 :]
+    parsed = tyro.cli(
+        command,
+        prog=f"titan-bridge {name}",
+        description=inspect.cleandoc(command.__doc__ or ""),
+        args=own,
+        return_unknown_args=takes_options,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if not takes_options:
+        return parsed
+    parsed, unknown = parsed
+    return dataclasses.replace(parsed, vllm_options=(*unknown, *passed))
+
+
+def _overview() -> str:
+    lines = [
+        "titan-bridge: serve TorchTitan models in vLLM, and move their weights with one description of the sharding.",
+        "",
+        "usage: titan-bridge COMMAND [--help] ...",
+        "",
+    ]
+    for name, target in COMMANDS.items():
+        module, class_name = target.split(":")
+        doc = getattr(importlib.import_module(module), class_name).__doc__ or ""
+        lines.append(f"  {name:<10}{doc.strip().splitlines()[0]}")
+    return "\n".join([*lines, "", "example: titan-bridge generate configs/infer/qwen3_moe_tp2_ep2.toml"])
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

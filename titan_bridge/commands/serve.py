@@ -1,0 +1,64 @@
+"""`titan-bridge serve`: check what can be checked, then become `vllm serve`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+
+import tyro
+
+from titan_bridge.commands.infer import InferCommand, format_vllm_options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(InferCommand):
+    """Serve a model over HTTP with `vllm serve --model-impl torchtitan`.
+
+    Options that are not listed here go to `vllm serve` as they are; write MODEL first.
+
+    Example: titan-bridge serve out/demo/qwen3_moe --tp 2 --ep 2 --port 8000 --enforce-eager
+    """
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every one."""
+    port: int = 8000
+    """Port to listen on."""
+    dry_run: bool = False
+    """Print the command and the variables that would be set, and stop."""
+    vllm_options: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        config = self.resolve().config
+
+        from titan_bridge import cpu
+        from titan_bridge.checks import check, port_free
+
+        check(config)
+        port_free(self.host, self.port)
+        passed = {
+            option.removeprefix("--").partition("=")[0].replace("-", "_") for option in self.vllm_options
+        }
+        parallel = config.parallel
+        added = cpu.environment(
+            parallel.dp * parallel.tp, given=os.environ, options={**config.vllm, **dict.fromkeys(passed)}
+        )
+        options = config.engine_options()
+        options["data_parallel_size"] = parallel.dp
+        if parallel.ep == 1:
+            del options["enable_expert_parallel"]  # vLLM's default
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", options.pop("model")]
+        command += [
+            *format_vllm_options(options),
+            "--host",
+            self.host,
+            "--port",
+            str(self.port),
+            *self.vllm_options,
+        ]
+        if self.dry_run:
+            print(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in added.items()), shlex.join(command)]))
+            return 0
+        sys.stdout.flush()
+        os.execve(sys.executable, command, {**os.environ, **added})  # so that signals reach vLLM itself

@@ -1,0 +1,361 @@
+"""Generate with vLLM's offline engine, for any dp: in this process for dp = 1, one process a dp rank above.
+
+The outcome of a run names the class that every worker loaded. When `model_impl` is "torchtitan" and a worker loaded
+anything else, the run fails: vLLM on its own would serve its own model without a word.
+
+Data parallel ranks of a mixture of experts step in lockstep, so none may leave while another still generates: a rank
+that is done waits until all are, and only then shuts its engine down. vLLM has no offline dp for dense models, where
+the ranks share nothing: they run as engines that do not know of each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titan_bridge import cpu
+from titan_bridge.checks import experts_in, model_directory
+from titan_bridge.config.reader import from_dict
+from titan_bridge.config.schema import InferConfig
+from titan_bridge.engine.worker import WORKER_EXTENSION
+from titan_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+EXIT_SECONDS = 60
+"""How long a dp rank may take to shut down after all ranks are done."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """The answer to one prompt; `logprobs` and `prompt_logprobs` are natural logarithms of the actual tokens."""
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    logprobs: tuple[float, ...] | None = None
+    """One for each of `token_ids`, if sampling asked for logprobs."""
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    """One for each of `prompt_token_ids`, the first None, if sampling asked for prompt_logprobs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run gave, in the order of the prompts, and what served it."""
+
+    completions: tuple[Completion, ...]
+    workers: tuple[Mapping[str, Any], ...]
+    """`BridgeWorker.bridge_report` of every worker, with its `dp_rank`."""
+    load_seconds: float
+    """From nothing to an engine that takes requests; the slowest rank's."""
+    generate_seconds: float
+    """From the first request to the last answer; the slowest rank's."""
+    killed_ranks: tuple[int, ...] = ()
+    """dp ranks that answered but did not end by themselves."""
+
+    @property
+    def model_class(self) -> str:
+        """The class that all workers loaded; `check_class` has made sure that it is one."""
+        return self.workers[0]["model_class"]
+
+
+def generate(
+    config: InferConfig, prompts: Sequence[Prompt] | None = None, sampling: Mapping[str, Any] | None = None
+) -> Outcome:
+    """Load the model and continue the prompts.
+
+    Args:
+        config: what to serve and how; `config.generate` is used where the next two are None.
+        prompts: texts or lists of token ids; dealt out to the dp ranks in turn.
+        sampling: keyword arguments of vLLM's `SamplingParams`.
+
+    Raises:
+        BridgeError: bad model directory, sizes, options, or a class that is not ours.
+        RuntimeError: a rank died; the message is the last error that it printed.
+    """
+    hf_config = model_directory(config.model)
+    prompts = config.generate.prompts if prompts is None else prompts
+    sampling = sampling_of(config) if sampling is None else sampling
+    if config.parallel.dp == 1:
+        with engine(config) as (llm, workers, load_seconds):
+            completions, seconds = _generate(llm, prompts, sampling)
+        return Outcome(
+            completions=tuple(completions),
+            workers=tuple({"dp_rank": 0, **worker} for worker in workers),
+            load_seconds=load_seconds,
+            generate_seconds=seconds,
+        )
+    return _generate_dp(config, prompts, sampling, lockstep=experts_in(hf_config))
+
+
+def sampling_of(config: InferConfig) -> dict[str, Any]:
+    """`SamplingParams` keyword arguments of the config's [generate]."""
+    ours = config.generate
+    return {
+        "max_tokens": ours.max_tokens,
+        "temperature": ours.temperature,
+        "top_p": ours.top_p,
+        "top_k": ours.top_k,
+        "seed": ours.seed,
+        "ignore_eos": ours.ignore_eos,
+    }
+
+
+@contextlib.contextmanager
+def engine(config: InferConfig) -> Iterator[tuple[LLM, list[dict[str, Any]], float]]:
+    """vLLM's `LLM` for one dp rank in this process, with the workers' reports and the seconds that loading took.
+
+    Sets what the CPU backend needs in `os.environ`, checks the loaded class, and shuts the engine down at the end.
+    """
+    options = config.engine_options()
+    if "worker_extension_cls" in options:
+        raise BridgeError("vllm.worker_extension_cls is taken by titan-bridge here; leave it out")
+    os.environ.update(cpu.environment(config.parallel.tp, given=os.environ, options=config.vllm))
+    import vllm  # noqa: PLC0415  after the environment is set; a process that only launches dp ranks does without
+
+    known = {field.name for field in dataclasses.fields(vllm.EngineArgs)}
+    if unknown := sorted(set(options) - known):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise BridgeError(f"vLLM has no engine option {unknown[0]}; {hint}see `vllm serve --help=all`")
+    started = time.perf_counter()
+    llm = vllm.LLM(**options, worker_extension_cls=WORKER_EXTENSION)
+    try:
+        workers = llm.collective_rpc("bridge_report")
+        check_class(config.model_impl, workers)
+        yield llm, workers, time.perf_counter() - started
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def check_class(model_impl: str, workers: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a run whose workers loaded different classes, or not ours although "torchtitan" was asked for.
+
+    Raises:
+        BridgeError: with what was loaded.
+    """
+    loaded = sorted({worker["model_class"] for worker in workers})
+    if len(loaded) != 1:
+        raise BridgeError(f"the workers loaded different classes: {', '.join(loaded)}; all must load one")
+    if model_impl == "torchtitan" and not loaded[0].startswith("titan_bridge."):
+        raise BridgeError(
+            f"model_impl='torchtitan' was asked for, but vLLM loaded {loaded[0]}; run `titan-bridge doctor`"
+        )
+
+
+def _generate(
+    llm: LLM, prompts: Sequence[Prompt], sampling: Mapping[str, Any]
+) -> tuple[list[Completion], float]:
+    from vllm import SamplingParams  # noqa: PLC0415  as in engine()
+
+    inputs: list[Any] = [p if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts]
+    started = time.perf_counter()
+    outputs = llm.generate(inputs, SamplingParams(**sampling), use_tqdm=False)
+    seconds = time.perf_counter() - started
+    return [_completion(output) for output in outputs], seconds
+
+
+def _completion(output: Any) -> Completion:
+    answer = output.outputs[0]
+    token_ids = tuple(answer.token_ids)
+    prompt_token_ids = tuple(output.prompt_token_ids)
+    return Completion(
+        prompt=output.prompt,
+        prompt_token_ids=prompt_token_ids,
+        text=answer.text,
+        token_ids=token_ids,
+        finish_reason=answer.finish_reason,
+        logprobs=_chosen(answer.logprobs, token_ids),  # type: ignore[arg-type]  # no None after the prompt
+        prompt_logprobs=_chosen(output.prompt_logprobs, prompt_token_ids),
+    )
+
+
+def _chosen(table: Any, token_ids: Sequence[int]) -> tuple[float | None, ...] | None:
+    if not table:
+        return None
+    return tuple(
+        None if row is None else row[token].logprob for row, token in zip(table, token_ids, strict=True)
+    )
+
+
+# One process a dp rank. Parent and rank share a folder; the rank's standard input says "all ranks are done" with
+# a line, and "the parent is gone" with its end.
+
+
+def _generate_dp(
+    config: InferConfig, prompts: Sequence[Prompt], sampling: Mapping[str, Any], *, lockstep: bool
+) -> Outcome:
+    dp, tp = config.parallel.dp, config.parallel.tp
+    common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
+    port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="titan-bridge-") as folder:
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(dp):
+                job = {
+                    "config": dataclasses.asdict(config),
+                    "prompts": [p if isinstance(p, str) else list(p) for p in prompts[rank::dp]],
+                    "sampling": dict(sampling),
+                    "lockstep": lockstep,
+                    "answer": f"{folder}/{rank}.json",
+                }
+                Path(folder, f"job{rank}.json").write_text(json.dumps(job))
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "titan_bridge.engine.offline", f"{folder}/job{rank}.json"],
+                        stdin=subprocess.PIPE,
+                        env={**common, **_rank_environment(common, rank, dp, tp, port, lockstep)},
+                        start_new_session=True,  # so that its engine and workers can be ended with it
+                    )
+                )
+            answers = _wait(ranks, [Path(folder, f"{rank}.json") for rank in range(dp)])
+            killed = _release(ranks)
+        finally:
+            for process in ranks:
+                _end_group(process)
+    return _merge(answers, len(prompts), killed)
+
+
+def _rank_environment(
+    common: Mapping[str, str], rank: int, dp: int, tp: int, port: int, lockstep: bool
+) -> dict[str, str]:
+    if lockstep:
+        return {
+            "VLLM_DP_RANK": str(rank),
+            "VLLM_DP_RANK_LOCAL": str(rank),
+            "VLLM_DP_SIZE": str(dp),
+            "VLLM_DP_MASTER_IP": "127.0.0.1",
+            "VLLM_DP_MASTER_PORT": str(port),
+        }
+    cores = common.get(cpu.BIND, "").split("|")
+    return {cpu.BIND: "|".join(cores[rank * tp : (rank + 1) * tp])} if len(cores) == dp * tp else {}
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], answers: Sequence[Path]) -> list[dict[str, Any]]:
+    while not all(path.exists() for path in answers):
+        for rank, process in enumerate(ranks):
+            if process.poll() is not None and not answers[rank].exists():
+                raise RuntimeError(
+                    f"dp rank {rank} ended with exit code {process.returncode} before it answered"
+                )
+        for path in answers:
+            if path.exists() and "error" in (content := json.loads(path.read_text())):
+                raise BridgeError(content["error"])
+        time.sleep(0.05)
+    contents = [json.loads(path.read_text()) for path in answers]
+    for content in contents:
+        if "error" in content:
+            raise BridgeError(content["error"])
+    return contents
+
+
+def _release(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, ...]:
+    """Let the ranks shut down; returns those that had to be killed."""
+    for process in ranks:
+        with contextlib.suppress(BrokenPipeError):
+            assert process.stdin is not None
+            process.stdin.write(b"all done\n")
+            process.stdin.flush()
+    deadline = time.monotonic() + EXIT_SECONDS
+    killed = []
+    for rank, process in enumerate(ranks):
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            killed.append(rank)
+    return tuple(killed)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+    with contextlib.suppress(ProcessLookupError):  # nothing left, as it should be
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _merge(answers: Sequence[Mapping[str, Any]], prompts: int, killed: tuple[int, ...]) -> Outcome:
+    dp = len(answers)
+    completions = [answers[i % dp]["completions"][i // dp] for i in range(prompts)]
+    return Outcome(
+        completions=tuple(Completion(**{k: _frozen(v) for k, v in c.items()}) for c in completions),
+        workers=tuple({"dp_rank": rank, **w} for rank, a in enumerate(answers) for w in a["workers"]),
+        load_seconds=max(a["load_seconds"] for a in answers),
+        generate_seconds=max(a["generate_seconds"] for a in answers),
+        killed_ranks=killed,
+    )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(job_file: str) -> int:
+    """Body of one dp rank's process."""
+    from titan_bridge.config.reader import (
+        from_dict,
+    )  # pydantic's checks again, on what the parent has checked
+
+    job = json.loads(Path(job_file).read_text())
+    config = from_dict(InferConfig, job["config"])
+    released = threading.Event()
+
+    def listen() -> None:
+        if sys.stdin.readline():
+            released.set()
+        else:  # the parent is gone: end this rank, its engine and its workers
+            os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=listen, daemon=True).start()
+    # A rank with nothing to do must still take part in lockstep; its answer is dropped.
+    prompts, sampling = (job["prompts"], job["sampling"]) if job["prompts"] else (["."], {"max_tokens": 1})
+    try:
+        with engine(config) as (llm, workers, load_seconds):
+            completions, seconds = _generate(llm, prompts, sampling)
+            answer = {
+                "completions": [dataclasses.asdict(c) for c in completions] if job["prompts"] else [],
+                "workers": workers,
+                "load_seconds": load_seconds,
+                "generate_seconds": seconds,
+            }
+            _write(job["answer"], answer)
+            released.wait()
+    except BridgeError as error:
+        _write(job["answer"], {"error": str(error)})
+        return 2
+    return 0
+
+
+def _write(path: str, answer: Mapping[str, Any]) -> None:
+    Path(f"{path}.part").write_text(json.dumps(answer))
+    os.replace(f"{path}.part", path)
+
+
+if __name__ == "__main__":
+    sys.exit(_run_rank(sys.argv[1]))

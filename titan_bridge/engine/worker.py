@@ -1,0 +1,39 @@
+"""Methods that every vLLM worker gets through `worker_extension_cls`, called with `collective_rpc("bridge_report")`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WORKER_EXTENSION = "titan_bridge.engine.worker.BridgeWorker"
+
+
+class BridgeWorker:
+    """Mixed into vLLM's worker class; adds methods only, and answers in plain types, so that RPC can carry them."""
+
+    def bridge_report(self) -> dict[str, Any]:
+        """What this worker serves: rank, class, sizes, parameters and bytes that it holds.
+
+        `model_class` is the class that vLLM loaded, `inner_class` the TorchTitan module inside it (None for
+        vLLM's own models), `sizes` the parallel degrees (None for vLLM's own).
+        """
+        model = self.get_model()  # type: ignore[attr-defined]  # the worker's
+        plan = getattr(model, "plan", None)
+        inner = getattr(model, "model", None) if plan is not None else None
+        parameters = list(model.parameters())
+        return {
+            "rank": self.rank,  # type: ignore[attr-defined]
+            "model_class": _name(type(model)),
+            "inner_class": None if inner is None else _name(type(inner)),
+            "sizes": None if plan is None else _sizes(plan.sizes),
+            "local_parameters": sum(p.numel() for p in parameters),
+            "local_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        }
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _sizes(sizes: Any) -> dict[str, int]:
+    names = ("dp_replicate", "fsdp", "tp", "efsdp", "ep")
+    return {name: getattr(sizes, name) for name in names}
