@@ -36,15 +36,17 @@ class PagedAttention(Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         vllm_config = get_current_vllm_config()
-        self.paged = Attention(
-            config.n_heads,
-            config.head_dim,
-            config.head_dim**-0.5,
-            num_kv_heads=config.n_kv_heads,
-            cache_config=vllm_config.cache_config,
-            per_layer_sliding_window=config.sliding_window,
-            prefix=f"model.layers.{config.layer}.self_attn.attn",
-        )
+        # The model around it is built on meta; the layer's scales and workspaces must be real.
+        with torch.device(vllm_config.device_config.device):
+            self.paged = Attention(
+                config.n_heads,
+                config.head_dim,
+                config.head_dim**-0.5,
+                num_kv_heads=config.n_kv_heads,
+                cache_config=vllm_config.cache_config,
+                per_layer_sliding_window=config.sliding_window,
+                prefix=f"model.layers.{config.layer}.self_attn.attn",
+            )
 
     def forward(
         self, q_BLNH: torch.Tensor, k_BLNH: torch.Tensor, v_BLNH: torch.Tensor, **_: Any

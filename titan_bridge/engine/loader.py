@@ -6,7 +6,7 @@ file are read from disk only where they are copied, and at most one tensor is he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from titan_bridge.sharding.boxes import Piece
 from titan_bridge.sharding.strided import strided_copies
 from titan_bridge.sharding.view import View
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ class WeightLoader:
         held: Mapping[str, Held],
         views: Iterable[View],
         optional: Iterable[View] = (),
-        ignores: Iterable[str] = (),
+        ignores: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """`held` by TorchTitan FQN; `views` must all arrive, `optional` may."""
         self._held = held
         self._views = {view.name: view for view in views}
         self._optional = {view.name: view for view in optional}
-        self._ignores = tuple(ignores)
+        self._ignores = ignores
         self.bytes_read = 0
         """Bytes that the last round copied out of the checkpoint on this rank."""
 
@@ -83,7 +83,7 @@ class WeightLoader:
     def _take(self, name: str, tensor: torch.Tensor, seen: _Round) -> None:
         view = self._views.get(name) or self._optional.get(name)
         if view is None:
-            if not name.endswith(self._ignores):
+            if not self._ignores(name):
                 seen.problems.append(f"unexpected: {name} {tuple(tensor.shape)}")
             return
         seen.done.add(name)

@@ -318,10 +318,6 @@ def _free_port() -> int:
 
 def _run_rank(job_file: str) -> int:
     """Body of one dp rank's process."""
-    from titan_bridge.config.reader import (
-        from_dict,
-    )  # pydantic's checks again, on what the parent has checked
-
     job = json.loads(Path(job_file).read_text())
     config = from_dict(InferConfig, job["config"])
     released = threading.Event()

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from titan_bridge.engine.plugin import ARCHITECTURE, MODEL_CLASS, PREFLIGHT_CLASS
+from titan_bridge.engine.plugin import ARCHITECTURE, MODEL_CLASS, PREFLIGHT_MODULE
 from titan_bridge.errors import BridgeError
 from titan_bridge.versions import unsupported
 
@@ -23,9 +23,8 @@ MARK = "_titan_bridge_patch"
 def install() -> None:
     """Apply the patches that `model_impl="torchtitan"` needs in every vLLM process."""
     registry = importlib.import_module("vllm.model_executor.models.registry")
-    registry.ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS) if (
-        ARCHITECTURE not in registry.ModelRegistry.models
-    ) else None
+    if ARCHITECTURE not in registry.ModelRegistry.models:
+        registry.ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
     route_model_impl(registry)
     check_config_early()
 
@@ -72,31 +71,33 @@ def check_config_early() -> None:
     table gets a public registration function.
     """
     config = importlib.import_module("vllm.model_executor.models.config")
-    module, name = PREFLIGHT_CLASS.split(":")
-    if ARCHITECTURE not in config.MODELS_CONFIG_MAP:
-        config.MODELS_CONFIG_MAP[ARCHITECTURE] = _LazyHook(module, name)
+    if ARCHITECTURE in config.MODELS_CONFIG_MAP:
+        return
 
+    class Preflight(config.VerifyAndUpdateConfig):  # type: ignore[misc, name-defined]
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            importlib.import_module(PREFLIGHT_MODULE).check(vllm_config)  # late: it imports torchtitan
 
-class _LazyHook:
-    """Stands in `MODELS_CONFIG_MAP` and imports the real hook (and torchtitan with it) when it is asked."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self._module, self._name = module, name
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(getattr(importlib.import_module(self._module), self._name), attribute)
+    config.MODELS_CONFIG_MAP[ARCHITECTURE] = Preflight
 
 
 def _wrap(owner: Any, name: str, parameters: list[str], wrapper: Callable[..., Any]) -> None:
+    """Replace the function `owner.name`, once; one that does not take `parameters` refuses torchtitan instead."""
     original = inspect.getattr_static(owner, name, None)
-    if getattr(original, MARK, False):
+    if original is None or getattr(original, MARK, False):
         return
-    found = list(inspect.signature(original).parameters) if callable(original) else None
-    if found != parameters:
-        raise RuntimeError(
-            f"titan_bridge does not know {owner.__qualname__}.{name}{tuple(found or ())}; "
-            f"it expects {tuple(parameters)} as in vllm 0.32"
-        )
-    patched = wrapper(original)
+    known = list(inspect.signature(original).parameters) == parameters
+    patched = wrapper(original) if known else _refuse(original)
     setattr(patched, MARK, True)
     setattr(owner, name, patched)
+
+
+def _refuse(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        if any(getattr(arg, "model_impl", None) == "torchtitan" for arg in (*args, *kwargs.values())):
+            raise BridgeError(unsupported() or f"titan_bridge does not know this {original.__qualname__}")
+        return original(*args, **kwargs)
+
+    return refusing

@@ -12,7 +12,7 @@ ARCHITECTURE = "TitanForCausalLM"
 """Name under which our class stands in vLLM's model registry."""
 
 MODEL_CLASS = "titan_bridge.engine.vllm_wrapper:TitanForCausalLM"
-PREFLIGHT_CLASS = "titan_bridge.engine.preflight:TitanConfigCheck"
+PREFLIGHT_MODULE = "titan_bridge.engine.preflight"
 
 
 def register() -> None:

@@ -1,7 +1,7 @@
 """`TitanForCausalLM`: a TorchTitan decoder behind the interface vLLM expects of a model.
 
 TorchTitan's own module classes are built, sharded by TorchTitan's own `parallelize`, and run. What serving
-changes is listed in `_Build`: paged attention, routed experts behind an opaque operator, one collective for
+changes is listed in `build.py`: paged attention, routed experts behind an opaque operator, one collective for
 each declared boundary, and rotary tables gathered once a step instead of once a layer.
 """
 
@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from titan_bridge.engine.build import build
 from titan_bridge.engine.loader import WeightLoader
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
@@ -34,13 +34,19 @@ class TitanForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         built = build(vllm_config)
+        plan = built.plan
         self.model = built.model
         self.ropes = built.ropes
-        self.sizes = built.sizes
+        self.plan = plan
         self.layout = built.layout
-        self.vocab_size = built.vocab_size
-        self.loader = WeightLoader(self.model, built.views, built.layout)
-        self._tp = built.sizes.tp
+        self.vocab_size = plan.hf["vocab_size"]
+        self.loader = WeightLoader(
+            built.held(),
+            plan.family.views(plan.hf, padded_vocab=plan.padded_vocab),
+            plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab),
+            plan.family.ignores,
+        )
+        self._tp = plan.sizes.tp
         self._gather = (
             tensor_model_parallel_all_gather if current_platform.use_all_gather() else tensor_model_parallel_gather
         )

@@ -1,0 +1,211 @@
+"""Builds the served model on one worker: TorchTitan's config tree in, live local shards out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
+from torchtitan.protocols.module import Module
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+
+from titan_bridge.device import use_cpu_if_no_accelerator
+from titan_bridge.engine.attention import PagedAttention
+from titan_bridge.engine.loader import Held
+from titan_bridge.engine.lower import lower, strip
+from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
+from titan_bridge.engine.options import TitanOptions, titan_options
+from titan_bridge.engine.rope import StepRopes
+from titan_bridge.layout import ParamSpec, specs
+from titan_bridge.mesh import DENSE, SPARSE, Sizes, describe, padded_vocab, to_parallel_dims
+from titan_bridge.models import Family, family_for
+from titan_bridge.models.experts import keep_expert_dtype
+from titan_bridge.parallelize import plan_for
+from titan_bridge.sharding.spec import attach_module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be built, decided from configs alone: no weights, no process group."""
+
+    hf: Mapping[str, Any]
+    family: Family
+    sizes: Sizes
+    options: TitanOptions
+    padded_vocab: int
+    """Rows of the embedding and the head: the vocabulary rounded up to a multiple of tp."""
+    max_model_len: int
+
+    @property
+    def spread(self) -> bool:
+        """Whether routed experts exchange tokens by all-to-all."""
+        return self.sizes.ep > 1 and not (self.sizes.ep == self.sizes.tp and self.sizes.dp == 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A model ready for weights."""
+
+    plan: Plan
+    model: Decoder
+    ropes: StepRopes
+    layout: Mapping[str, ParamSpec]
+
+    def held(self) -> dict[str, Held]:
+        """Every live parameter and persistent buffer with the pieces of it that this rank holds, by FQN."""
+        rank = dist.get_rank()
+        meshes = {name: describe(name, self.plan.sizes, rank=rank) for name in (DENSE, SPARSE)}
+        live = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        return {
+            fqn: Held(
+                tensor=live[fqn],
+                pieces=known.spec.pieces(
+                    known.shape, meshes[known.spec.mesh].shape, meshes[known.spec.mesh].coordinate(rank)
+                ),
+            )
+            for fqn, known in self.layout.items()
+        }
+
+    def describe(self) -> str:
+        """Meshes and sizes in words, for the log."""
+        sizes = self.plan.sizes
+        return (
+            f"dense mesh (dp_replicate={sizes.dp_replicate}, fsdp={sizes.fsdp}, tp={sizes.tp}), "
+            f"sparse mesh (dp_replicate={sizes.dp_replicate}, efsdp={sizes.efsdp}, ep={sizes.ep}), "
+            f"dense weights {self.plan.options.dense}"
+        )
+
+
+def plan_from(vllm_config: VllmConfig, *, dp: int) -> Plan:
+    """Read vLLM's config; `dp` is the data-parallel size that spans one process group (1 for dense replicas).
+
+    Raises:
+        BridgeError: Unsupported model, field, option or size, in one line.
+    """
+    options = titan_options(vllm_config.additional_config)
+    hf = vllm_config.model_config.hf_config.to_dict()
+    family = family_for(hf)
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    expert_parallel = vllm_config.parallel_config.enable_expert_parallel
+    ep = (options.ep or dp * tp) if expert_parallel and vllm_config.model_config.is_moe else 1
+    sizes = Sizes(dp=dp, tp=tp, ep=ep)
+    return Plan(
+        hf=hf,
+        family=family,
+        sizes=sizes,
+        options=options,
+        padded_vocab=padded_vocab(hf["vocab_size"], sizes),
+        max_model_len=vllm_config.model_config.max_model_len,
+    )
+
+
+def model_config(plan: Plan) -> Decoder.Config:
+    """TorchTitan's config tree with sharding declared, for `plan`; attention still TorchTitan's."""
+    config = plan.family.model_config(plan.hf, padded_vocab=plan.padded_vocab)
+    keep_expert_dtype(config)
+    for layer in config.layers:
+        layer.attention.rope.max_seq_len = plan.max_model_len
+        if layer.moe is not None and plan.spread:
+            local = layer.moe.routed_experts.token_dispatcher
+            layer.moe.routed_experts.token_dispatcher = AllToAllTokenDispatcher.Config(
+                num_experts=local.num_experts, top_k=local.top_k
+            )
+    return config
+
+
+def build(vllm_config: VllmConfig) -> Built:
+    """Build this rank's part of the model on the worker's device; weights are uninitialised."""
+    use_cpu_if_no_accelerator()
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    plan = plan_from(vllm_config, dp=dist.get_world_size() // tp)
+    config = model_config(plan)
+    layout = specs(config, plan.sizes, dense=plan.options.dense)
+    for index, layer in enumerate(config.layers):
+        attention = layer.attention
+        heads, kv_heads = attention.n_heads, attention.n_kv_heads or attention.n_heads
+        attention.inner_attention = PagedAttention.Config(
+            layer=index,
+            n_heads=heads // tp,
+            n_kv_heads=kv_heads // tp,
+            head_dim=attention.head_dim or config.dim // heads,
+            sliding_window=plan.family.sliding_window(plan.hf, index),
+        )
+    plan_for(plan.family).set_sharding(config, enable_ep=plan.sizes.ep > 1)
+    with torch.device("meta"):
+        model = config.build()
+    # The DTensor backend only carries the layout here: `_localise` takes the local shards out again.
+    model.parallelize(to_parallel_dims(plan.sizes, spmd_backend="partial_dtensor"))
+    _localise(model)
+    _serve_experts(model, plan, vllm_config)
+    lower(model)
+    ropes = StepRopes(model)
+    device = torch.device(vllm_config.device_config.device)
+    _materialise(model, device)
+    ropes.fill(device)
+    _attach(model, layout)
+    return Built(plan=plan, model=model, ropes=ropes, layout=layout)
+
+
+def _localise(model: nn.Module) -> None:
+    """Replace each DTensor by this rank's local shard (still on meta)."""
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            local = param.data.to_local() if isinstance(param.data, DTensor) else param.data
+            module.register_parameter(name, nn.Parameter(local, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if isinstance(buffer, DTensor):
+                module._buffers[name] = buffer.to_local()
+
+
+def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
+    for index, layer in enumerate(model.layers.values()):
+        moe = getattr(layer, "moe", None)
+        if not isinstance(moe, MoE):
+            continue
+        # Router and experts run on what the rank holds; the MoE block's own boundary reduces the sum.
+        strip(moe.router)
+        strip(moe.routed_experts)
+        experts = moe.routed_experts
+        assert isinstance(moe.router, TokenChoiceTopKRouter) and isinstance(experts, RoutedExperts)
+        if plan.sizes.ep > 1 and not plan.spread:
+            count = moe.router.num_experts // plan.sizes.ep
+            experts.token_dispatcher = OwnExpertsDispatcher(
+                experts.token_dispatcher, first=count * get_tensor_model_parallel_rank(), count=count
+            )
+        moe.routed_experts = ServedExperts(
+            experts,
+            name=f"model.layers.{index}.mlp.experts",
+            spread=plan.spread,
+            compilation=vllm_config.compilation_config,
+        )
+
+
+def _materialise(model: Decoder, device: torch.device) -> None:
+    """Allocate the local shards, zero, and compute the buffers that no checkpoint holds."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    local = torch.zeros_like(tensor, device=device)
+                    tensors[name] = nn.Parameter(local, requires_grad=False) if tensors is module._parameters else local
+    for module in model.modules():
+        if isinstance(module, Module):
+            module._init_self_buffers(buffer_device=device)
+    if model.enable_weight_tying:
+        model.lm_head.weight = model.tok_embeddings.weight
+
+
+def _attach(model: nn.Module, layout: Mapping[str, ParamSpec]) -> None:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in [*module._parameters, *module._buffers]:
+            fqn = f"{prefix}.{name}" if prefix else name
+            if (known := layout.get(fqn)) is not None and getattr(module, name) is not None:
+                attach_module(module, name, known.spec.mesh, known.spec.placements)

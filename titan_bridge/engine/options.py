@@ -1,0 +1,43 @@
+"""Our options inside vLLM: `additional_config={"titan": {...}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from titan_bridge.errors import BridgeError
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class TitanOptions:
+    """What `additional_config.titan` may say."""
+
+    dense: Literal["replicate", "shard"] = "replicate"
+    """Dense weights on each dp rank: a whole copy, or `1/dp` of them, gathered layer by layer."""
+    ep: int | None = None
+    """Expert-parallel size if not `dp * tp`, for example 2; a divisor of `dp * tp` and of the experts."""
+    attach_specs: bool = False
+    """Declare ShardingSpecs on vLLM's own models too (`model_impl` other than `torchtitan`)."""
+
+
+def titan_options(additional_config: Any) -> TitanOptions:
+    """The options in a vLLM `additional_config`; defaults where it has no `titan` table.
+
+    Raises:
+        BridgeError: An unknown key or a value of the wrong type, named with what is allowed.
+    """
+    given = additional_config.get("titan", {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(given, Mapping):
+        raise BridgeError(f"additional_config.titan is {given!r}; it must be a table such as {{'dense': 'shard'}}")
+    known = ", ".join(TitanOptions.__dataclass_fields__)
+    try:
+        return TitanOptions(**{str(key): value for key, value in given.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            raise BridgeError(f"unknown key additional_config.titan.{key}; allowed: {known}") from None
+        raise BridgeError(f"additional_config.titan.{key} is {first['input']!r}: {first['msg']}") from None

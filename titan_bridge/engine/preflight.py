@@ -1,0 +1,41 @@
+"""What can be refused before any worker starts, in the process the user talks to."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+from titan_bridge.engine.build import model_config, plan_from
+from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import check_divides
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Check model, sizes and options of a `VllmConfig` that asks for torchtitan.
+
+    vLLM calls it through its per-architecture configuration hooks (`patches.check_config_early`).
+
+    Raises:
+        BridgeError: One line that names the field, the value given and what is allowed.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise BridgeError(
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported with "
+            "model_impl='torchtitan'; allowed: 1"
+        )
+    if vllm_config.lora_config is not None:
+        raise BridgeError("LoRA is not supported with model_impl='torchtitan'; leave enable_lora off")
+    if vllm_config.quant_config is not None or vllm_config.model_config.quantization is not None:
+        raise BridgeError(
+            f"quantization={vllm_config.model_config.quantization} is not supported with "
+            "model_impl='torchtitan'; leave it out"
+        )
+    plan = plan_from(vllm_config, dp=parallel.data_parallel_size if vllm_config.model_config.is_moe else 1)
+    config = model_config(plan)
+    check_divides(config, plan.sizes)
+    limit = plan.hf["max_position_embeddings"]
+    if plan.max_model_len > limit:
+        raise BridgeError(
+            f"max_model_len={plan.max_model_len} is over the model's rope limit "
+            f"max_position_embeddings={limit}; allowed: up to {limit}"
+        )

@@ -1,0 +1,62 @@
+"""Rotary tables gathered once a step for all layers.
+
+TorchTitan gives each layer its own table of all positions and looks the step's positions up in each. Serving
+keeps one table for each distinct rope config and hands every layer the rows of this step in place of the
+positions; the rotation itself stays TorchTitan's.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import nn
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.rope import RoPE
+
+
+class _Rotate(nn.Module):
+    """Stands at `attention.rope`: applies rows that were gathered before."""
+
+    def __init__(self, rope: RoPE) -> None:
+        super().__init__()
+        self._apply_rotary = type(rope).apply_rotary_emb
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._apply_rotary(query, key, rows)
+
+
+class StepRopes(nn.Module):
+    """The distinct rope tables of a model, and which of them each layer uses."""
+
+    def __init__(self, model: Decoder) -> None:
+        """Moves every layer's rope out of `model`, which must still be on meta."""
+        super().__init__()
+        self.tables = nn.ModuleList()
+        self.table_of_layer: list[int] = []
+        known: dict[str, int] = {}
+        for layer in model.layers.values():
+            rope = layer.attention.rope
+            key = f"{type(rope).__qualname__} {json.dumps(rope.config.to_dict(), sort_keys=True, default=str)}"
+            if key not in known:
+                known[key] = len(self.tables)
+                self.tables.append(rope)
+            self.table_of_layer.append(known[key])
+            layer.attention.rope = _Rotate(rope)
+
+    def fill(self, device: torch.device) -> None:
+        """Compute the tables (float32 or complex64) on `device`, whatever the model's dtype."""
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            for rope in self.tables:
+                rope._init_self_buffers(buffer_device=device)
+        finally:
+            torch.set_default_dtype(dtype)
+
+    def gather(self, positions_T: torch.Tensor, h_BLD: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of each table for `positions_T` (int, this step's tokens), shaped for broadcast over heads."""
+        query = h_BLD.new_empty((1, positions_T.shape[0], 1, self.tables[0].config.dim))
+        return [rope._reshape_cache(query, positions_T.unsqueeze(0)) for rope in self.tables]
