@@ -12,7 +12,7 @@ mkdir -p "$out"
 if [ ! -f "$model/config.json" ]; then
     titan_say "making a small Qwen3-MoE in Hugging Face format in $model"
     rm -rf "$model.part"
-    "$PYTHON" -m titan_bridge.testing.make_checkpoint qwen3_moe "$model.part"
+    "$PYTHON" -c "from titan_bridge.testing import make_checkpoint; make_checkpoint('$model.part', 'qwen3_moe')"
     rm -rf "$model"
     mv "$model.part" "$model"
 fi

@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from titan_bridge import __version__
 from titan_bridge.errors import BridgeError
@@ -21,6 +22,7 @@ COMMANDS = {
     "doctor": "titan_bridge.commands.doctor:Doctor",
     "generate": "titan_bridge.commands.generate:Generate",
     "serve": "titan_bridge.commands.serve:Serve",
+    "parity": "titan_bridge.commands.parity:Parity",
     "config": "titan_bridge.commands.config:Config",
 }
 """Name -> "module:class". A class with a field `vllm_options` takes the options that it does not know."""
@@ -76,7 +78,7 @@ def _run(arguments: list[str]) -> int:
     return _parse(name, rest).run()
 
 
-def _parse(name: str, arguments: list[str]):
+def _parse(name: str, arguments: list[str]) -> Any:
     import tyro  # a tenth of a second that --version and the overview do without
 
     module, class_name = COMMANDS[name].split(":")

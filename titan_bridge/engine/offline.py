@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
+Sampling = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""Keyword arguments of vLLM's `SamplingParams`, for all prompts or one mapping for each."""
 
 EXIT_SECONDS = 60
 """How long a dp rank may take to shut down after all ranks are done."""
@@ -56,6 +58,8 @@ class Completion:
     """One for each of `token_ids`, if sampling asked for logprobs."""
     prompt_logprobs: tuple[float | None, ...] | None = None
     """One for each of `prompt_token_ids`, the first None, if sampling asked for prompt_logprobs."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that came out of the prefix cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,14 +83,14 @@ class Outcome:
 
 
 def generate(
-    config: InferConfig, prompts: Sequence[Prompt] | None = None, sampling: Mapping[str, Any] | None = None
+    config: InferConfig, prompts: Sequence[Prompt] | None = None, sampling: Sampling | None = None
 ) -> Outcome:
     """Load the model and continue the prompts.
 
     Args:
         config: what to serve and how; `config.generate` is used where the next two are None.
         prompts: texts or lists of token ids; dealt out to the dp ranks in turn.
-        sampling: keyword arguments of vLLM's `SamplingParams`.
+        sampling: of all prompts, or one for each.
 
     Raises:
         BridgeError: bad model directory, sizes, options, or a class that is not ours.
@@ -163,13 +167,15 @@ def check_class(model_impl: str, workers: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _generate(
-    llm: LLM, prompts: Sequence[Prompt], sampling: Mapping[str, Any]
+    llm: LLM, prompts: Sequence[Prompt], sampling: Sampling
 ) -> tuple[list[Completion], float]:
     from vllm import SamplingParams  # noqa: PLC0415  as in engine()
 
     inputs: list[Any] = [p if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts]
     started = time.perf_counter()
-    outputs = llm.generate(inputs, SamplingParams(**sampling), use_tqdm=False)
+    one = isinstance(sampling, Mapping)
+    params = SamplingParams(**sampling) if one else [SamplingParams(**each) for each in sampling]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
     seconds = time.perf_counter() - started
     return [_completion(output) for output in outputs], seconds
 
@@ -186,6 +192,7 @@ def _completion(output: Any) -> Completion:
         finish_reason=answer.finish_reason,
         logprobs=_chosen(answer.logprobs, token_ids),  # type: ignore[arg-type]  # no None after the prompt
         prompt_logprobs=_chosen(output.prompt_logprobs, prompt_token_ids),
+        cached_tokens=output.num_cached_tokens or 0,
     )
 
 
@@ -202,7 +209,7 @@ def _chosen(table: Any, token_ids: Sequence[int]) -> tuple[float | None, ...] | 
 
 
 def _generate_dp(
-    config: InferConfig, prompts: Sequence[Prompt], sampling: Mapping[str, Any], *, lockstep: bool
+    config: InferConfig, prompts: Sequence[Prompt], sampling: Sampling, *, lockstep: bool
 ) -> Outcome:
     dp, tp = config.parallel.dp, config.parallel.tp
     common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
@@ -214,7 +221,7 @@ def _generate_dp(
                 job = {
                     "config": dataclasses.asdict(config),
                     "prompts": [p if isinstance(p, str) else list(p) for p in prompts[rank::dp]],
-                    "sampling": dict(sampling),
+                    "sampling": dict(sampling) if isinstance(sampling, Mapping) else list(sampling[rank::dp]),
                     "lockstep": lockstep,
                     "answer": f"{folder}/{rank}.json",
                 }

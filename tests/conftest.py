@@ -1,0 +1,124 @@
+"""Shared by all tests: a quiet environment, no test that hangs for ever, no process that outlives the run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKSTOP_SECONDS = 30
+_PR_SET_CHILD_SUBREAPER = 36
+_STDERR = os.dup(2)  # before pytest captures it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Orphaned grandchildren become our children, where the end of the run finds them.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Backstop for pytest-timeout, whose signal cannot interrupt C code (a collective that waits for a dead rank).
+
+    A little after it, print where every thread stands and end the child processes, which ends the wait.
+    """
+    marker = item.get_closest_marker("timeout")
+    limit = float(marker.args[0] if marker and marker.args else item.config.getini("timeout") or 300)
+    timer = threading.Timer(limit + BACKSTOP_SECONDS, _backstop, (item.nodeid,))
+    timer.daemon = True
+    timer.start()
+    try:
+        return (yield)
+    finally:
+        timer.cancel()
+
+
+def _backstop(test: str) -> None:
+    os.write(_STDERR, f"\n{test} is past its timeout; ending its child processes\n".encode())
+    faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+    kill(descendants())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    left = [pid for pid in descendants() if "resource_tracker" not in _command(pid)]
+    if left:
+        names = ", ".join(f"{pid} ({_command(pid)[:80]})" for pid in left)
+        os.write(_STDERR, f"\nended processes that tests left behind: {names}\n".encode())
+        kill(left)
+
+
+def descendants(of: int | None = None) -> list[int]:
+    """Process ids of all living children, theirs, and so on; zombies left out."""
+    found: list[int] = []
+    todo = [of or os.getpid()]
+    while todo:
+        pid = todo.pop()
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                todo += (children := [int(child) for child in task.read_text().split()])
+                found += [child for child in children if not _is_zombie(child)]
+    return found
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return "?"
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def no_orphans() -> Iterator[None]:
+    """Fails the test if a process that it started is still alive at its end."""
+    before = set(descendants())
+    yield
+    left = [p for p in descendants() if p not in before and "resource_tracker" not in _command(p)]
+    commands = [_command(pid) for pid in left]
+    kill(left)
+    assert not left, f"left alive: {commands}"
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    """A port on 127.0.0.1 that somebody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def bin_dir() -> Path:
+    """Where the console scripts of this environment are."""
+    return Path(sys.executable).parent

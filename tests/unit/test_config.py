@@ -1,0 +1,244 @@
+"""TOML for inference: what is accepted, who overrides whom, and what a refusal says."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import typing
+from pathlib import Path
+
+import pytest
+
+from titan_bridge.commands.infer import format_vllm_options, parse_vllm_options
+from titan_bridge.config.reader import json_schema, parse_set, resolve
+from titan_bridge.config.schema import SCHEMAS, InferConfig
+from titan_bridge.errors import BridgeError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs/infer").glob("*.toml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "a.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_are_accepted_and_named_for_their_sizes(path):
+    config = resolve(InferConfig, file=path).config
+    for axis in ("dp", "tp", "ep"):
+        size = getattr(config.parallel, axis)
+        assert size == 1 or f"{axis}{size}" in path.stem
+
+
+def test_there_are_shipped_files():
+    assert len(SHIPPED) >= 5
+
+
+def test_defaults_then_file_then_set_then_flag(write):
+    file = write('model = "m"\ndtype = "float32"\n[parallel]\ntp = 2\nep = 2\n')
+    resolved = resolve(
+        InferConfig,
+        file=file,
+        sets=["parallel.dp=2", "dtype=float16", "vllm.seed=3"],
+        flags={"dtype": "bfloat16", "max_model_len": None},
+    )
+    config = resolved.config
+    assert (config.dtype, config.parallel.dp, config.parallel.tp) == ("bfloat16", 2, 2)
+    assert config.parallel.dense == "replicate"
+    origins = {key: origin for key, _, origin in resolved.table()}
+    assert origins == origins | {
+        "model": file,
+        "dtype": "--dtype",
+        "parallel.dp": "--set",
+        "parallel.tp": file,
+        "parallel.dense": "default",
+        "max_model_len": "default",
+        "vllm.seed": "--set",
+    }
+
+
+def test_nothing_is_silently_dropped_on_the_way_to_vllm(write):
+    file = write(
+        'model = "m"\nmax_model_len = 64\n[parallel]\ntp = 2\nep = 2\ndense = "shard"\n'
+        "[vllm]\nenforce_eager = true\nmax-num-seqs = 4\nadditional_config = {other = 1}\n"
+    )
+    assert resolve(InferConfig, file=file).config.engine_options() == {
+        "model": "m",
+        "model_impl": "torchtitan",
+        "dtype": "auto",
+        "max_model_len": 64,
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "enforce_eager": True,
+        "max_num_seqs": 4,
+        "additional_config": {"other": 1, "titan": {"dense": "shard"}},
+    }
+
+
+def test_ep_between_none_and_all_becomes_our_option(write):
+    config = resolve(InferConfig, file=write('model="m"\nparallel={dp=2,tp=2,ep=2}')).config
+    assert config.engine_options()["additional_config"] == {"titan": {"ep": 2}}
+    assert config.engine_options()["enable_expert_parallel"] is True
+
+
+REFUSED = {
+    'modle = "m"': "unknown key modle; did you mean model? allowed in the top level: dtype, generate",
+    'model = "m"\n[paralel]\ntp = 2': "unknown key paralel; did you mean parallel?",
+    'model = "m"\n[parallel]\ntpp = 2': "unknown key parallel.tpp; did you mean parallel.tp? "
+    "allowed in [parallel]: dense, dp, ep, tp",
+    'model = "m"\n[parallel]\nzzz = 2': "unknown key parallel.zzz; allowed in [parallel]: dense, dp, ep, tp",
+    "model = 1": "model = 1 (int) is not allowed; it must be a string",
+    'model = "m"\n[parallel]\ntp = 0': "parallel.tp = 0 (int) is not allowed; it must be greater than or equal to 1",
+    'model = "m"\n[parallel]\ntp = "2"': "parallel.tp = '2' (str) is not allowed; it must be an integer",
+    'model = "m"\n[parallel]\ntp = true': "parallel.tp = True (bool) is not allowed; it must be an integer",
+    'model = "m"\n[parallel]\ntp = 2\nep = 3': "ep=3 does not divide dp * tp = 1 * 2 = 2; allowed: 1, 2",
+    'model = "m"\nparallel = 2': "parallel = 2 (int) is not allowed; it must be a table",
+    'model = "m"\ndtype = "fp8"': "it must be 'auto', 'float32', 'bfloat16' or 'float16'",
+    'model = "m"\n[generate]\nprompts = "x"': "generate.prompts = 'x' (str) is not allowed; it must be a list",
+    'model = "m"\n[generate]\nprompts = []': "it must be a list that is not empty",
+    'model = "m"\n[generate]\nprompts = [1]': "generate.prompts.0 = 1 (int) is not allowed; it must be a string",
+    'model = "m"\n[generate]\ntop_p = 1.5': "generate.top_p = 1.5 (float)",
+    'model = "m"\n[vllm]\ntensor_parallel_size = 2': "vllm.tensor_parallel_size is set by parallel.tp",
+    'model = "m"\n[vllm.additional_config]\ntitan = 1': "vllm.additional_config.titan is 1; it must be a table",
+    "[parallel]\ntp = 1": "the key model is missing; it is required",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text.replace("\n", " "))
+def test_refused_with_file_key_and_remedy_in_one_line(write, text):
+    file = write(text)
+    with pytest.raises(BridgeError) as caught:
+        resolve(InferConfig, file=file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: ")
+    assert REFUSED[text] in message
+    assert "\n" not in message
+
+
+SYNTAX = {
+    'model = "m"\ndtype = ': ":2:9: ",
+    'model = "m\n': ":1:11: ",
+    'model = "m"\nmodel = "n"': ":2:12: ",
+    "[parallel\n": ":1:10: ",
+}
+
+
+@pytest.mark.parametrize("text", SYNTAX, ids=lambda text: text.replace("\n", " "))
+def test_syntax_errors_name_file_line_and_column(write, text):
+    file = write(text)
+    with pytest.raises(BridgeError) as caught:
+        resolve(InferConfig, file=file)
+    assert str(caught.value).startswith(f"{file}{SYNTAX[text]}TOML syntax: ")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "bytes.toml").write_bytes(b'model = "\xff"')
+    for name, expected in {
+        "none.toml": "does not exist",
+        "bytes.toml": "is not UTF-8 text (byte 9)",
+        "": "cannot be read: Is a directory",
+    }.items():
+        with pytest.raises(BridgeError, match=f".*{name}.*") as caught:
+            resolve(InferConfig, file=tmp_path / name)
+        assert expected in str(caught.value)
+
+
+def test_a_flag_that_clashes_with_the_file_names_both(write):
+    file = write('model = "m"\n[parallel]\ntp = 2\n')
+    with pytest.raises(BridgeError) as caught:
+        resolve(InferConfig, file=file, flags={"parallel.ep": 3})
+    assert str(caught.value).startswith(f"{file}, --ep: ep=3 does not divide")
+
+
+def test_set_reads_toml_values_and_bare_words():
+    for text, value in {
+        "a.b=2": 2,
+        "a.b=[1, 2]": [1, 2],
+        "a.b = true": True,
+        'a.b="2"': "2",
+        "a.b=out/demo": "out/demo",
+        "a.b=x=y": "x=y",
+    }.items():
+        assert parse_set(text) == ("a.b", value)
+    for text in ("a.b", "=2", "a b=2"):
+        with pytest.raises(BridgeError, match="is not key=value"):
+            parse_set(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("foo=1", "--set foo: unknown key foo"),
+        ("model.a=1", "--set model.a: model is a value, not a table"),
+        ("parallel.tp=x", "--set: parallel.tp = 'x' (str) is not allowed; it must be an integer"),
+    ],
+)
+def test_refused_sets_say_that_it_was_a_set(text, message):
+    with pytest.raises(BridgeError) as caught:
+        resolve(InferConfig, sets=["model=m", text])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_json_schema_has_every_field_with_its_description(kind):
+    schema = json_schema(SCHEMAS[kind])
+    classes = [SCHEMAS[kind]]
+    while classes:
+        cls = classes.pop()
+        part = schema if cls is SCHEMAS[kind] else schema["$defs"][cls.__name__]
+        assert part["additionalProperties"] is False
+        assert set(part["properties"]) == {field.name for field in dataclasses.fields(cls)}
+        for name, hint in typing.get_type_hints(cls).items():
+            assert part["properties"][name]["description"], f"{cls.__name__}.{name} has no docstring"
+            if dataclasses.is_dataclass(hint):
+                classes.append(hint)
+
+
+def test_one_file_reads_toml():
+    found = subprocess.run(
+        [
+            "grep",
+            "-rlE",
+            r"^\s*(import|from) (tomli|tomllib)\b",
+            "titan_bridge",
+            "parallelize",
+            "--include=*.py",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == ["titan_bridge/config/reader.py"]
+
+
+def test_vllm_options_from_the_command_line():
+    options = parse_vllm_options(
+        [
+            "--max-num-seqs",
+            "4",
+            "--enforce-eager",
+            "--seed=7",
+            "--no-enable-prefix-caching",
+            "--x",
+            "[1]",
+            "--name",
+            "a",
+        ]
+    )
+    assert options == {
+        "max_num_seqs": 4,
+        "enforce_eager": True,
+        "seed": 7,
+        "enable_prefix_caching": False,
+        "x": [1],
+        "name": "a",
+    }
+    assert parse_vllm_options(format_vllm_options(options)) == options
+    with pytest.raises(BridgeError, match="'4' is not an option"):
+        parse_vllm_options(["4"])

