@@ -36,7 +36,10 @@ def materialize(model: Decoder, device: torch.device | str) -> Decoder:
 
 
 def tie(model: Decoder) -> None:
-    """Make the head share the embedding's parameter where the config says so; in place, idempotent."""
+    """Make the head share the embedding's parameter where the config says so; in place, idempotent.
+
+    Needed after ``to_empty`` from the meta device and after ``parallelize``: both register new parameters.
+    """
     if model.enable_weight_tying and model.tok_embeddings is not None and model.lm_head is not None:
         model.lm_head.weight = model.tok_embeddings.weight
 

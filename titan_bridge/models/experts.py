@@ -38,7 +38,7 @@ class KeepDtypeGroupedExperts(GroupedExperts):
             weight.to_local() if isinstance(weight, DTensor) else weight
             for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
         )
-        if w1.dtype == torch.bfloat16:
+        if w1.dtype == torch.bfloat16 and not _is_odd(w1):
             return GroupedExperts.forward(self, x_RD, num_tokens_per_expert_E)
         ends = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         x = x_RD.to(w1.dtype)
@@ -46,8 +46,8 @@ class KeepDtypeGroupedExperts(GroupedExperts):
         return self._product(gate * self._product(x, w3, ends), w2, ends).type_as(x_RD)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """``x[rows of e] @ weight[e].T`` for each expert e: ``[R, in]`` by ``[E, out, in]`` gives ``[R, out]``."""
-        if any(size * x.element_size() % _ROW_BYTES for size in weight.shape[1:]):
+        """``x[rows of e] @ weight[e].T`` for each expert e: ``[R, in], [E, out, in] -> [R, out]``."""
+        if _is_odd(weight):
             return self._product_of_odd_sizes(x, weight, ends)
         return self._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)
 
@@ -61,6 +61,11 @@ class KeepDtypeGroupedExperts(GroupedExperts):
                 out[start:end] = x[start:end] @ weight[expert].T
             start = end
         return out
+
+
+def _is_odd(weight: torch.Tensor) -> bool:
+    """Whether rows of the matrices ``[E, out, in]`` or of their products are of a length that grouped_mm refuses."""
+    return any(size * weight.element_size() % _ROW_BYTES for size in weight.shape[1:])
 
 
 def keep_expert_dtype(config: Decoder.Config) -> None:

@@ -83,7 +83,7 @@ class Family(ABC):
 
     @abstractmethod
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
-        """config.json for a TorchTitan config whose weights have ``dtype``: the reverse of ``model_config``."""
+        """config.json for a TorchTitan config with weights of ``dtype``: the reverse of ``model_config``."""
 
 
 def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:

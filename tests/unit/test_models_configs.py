@@ -1,0 +1,346 @@
+"""config.json -> TorchTitan config and back, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torchtitan.distributed import parallel_dims
+from torchtitan.models.common import ComplexRoPE, CosSinRoPE
+from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.llama3.model import Llama3Model
+from torchtitan.models.qwen3.model import Qwen3Model
+
+from titan_bridge.device import use_cpu_if_no_accelerator
+from titan_bridge.errors import BridgeError
+from titan_bridge.models import UnsupportedModelError, families, family_for, family_of, load_hf_config
+
+COMMON = {
+    "vocab_size": 777,
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 48,
+    "intermediate_size": 256,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LLAMA = COMMON | {
+    "architectures": ["LlamaForCausalLM"],
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3_ROPE},
+}
+QWEN3 = COMMON | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+MOE = COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3],
+    "norm_topk_prob": True,
+}
+
+
+def test_every_supported_architecture_builds_torchtitans_own_model() -> None:
+    expected = {
+        "LlamaForCausalLM": Llama3Model,
+        "Qwen3ForCausalLM": Qwen3Model,
+        "Qwen3MoeForCausalLM": Qwen3Model,
+    }
+    assert {name for family in families() for name in family.architectures} == expected.keys()
+    for hf in (LLAMA, QWEN3, MOE):
+        config = family_for(hf).model_config(hf)
+        with torch.device("meta"):
+            assert type(config.build()) is expected[hf["architectures"][0]]
+        assert family_of(config) is family_for(hf)
+
+
+def test_layers_share_nothing_that_a_caller_may_replace() -> None:
+    config = family_for(LLAMA).model_config(LLAMA)
+    inner = [layer.attention.inner_attention for layer in config.layers]
+    assert all(type(item) is FlexAttention.Config for item in inner)
+    assert len({id(item) for item in inner}) == len(inner)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3_ROPE}},
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE},
+            "rope_parameters": None,
+        },
+        {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **LLAMA3_ROPE}, "rope_parameters": None},
+    ],
+)
+def test_both_spellings_of_rope_settings_are_read(spelling: dict[str, Any]) -> None:
+    hf = LLAMA | spelling
+    rope = family_for(hf).model_config(hf).layers[0].attention.rope
+    assert type(rope) is ComplexRoPE.Config
+    assert (rope.dim, rope.max_seq_len, rope.theta, rope.scaling) == (48, 512, 500000.0, "llama")
+    assert (rope.scaling_factor, rope.low_freq_factor, rope.high_freq_factor) == (8.0, 1.0, 4.0)
+    assert rope.original_max_position_embeddings == 128
+
+
+def test_plain_rope_is_read_from_both_spellings() -> None:
+    for spelling in (
+        {"rope_theta": 1e6},
+        {"rope_parameters": {"rope_theta": 1e6}},
+        {"rope_theta": 1e6, "rope_scaling": None},
+    ):
+        rope = family_for(QWEN3).model_config(QWEN3 | spelling).layers[0].attention.rope
+        assert type(rope) is CosSinRoPE.Config
+        assert (rope.theta, rope.scaling) == (1e6, "none")
+
+
+def test_sparse_layers_are_those_that_the_config_says() -> None:
+    config = family_for(MOE).model_config(MOE)
+    assert [layer.moe is not None for layer in config.layers] == [False, True, False, False]
+    moe = config.layers[1].moe
+    assert (moe.num_experts, moe.router.top_k, moe.router.route_norm, moe.router.score_func) == (
+        8,
+        3,
+        True,
+        "softmax",
+    )
+    assert moe.routed_experts.inner_experts.hidden_dim == 64
+    assert moe.load_balance_coeff is None
+    assert family_for(MOE).model_config(MOE, expert_bias=True).layers[1].moe.load_balance_coeff is not None
+    assert (
+        family_for(MOE).model_config(MOE | {"norm_topk_prob": False}).layers[1].moe.router.route_norm is False
+    )
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    left_out = ("num_key_value_heads", "head_dim")
+    for hf, config_class in (
+        (LLAMA, transformers.LlamaConfig),
+        (QWEN3, transformers.Qwen3Config),
+        (MOE, transformers.Qwen3MoeConfig),
+    ):
+        short = {name: value for name, value in hf.items() if name not in left_out} | {
+            "num_attention_heads": 32,
+            "hidden_size": 256,
+        }
+        attention = family_for(short).model_config(short).layers[0].attention
+        theirs = config_class(**short)
+        assert attention.n_kv_heads == theirs.num_key_value_heads
+        # Qwen3MoeConfig has no head_dim of its own; its model divides.
+        assert attention.rope.dim == (getattr(theirs, "head_dim", None) or 256 // 32)
+        assert family_for(short).model_config(short).norm.eps == theirs.rms_norm_eps
+
+
+@pytest.mark.parametrize("hf", [LLAMA, QWEN3, MOE, MOE | {"mlp_only_layers": [], "decoder_sparse_step": 1}])
+def test_a_config_written_back_means_the_same_to_us_and_to_transformers(hf: dict[str, Any]) -> None:
+    family = family_for(hf)
+    written = family.hf_config(family.model_config(hf), dtype="float32")
+    assert json.loads(json.dumps(written)) == written
+    assert family.views(written) == family.views(hf)
+    config, again = family.model_config(hf), family.model_config(written)
+    assert again.layers[0].attention.rope == config.layers[0].attention.rope
+    assert again.enable_weight_tying == config.enable_weight_tying
+    config_class = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}.get(
+        written["model_type"], transformers.Qwen3MoeConfig
+    )
+    theirs, original = config_class(**written), config_class(**hf)
+    for name in (
+        "hidden_size",
+        "num_key_value_heads",
+        "head_dim",
+        "rope_parameters",
+        "vocab_size",
+        "rms_norm_eps",
+    ):
+        assert getattr(theirs, name) == getattr(original, name), name
+    if "num_experts" in hf:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
+            assert getattr(theirs, name) == getattr(original, name), name
+
+
+def test_sliding_windows_are_those_of_transformers() -> None:
+    for extra in (
+        {},
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 0},
+    ):
+        hf = QWEN3 | extra
+        theirs = transformers.Qwen3Config(**hf)
+        expected = [
+            theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types
+        ]
+        assert [family_for(hf).sliding_window(hf, layer) for layer in range(4)] == expected
+    hf = MOE | {"use_sliding_window": True, "sliding_window": 16}
+    assert [family_for(hf).sliding_window(hf, layer) for layer in range(4)] == [16] * 4
+    assert family_for(LLAMA).sliding_window(LLAMA, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("hf", "change", "message"),
+    [
+        (
+            LLAMA,
+            {"attention_bias": True},
+            "LlamaForCausalLM: attention_bias=true in config.json is not supported; allowed: false",
+        ),
+        (
+            LLAMA,
+            {"mlp_bias": True},
+            "LlamaForCausalLM: mlp_bias=true in config.json is not supported; allowed: false",
+        ),
+        (
+            QWEN3,
+            {"hidden_act": "gelu"},
+            "Qwen3ForCausalLM: hidden_act='gelu' in config.json is not supported; allowed: 'silu'",
+        ),
+        (
+            QWEN3,
+            {"quantization_config": {"quant_method": "fp8"}},
+            "Qwen3ForCausalLM: quantization_config={'quant_method': 'fp8'} in config.json is not supported; "
+            "allowed: leaving it out",
+        ),
+        (
+            QWEN3,
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "Qwen3ForCausalLM, rope_scaling: rope_type='yarn' in config.json is not supported; allowed: default",
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "LlamaForCausalLM, rope_parameters: rope_type='linear' in config.json is not supported; "
+            "allowed: default, llama3",
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}},
+            "LlamaForCausalLM, rope_parameters: config.json has no high_freq_factor, which is needed; add it",
+        ),
+        (
+            QWEN3,
+            {"partial_rotary_factor": 0.5},
+            "Qwen3ForCausalLM, rope_parameters: partial_rotary_factor=0.5 in config.json is not supported; "
+            "allowed: 1.0",
+        ),
+        (
+            QWEN3,
+            {"num_key_value_heads": 3},
+            "Qwen3ForCausalLM: num_key_value_heads=3 in config.json is not supported; "
+            "allowed: a divisor of num_attention_heads: 1, 2, 4, 8",
+        ),
+        (
+            QWEN3,
+            {"head_dim": 47},
+            "Qwen3ForCausalLM: head_dim=47 in config.json is not supported; "
+            "allowed: an even number, which rotary positions need",
+        ),
+        (
+            QWEN3,
+            {"vocab_size": None},
+            "Qwen3ForCausalLM: config.json has no vocab_size, which is needed; add it",
+        ),
+        (
+            QWEN3,
+            {"hidden_size": "192"},
+            "Qwen3ForCausalLM: hidden_size='192' in config.json is not supported; allowed: an integer of at least 1",
+        ),
+        (
+            QWEN3,
+            {"use_sliding_window": True, "layer_types": ["chunked_attention"]},
+            "Qwen3ForCausalLM: layer_types=['chunked_attention'] in config.json is not supported; "
+            "allowed: a list of 4 out of full_attention, sliding_attention",
+        ),
+        (
+            MOE,
+            {"num_experts_per_tok": 9},
+            "Qwen3MoeForCausalLM: num_experts_per_tok=9 in config.json is not supported; "
+            "allowed: 1 to num_experts=8",
+        ),
+        (
+            MOE,
+            {"norm_topk_prob": 1},
+            "Qwen3MoeForCausalLM: norm_topk_prob=1 in config.json is not supported; allowed: true or false",
+        ),
+        (
+            MOE,
+            {"mlp_only_layers": [-1]},
+            "Qwen3MoeForCausalLM: mlp_only_layers=[-1] in config.json is not supported; "
+            "allowed: a list of layer numbers",
+        ),
+    ],
+)
+def test_what_torchtitan_cannot_compute_is_refused_by_name(
+    hf: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    changed = hf | change
+    family = family_for(changed)
+    for refuse in (family.model_config, family.views):
+        with pytest.raises(UnsupportedModelError) as caught:
+            refuse(changed)
+        assert str(caught.value) == message
+
+
+def test_unknown_architectures_are_refused_with_the_known_ones() -> None:
+    allowed = "allowed: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+    with pytest.raises(
+        UnsupportedModelError, match=f"^architecture MambaForCausalLM is not supported; {allowed}$"
+    ):
+        family_for({"architectures": ["MambaForCausalLM"]})
+    with pytest.raises(UnsupportedModelError, match=rf"^config\.json names no architecture; {allowed}$"):
+        family_for({})
+
+
+def test_a_vocabulary_is_never_padded_to_less() -> None:
+    with pytest.raises(
+        ValueError, match="padded_vocab=776 is smaller than vocab_size=777; give at least that many rows"
+    ):
+        family_for(QWEN3).model_config(QWEN3, padded_vocab=776)
+
+
+def test_a_model_that_hugging_face_cannot_express_is_not_written() -> None:
+    config = family_for(MOE).model_config(MOE)
+    config.layers[1].moe.router.score_func = "sigmoid"
+    with pytest.raises(
+        UnsupportedModelError, match=r"score_func=sigmoid.*cannot be written; allowed: softmax"
+    ):
+        family_for(MOE).hf_config(config)
+
+
+def test_a_config_is_read_from_a_directory_or_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BridgeError, match=r"/nowhere does not exist; give a directory"):
+        load_hf_config(tmp_path / "nowhere")
+    with pytest.raises(BridgeError, match=r"has no config\.json; give a directory"):
+        load_hf_config(tmp_path)
+    file = tmp_path / "config.json"
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds a JSON list; a Hugging Face config is an object"),
+    ):
+        file.write_text(text)
+        with pytest.raises(BridgeError, match=message):
+            load_hf_config(tmp_path)
+    file.write_text(json.dumps(QWEN3))
+    assert load_hf_config(tmp_path) == load_hf_config(file) == QWEN3
+
+
+def test_torchtitan_uses_the_accelerator_or_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = torch.accelerator.current_accelerator()
+    monkeypatch.setattr(parallel_dims, "device_type", "cuda")
+    expected = accelerator.type if accelerator is not None else "cpu"
+    assert use_cpu_if_no_accelerator() == expected
+    assert parallel_dims.device_type == expected
+    assert use_cpu_if_no_accelerator() == expected

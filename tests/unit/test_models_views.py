@@ -1,0 +1,131 @@
+"""Views against TorchTitan's own state-dict adapters, and as a partition of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
+
+from titan_bridge.models import family_for
+from titan_bridge.models.build import build_on_meta, materialize
+
+_COMMON = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 20,
+    "max_position_embeddings": 16,
+}
+_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 10,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama3": _COMMON | {"architectures": ["LlamaForCausalLM"]},
+    "llama3-tied": _COMMON | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    "llama3-mha": _COMMON | {"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 4},
+    "llama3-mqa": _COMMON | {"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 1},
+    "qwen3": _COMMON | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 10},
+    "qwen3-tied": _COMMON | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+    "moe": _COMMON | _MOE,
+    "moe-mixed": _COMMON | _MOE | {"mlp_only_layers": [0]},
+}
+
+
+def random_model(hf: dict[str, Any], **options: Any) -> Decoder:
+    model = materialize(build_on_meta(family_for(hf).model_config(hf, **options), dtype=torch.float32), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fused_qkv", [True, False])
+def test_reading_every_view_is_torchtitans_own_conversion(name: str, fused_qkv: bool) -> None:
+    hf = MODELS[name]
+    model = random_model(hf)
+    adapter_class = Llama3StateDictAdapter if name.startswith("llama3") else Qwen3StateDictAdapter
+    # TorchTitan's state dict has wq, wk and wv where the live model has wqkv.
+    state = model.state_dict()
+    expected = adapter_class(model.config, None).to_hf(dict(state))
+    tensors = dict(model.named_parameters()) if fused_qkv else state
+    views = family_for(hf).views(hf, fused_qkv=fused_qkv)
+    assert {view.name for view in views} == expected.keys()
+    for view in views:
+        read = view.read(tensors[view.fqn])
+        assert tuple(read.shape) == view.shape
+        assert torch.equal(read, expected[view.name]), view.name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_views_cover_every_element_of_every_parameter_exactly_once(name: str) -> None:
+    hf = MODELS[name]
+    shapes = {fqn: parameter.shape for fqn, parameter in random_model(hf).named_parameters()}
+    read: dict[str, list[torch.Tensor]] = {fqn: [] for fqn in shapes}
+    for view in family_for(hf).views(hf):
+        assert view.titan_shape == tuple(shapes[view.fqn])
+        numbers = torch.arange(shapes[view.fqn].numel()).reshape(shapes[view.fqn])
+        read[view.fqn].append(view.read(numbers).flatten())
+    for fqn, parts in read.items():
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(shapes[fqn].numel())), fqn
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_writing_what_was_read_gives_the_same_model(name: str) -> None:
+    hf = MODELS[name]
+    model, other = random_model(hf), random_model(hf)
+    source, target = dict(model.named_parameters()), dict(other.named_parameters())
+    with torch.no_grad():
+        for parameter in target.values():
+            parameter.fill_(float("nan"))
+        for view in family_for(hf).views(hf):
+            view.write(target[view.fqn].data, view.read(source[view.fqn]))
+    for fqn, parameter in source.items():
+        assert torch.equal(parameter, target[fqn]), fqn
+
+
+def test_padding_rows_of_the_vocabulary_belong_to_no_view() -> None:
+    hf = MODELS["qwen3"]
+    model = random_model(hf, padded_vocab=40)
+    assert model.lm_head.weight.shape == (40, 24)
+    views = {view.name: view for view in family_for(hf).views(hf, padded_vocab=40)}
+    for name, fqn in (
+        ("lm_head.weight", "lm_head.weight"),
+        ("model.embed_tokens.weight", "tok_embeddings.weight"),
+    ):
+        weight = model.get_parameter(fqn)
+        assert torch.equal(views[name].read(weight), weight[:37])
+
+
+def test_a_tied_checkpoint_may_repeat_the_embedding_as_its_head() -> None:
+    hf = MODELS["qwen3-tied"]
+    family = family_for(hf)
+    assert "lm_head.weight" not in {view.name for view in family.views(hf)}
+    (head,) = family.optional_views(hf)
+    assert (head.name, head.fqn) == ("lm_head.weight", "tok_embeddings.weight")
+    assert family.tied_names(hf) == {"lm_head.weight": "tok_embeddings.weight"}
+    untied = MODELS["qwen3"]
+    assert (family.optional_views(untied), family.tied_names(untied)) == ((), {})
+
+
+def test_a_tie_survives_materialisation() -> None:
+    model = random_model(MODELS["qwen3-tied"])
+    assert model.lm_head.weight is model.tok_embeddings.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+def test_rotary_frequencies_in_old_checkpoints_are_ignored() -> None:
+    family = family_for(MODELS["llama3"])
+    assert family.ignores("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert not family.ignores("model.layers.0.self_attn.q_proj.weight")
