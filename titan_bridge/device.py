@@ -25,7 +25,7 @@ def use_cpu_if_no_accelerator() -> str:
         return titan_utils.device_type
     for name, module in list(sys.modules.items()):
         if name.startswith("torchtitan.") and getattr(module, "device_type", None) == "cuda":
-            module.device_type = "cpu"
+            vars(module)["device_type"] = "cpu"
             if hasattr(module, "device_module"):
-                module.device_module = torch.cpu
+                vars(module)["device_module"] = torch.cpu
     return titan_utils.device_type

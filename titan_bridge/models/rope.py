@@ -50,19 +50,17 @@ def read(fields: Fields, *, rope_types: Collection[str]) -> RopeSettings:
     hf = fields.hf
     key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     stated = hf.get(key) or {}
-    if not isinstance(stated, Mapping):
-        raise fields.refusal(key, stated, "an object with rope_type and rope_theta")
-    merged = {
-        "rope_theta": hf.get("rope_theta", 10000.0),
-        "partial_rotary_factor": hf.get("partial_rotary_factor"),
-    }
-    merged |= {name: value for name, value in stated.items() if value is not None}
+    # transformers can nest one set of settings for each layer type; TorchTitan's families here have one for all.
+    if not isinstance(stated, Mapping) or any(isinstance(value, Mapping) for value in stated.values()):
+        raise fields.refusal(key, stated, "one object with rope_type and rope_theta for all layers")
+    outer = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    merged = outer | {name: value for name, value in stated.items() if value is not None}
     inner = Fields(merged, f"{fields.architecture}, {key}")
     inner.only("partial_rotary_factor", (1.0,))
     rope_type = merged.get("rope_type") or merged.get("type") or "default"
     if rope_type not in rope_types:
         raise inner.refusal("rope_type", rope_type, ", ".join(rope_types))
-    theta = inner.number("rope_theta")
+    theta = inner.number("rope_theta", default=10000.0)
     if rope_type == "default":
         return RopeSettings(theta=theta)
     if inner.hf.get("original_max_position_embeddings") is None:
