@@ -28,6 +28,7 @@ from titan_bridge.parallelize import Plan, plan_for
 from titan_bridge.sharding.spec import ShardingSpec
 
 Dense = Literal["replicate", "shard"]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHARD_AXIS = {DENSE: "fsdp", SPARSE: "efsdp"}
 
 
@@ -164,14 +165,12 @@ def stated_dtype(hf: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype that config.json states for the weights.
 
     Raises:
-        BridgeError: It states something that is not a floating-point torch dtype.
+        BridgeError: It states another dtype than float32, float16 or bfloat16.
     """
     stated = hf.get("dtype") or hf.get("torch_dtype")
     if stated is None:
         return None
-    dtype = getattr(torch, str(stated).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise BridgeError(
-            f"dtype={stated!r} in config.json is not supported; allowed: float32, float16, bfloat16"
-        )
+    dtype = _DTYPES.get(str(stated).removeprefix("torch."))
+    if dtype is None:
+        raise BridgeError(f"dtype={stated!r} in config.json is not supported; allowed: {', '.join(_DTYPES)}")
     return dtype

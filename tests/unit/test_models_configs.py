@@ -232,6 +232,18 @@ def test_sliding_windows_are_those_of_transformers() -> None:
         ),
         (
             QWEN3,
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "Qwen3ForCausalLM: rope_parameters={'full_attention': {'rope_type': 'default'}} in config.json is not "
+            "supported; allowed: one object with rope_type and rope_theta for all layers",
+        ),
+        (
+            LLAMA,
+            {"head_dim": None, "hidden_size": 190},
+            "LlamaForCausalLM: hidden_size=190 in config.json is not supported; "
+            "allowed: a multiple of num_attention_heads=8, or head_dim stated",
+        ),
+        (
+            QWEN3,
             {"partial_rotary_factor": 0.5},
             "Qwen3ForCausalLM, rope_parameters: partial_rotary_factor=0.5 in config.json is not supported; "
             "allowed: 1.0",

@@ -66,6 +66,10 @@ def read_dims(
     fields.only("attention_bias", (False,))
     dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", default=default_kv_heads or heads)
+    if fields.hf.get("head_dim") is None and default_head_dim is None and dim % heads:
+        raise fields.refusal(
+            "hidden_size", dim, f"a multiple of num_attention_heads={heads}, or head_dim stated"
+        )
     head_dim = fields.integer("head_dim", default=default_head_dim or dim // heads, minimum=0)
     if heads % kv_heads:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
