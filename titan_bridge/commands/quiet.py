@@ -82,6 +82,8 @@ def _explain(failure: Exception, path: str, verbose: bool) -> None:
         chain = chain.__cause__ or chain.__context__
     log = "" if verbose else Path(path).read_text(encoding="utf-8", errors="replace")
     if reason := user_error(f"{failure}\n{log}"):
+        if not verbose:
+            os.unlink(path)
         raise BridgeError(reason) from None
     if not verbose:
         raise RuntimeError(
