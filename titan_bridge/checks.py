@@ -1,4 +1,4 @@
-"""What can be refused before an engine starts: the model's directory and the port. Imports nothing heavy."""
+"""What can be refused before an engine starts: the model, its directory, and the port."""
 
 from __future__ import annotations
 
@@ -16,13 +16,36 @@ if TYPE_CHECKING:
 def check(config: InferConfig) -> dict[str, Any]:
     """All checks on the model that need no engine; returns the parsed config.json.
 
+    For "torchtitan" these are the family, the sizes and our options, too, which imports torchtitan (3 s).
+
     Raises:
         BridgeError: the first thing that is wrong.
     """
     hf_config = model_directory(config.model)
     weights_present(config.model)
-    if config.parallel.ep > 1 and not experts_in(hf_config):
-        raise BridgeError(f"ep={config.parallel.ep}, but {config.model} has no experts; leave ep at 1")
+    parallel = config.parallel
+    experts = experts_in(hf_config)
+    if parallel.ep > 1 and not experts:
+        raise BridgeError(f"ep={parallel.ep}, but {config.model} has no experts; leave ep at 1")
+    if config.model_impl != "torchtitan":
+        return hf_config
+    from titan_bridge.engine.options import titan_options  # noqa: PLC0415  the next three import torch
+    from titan_bridge.mesh import Sizes, check_divides, padded_vocab  # noqa: PLC0415
+    from titan_bridge.models import family_for  # noqa: PLC0415
+
+    titan_options(config.additional_config())
+    # vLLM runs dp of a dense model as engines that do not know of each other.
+    sizes = Sizes(dp=parallel.dp if experts else 1, tp=parallel.tp, ep=parallel.ep)
+    family = family_for(hf_config)
+    if isinstance(vocabulary := hf_config.get("vocab_size"), int):
+        model = family.model_config(hf_config, padded_vocab=padded_vocab(vocabulary, sizes))
+        check_divides(model, sizes)
+    limit = hf_config.get("max_position_embeddings")
+    if isinstance(limit, int) and (config.max_model_len or 0) > limit:
+        raise BridgeError(
+            f"max_model_len={config.max_model_len} is over the model's rope limit "
+            f"max_position_embeddings={limit}; allowed: up to {limit}"
+        )
     return hf_config
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 
 import pytest
 
@@ -17,12 +16,12 @@ from titan_bridge import cli
 from titan_bridge.commands import doctor
 from titan_bridge.commands.quiet import last_error, quiet, user_error
 from titan_bridge.errors import BridgeError
+from titan_bridge.testing import make_checkpoint
 
 
-@pytest.fixture
-def model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"]}))
-    return str(tmp_path)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp("qwen3"), "qwen3", tokenizer=False))
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -88,18 +87,48 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, expected, capsys
     assert captured.err.count("\n") == 1
 
 
-def test_bad_models_are_refused_before_an_engine_starts(tmp_path, model, busy_port):
-    started = time.monotonic()
-    for arguments, expected in [
-        (["serve", str(tmp_path / "no")], "does not exist"),
-        (["serve", model, "--port", str(busy_port)], f"port {busy_port} on 127.0.0.1 cannot be used"),
-        (["generate", model, "--tp", "2", "--ep", "2"], "has no experts; leave ep at 1"),
-    ]:
-        found = run(*arguments)
-        assert found.returncode == 2
-        assert expected in found.stderr
-        assert found.stderr.count("\n") == 1
-    assert time.monotonic() - started < 60
+BAD_MODELS = {
+    "no directory": (["{folder}/none"], "{folder}/none does not exist; give the directory of a model"),
+    "no config.json": (
+        ["{folder}"],
+        "has no config.json (found: nothing); give a model in Hugging Face format",
+    ),
+    "no experts": (["{model}", "--tp", "2", "--ep", "2"], "has no experts; leave ep at 1"),
+    "heads": (["{model}", "--tp", "3"], "tp=3 does not divide n_heads=8, n_kv_heads=4"),
+    "more tp than kv heads": (["{model}", "--tp", "8"], "allowed for this model: 1, 2, 4"),
+    "rope limit": (
+        ["{model}", "--max-model-len", "4096"],
+        "max_model_len=4096 is over the model's rope limit",
+    ),
+    "our options": (
+        ["{model}", "--set", "vllm.additional_config.titan.foo=1"],
+        "unknown key additional_config.titan.foo; allowed: dense, ep, attach_specs",
+    ),
+    "architecture": (["{other}"], "BertForMaskedLM"),
+}
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models_are_refused_in_one_line_before_an_engine_starts(case, command, tmp_path, model, capsys):
+    other = tmp_path / "other"
+    (empty := tmp_path / "empty").mkdir()
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
+    arguments, expected = BAD_MODELS[case]
+    names = {"folder": str(empty), "model": model, "other": str(other)}
+    assert cli.main([command, *(argument.format(**names) for argument in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert expected.format(**names) in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_busy_port_is_refused(model, busy_port):
+    found = run("serve", model, "--port", str(busy_port))
+    assert found.returncode == 2
+    assert f"port {busy_port} on 127.0.0.1 cannot be used" in found.stderr
+    assert found.stderr.count("\n") == 1
 
 
 def test_errors_that_are_not_the_users_have_no_traceback_unless_asked(monkeypatch, capsys):
@@ -152,7 +181,7 @@ def test_serve_passes_every_option_on(model, monkeypatch):
 def test_serve_binds_threads_where_the_user_did_not(model):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_CPU")}
     found = subprocess.run(
-        [sys.executable, "-m", "titan_bridge.cli", "serve", model, "--tp", "64", "--dry-run"],
+        [sys.executable, "-m", "titan_bridge.cli", "serve", model, "--dp", "16", "--tp", "4", "--dry-run"],
         capture_output=True, text=True, env=clean, check=True,
     )  # fmt: skip
     bind = next(w for w in shlex.split(found.stdout) if w.startswith("VLLM_CPU_OMP_THREADS_BIND="))

@@ -35,8 +35,8 @@ class Serve(InferCommand):
         from titan_bridge import cpu
         from titan_bridge.checks import check, port_free
 
-        check(config)
         port_free(self.host, self.port)
+        check(config)
         passed = {
             option.removeprefix("--").partition("=")[0].replace("-", "_") for option in self.vllm_options
         }
