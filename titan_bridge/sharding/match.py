@@ -1,0 +1,158 @@
+"""Which source tensor fills which destination tensor: by name, or by a view."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.holders import Held
+from titan_bridge.sharding.view import View
+
+
+@dataclass(frozen=True)
+class Item:
+    """One source tensor that fills one destination tensor, or the part of it that a view selects."""
+
+    source: Held
+    destination: Held
+    view: View | None
+    """None: same shape, same elements in the same places."""
+    external_source: bool
+    """With a view: True when the source is the external tensor, False when it is the TorchTitan one."""
+
+
+def match(
+    sources: Mapping[str, Held],
+    destinations: Mapping[str, Held],
+    views: Sequence[View],
+    *,
+    allow_missing: bool,
+) -> tuple[list[Item], tuple[str, ...], dict[str, int]]:
+    """The items that fill every destination, the source names nobody asked for, and the uncovered elements.
+
+    A destination is filled by the views whose TorchTitan name it has and whose external names are sources;
+    else by one view the other way round; else by the source of the same name. Raises BridgeError when that is
+    not enough.
+    """
+    by_fqn: dict[str, list[View]] = {}
+    by_name: dict[str, list[View]] = {}
+    for view in views:
+        by_fqn.setdefault(view.fqn, []).append(view)
+        by_name.setdefault(view.name, []).append(view)
+    items: list[Item] = []
+    uncovered: dict[str, int] = {}
+    disjoint: set[tuple] = set()
+    for name, held in destinations.items():
+        parts = [view for view in by_fqn.get(name, ()) if view.name in sources]
+        whole = [view for view in by_name.get(name, ()) if view.fqn in sources]
+        if parts:
+            lacking = _check_cover(name, held, parts, disjoint)
+            if lacking and not allow_missing:
+                absent = [view.name for view in by_fqn[name] if view.name not in sources]
+                raise BridgeError(
+                    f"{name}: {lacking} of {math.prod(held.shape)} elements come from no source tensor"
+                    + (f"; missing: {', '.join(absent[:3])}" if absent else "; its views do not cover it")
+                )
+            if lacking:
+                uncovered[name] = lacking
+            for view in parts:
+                _check_shape(sources[view.name], view.shape, view)
+                items.append(_item(sources[view.name], held, view, external_source=True))
+        elif whole:
+            view = whole[0]
+            _check_shape(held, view.shape, view)
+            _check_shape(sources[view.fqn], view.titan_shape, view)
+            items.append(_item(sources[view.fqn], held, view, external_source=False))
+        elif name in sources:
+            if sources[name].shape != held.shape:
+                raise BridgeError(
+                    f"{name} has shape {sources[name].shape} in the source and {held.shape} in the destination; "
+                    "give a view that says which part is which"
+                )
+            items.append(Item(sources[name], held, None, False))
+        elif allow_missing:
+            uncovered[name] = math.prod(held.shape)
+        else:
+            wanted = [view.name for view in by_fqn.get(name, ())] or [
+                view.fqn for view in by_name.get(name, ())
+            ]
+            raise BridgeError(
+                f"{name} is in no source tensor"
+                + (
+                    f"; it would be filled from {', '.join(wanted[:3])}"
+                    if wanted
+                    else "; nor does a view name it"
+                )
+            )
+    used = {item.source.name for item in items}
+    return items, tuple(name for name in sources if name not in used), uncovered
+
+
+def _item(source: Held, destination: Held, view: View, *, external_source: bool) -> Item:
+    return Item(source, destination, None if view.is_identity else view, external_source)
+
+
+def _check_shape(held: Held, shape: tuple[int, ...], view: View) -> None:
+    if held.shape != shape:
+        raise BridgeError(
+            f"{held.name} has shape {held.shape}; the view {view.name} -> {view.fqn} needs {shape}"
+        )
+
+
+def _check_cover(name: str, held: Held, views: list[View], disjoint: set[tuple]) -> int:
+    """Elements of a TorchTitan tensor that no view writes. Raises BridgeError when two views write the same
+    one."""
+    for view in views:
+        _check_shape(held, view.titan_shape, view)
+    # Layers look alike, and experts are many: look at each pattern once.
+    pattern = tuple((view.factors, view.index) for view in views)
+    if pattern not in disjoint:
+        clash = _clash(views)
+        if clash:
+            raise BridgeError(f"{name}: views {clash[0].name} and {clash[1].name} write the same elements")
+        disjoint.add(pattern)
+    return math.prod(held.shape) - sum(math.prod(view.shape) for view in views)
+
+
+def _clash(views: list[View]) -> tuple[View, View] | None:
+    by_factors: dict[tuple, list[View]] = {}
+    for view in views:
+        by_factors.setdefault(view.factors, []).append(view)
+    for alike in by_factors.values():
+        index = np.asarray([view.index for view in alike])
+        meets = np.ones((len(alike), len(alike)), dtype=bool)
+        for d in range(index.shape[1]):
+            meets &= (index[:, None, d, 0] < index[None, :, d, 1]) & (
+                index[None, :, d, 0] < index[:, None, d, 1]
+            )
+        np.fill_diagonal(meets, False)
+        if meets.any():
+            i, j = np.argwhere(meets)[0]
+            return alike[i], alike[j]
+    # Factored in different ways (q with rotary halves, v without): compare the positions in each dim.
+    groups = list(by_factors.values())
+    for g, group in enumerate(groups):
+        for other in groups[g + 1 :]:
+            for a in group:
+                for b in other:
+                    if all(
+                        np.intersect1d(x, y).size for x, y in zip(_positions(a), _positions(b), strict=True)
+                    ):
+                        return a, b
+    return None
+
+
+def _positions(view: View) -> list[np.ndarray]:
+    """For each dim of the TorchTitan tensor, the positions that a view selects."""
+    result, at = [], 0
+    for factors in view.factors:
+        positions = np.zeros(1, dtype=np.int64)
+        for size, (start, stop) in zip(factors, view.index[at : at + len(factors)], strict=True):
+            positions = (positions[:, None] * size + np.arange(start, stop)).ravel()
+        result.append(positions)
+        at += len(factors)
+    return result
