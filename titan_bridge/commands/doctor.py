@@ -128,6 +128,14 @@ def _vllm() -> Iterable[Finding]:
     else:
         ((name, version),) = found.items()
         yield _supported(name, version, SUPPORTED["vllm"])
+        if name != "vllm":
+            yield Finding(
+                name="vllm command",
+                value='stops with "No package metadata was found for vllm": the CPU build has another name',
+                status="note",
+                advice="use `titan-bridge serve`, or with vLLM's own arguments "
+                "`python -m titan_bridge.engine.server serve ...`",
+            )
 
 
 def _plugin() -> Iterable[Finding]:

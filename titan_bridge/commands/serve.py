@@ -1,4 +1,4 @@
-"""`titan-bridge serve`: check what can be checked, then become `vllm serve`."""
+"""`titan-bridge serve`: check what can be checked, then become vLLM's server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Serve(InferCommand):
         options["data_parallel_size"] = parallel.dp
         if parallel.ep == 1:
             del options["enable_expert_parallel"]  # vLLM's default
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", options.pop("model")]
+        command = [sys.executable, "-m", "titan_bridge.engine.server", "serve", options.pop("model")]
         command += [
             *format_vllm_options(options),
             "--host",
