@@ -110,3 +110,37 @@ def test_a_rank_that_is_its_own_source_sends_nothing_to_itself():
     assert result.sent == dict.fromkeys(range(4), 32)
     local = [copy for copy in result.copies() if copy.source == copy.destination]
     assert sum(copy.elements for copy in local) * 4 == 4 * 32
+
+
+def test_the_floor_is_what_the_stages_weigh():
+    """Stage 0 has three layers and stage 1 one; no choice can even that out."""
+    stages = {s: MeshLayout.make(("r",), (2,), [2 * s, 2 * s + 1]) for s in range(2)}
+    replicated = spec("m", "R").placements
+    source = [
+        Held(
+            name=f"l{i}",
+            shape=(4,),
+            dtype="float32",
+            by=MeshHolders(mesh=stages[i // 3], placements=replicated),
+        )
+        for i in range(4)
+    ]
+    result = plan(source, [Held.whole(held.name, held.shape, held.dtype, "a", "b") for held in source])
+    assert result.sent == {0: 48, 1: 48, 2: 16, 3: 16}
+    assert result.load_floor == 48
+    assert result.balance == result.balance_floor == 1.5
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_sender_is_under_the_floor_and_loads_differ_by_one_copy(data):
+    """Replicas of one mesh that can all send everything differ by no more than the largest copy."""
+    replicas = data.draw(st.integers(1, 6))
+    by = MeshHolders(mesh=MeshLayout.make(("r",), (replicas,)), placements=spec("m", "R").placements)
+    sizes = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=12))
+    source = [Held(name=f"w{i}", shape=(size,), dtype="int8", by=by) for i, size in enumerate(sizes)]
+    files = ["a", "b", "c"][: data.draw(st.integers(1, 3))]
+    result = plan(source, [Held.whole(held.name, held.shape, held.dtype, *files) for held in source])
+    loads = result.sent.values()
+    assert max(loads) >= result.load_floor
+    assert max(loads) - min(loads) <= max(sizes)

@@ -48,6 +48,9 @@ class Plan:
     """Bytes that each source sends, zero included; what stays where it is does not count."""
     received: Mapping[Holder, int]
     """Bytes that each destination receives."""
+    load_floor: int
+    """Bytes that the most loaded sender has at least, whoever is chosen: what only the ranks of one mesh
+    (a pipeline stage) can send, divided by how many they are."""
     lower_bound: int
     """Bytes that the destinations lack, computed from the two layouts alone."""
     unused: tuple[str, ...]
@@ -65,6 +68,11 @@ class Plan:
         """Most loaded sender over the mean of all senders; 1.0 when nothing is sent."""
         loads = list(self.sent.values())
         return max(loads) * len(loads) / total if (total := sum(loads)) else 1.0
+
+    @property
+    def balance_floor(self) -> float:
+        """The least `balance` that any choice among replicas could have (as far as `load_floor` tells)."""
+        return self.load_floor * len(self.sent) / total if (total := self.bytes) else 1.0
 
     @cached_property
     def copies_count(self) -> int:
@@ -165,7 +173,8 @@ def plan(
         holders=holders,
         sent={holders[i]: int(ledger.sent[i]) for i in ledger.of(sources)},
         received={holders[i]: int(ledger.received[i]) for i in ledger.of(destinations)},
-        lower_bound=ledger.lacking,
+        load_floor=ledger.floor(),
+        lower_bound=sum(ledger.lacking.values()),
         unused=unused,
         missing=missing,
     )
@@ -192,7 +201,16 @@ class _Ledger:
     def open(self) -> None:
         """Start to count, now that all holders have numbers."""
         self.sent, self.received = np.zeros((2, len(self.index)), dtype=np.int64)
-        self.lacking = 0
+        self.lacking: dict[tuple[int, ...], int] = {}
+
+    def lack(self, senders: np.ndarray, amount: int) -> None:
+        """Count bytes that one of `senders` (numbers, by slot) has to send."""
+        key = tuple(sorted(set(senders.tolist())))
+        self.lacking[key] = self.lacking.get(key, 0) + amount
+
+    def floor(self) -> int:
+        """See `Plan.load_floor`."""
+        return max((-(-amount // len(who)) for who, amount in self.lacking.items()), default=0)
 
     def of(self, side: Mapping[str, Held]) -> list[int]:
         """The numbers of all holders of a side, sorted."""
@@ -258,7 +276,8 @@ def _choose(geometry: Geometry, width: int, items: list[Item], ledger: _Ledger, 
             _add(ledger.sent, sources[:, slot], size * copies)
             pair, replica = np.nonzero(pair_slots >= 0)
             _add(ledger.received, destinations[:, pair_slots[pair, replica]], size[pair])
-        ledger.lacking += int((size * copies).sum()) * len(items)
+        for item in items:
+            ledger.lack(ledger.numbers(item.source), int((size * copies).sum()))
         return Group(geometry, tuple(items), width, sources, destinations, choice, local)
     choice = np.zeros(shape, dtype=np.int16)
     local = np.zeros(shape, dtype=bool) if colocated else np.broadcast_to(False, shape)
@@ -282,7 +301,8 @@ def _choose(geometry: Geometry, width: int, items: list[Item], ledger: _Ledger, 
         choice[:, :, tensors] = chosen
         pair, replica = np.nonzero(wanted)
         _add(ledger.received, receivers[pair, replica], size[pair] * n)
-        ledger.lacking += _lacking(geometry, width, senders, destinations[first], colocated) * n
+        lacking = _lacking(geometry, width, senders, destinations[first], colocated)
+        ledger.lack(sources[first], lacking * n)
     return Group(geometry, tuple(items), width, sources, destinations, choice, local)
 
 
