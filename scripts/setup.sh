@@ -45,7 +45,7 @@ titan_setup() {
     trap 'kill $pip 2>/dev/null; exit 130' INT TERM
     while kill -0 $pip 2>/dev/null; do
         sleep 1
-        if [ $((SECONDS % 15)) -eq 0 ]; then titan_say "$(tail -n 1 "$log" | cut -c1-100)"; fi
+        if [ $((SECONDS % 15)) -eq 0 ]; then titan_say "$(grep -v '^WARNING' "$log" | tail -n 1 | cut -c1-100)"; fi
     done
     trap - INT TERM
     if ! wait $pip; then
