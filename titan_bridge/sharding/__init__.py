@@ -2,6 +2,7 @@
 shapes."""
 
 from titan_bridge.sharding.boxes import Box, Piece, boxes_of, local_shape_of, pieces_of
+from titan_bridge.sharding.holders import BoxHolders, Held, MeshHolders
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import (
     ShardingSpec,
@@ -19,7 +20,10 @@ from titan_bridge.sharding.view import View
 
 __all__ = [
     "Box",
+    "BoxHolders",
+    "Held",
     "Layout",
+    "MeshHolders",
     "MeshLayout",
     "ParamLayout",
     "Piece",

@@ -1,0 +1,174 @@
+"""Tables and pictures say what the layout says."""
+
+from __future__ import annotations
+
+import io
+import math
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from PIL import Image
+from rich.console import Console
+
+from tests.unit.test_sharding_boxes import shardings
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding import Layout, MeshLayout, ParamLayout, ShardingSpec, placement_from_str
+from titan_bridge.sharding.holders import Held
+from titan_bridge.sharding.picture import layout_picture, traffic_picture
+from titan_bridge.sharding.plan import plan
+from titan_bridge.sharding.show import (
+    human,
+    layout_table,
+    load_of,
+    local_numel,
+    pattern_of,
+    plan_summary,
+    plan_tables,
+    rows_of,
+    totals_of,
+)
+
+
+def param(mesh, shape, *placements):
+    spec = ShardingSpec(mesh=mesh, placements=tuple(map(placement_from_str, placements)))
+    return ParamLayout(spec=spec, shape=shape, dtype="bfloat16")
+
+
+def example() -> Layout:
+    params = {"tok_embeddings.weight": param("dense", (7, 4), "SS(0,2)", "S(0)")}
+    for i in range(12):
+        params[f"layers.{i}.attention.wo.weight"] = param("dense", (4, 6), "S(0)", "S(1)")
+        params[f"layers.{i}.moe.experts.w1_EFD"] = param("sparse", (3, 4, 2), "S(0)")
+    params["norm.weight"] = param("dense", (4,), "R", "R")
+    return Layout(
+        meshes={
+            "dense": MeshLayout.make(("fsdp", "tp"), (2, 2)),
+            "sparse": MeshLayout.make(("ep",), (2,), [3, 5]),
+        },
+        params=params,
+    )
+
+
+def printed(*tables) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    for table in tables:
+        console.print(table)
+    return out.getvalue()
+
+
+@settings(max_examples=100, deadline=None)
+@given(shardings())
+def test_elements_at_every_position(sharding):
+    placements, shape, mesh_shape = sharding
+    mesh = MeshLayout.make([f"a{i}" for i in range(len(mesh_shape))], mesh_shape)
+    spec = ShardingSpec(mesh="m", placements=placements)
+    held = local_numel(ParamLayout(spec=spec, shape=shape, dtype="int8"), mesh)
+    for coordinate in np.ndindex(*mesh_shape):
+        assert held[coordinate] == sum(box.numel for box in spec.box(shape, mesh_shape, coordinate))
+
+
+def test_load_is_the_sum_of_all_boxes():
+    layout = example()
+    load = load_of(layout)
+    for rank, nbytes in zip(load.ranks, load.nbytes, strict=True):
+        assert nbytes == 2 * sum(
+            piece.box.numel for fqn in layout.params for piece in layout.pieces(fqn, rank)
+        )
+    assert load.most == max(zip(load.ranks, load.nbytes, strict=True), key=lambda item: item[1])
+    assert load.least[1] == min(load.nbytes)
+
+
+def test_totals():
+    totals = totals_of(example())
+    assert totals["parameters"] == 28 + 12 * (24 + 24) + 4
+    assert totals["global_bytes"] == 2 * totals["parameters"]
+    assert totals["all_ranks_bytes"] == sum(load_of(example()).nbytes)
+    assert totals["tensors"] == 26
+    assert totals["ranks"] == 5
+
+
+def test_rows_of_one_rank():
+    rows = {row["name"]: row for row in rows_of(example(), 3)}
+    assert len(rows) == 26
+    row = rows["layers.7.moe.experts.w1_EFD"]
+    assert (row["local_shape"], row["rank_bytes"], row["max_rank_bytes"]) == ([2, 4, 2], 32, 32)
+    assert rows_of(example(), 1)[-1]["local_shape"] == [4]
+    absent = {row["name"]: row for row in rows_of(example(), 5)}["norm.weight"]
+    assert absent["local_shape"] is None
+    assert absent["rank_bytes"] == 0
+    with pytest.raises(BridgeError, match="rank 4 is not in the layout"):
+        rows_of(example(), 4)
+
+
+def test_layers_are_one_row():
+    rows = {row["name"]: row["count"] for row in rows_of(example(), collapse=True)}
+    assert rows == {
+        "tok_embeddings.weight": 1,
+        "layers.*.attention.wo.weight": 12,
+        "layers.*.moe.experts.w1_EFD": 12,
+        "norm.weight": 1,
+    }
+    assert pattern_of("layers.3.moe.experts.12.w1") == "layers.*.moe.experts.*.w1"
+    assert pattern_of("0.w1_2") == "*.w1_2"
+
+
+def test_the_table_says_it():
+    text = printed(layout_table(example()))
+    for word in ("layers.*.attention.wo.weight", "x12", "4 x 6", "SS(0,2), S(0)", "most: rank 3", "2 x 3"):
+        assert word in text
+    assert "not there" in printed(layout_table(example(), 5, collapse=False))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (2e9, "2.00 GB"), (5e16, "50000.00 TB")],
+)
+def test_human(nbytes, text):
+    assert human(nbytes) == text
+
+
+def example_plan():
+    source = example()
+    return plan(source, [Held.whole(n, p.shape, p.dtype, "a", "b") for n, p in source.params.items()])
+
+
+def test_summary_of_a_plan():
+    result = example_plan()
+    summary = plan_summary(result, pairs=3)
+    assert sum(summary["by_group"].values()) == summary["bytes"] == result.bytes
+    assert set(summary["by_group"]) == {pattern_of(name) for name in example().params}
+    assert [pair["bytes"] for pair in summary["largest_pairs"]] == sorted(result.traffic().ravel())[:-4:-1]
+    text = printed(*plan_tables(result))
+    assert "layers.*.attention.wo.weight" in text
+    assert human(result.bytes) in text
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_pictures(tmp_path, suffix):
+    """A readable picture with the names in it, for a layout and for the traffic of a plan."""
+    layout, traffic = tmp_path / f"layout.{suffix}", tmp_path / f"traffic.{suffix}"
+    assert layout_picture(example(), layout, title="a model") == layout
+    assert traffic_picture(example_plan(), traffic) == traffic
+    for path in (layout, traffic):
+        if suffix == "svg":
+            assert len(list(ET.parse(path).iter())) > 100
+        else:
+            with Image.open(path) as image:
+                assert len(image.convert("L").getcolors()) > 10
+    with pytest.raises(BridgeError, match="must end in one of"):
+        layout_picture(example(), tmp_path / "layout.txt")
+
+
+def test_pictures_of_little(tmp_path):
+    """A scalar, a rank without rows, a plan in which nothing travels."""
+    mesh = {"m": MeshLayout.make(("tp",), (3,))}
+    layout = Layout(meshes=mesh, params={"scale": param("m", (), "R"), "w": param("m", (2,), "S(0)")})
+    layout_picture(layout, tmp_path / "a.png")
+    nothing = plan(layout, layout, colocated=True)
+    assert nothing.bytes == 0
+    assert math.isclose(nothing.balance, 1.0)
+    traffic_picture(nothing, tmp_path / "b.png")
+    assert plan_summary(nothing)["largest_pairs"] == []

@@ -1,0 +1,252 @@
+"""Layouts and plans as tables for people and as plain data for machines. The pictures are in `picture.py`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+from torch.distributed.tensor import Replicate
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import segments_of
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
+from titan_bridge.sharding.plan import Plan
+from titan_bridge.sharding.spec import placement_to_str
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Bytes of parameters on each rank of a layout."""
+
+    ranks: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    """Bytes on each of `ranks`."""
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """(rank, bytes) of the most loaded rank; the first one of several."""
+        at = max(range(len(self.ranks)), key=lambda i: self.nbytes[i])
+        return self.ranks[at], self.nbytes[at]
+
+    @property
+    def least(self) -> tuple[int, int]:
+        """(rank, bytes) of the least loaded rank; the first one of several."""
+        at = min(range(len(self.ranks)), key=lambda i: self.nbytes[i])
+        return self.ranks[at], self.nbytes[at]
+
+
+def human(nbytes: float) -> str:
+    """Bytes with a decimal unit: "1.50 GB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(nbytes) < 1000 or unit == "TB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def pattern_of(fqn: str) -> str:
+    """The name without layer and expert numbers: "layers.*.attention.wo.weight"."""
+    return _NUMBER.sub("*", fqn)
+
+
+def local_numel(param: ParamLayout, mesh: MeshLayout) -> np.ndarray:
+    """int64 of the shape of the mesh: elements of the local tensor at each position."""
+    total = np.ones(mesh.shape, dtype=np.int64)
+    for d, size in enumerate(param.shape):
+        axes = [
+            axis
+            for axis, placement in enumerate(param.spec.placements)
+            if not isinstance(placement, Replicate) and placement.dim == d
+        ]
+        if not axes:
+            total *= size
+            continue
+        chunks = [mesh.shape[axis] for axis in axes]
+        placements = [param.spec.placements[axis] for axis in axes]
+        held = [
+            sum(b - a for a, b, _ in segments_of(size, list(zip(placements, chunks, at, strict=True))))
+            for at in itertools.product(*map(range, chunks))
+        ]
+        shape = [mesh.shape[axis] if axis in axes else 1 for axis in range(len(mesh.shape))]
+        total *= np.asarray(held, dtype=np.int64).reshape(shape)
+    return total
+
+
+def load_of(layout: Layout) -> Load:
+    """Bytes of parameters on each rank, exactly, uneven shards included."""
+    ranks = np.asarray(layout.ranks, dtype=np.int64)
+    nbytes = np.zeros(len(ranks), dtype=np.int64)
+    for param, count in _distinct(layout).items():
+        mesh = layout.meshes[param.spec.mesh]
+        at = np.searchsorted(ranks, mesh.array)
+        nbytes[at] += local_numel(param, mesh) * itemsize(param.dtype) * count
+    return Load(ranks=tuple(ranks.tolist()), nbytes=tuple(nbytes.tolist()))
+
+
+def rows_of(layout: Layout, rank: int | None = None, *, collapse: bool = False) -> list[dict[str, Any]]:
+    """One row for each parameter, as plain data.
+
+    Args:
+        layout: What to show.
+        rank: Whose local shapes to give; by default those of the first rank of each mesh.
+        collapse: One row for all layers that look alike; `count` says how many parameters it stands for.
+
+    Returns:
+        Dicts with name, count, shape (global), dtype, mesh, placements, local_shape (None when the rank is not on
+        the mesh), rank_bytes (of this rank) and max_rank_bytes; bytes are those of one parameter.
+
+    Raises BridgeError when the layout does not have the rank.
+    """
+    if rank is not None and rank not in layout.ranks:
+        raise BridgeError(
+            f"rank {rank} is not in the layout; it has ranks {layout.ranks[0]} to {layout.ranks[-1]}"
+        )
+    rows: dict[tuple, dict[str, Any]] = {}
+    largest: dict[ParamLayout, int] = {}
+    for fqn, param in layout.params.items():
+        mesh = layout.meshes[param.spec.mesh]
+        name = pattern_of(fqn) if collapse else fqn
+        key = (name, param)
+        if key in rows:
+            rows[key]["count"] += 1
+            continue
+        if param not in largest:
+            largest[param] = int(local_numel(param, mesh).max()) * itemsize(param.dtype)
+        local = layout.local_shape(fqn, mesh.ranks[0] if rank is None else rank)
+        rows[key] = {
+            "name": name,
+            "count": 1,
+            "shape": list(param.shape),
+            "dtype": param.dtype,
+            "mesh": param.spec.mesh,
+            "placements": [placement_to_str(placement) for placement in param.spec.placements],
+            "local_shape": None if local is None else list(local),
+            "rank_bytes": 0 if local is None else math.prod(local) * itemsize(param.dtype),
+            "max_rank_bytes": largest[param],
+        }
+    return list(rows.values())
+
+
+def totals_of(layout: Layout) -> dict[str, Any]:
+    """Parameters, global bytes, bytes over all ranks, and the most and least loaded rank, as plain data."""
+    load = load_of(layout)
+    elements = {param: math.prod(param.shape) * count for param, count in _distinct(layout).items()}
+    return {
+        "tensors": len(layout.params),
+        "parameters": sum(elements.values()),
+        "global_bytes": sum(n * itemsize(param.dtype) for param, n in elements.items()),
+        "all_ranks_bytes": sum(load.nbytes),
+        "ranks": len(load.ranks),
+        "most_loaded": {"rank": load.most[0], "bytes": load.most[1]},
+        "least_loaded": {"rank": load.least[0], "bytes": load.least[1]},
+    }
+
+
+def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = True) -> Table:
+    """`rows_of` and `totals_of` as a table to print."""
+    totals = totals_of(layout)
+    meshes = ", ".join(f"{name} {mesh}" for name, mesh in list(layout.meshes.items())[:6])
+    more = f" and {len(layout.meshes) - 6} more" if len(layout.meshes) > 6 else ""
+    most, least = totals["most_loaded"], totals["least_loaded"]
+    table = Table(
+        title=f"{totals['parameters']:,} parameters on {totals['ranks']} ranks: {meshes}{more}",
+        caption=(
+            f"{human(totals['global_bytes'])} in {totals['tensors']} tensors; "
+            f"{human(totals['all_ranks_bytes'])} over all ranks; "
+            f"most: rank {most['rank']} with {human(most['bytes'])}; "
+            f"least: rank {least['rank']} with {human(least['bytes'])}"
+        ),
+        caption_justify="left",
+        title_justify="left",
+    )
+    of = "first rank" if rank is None else f"rank {rank}"
+    for column in ("parameter", "global shape", "mesh", "placements", f"local shape, {of}"):
+        table.add_column(column, overflow="fold")
+    table.add_column("bytes a rank", justify="right")
+    for row in rows_of(layout, rank, collapse=collapse):
+        name = Text(row["name"])
+        if row["count"] > 1:
+            name.append(f"  x{row['count']}", style="dim")
+        nbytes = row["max_rank_bytes"] if rank is None else row["rank_bytes"]
+        table.add_row(
+            name,
+            " x ".join(map(str, row["shape"])) or "scalar",
+            row["mesh"],
+            Text(", ".join(row["placements"])),
+            "not there"
+            if row["local_shape"] is None
+            else " x ".join(map(str, row["local_shape"])) or "scalar",
+            human(nbytes * row["count"]),
+        )
+    return table
+
+
+def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
+    """Bytes by tensor group, the rank pairs with most traffic, lower bound and balance, as plain data."""
+    groups: dict[str, int] = {}
+    for name, nbytes in plan.by_tensor().items():
+        groups[pattern_of(name)] = groups.get(pattern_of(name), 0) + nbytes
+    traffic = plan.traffic()
+    order = np.argsort(-traffic, axis=None, kind="stable")[:pairs]
+    return {
+        "bytes": plan.bytes,
+        "lower_bound": plan.lower_bound,
+        "copies": plan.copies_count,
+        "balance": plan.balance,
+        "balance_floor": plan.balance_floor,
+        "by_group": groups,
+        "sent": {str(holder): nbytes for holder, nbytes in plan.sent.items()},
+        "received": {str(holder): nbytes for holder, nbytes in plan.received.items()},
+        "pairs": int((traffic > 0).sum()),
+        "largest_pairs": [
+            {"source": plan.holders[a], "destination": plan.holders[b], "bytes": int(traffic[a, b])}
+            for a, b in zip(*np.unravel_index(order, traffic.shape), strict=True)
+            if traffic[a, b]
+        ],
+        "unused": list(plan.unused),
+        "missing": dict(plan.missing),
+    }
+
+
+def plan_tables(plan: Plan, *, pairs: int = 10) -> Sequence[Table]:
+    """`plan_summary` as two tables to print: by tensor group, and the largest rank pairs."""
+    summary = plan_summary(plan, pairs=pairs)
+    met = "the lower bound" if plan.bytes == plan.lower_bound else f"lower bound {human(plan.lower_bound)}"
+    groups = Table(
+        title=f"{human(plan.bytes)} travel ({met}) in {plan.copies_count:,} copies",
+        caption=(
+            f"most loaded sender over mean: {plan.balance:.3f} (no choice gets below {plan.balance_floor:.3f}); "
+            f"{len(plan.sent)} senders, {len(plan.received)} receivers, {summary['pairs']:,} pairs"
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    groups.add_column("tensors", overflow="fold")
+    groups.add_column("bytes", justify="right")
+    groups.add_column("share", justify="right")
+    for name, nbytes in sorted(summary["by_group"].items(), key=lambda item: -item[1]):
+        groups.add_row(Text(name), human(nbytes), f"{nbytes / max(plan.bytes, 1):.1%}")
+    largest = Table(title=f"largest of {summary['pairs']:,} pairs", title_justify="left")
+    for column in ("from", "to"):
+        largest.add_column(column)
+    largest.add_column("bytes", justify="right")
+    for pair in summary["largest_pairs"]:
+        largest.add_row(str(pair["source"]), str(pair["destination"]), human(pair["bytes"]))
+    return groups, largest
+
+
+def _distinct(layout: Layout) -> dict[ParamLayout, int]:
+    """Parameters that look alike, counted: a large model has a dozen kinds."""
+    result: dict[ParamLayout, int] = {}
+    for param in layout.params.values():
+        result[param] = result.get(param, 0) + 1
+    return result
