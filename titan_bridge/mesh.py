@@ -12,10 +12,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
 
@@ -217,6 +219,87 @@ def to_parallel_dims(
         world_size=sizes.world,
         spmd_backend=spmd_backend,
     )
+
+
+def sizes_of(parallel_config: Any, world: int, *, ep: int | None = None) -> Sizes:
+    """The sizes in a vLLM ``ParallelConfig`` (read by attribute), or the given `Sizes` themselves.
+
+    Args:
+        world: Ranks in the default process group. vLLM runs data parallelism of a dense model as engines that
+            do not know of each other; their world is tp ranks, and dp is 1 here.
+        ep: Ranks that share the experts, if not all (``enable_expert_parallel``) or 1.
+
+    Raises:
+        BridgeError: Sizes that are not those of ``world``, pipeline stages together with data parallelism
+            (vLLM numbers those ranks in another order), or context parallelism.
+    """
+    if isinstance(parallel_config, Sizes):
+        sizes = parallel_config
+    else:
+        tp, pp = parallel_config.tensor_parallel_size, parallel_config.pipeline_parallel_size
+        context = getattr(parallel_config, "prefill_context_parallel_size", 1)
+        if context > 1:
+            raise BridgeError(f"prefill_context_parallel_size={context} has no mesh axis; allowed: 1")
+        dp = 1 if world == tp * pp else parallel_config.data_parallel_size
+        if dp > 1 and pp > 1:
+            raise BridgeError(f"meshes of data_parallel_size={dp} with pipeline_parallel_size={pp}; set one to 1")
+        experts = dp * tp if parallel_config.enable_expert_parallel else 1
+        sizes = Sizes(dp=dp, tp=tp, ep=ep or experts, pp=pp)
+    if sizes.world != world:
+        raise BridgeError(f"{sizes} is {sizes.world} ranks, but the process group has {world}; give its sizes")
+    return sizes
+
+
+def get_device_meshes(
+    parallel_config: Any, *, ep: int | None = None, device_type: str | None = None
+) -> dict[str, DeviceMesh]:
+    """The named meshes of this rank as torch's own: those of `MESH_AXES` and no others, axes of size 1 included.
+
+    Needs an initialised default process group. The first call makes process groups, so every rank of the
+    world makes it, with the same arguments; later calls return the same meshes. Meshes share the groups of
+    the axes that they have in common ("tp" is the tp axis of "dense").
+
+    Args:
+        parallel_config: vLLM's ``ParallelConfig`` or `Sizes`; see `sizes_of`.
+        ep: See `sizes_of`.
+        device_type: For example "cpu"; else the accelerator's, else "cpu".
+
+    Raises:
+        BridgeError: No process group, or sizes that are not the world's.
+    """
+    # Imported here because describing meshes must not cost the import of torch.
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise BridgeError("there is no process group; call torch.distributed.init_process_group first")
+    sizes = sizes_of(parallel_config, dist.get_world_size(), ep=ep)
+    if device_type is None:
+        device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    made = _MADE.setdefault(dist.group.WORLD, {})
+    if (sizes, device_type) not in made:
+        made[sizes, device_type] = _make(sizes, device_type)
+    return dict(made[sizes, device_type])
+
+
+_MADE: WeakKeyDictionary[Any, dict[tuple[Sizes, str], dict[str, DeviceMesh]]] = WeakKeyDictionary()
+"""Meshes by default process group: making them twice would make all their process groups twice."""
+
+
+def _make(sizes: Sizes, device_type: str) -> dict[str, DeviceMesh]:
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415  as above
+
+    world = init_device_mesh(device_type, (sizes.world,), mesh_dim_names=("world",))
+    roots = {
+        name: world._unflatten(
+            0, (sizes.pp, *(sizes.axis(axis) for axis in MESH_AXES[name])), ("pp", *MESH_AXES[name])
+        )
+        for name in (DENSE, SPARSE)
+    }
+    meshes = {name: root[MESH_AXES[name]] for name, root in roots.items()}
+    meshes["dp"] = roots[DENSE]["dp_replicate", "fsdp"]._flatten("dp")
+    meshes |= {"tp": roots[DENSE]["tp"], "ep": roots[SPARSE]["ep"], "pp": roots[DENSE]["pp"]}
+    return {name: meshes[name] for name in MESH_AXES}
 
 
 def divisors(number: int) -> tuple[int, ...]:
