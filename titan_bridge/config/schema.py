@@ -107,7 +107,7 @@ class InferConfig:
         return given
 
     def engine_options(self) -> dict[str, Any]:
-        """Keyword arguments for vLLM's engine, data parallelism left out (offline it is one process a rank)."""
+        """Keyword arguments for vLLM's engine, dp left out (offline it is one process a rank)."""
         options = {
             "model": self.model,
             "model_impl": self.model_impl,

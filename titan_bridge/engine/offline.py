@@ -1,4 +1,4 @@
-"""Generate with vLLM's offline engine, for any dp: in this process for dp = 1, one process a dp rank above.
+"""Generate with vLLM's offline engine, one process a dp rank, so that whatever happens there ends with this one.
 
 The outcome of a run names the class that every worker loaded. When `model_impl` is "torchtitan" and a worker loaded
 anything else, the run fails: vLLM on its own would serve its own model without a word.
@@ -22,9 +22,12 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from titan_bridge import cpu
 from titan_bridge.checks import experts_in, model_directory
@@ -99,16 +102,7 @@ def generate(
     hf_config = model_directory(config.model)
     prompts = config.generate.prompts if prompts is None else prompts
     sampling = sampling_of(config) if sampling is None else sampling
-    if config.parallel.dp == 1:
-        with engine(config) as (llm, workers, load_seconds):
-            completions, seconds = _generate(llm, prompts, sampling)
-        return Outcome(
-            completions=tuple(completions),
-            workers=tuple({"dp_rank": 0, **worker} for worker in workers),
-            load_seconds=load_seconds,
-            generate_seconds=seconds,
-        )
-    return _generate_dp(config, prompts, sampling, lockstep=experts_in(hf_config))
+    return _launch(config, prompts, sampling, lockstep=experts_in(hf_config))
 
 
 def sampling_of(config: InferConfig) -> dict[str, Any]:
@@ -166,9 +160,7 @@ def check_class(model_impl: str, workers: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _generate(
-    llm: LLM, prompts: Sequence[Prompt], sampling: Sampling
-) -> tuple[list[Completion], float]:
+def _generate(llm: LLM, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[list[Completion], float]:
     from vllm import SamplingParams  # noqa: PLC0415  as in engine()
 
     inputs: list[Any] = [p if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts]
@@ -208,9 +200,7 @@ def _chosen(table: Any, token_ids: Sequence[int]) -> tuple[float | None, ...] | 
 # a line, and "the parent is gone" with its end.
 
 
-def _generate_dp(
-    config: InferConfig, prompts: Sequence[Prompt], sampling: Sampling, *, lockstep: bool
-) -> Outcome:
+def _launch(config: InferConfig, prompts: Sequence[Prompt], sampling: Sampling, *, lockstep: bool) -> Outcome:
     dp, tp = config.parallel.dp, config.parallel.tp
     common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
     port = _free_port()
@@ -253,26 +243,32 @@ def _rank_environment(
             "VLLM_DP_MASTER_IP": "127.0.0.1",
             "VLLM_DP_MASTER_PORT": str(port),
         }
-    cores = common.get(cpu.BIND, "").split("|")
+    if cpu.BIND not in common:
+        return {}
+    cores = common[cpu.BIND].split("|")
     return {cpu.BIND: "|".join(cores[rank * tp : (rank + 1) * tp])} if len(cores) == dp * tp else {}
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], answers: Sequence[Path]) -> list[dict[str, Any]]:
-    while not all(path.exists() for path in answers):
-        for rank, process in enumerate(ranks):
-            if process.poll() is not None and not answers[rank].exists():
-                raise RuntimeError(
-                    f"dp rank {rank} ended with exit code {process.returncode} before it answered"
-                )
-        for path in answers:
-            if path.exists() and "error" in (content := json.loads(path.read_text())):
-                raise BridgeError(content["error"])
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], files: Sequence[Path]) -> list[dict[str, Any]]:
+    answers: dict[int, dict[str, Any]] = {}
+    while len(answers) < len(ranks):
+        for rank in sorted(set(range(len(ranks))) - set(answers)):
+            ended = ranks[rank].poll()  # before looking for the answer, which a rank writes before it ends
+            if files[rank].exists():
+                answers[rank] = _read(rank, files[rank])
+            elif ended is not None:
+                raise RuntimeError(f"dp rank {rank} ended with exit code {ended} before it answered")
         time.sleep(0.05)
-    contents = [json.loads(path.read_text()) for path in answers]
-    for content in contents:
-        if "error" in content:
-            raise BridgeError(content["error"])
-    return contents
+    return [answers[rank] for rank in range(len(ranks))]
+
+
+def _read(rank: int, file: Path) -> dict[str, Any]:
+    answer = json.loads(file.read_text())
+    if error := answer.get("error"):
+        raise BridgeError(error)
+    if failure := answer.get("failure"):
+        raise RuntimeError(f"dp rank {rank}: {failure}")
+    return answer
 
 
 def _release(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, ...]:
@@ -349,10 +345,26 @@ def _run_rank(job_file: str) -> int:
             }
             _write(job["answer"], answer)
             released.wait()
-    except BridgeError as error:
-        _write(job["answer"], {"error": str(error)})
-        return 2
+    except Exception as error:
+        traceback.print_exc()
+        _write(job["answer"], {"error": users_mistake(error), "failure": f"{type(error).__name__}: {error}"})
+        return 1
     return 0
+
+
+def users_mistake(error: BaseException) -> str | None:
+    """The message of the BridgeError behind `error`, also where pydantic has wrapped it; None if there is none."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, BridgeError):
+            return str(chain)
+        if isinstance(chain, ValidationError):
+            first = chain.errors()[0]
+            if cause := first.get("ctx", {}).get("error"):
+                return str(cause)
+            return f"{'.'.join(map(str, first['loc']))} = {first['input']!r} is not allowed: {first['msg']}"
+        chain = chain.__cause__ or chain.__context__
+    return None
 
 
 def _write(path: str, answer: Mapping[str, Any]) -> None:
