@@ -15,6 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import Box, boxes_of, local_shape_of, pieces_of
+from titan_bridge.sharding.boxes import fsdp_is_exact
 
 
 @st.composite
@@ -102,6 +103,24 @@ def test_neighbouring_boxes_are_merged(sharding):
             if len(different) == 1:
                 d = different[0]
                 assert not (a.box.stop[d] == b.box.start[d] and a.local.stop[d] == b.local.start[d])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 6))
+def test_where_fully_shard_leaves_what_it_says(size, tp, fsdp):
+    """Against torch's own splits: first over tp, then over fsdp, as `fully_shard` does."""
+    rows, exact = torch.arange(size), True
+    for right, shard in enumerate(Shard(0)._split_tensor(rows, tp, with_padding=False)[0]):
+        for left, real in enumerate(Shard(0)._split_tensor(shard, fsdp, with_padding=False)[0]):
+            said = torch_local(rows, (_StridedShard(0, split_factor=tp), Shard(0)), (fsdp, tp), (left, right))
+            exact &= torch.equal(real, said)
+    assert fsdp_is_exact(size, tp, fsdp) == exact
+    assert exact or size % (tp * fsdp)
+
+
+def test_an_uneven_case_that_fully_shard_gets_wrong():
+    assert not fsdp_is_exact(9, 2, 4)
+    assert fsdp_is_exact(9, 2, 2)
 
 
 def test_fsdp_over_tp_on_one_dim():
