@@ -102,7 +102,7 @@ BAD_MODELS = {
     ),
     "our options": (
         ["{model}", "--set", "vllm.additional_config.titan.foo=1"],
-        "unknown key additional_config.titan.foo; allowed: dense, ep, attach_specs",
+        "unknown key additional_config.titan.foo; allowed: dense, ",
     ),
     "architecture": (["{other}"], "BertForMaskedLM"),
 }
