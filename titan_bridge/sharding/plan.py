@@ -249,15 +249,15 @@ def _geometry(item: Item) -> Geometry:
 
 def _check_missing(geometry: Geometry, items: list[Item], missing: dict[str, int], allowed: bool) -> None:
     """Only chunks can leave holes: placements always cover."""
-    most = int(geometry.missing.max(initial=0))
-    if not most:
+    holes = int(geometry.missing.sum())
+    if not holes:
         return
     name = items[0].destination.name
     if not allowed:
-        raise BridgeError(f"{name}: {most} elements of {items[0].source.name} are in no source chunk")
+        raise BridgeError(f"{name}: {holes} elements of {items[0].source.name} are in no source chunk")
     for item in items:
         name = item.destination.name
-        missing[name] = missing.get(name, 0) + most
+        missing[name] = missing.get(name, 0) + holes
 
 
 def _choose(geometry: Geometry, width: int, items: list[Item], ledger: _Ledger, colocated: bool) -> Group:
@@ -301,7 +301,10 @@ def _choose(geometry: Geometry, width: int, items: list[Item], ledger: _Ledger, 
         choice[:, :, tensors] = chosen
         pair, replica = np.nonzero(wanted)
         _add(ledger.received, receivers[pair, replica], size[pair] * n)
-        lacking = _lacking(geometry, width, senders, destinations[first], colocated)
+        there = (_at(destinations[first], geometry.destination_slots) >= 0).sum(axis=1)
+        lacking = int(((geometry.need - geometry.missing) * there).sum()) * width
+        if colocated:
+            lacking -= int((size * (own >= 0).sum(axis=1)).sum())
         ledger.lack(sources[first], lacking * n)
     return Group(geometry, tuple(items), width, sources, destinations, choice, local)
 
@@ -328,21 +331,3 @@ def _own(senders: np.ndarray, shard: np.ndarray, receivers: np.ndarray) -> np.nd
     asked = np.where(receivers < 0, -1, shard[:, None] * numbers + receivers)
     found = np.minimum(np.searchsorted(known[order], asked), len(known) - 1)
     return np.where(known[order][found] == asked, replica[order][found], -1)
-
-
-def _lacking(
-    geometry: Geometry, width: int, senders: np.ndarray, numbers: np.ndarray, colocated: bool
-) -> int:
-    """The lower bound: bytes that destinations need less those that they have, without looking at any
-    choice."""
-    receivers = _at(numbers, geometry.destination_slots)
-    total = int(((geometry.need - geometry.missing) * (receivers >= 0).sum(axis=1)).sum())
-    if colocated:
-        shards_of: dict[int, set[int]] = {}
-        for shard, row in enumerate(senders.tolist()):
-            for holder in row:
-                shards_of.setdefault(holder, set()).add(shard)
-        for pair, (s, t) in enumerate(zip(geometry.pair_source, geometry.pair_destination, strict=True)):
-            has = sum(int(s) in shards_of.get(holder, ()) for holder in receivers[t].tolist() if holder >= 0)
-            total -= int(geometry.pair_elements[pair]) * has
-    return total * width

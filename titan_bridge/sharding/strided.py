@@ -54,34 +54,41 @@ def strided_copies(
     flat_local = _factor_strides(view.factors, local_stride)
     flat_external = _external_strides(view, external_stride)
     for piece in pieces:
-        dims = zip(piece.box.start, piece.box.stop, view.factors)
+        dims = zip(piece.box.start, piece.box.stop, view.factors, strict=True)
         for parts in itertools.product(*(list(factored(a, b, f)) for a, b, f in dims)):
             box = _inside(tuple(itertools.chain.from_iterable(parts)), view.index)
             if box is None:
                 continue
             size = tuple(b - a for a, b in box)
-            shift = sum((at - a) * s for a, at, s in zip(piece.box.start, piece.local.start, local_stride))
-            local = shift + sum(a * s for (a, _), s in zip(box, flat_local))
-            external = sum((a - low) * s for (a, _), (low, _), s in zip(box, view.index, flat_external))
+            shift = sum(
+                (at - a) * s
+                for a, at, s in zip(piece.box.start, piece.local.start, local_stride, strict=True)
+            )
+            local = shift + sum(a * s for (a, _), s in zip(box, flat_local, strict=True))
+            external = sum(
+                (a - low) * s for (a, _), (low, _), s in zip(box, view.index, flat_external, strict=True)
+            )
             yield (size, flat_local, local), (size, flat_external, external)
 
 
 def _inside(
     box: tuple[tuple[int, int], ...], index: tuple[tuple[int, int], ...]
 ) -> tuple[tuple[int, int], ...] | None:
-    cut = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, index))
+    cut = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, index, strict=True))
     return cut if all(a < b for a, b in cut) else None
 
 
 def _factor_strides(factors: Sequence[Sequence[int]], stride: Sequence[int]) -> tuple[int, ...]:
-    return tuple(s * math.prod(dim[i + 1 :]) for dim, s in zip(factors, stride) for i in range(len(dim)))
+    return tuple(
+        s * math.prod(dim[i + 1 :]) for dim, s in zip(factors, stride, strict=True) for i in range(len(dim))
+    )
 
 
 def _external_strides(view: View, stride: Sequence[int]) -> tuple[int, ...]:
     """Stride in the external tensor of each factored dim (0 for dims of one element, which never move)."""
     result = [0] * len(view.index)
     sizes = view.index_shape
-    for group, step in zip(view.groups, stride):
+    for group, step in zip(view.groups, stride, strict=True):
         for at, dim in enumerate(group):
             result[dim] = step * math.prod(sizes[other] for other in group[at + 1 :])
     return tuple(result)
