@@ -173,6 +173,16 @@ def _take(held: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tup
     return result
 
 
+def shard_dim(placement: Placement) -> int | None:
+    """The tensor dim that a placement shards, or None for Replicate."""
+    return placement.dim if isinstance(placement, (Shard, _StridedShard)) else None
+
+
+def axes_of(placements: Sequence[Placement], dim: int) -> list[int]:
+    """The mesh axes that shard a tensor dim, from left to right."""
+    return [axis for axis, placement in enumerate(placements) if shard_dim(placement) == dim]
+
+
 def check(placements: Sequence[Placement], shape: Sequence[int], mesh_shape: Sequence[int]) -> None:
     """Raise BridgeError unless `placements` fit the tensor (global `shape`) and the mesh."""
     if len(placements) != len(mesh_shape):
@@ -208,8 +218,9 @@ def dim_segments(
         raise BridgeError(f"coordinate {tuple(coordinate)} is not on a mesh of shape {tuple(mesh_shape)}")
     cuts: list[list[tuple[Placement, int, int]]] = [[] for _ in shape]
     for placement, chunks, index in zip(placements, mesh_shape, coordinate, strict=True):
-        if not isinstance(placement, Replicate):
-            cuts[placement.dim].append((placement, chunks, index))
+        dim = shard_dim(placement)
+        if dim is not None:
+            cuts[dim].append((placement, chunks, index))
     return tuple(segments_of(size, cut) for size, cut in zip(shape, cuts, strict=True))
 
 

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
-from torch.distributed.tensor import Replicate
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Box, boxes_of
+from titan_bridge.sharding.boxes import Box, axes_of, boxes_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
 from titan_bridge.sharding.plan import Plan
-from titan_bridge.sharding.show import human, load_of, local_numel, pattern_of
+from titan_bridge.sharding.show import human, load_of, local_numel, pattern_of, totals_of
 from titan_bridge.sharding.spec import placement_to_str
 
-_COLUMNS = 5
+_COLUMNS = 7
+_WIDTH, _LINE, _MAP = 16.0, 2.75, 1.5
+"""Inches: the figure, a line of maps with their titles, and a map's height."""
+_LEFT = 0.025
 _LABELLED = 32
 """Boxes in one map that still leave room for rank numbers."""
+_MODULES = 7
+_INK, _FAINT = "#1c2430", "#66707d"
+_HUES = ("#6fa8dc", "#f6b26b", "#8fc98b", "#e58b88", "#b39ddb", "#d7b98e", "#f2a7d0", "#7fd1c7")
+_HOW_TO_READ = (
+    "A map is a global tensor (and those that look like it), seen along the dims that are cut; "
+    "the numbers are the ranks that hold a slice, a colour is one set of ranks."
+)
 _FORMATS = (".svg", ".png", ".pdf")
 _BYTES = FuncFormatter(lambda value, _: human(value).replace(".00", ""))
 
@@ -36,34 +47,47 @@ def layout_picture(layout: Layout, path: str | Path, *, title: str = "") -> Path
     colour are on the same ranks. Returns `path`. Raises BridgeError for another file type than svg, png or pdf.
     """
     path = _checked(path)
-    shown = _maps(layout)
-    rows = sum(math.ceil(len(maps) / _COLUMNS) for maps in shown.values())
-    # Inches, from the top: title, for each mesh a heading and its maps, then the bars.
-    height = 0.5 + 2.6 * rows + 0.4 * len(shown) + 3.4
-    figure = Figure(figsize=(15.5, height))
-    figure.suptitle(title or f"{len(layout.params)} tensors on {len(layout.ranks)} ranks", fontsize=13)
-    top = height - 0.5
+    shown, totals = _maps(layout), totals_of(layout)
+    lines = {heading: math.ceil(len(maps) / _COLUMNS) for heading, maps in shown.items()}
+    same = totals["most_loaded"]["bytes"] == totals["least_loaded"]["bytes"]
+    bars = 1.5 if same else 3.0
+    # Inches, from the top: title, for each mesh a heading and its lines of maps, then the bars.
+    height = 1.05 + sum(0.45 + _LINE * count for count in lines.values()) + bars + 0.35
+    figure = Figure(figsize=(_WIDTH, height), facecolor="white")
+    text = figure.text
+    text(_LEFT, 1 - 0.38 / height, title or "Where every parameter lives", fontsize=15, fontweight="bold")
+    text(_LEFT, 1 - 0.66 / height, _summary(totals), fontsize=10, color=_INK)
+    text(_LEFT, 1 - 0.88 / height, _HOW_TO_READ, fontsize=8.5, color=_FAINT)
+    top = height - 1.05
     for heading, maps in shown.items():
-        figure.text(0.035, (top - 0.25) / height, f"mesh {heading}", fontsize=10, fontweight="bold")
-        top -= 0.4
-        lines = math.ceil(len(maps) / _COLUMNS)
-        grid = figure.add_gridspec(
-            lines,
-            _COLUMNS,
-            left=0.045,
-            right=0.985,
-            top=(top - 0.45) / height,
-            bottom=(top - 2.6 * lines + 0.3) / height,
-            wspace=0.3,
-            hspace=0.55,
-        )
-        for at, (names, param) in enumerate(maps):
-            _map(figure.add_subplot(grid[at]), names, param, layout.meshes[param.spec.mesh])
-        top -= 2.6 * lines
-    bars = figure.add_gridspec(1, 1, left=0.07, right=0.85, top=2.8 / height, bottom=0.55 / height)
-    _bars(figure.add_subplot(bars[0]), layout)
-    figure.savefig(path)
+        text(_LEFT, (top - 0.3) / height, heading, fontsize=11, fontweight="bold", color=_INK)
+        top -= 0.45
+        for line in range(lines[heading]):
+            # Titles of a line stand on one level above maps of one height.
+            for column, (names, param) in enumerate(maps[line * _COLUMNS : (line + 1) * _COLUMNS]):
+                left = _LEFT + column * (1 - 2 * _LEFT + 0.02) / _COLUMNS
+                width = (1 - 2 * _LEFT + 0.02) / _COLUMNS - 0.02
+                at = (left, (top - 0.85 - _MAP) / height, width, _MAP / height)
+                _map(figure.add_axes(at), names, param, layout.meshes[param.spec.mesh])
+            top -= _LINE
+    at = (0.06, 0.42 / height, 0.72, (bars - 0.5) / height)
+    _bars(figure.add_axes(at), layout, same=same)
+    figure.savefig(path, dpi=120)
     return path
+
+
+def _summary(totals: dict[str, Any]) -> str:
+    most, least = totals["most_loaded"], totals["least_loaded"]
+    each = f"{human(most['bytes'])} on every rank"
+    if most["bytes"] != least["bytes"]:
+        each = (
+            f"most {human(most['bytes'])} on rank {most['rank']}, "
+            f"least {human(least['bytes'])} on rank {least['rank']}"
+        )
+    return (
+        f"{totals['parameters']:,} parameters, {human(totals['global_bytes'])} in {totals['tensors']:,} tensors, "
+        f"on {totals['ranks']:,} ranks: {each}"
+    )
 
 
 def _maps(layout: Layout) -> dict[str, list[tuple[list[str], ParamLayout]]]:
@@ -72,12 +96,12 @@ def _maps(layout: Layout) -> dict[str, list[tuple[list[str], ParamLayout]]]:
     for fqn, param in layout.params.items():
         # Pipeline stages have a mesh each: one map stands for all, drawn for the first.
         mesh = layout.meshes[param.spec.mesh]
-        key = (f"{_family(param.spec.mesh)} {mesh}", param.shape, param.spec.placements)
+        key = (f"{_family(param.spec.mesh)} mesh {mesh}", param.shape, param.spec.placements)
         names, _ = alike.setdefault(key, ({}, param))
         names[pattern_of(fqn)] = names.get(pattern_of(fqn), 0) + 1
     shown: dict[str, list[tuple[list[str], ParamLayout]]] = {}
     for (heading, *_), (names, param) in alike.items():
-        texts = [_short(name) + (f" x{count}" if count > 1 else "") for name, count in names.items()]
+        texts = [_short(name) + (f" ×{count}" if count > 1 else "") for name, count in names.items()]
         shown.setdefault(heading, []).append((texts, param))
     return shown
 
@@ -135,55 +159,84 @@ def _family(mesh: str) -> str:
 
 def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> None:
     """One tensor, seen along the two dims that matter most."""
+    placements = param.spec.placements
+    cuts = [i for i, p in enumerate(placements) if not isinstance(p, Replicate) and mesh.shape[i] > 1]
     holders: dict[Box, list[int]] = {}
+    colours: dict[Box, tuple[float, ...]] = {}
     for coordinate in np.ndindex(*mesh.shape):
-        for box in boxes_of(param.spec.placements, param.shape, mesh.shape, coordinate):
+        for box in boxes_of(placements, param.shape, mesh.shape, coordinate):
             holders.setdefault(box, []).append(int(mesh.array[coordinate]))
-    sharded = sorted({p.dim for p in param.spec.placements if not isinstance(p, Replicate)})
-    others = [d for d in range(len(param.shape)) if d not in sharded]
-    y, x = ([*sharded, *others, None, None])[:2]
+            colours.setdefault(box, _colour([(coordinate[i], mesh.shape[i]) for i in cuts]))
+    sharded = sorted({placements[i].dim for i in cuts})
+    y, x = ([*sharded, *(d for d in range(len(param.shape)) if d not in sharded), None, None])[:2]
     height, width = (1 if d is None else param.shape[d] for d in (y, x))
-    groups = sorted({tuple(ranks) for ranks in holders.values()})
-    hue = {ranks: i for i, ranks in enumerate(groups)}
-    palette = colormaps["turbo"](np.linspace(0.08, 0.92, len(groups)))
-    patches, colours = [], []
+    rectangles = []
     for box, ranks in holders.items():
-        top, bottom = (0, 1) if y is None else (box.start[y], box.stop[y])
-        left, right = (0, 1) if x is None else (box.start[x], box.stop[x])
-        patches.append(Rectangle((left, top), right - left, bottom - top))
-        colours.append(palette[hue[tuple(ranks)]])
+        start, stop = (
+            [0 if d is None else corner[d] for d in (x, y)] for corner in (box.start, box.stop)
+        )
+        stop = [1 if d is None else value for d, value in zip((x, y), stop, strict=True)]
+        rectangles.append(Rectangle((start[0], start[1]), stop[0] - start[0], stop[1] - start[1]))
         if len(holders) <= _LABELLED:
-            small = len(holders) > 8
-            label = _ranges(ranks)
+            label = "every rank" if len(ranks) == len(mesh.ranks) > 1 else _ranges(ranks)
             axes.text(
-                (left + right) / 2,
-                (top + bottom) / 2,
+                (start[0] + stop[0]) / 2,
+                (start[1] + stop[1]) / 2,
                 label if len(label) < 18 else f"{len(ranks)} ranks",
                 ha="center",
                 va="center",
-                fontsize=5 if small else 7,
+                fontsize=6 if len(holders) > 8 else 9,
+                color=_INK,
             )
-    line = 0.6 if len(holders) <= 256 else 0
+    line = 1.2 if len(holders) <= 16 else 0.5 if len(holders) <= 64 else 0
     axes.add_collection(
-        PatchCollection(patches, facecolors=colours, edgecolors="white", linewidths=line, alpha=0.75)
+        PatchCollection(
+            rectangles, facecolors=list(colours.values()), edgecolors="white" if line else "face", linewidths=line
+        )
     )
     axes.set_xlim(0, max(width, 1e-9))
     axes.set_ylim(max(height, 1e-9), 0)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel("" if x is None else f"dim {x}: {width:,}", fontsize=7)
-    axes.set_ylabel("" if y is None else f"dim {y}: {height:,}", fontsize=7)
-    placements = ", ".join(placement_to_str(p) for p in param.spec.placements)
-    # Two lines of names at most: the map shows the layout, not the list.
-    listed = "\n".join([", ".join(names[:2]), ", ".join(names[2:4])]).strip() + (
-        ", ..." if len(names) > 4 else ""
-    )
-    axes.set_title(f"{listed}\n{list(param.shape)}  {placements}", fontsize=7)
+    for spine in axes.spines.values():
+        spine.set_color(_FAINT)
+    axes.set_ylabel("" if y is None else f"dim {y}: {height:,}", fontsize=7.5, color=_FAINT)
+    slices = len({tuple(ranks) for ranks in holders.values()})
+    numel = int(local_numel(param, mesh).max())
+    whole = "whole on every rank" if slices == 1 else f"{slices:,} slices, {human(numel * itemsize(param.dtype))} each"
+    across = "" if x is None else f"dim {x}: {width:,}\n"
+    axes.set_xlabel(f"{across}{whole}", fontsize=7.5, color=_FAINT)
+    how = ", ".join(f"{mesh.axes[i]} {placement_to_str(placements[i])}" for i in cuts) or "replicated"
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    shape = " × ".join(f"{size:,}" for size in param.shape) or "scalar"
+    above = axes.annotate
+    place = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+    above("\n".join(names[:2]) + more, xytext=(0, 27), fontsize=8.5, fontweight="bold", color=_INK, **place)
+    above(shape, xytext=(0, 16), fontsize=8, color=_INK, **place)
+    above(how, xytext=(0, 5), fontsize=8, color="#0b5cad", **place)
+
+
+def _colour(cuts: list[tuple[int, int]]) -> tuple[float, ...]:
+    """Hue by the place on the outer axes that cut the tensor, lightness by that on the innermost of several."""
+    if not cuts:
+        return to_rgb("#e3e6ea")
+    outer, inner = (cuts[:-1], cuts[-1]) if len(cuts) > 1 else (cuts, None)
+    place, count = 0, 1
+    for at, size in outer:
+        place, count = place * size + at, count * size
+    if count <= len(_HUES):
+        hue = np.asarray(to_rgb(_HUES[place]))
+    else:
+        hue = np.asarray(colormaps["turbo"](0.08 + 0.84 * place / (count - 1))[:3]) * 0.75 + 0.25
+    white = 0.0 if inner is None else 0.6 * inner[0] / max(inner[1] - 1, 1)
+    return tuple(hue * (1 - white) + white)
 
 
 def _short(name: str) -> str:
-    name = name.removeprefix("layers.*.").removesuffix(".weight")
-    return name if len(name) <= 34 else "..." + name[-31:]
+    """The last two parts of a name, with which people tell modules apart: "inner_experts.w1_EFD"."""
+    parts = [part for part in name.removesuffix(".weight").split(".") if part not in ("layers", "*")]
+    short = ".".join(parts[-2:]) or name
+    return short if len(short) <= 27 else "…" + short[-26:]
 
 
 def _ranges(ranks: list[int]) -> str:
@@ -197,50 +250,67 @@ def _ranges(ranks: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _bars(axes: Axes, layout: Layout) -> None:
-    """Bytes on each rank, stacked by module."""
+def _bars(axes: Axes, layout: Layout, *, same: bool) -> None:
+    """Bytes on each rank, stacked by module; one bar where they are the `same` on all."""
     load = load_of(layout)
-    at = {rank: i for i, rank in enumerate(load.ranks)}
+    modules = _by_module(layout, load.ranks)
+    largest = sorted(modules, key=lambda module: -int(modules[module].sum()))
+    bottom = np.zeros(len(load.ranks), dtype=np.int64)
+    edges = np.arange(len(load.ranks) + 1) - 0.5
+    for i, module in enumerate([*largest[:_MODULES], "others"]):
+        members = largest[_MODULES:] if module == "others" else [module]
+        size = sum((modules[member] for member in members), np.zeros_like(bottom))
+        if not size.any():
+            continue
+        colour, share = colormaps["tab20"].colors[i], size.sum() / max(sum(load.nbytes), 1)
+        label = f"{module}  {human(int(size.max()))}" + (f"  {share:.0%}" if share >= 0.005 else "")
+        if same:
+            axes.barh(0, int(size.max()), left=int(bottom.max()), color=colour, label=label, edgecolor="white")
+        else:
+            # One outline for each module: bars of their own take seconds at a thousand ranks.
+            axes.stairs(bottom + size, edges, baseline=bottom, fill=True, label=label, color=colour)
+        bottom = bottom + size
+    limit = float(bottom.max(initial=1)) or 1.0
+    if same:
+        axes.set_title("bytes on every rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK)
+        axes.set_xlim(0, limit)
+        axes.set_yticks([])
+        axes.xaxis.set_major_formatter(_BYTES)
+    else:
+        axes.set_title("bytes on each rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK)
+        if len(load.ranks) <= 64:
+            axes.vlines(edges, 0, limit, color="white", linewidth=2)
+        axes.set_ylim(0, limit * 1.05)
+        axes.set_xlim(-0.5, len(load.ranks) - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=min(32, len(load.ranks)), integer=True))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(
+                lambda value, _: str(load.ranks[int(value)]) if 0 <= value < len(load.ranks) else ""
+            )
+        )
+        axes.yaxis.set_major_formatter(_BYTES)
+        axes.set_xlabel("rank", fontsize=8)
+    axes.tick_params(labelsize=8, colors=_INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _by_module(layout: Layout, ranks: Sequence[int]) -> dict[str, np.ndarray]:
+    """int64 bytes on each of `ranks` by the module that holds them, two names deep: "attention.wo"."""
+    at = {rank: i for i, rank in enumerate(ranks)}
     modules: dict[str, np.ndarray] = {}
     known: dict[ParamLayout, np.ndarray] = {}
     for fqn, param in layout.params.items():
         if param not in known:
             mesh = layout.meshes[param.spec.mesh]
             known[param] = np.zeros(len(at), dtype=np.int64)
-            known[param][[at[rank] for rank in mesh.ranks]] = local_numel(param, mesh).ravel() * itemsize(
-                param.dtype
-            )
+            nbytes = local_numel(param, mesh).ravel() * itemsize(param.dtype)
+            known[param][[at[rank] for rank in mesh.ranks]] = nbytes
         parts = [part for part in pattern_of(fqn).split(".") if part not in ("layers", "*", "weight", "bias")]
-        # The container of a module's own parameter, two names deep: "moe.experts", "attention.wo".
         module = ".".join(parts[:2]) or fqn
         modules[module] = modules.get(module, 0) + known[param]
-    largest = sorted(modules, key=lambda module: -int(modules[module].sum()))
-    bottom = np.zeros(len(at), dtype=np.int64)
-    colours = colormaps["tab20"].colors
-    edges = np.arange(len(at) + 1) - 0.5
-    for i, module in enumerate([*largest[:9], "others"]):
-        members = largest[9:] if module == "others" else [module]
-        height = sum((modules[member] for member in members), np.zeros(len(at), dtype=np.int64))
-        if height.any():
-            # One outline for each module: bars of their own take seconds at a thousand ranks.
-            axes.stairs(bottom + height, edges, baseline=bottom, fill=True, label=module, color=colours[i])
-            bottom = bottom + height
-    if len(at) <= 64:
-        axes.vlines(edges, 0, bottom.max(initial=0), color="white", linewidth=2)
-    most, least = load.most, load.least
-    spread = f"most {human(most[1])} on rank {most[0]}, least {human(least[1])} on rank {least[0]}"
-    if most[1] == least[1]:
-        spread = f"{human(most[1])}, the same on all"
-    axes.set_title(f"bytes on each rank: {spread}", fontsize=9)
-    axes.set_ylim(0, bottom.max(initial=1) * 1.05)
-    axes.set_xlim(-0.5, len(at) - 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=min(32, len(at)), integer=True))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: str(load.ranks[int(value)]) if 0 <= value < len(at) else "")
-    )
-    axes.yaxis.set_major_formatter(_BYTES)
-    axes.set_xlabel("rank")
-    axes.legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return modules
 
 
 def _ticks(axes: Axes, sources: list, destinations: list) -> None:

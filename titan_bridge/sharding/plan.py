@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.balance import deal
+from titan_bridge.sharding.balance import Ledger, choose
 from titan_bridge.sharding.holders import Held, Holder, MeshHolders, held_in
 from titan_bridge.sharding.layout import Layout, itemsize
 from titan_bridge.sharding.match import Item, match
@@ -118,9 +118,10 @@ class Plan:
     def copies(self, *, source: Holder | None = None, destination: Holder | None = None) -> Iterator[Copy]:
         """All copies, or those from one holder, or to one, or both; in the same order every time."""
         index = {holder: i for i, holder in enumerate(self.holders)}
-        if {source, destination} - {None} <= index.keys():
-            for group in self.groups:
-                yield from copies_of(group, self.holders, index.get(source), index.get(destination))
+        wanted = [None if holder is None else index.get(holder, -1) for holder in (source, destination)]
+        for group in self.groups:
+            if -1 not in wanted:
+                yield from copies_of(group, self.holders, *wanted)
 
 
 def plan(
@@ -148,7 +149,7 @@ def plan(
     """
     sources, destinations = held_in(source), held_in(destination)
     items, unused, missing = match(sources, destinations, views, allow_missing=allow_missing)
-    ledger = _Ledger()
+    ledger = Ledger()
     batches: dict[tuple, list[Item]] = {}
     for item in items:
         width = itemsize((item.destination if wire == "destination" else item.source).dtype)
@@ -166,7 +167,7 @@ def plan(
     # Tensors that only one holder can send come first: replicas then make up for what those weigh.
     work.sort(key=lambda w: (w[0].source_slots.shape[1], -w[0].pair_elements.max(initial=0) * w[1]))
     ledger.open()
-    groups = tuple(_choose(geometry, width, batch, ledger, colocated) for geometry, width, batch in work)
+    groups = tuple(choose(geometry, width, batch, ledger, colocated) for geometry, width, batch in work)
     holders = tuple(ledger.index)
     result = Plan(
         groups=groups,
@@ -180,42 +181,6 @@ def plan(
     )
     assert result.bytes == result.lower_bound == sum(result.received.values()), "more travels than is lacking"
     return result
-
-
-class _Ledger:
-    """Numbers for holders, and what each sends and receives."""
-
-    def __init__(self) -> None:
-        self.index: dict[Holder, int] = {}
-        self._known: dict[tuple[Holder, ...], np.ndarray] = {}
-
-    def numbers(self, held: Held) -> np.ndarray:
-        """The numbers of a tensor's holders, by slot; equal holders give the same array object."""
-        by = held.by
-        names = by.mesh.ranks if isinstance(by, MeshHolders) else tuple(holder for holder, _ in by.chunks)
-        if names not in self._known:
-            numbers = [self.index.setdefault(name, len(self.index)) for name in names]
-            self._known[names] = np.asarray(numbers, dtype=np.int32)
-        return self._known[names]
-
-    def open(self) -> None:
-        """Start to count, now that all holders have numbers."""
-        self.sent, self.received = np.zeros((2, len(self.index)), dtype=np.int64)
-        self.lacking: dict[tuple[int, ...], int] = {}
-
-    def lack(self, senders: np.ndarray, amount: int) -> None:
-        """Count bytes that one of `senders` (numbers, by slot) has to send."""
-        key = tuple(sorted(set(senders.tolist())))
-        self.lacking[key] = self.lacking.get(key, 0) + amount
-
-    def floor(self) -> int:
-        """See `Plan.load_floor`."""
-        return max((-(-amount // len(who)) for who, amount in self.lacking.items()), default=0)
-
-    def of(self, side: Mapping[str, Held]) -> list[int]:
-        """The numbers of all holders of a side, sorted."""
-        arrays = {id(a): a for a in map(self.numbers, side.values())}
-        return sorted({int(n) for a in arrays.values() for n in a})
 
 
 def _alike(item: Item) -> tuple:
@@ -258,76 +223,3 @@ def _check_missing(geometry: Geometry, items: list[Item], missing: dict[str, int
     for item in items:
         name = item.destination.name
         missing[name] = missing.get(name, 0) + holes
-
-
-def _choose(geometry: Geometry, width: int, items: list[Item], ledger: _Ledger, colocated: bool) -> Group:
-    """Decide who sends what of tensors that look alike, and write it in the ledger."""
-    sources = np.stack([ledger.numbers(item.source) for item in items])
-    destinations = np.stack([ledger.numbers(item.destination) for item in items])
-    pair_slots = geometry.destination_slots[geometry.pair_destination]
-    size = geometry.pair_elements * width
-    shape = (*pair_slots.shape, len(items))
-    if geometry.source_slots.shape[1] <= 1 and not colocated:
-        # Nothing to choose: look at all tensors at once, also where each lies in another file.
-        choice, local = np.broadcast_to(np.int16(0), shape), np.broadcast_to(False, shape)
-        copies = (pair_slots >= 0).sum(axis=1)
-        if len(size):
-            slot = geometry.source_slots[geometry.pair_source, 0]
-            _add(ledger.sent, sources[:, slot], size * copies)
-            pair, replica = np.nonzero(pair_slots >= 0)
-            _add(ledger.received, destinations[:, pair_slots[pair, replica]], size[pair])
-        for item in items:
-            ledger.lack(ledger.numbers(item.source), int((size * copies).sum()))
-        return Group(geometry, tuple(items), width, sources, destinations, choice, local)
-    choice = np.zeros(shape, dtype=np.int16)
-    local = np.zeros(shape, dtype=bool) if colocated else np.broadcast_to(False, shape)
-    same: dict[tuple[int, int], list[int]] = {}
-    for tensor, item in enumerate(items):
-        key = (id(ledger.numbers(item.source)), id(ledger.numbers(item.destination)))
-        same.setdefault(key, []).append(tensor)
-    for tensors in same.values():
-        first, n = tensors[0], len(tensors)
-        senders = _at(sources[first], geometry.source_slots)
-        receivers = _at(destinations[first], geometry.destination_slots)[geometry.pair_destination]
-        wanted = receivers >= 0
-        if colocated:
-            own = _own(senders, geometry.pair_source, receivers)
-            wanted &= own < 0
-            local[:, :, tensors] = (own >= 0)[:, :, None]
-        each = np.repeat(wanted, n, axis=1)  # the tensors of one destination side by side
-        chosen = deal(ledger.sent, senders, geometry.pair_source, size, each).reshape(*wanted.shape, n)
-        if colocated:
-            chosen = np.where((own >= 0)[:, :, None], own[:, :, None], chosen)
-        choice[:, :, tensors] = chosen
-        pair, replica = np.nonzero(wanted)
-        _add(ledger.received, receivers[pair, replica], size[pair] * n)
-        there = (_at(destinations[first], geometry.destination_slots) >= 0).sum(axis=1)
-        lacking = int(((geometry.need - geometry.missing) * there).sum()) * width
-        if colocated:
-            lacking -= int((size * (own >= 0).sum(axis=1)).sum())
-        ledger.lack(sources[first], lacking * n)
-    return Group(geometry, tuple(items), width, sources, destinations, choice, local)
-
-
-def _add(total: np.ndarray, at: np.ndarray, amount: np.ndarray) -> None:
-    """`total[at] += amount`, repeated indices included."""
-    # numpy 2.3's `add.at` reads beyond an operand that it would have to broadcast: give it equal 1-d arrays.
-    np.add.at(total, at.ravel(), np.broadcast_to(amount, at.shape).ravel())
-
-
-def _at(numbers: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Holders in slots; -1 stays -1."""
-    return np.where(slots < 0, -1, numbers[slots])
-
-
-def _own(senders: np.ndarray, shard: np.ndarray, receivers: np.ndarray) -> np.ndarray:
-    """[pairs, replicas]: which replica of the pair's source shard the receiver itself is, or -1."""
-    numbers = int(max(senders.max(initial=0), receivers.max(initial=0))) + 1
-    at, replica = np.nonzero(senders >= 0)
-    if not len(at):
-        return np.full(receivers.shape, -1)
-    known = at * numbers + senders[at, replica]
-    order = np.argsort(known, kind="stable")
-    asked = np.where(receivers < 0, -1, shard[:, None] * numbers + receivers)
-    found = np.minimum(np.searchsorted(known[order], asked), len(known) - 1)
-    return np.where(known[order][found] == asked, replica[order][found], -1)

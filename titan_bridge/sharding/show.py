@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 from rich.text import Text
-from torch.distributed.tensor import Replicate
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import segments_of
+from titan_bridge.sharding.boxes import axes_of, segments_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.spec import placement_to_str
@@ -62,11 +61,7 @@ def local_numel(param: ParamLayout, mesh: MeshLayout) -> np.ndarray:
     """int64 of the shape of the mesh: elements of the local tensor at each position."""
     total = np.ones(mesh.shape, dtype=np.int64)
     for d, size in enumerate(param.shape):
-        axes = [
-            axis
-            for axis, placement in enumerate(param.spec.placements)
-            if not isinstance(placement, Replicate) and placement.dim == d
-        ]
+        axes = axes_of(param.spec.placements, d)
         if not axes:
             total *= size
             continue

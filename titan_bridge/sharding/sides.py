@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 from torch.distributed.tensor import Replicate
 
-from titan_bridge.sharding.boxes import Box, local_shape_of, segments_of
+from titan_bridge.sharding.boxes import Box, axes_of, local_shape_of, segments_of
 from titan_bridge.sharding.holders import BoxHolders, Held
 from titan_bridge.sharding.spec import placement_from_str, placement_to_str
 from titan_bridge.sharding.strided import factored
@@ -105,14 +105,7 @@ class MeshSide:
             self.placements: tuple = (Replicate(),)
         else:
             self.mesh_shape, self.placements = held.by.mesh.shape, held.by.placements
-        self.axes = [
-            [
-                axis
-                for axis, placement in enumerate(self.placements)
-                if not isinstance(placement, Replicate) and placement.dim == d
-            ]
-            for d in range(len(self.shape))
-        ]
+        self.axes = [axes_of(self.placements, d) for d in range(len(self.shape))]
 
     def pieces(self, dims: Sequence[int], cells: Sequence[int], sizes: Sequence[int]) -> Pieces:
         """The boxes in `cells` that the tensor dims `dims` cut, over all shards of those dims."""
@@ -171,8 +164,10 @@ class ChunkSide:
         by_box: dict[Box, list[int]] = {}
         for slot, box in enumerate(self.boxes):
             by_box.setdefault(box, []).append(slot)
-        self._shards = [((box,), slots) for box, slots in by_box.items() if box.numel]
-        if disjoint and _overlap([box for (box,), _ in self._shards]):
+        self._shards: list[tuple[tuple[Box, ...], list[int]]] = [
+            ((box,), slots) for box, slots in by_box.items() if box.numel
+        ]
+        if disjoint and _overlap([box for box in by_box if box.numel]):
             self._shards = _atoms(self._shards)
 
     def pieces(self, dims: Sequence[int], cells: Sequence[int], sizes: Sequence[int]) -> Pieces:
