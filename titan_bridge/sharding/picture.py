@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Box, axes_of, boxes_of
+from titan_bridge.sharding.boxes import Box, boxes_of, shard_dim
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.show import human, load_of, local_numel, pattern_of, totals_of
@@ -160,14 +160,15 @@ def _family(mesh: str) -> str:
 def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> None:
     """One tensor, seen along the two dims that matter most."""
     placements = param.spec.placements
-    cuts = [i for i, p in enumerate(placements) if not isinstance(p, Replicate) and mesh.shape[i] > 1]
+    cuts = [i for i, p in enumerate(placements) if shard_dim(p) is not None and mesh.shape[i] > 1]
     holders: dict[Box, list[int]] = {}
     colours: dict[Box, tuple[float, ...]] = {}
     for coordinate in np.ndindex(*mesh.shape):
         for box in boxes_of(placements, param.shape, mesh.shape, coordinate):
             holders.setdefault(box, []).append(int(mesh.array[coordinate]))
             colours.setdefault(box, _colour([(coordinate[i], mesh.shape[i]) for i in cuts]))
-    sharded = sorted({placements[i].dim for i in cuts})
+    dims = {i: dim for i in cuts if (dim := shard_dim(placements[i])) is not None}
+    sharded = sorted(set(dims.values()))
     y, x = ([*sharded, *(d for d in range(len(param.shape)) if d not in sharded), None, None])[:2]
     height, width = (1 if d is None else param.shape[d] for d in (y, x))
     rectangles = []
@@ -262,7 +263,7 @@ def _bars(axes: Axes, layout: Layout, *, same: bool) -> None:
         size = sum((modules[member] for member in members), np.zeros_like(bottom))
         if not size.any():
             continue
-        colour, share = colormaps["tab20"].colors[i], size.sum() / max(sum(load.nbytes), 1)
+        colour, share = colormaps["tab20"](i), size.sum() / max(sum(load.nbytes), 1)
         label = f"{module}  {human(int(size.max()))}" + (f"  {share:.0%}" if share >= 0.005 else "")
         if same:
             axes.barh(0, int(size.max()), left=int(bottom.max()), color=colour, label=label, edgecolor="white")
