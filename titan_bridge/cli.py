@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "titan_bridge.commands.generate:Generate",
     "serve": "titan_bridge.commands.serve:Serve",
     "parity": "titan_bridge.commands.parity:Parity",
+    "inspect": "titan_bridge.commands.inspect:Inspect",
     "config": "titan_bridge.commands.config:Config",
 }
 """Name -> "module:class". A class with a field `vllm_options` takes the options that it does not know."""

@@ -21,10 +21,11 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.sharding import SpmdLayout
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import DENSE, MESH_AXES, SPARSE, Sizes, check_divides, padded_vocab
+from titan_bridge.mesh import DENSE, MESH_AXES, SPARSE, Sizes, check_divides, describe, padded_vocab
 from titan_bridge.models import family_for, family_of
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.parallelize import Plan, plan_for
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 
 Dense = Literal["replicate", "shard"]
@@ -84,6 +85,42 @@ def specs(
     plan = plan_for(family)
     plan.set_sharding(config, enable_ep=sizes.ep > 1)
     return specs_of_module(build_on_meta(config, dtype=dtype or torch.float32), plan, sizes, dense)
+
+
+def layout(
+    model: Decoder.Config | Mapping[str, Any],
+    sizes: Sizes,
+    dense: Dense = "replicate",
+    *,
+    dtype: torch.dtype | None = None,
+) -> Layout:
+    """`specs` with the meshes that they name: what `titan-bridge inspect --json` prints."""
+    return as_layout(specs(model, sizes, dense, dtype=dtype), sizes)
+
+
+def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:
+    """The layout of `params` on meshes of `sizes`; only meshes that a parameter lives on are in it.
+
+    Raises:
+        BridgeError: Pipeline stages, which `specs` does not divide the model into.
+    """
+    if sizes.pp > 1:
+        raise BridgeError(f"pp={sizes.pp}: which stage holds which layer is not known here; allowed: 1")
+    used = {param.spec.mesh for param in params.values()}
+    return Layout(
+        meshes={name: _mesh(name, sizes) for name in MESH_AXES if name in used},
+        params={
+            fqn: ParamLayout(
+                spec=param.spec, shape=param.shape, dtype=str(param.dtype).removeprefix("torch.")
+            )
+            for fqn, param in params.items()
+        },
+    )
+
+
+def _mesh(name: str, sizes: Sizes) -> MeshLayout:
+    mesh = describe(name, sizes)
+    return MeshLayout(axes=mesh.axes, shape=mesh.shape, ranks=mesh.flat_ranks())
 
 
 def specs_of_module(

@@ -173,9 +173,7 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
     height, width = (1 if d is None else param.shape[d] for d in (y, x))
     rectangles = []
     for box, ranks in holders.items():
-        start, stop = (
-            [0 if d is None else corner[d] for d in (x, y)] for corner in (box.start, box.stop)
-        )
+        start, stop = ([0 if d is None else corner[d] for d in (x, y)] for corner in (box.start, box.stop))
         stop = [1 if d is None else value for d, value in zip((x, y), stop, strict=True)]
         rectangles.append(Rectangle((start[0], start[1]), stop[0] - start[0], stop[1] - start[1]))
         if len(holders) <= _LABELLED:
@@ -192,7 +190,10 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
     line = 1.2 if len(holders) <= 16 else 0.5 if len(holders) <= 64 else 0
     axes.add_collection(
         PatchCollection(
-            rectangles, facecolors=list(colours.values()), edgecolors="white" if line else "face", linewidths=line
+            rectangles,
+            facecolors=list(colours.values()),
+            edgecolors="white" if line else "face",
+            linewidths=line,
         )
     )
     axes.set_xlim(0, max(width, 1e-9))
@@ -204,14 +205,23 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
     axes.set_ylabel("" if y is None else f"dim {y}: {height:,}", fontsize=7.5, color=_FAINT)
     slices = len({tuple(ranks) for ranks in holders.values()})
     numel = int(local_numel(param, mesh).max())
-    whole = "whole on every rank" if slices == 1 else f"{slices:,} slices, {human(numel * itemsize(param.dtype))} each"
+    whole = (
+        "whole on every rank"
+        if slices == 1
+        else f"{slices:,} slices, {human(numel * itemsize(param.dtype))} each"
+    )
     across = "" if x is None else f"dim {x}: {width:,}\n"
     axes.set_xlabel(f"{across}{whole}", fontsize=7.5, color=_FAINT)
     how = ", ".join(f"{mesh.axes[i]} {placement_to_str(placements[i])}" for i in cuts) or "replicated"
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     shape = " × ".join(f"{size:,}" for size in param.shape) or "scalar"
     above = axes.annotate
-    place = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+    place = {
+        "xy": (0, 1),
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "annotation_clip": False,
+    }
     above("\n".join(names[:2]) + more, xytext=(0, 27), fontsize=8.5, fontweight="bold", color=_INK, **place)
     above(shape, xytext=(0, 16), fontsize=8, color=_INK, **place)
     above(how, xytext=(0, 5), fontsize=8, color="#0b5cad", **place)
@@ -266,19 +276,25 @@ def _bars(axes: Axes, layout: Layout, *, same: bool) -> None:
         colour, share = colormaps["tab20"](i), size.sum() / max(sum(load.nbytes), 1)
         label = f"{module}  {human(int(size.max()))}" + (f"  {share:.0%}" if share >= 0.005 else "")
         if same:
-            axes.barh(0, int(size.max()), left=int(bottom.max()), color=colour, label=label, edgecolor="white")
+            axes.barh(
+                0, int(size.max()), left=int(bottom.max()), color=colour, label=label, edgecolor="white"
+            )
         else:
             # One outline for each module: bars of their own take seconds at a thousand ranks.
             axes.stairs(bottom + size, edges, baseline=bottom, fill=True, label=label, color=colour)
         bottom = bottom + size
     limit = float(bottom.max(initial=1)) or 1.0
     if same:
-        axes.set_title("bytes on every rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK)
+        axes.set_title(
+            "bytes on every rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK
+        )
         axes.set_xlim(0, limit)
         axes.set_yticks([])
         axes.xaxis.set_major_formatter(_BYTES)
     else:
-        axes.set_title("bytes on each rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK)
+        axes.set_title(
+            "bytes on each rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK
+        )
         if len(load.ranks) <= 64:
             axes.vlines(edges, 0, limit, color="white", linewidth=2)
         axes.set_ylim(0, limit * 1.05)
