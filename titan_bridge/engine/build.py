@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
@@ -19,13 +20,15 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.engine.attention import PagedAttention
+from titan_bridge.engine.cpu_linear import use_packed_linears
+from titan_bridge.engine.fsdp import shard_dense
 from titan_bridge.engine.loader import Held
 from titan_bridge.engine.lower import lower, strip
 from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.engine.rope import StepRopes
 from titan_bridge.layout import ParamSpec, specs
-from titan_bridge.mesh import DENSE, SPARSE, Sizes, describe, padded_vocab, to_parallel_dims
+from titan_bridge.mesh import DENSE, SPARSE, Sizes, describe, get_device_meshes, padded_vocab, to_parallel_dims
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.parallelize import plan_for
@@ -43,6 +46,11 @@ class Plan:
     padded_vocab: int
     """Rows of the embedding and the head: the vocabulary rounded up to a multiple of tp."""
     max_model_len: int
+
+    @property
+    def sharded(self) -> bool:
+        """Whether dp ranks keep a part of the dense weights each and gather them layer by layer."""
+        return self.options.dense == "shard" and self.sizes.dp > 1
 
     @property
     def spread(self) -> bool:
@@ -66,7 +74,7 @@ class Built:
         live = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
         return {
             fqn: Held(
-                tensor=live[fqn],
+                tensor=_local(live[fqn]),
                 pieces=known.spec.pieces(
                     known.shape, meshes[known.spec.mesh].shape, meshes[known.spec.mesh].coordinate(rank)
                 ),
@@ -141,28 +149,38 @@ def build(vllm_config: VllmConfig) -> Built:
     plan_for(plan.family).set_sharding(config, enable_ep=plan.sizes.ep > 1)
     with torch.device("meta"):
         model = config.build()
-    # The DTensor backend only carries the layout here: `_localise` takes the local shards out again.
+    # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
+    # token dispatcher asks at run time which backend is on, so it is set for the whole process.
+    set_spmd_backend("partial_dtensor")
     model.parallelize(to_parallel_dims(plan.sizes, spmd_backend="partial_dtensor"))
     _localise(model)
     _serve_experts(model, plan, vllm_config)
+    if plan.options.cpu_pack and not plan.sharded:
+        use_packed_linears(model, vllm_config.model_config.dtype)
     lower(model)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
     ropes.fill(device)
+    if plan.sharded:
+        meshes = get_device_meshes(plan.sizes, device_type=device.type)
+        shard_dense(model, meshes, plan.sizes, plan_for(plan.family))
+    model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
     return Built(plan=plan, model=model, ropes=ropes, layout=layout)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _localise(model: nn.Module) -> None:
     """Replace each DTensor by this rank's local shard (still on meta)."""
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
-            local = param.data.to_local() if isinstance(param.data, DTensor) else param.data
-            module.register_parameter(name, nn.Parameter(local, requires_grad=False))
+            module.register_parameter(name, nn.Parameter(_local(param.data), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if isinstance(buffer, DTensor):
-                module._buffers[name] = buffer.to_local()
+            module._buffers[name] = _local(buffer)
 
 
 def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:

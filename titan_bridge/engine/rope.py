@@ -16,26 +16,26 @@ from torchtitan.models.common.rope import RoPE
 
 
 class _Rotate(nn.Module):
-    """Stands at `attention.rope`: applies rows that were gathered before."""
+    """Stands at `attention.rope`: applies rows that were gathered before, those of its own table."""
 
-    def __init__(self, rope: RoPE) -> None:
+    def __init__(self, rope: RoPE, table: int) -> None:
         super().__init__()
         self._apply_rotary = type(rope).apply_rotary_emb
+        self._table = table
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, rows: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._apply_rotary(query, key, rows)
+        return self._apply_rotary(query, key, rows[self._table])
 
 
 class StepRopes(nn.Module):
-    """The distinct rope tables of a model, and which of them each layer uses."""
+    """The distinct rope tables of a model."""
 
     def __init__(self, model: Decoder) -> None:
         """Moves every layer's rope out of `model`, which must still be on meta."""
         super().__init__()
         self.tables = nn.ModuleList()
-        self.table_of_layer: list[int] = []
         known: dict[str, int] = {}
         for layer in model.layers.values():
             rope = layer.attention.rope
@@ -43,8 +43,7 @@ class StepRopes(nn.Module):
             if key not in known:
                 known[key] = len(self.tables)
                 self.tables.append(rope)
-            self.table_of_layer.append(known[key])
-            layer.attention.rope = _Rotate(rope)
+            layer.attention.rope = _Rotate(rope, known[key])
 
     def fill(self, device: torch.device) -> None:
         """Compute the tables (float32 or complex64) on `device`, whatever the model's dtype."""
@@ -56,7 +55,13 @@ class StepRopes(nn.Module):
         finally:
             torch.set_default_dtype(dtype)
 
-    def gather(self, positions_T: torch.Tensor, h_BLD: torch.Tensor) -> list[torch.Tensor]:
-        """The rows of each table for `positions_T` (int, this step's tokens), shaped for broadcast over heads."""
-        query = h_BLD.new_empty((1, positions_T.shape[0], 1, self.tables[0].config.dim))
-        return [rope._reshape_cache(query, positions_T.unsqueeze(0)) for rope in self.tables]
+    def gather(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows of each table for `positions_T` (int, this step's tokens), shaped for broadcast over heads.
+
+        It takes the place of the positions that TorchTitan hands from layer to layer.
+        """
+        tokens = positions_T.shape[0]
+        return tuple(
+            rope._reshape_cache(rope.cache.new_empty((1, tokens, 1, rope.config.dim)), positions_T.unsqueeze(0))
+            for rope in self.tables
+        )

@@ -19,12 +19,20 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from titan_bridge.engine.build import build
+from titan_bridge.engine.cpu_linear import refresh
+from titan_bridge.engine.fsdp import drop_head, gather_head, head
 from titan_bridge.engine.loader import WeightLoader
+from titan_bridge.engine.options import titan_options
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+def _compiles(vllm_config: VllmConfig) -> bool:
+    """FSDP's gathers are hooks that one graph cannot hold."""
+    return titan_options(vllm_config.additional_config).dense == "replicate"
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0}, enable_if=_compiles)
 class TitanForCausalLM(nn.Module):
     """Any TorchTitan family with a file under `models/` and one under `parallelize/`."""
 
@@ -64,23 +72,34 @@ class TitanForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states before the head: `(T,)` int ids and positions to `(T, D)` in the model's dtype."""
-        if inputs_embeds is not None:
-            h_BLD = inputs_embeds.unsqueeze(0)
-        else:
-            assert input_ids is not None
-            h_BLD = self.model.tok_embeddings(input_ids.unsqueeze(0))
-        tables = self.ropes.gather(positions, h_BLD)
-        for index, layer in enumerate(self.model.layers.values()):
-            h_BLD = layer(h_BLD, None, tables[self.ropes.table_of_layer[index]])
-        return self.model.norm(h_BLD).squeeze(0)
+        if input_ids is None or inputs_embeds is not None:
+            raise NotImplementedError("prompt embeddings are not supported; send token ids")
+        if self.plan.sharded:
+            drop_head(self.model)
+        h_BLD = self.model(input_ids.unsqueeze(0), self.ropes.gather(positions))
+        if self.plan.sharded:
+            gather_head(self.model)
+        return h_BLD.squeeze(0)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """`(T, D)` to `(T, vocab)`; None on ranks that the platform does not gather to."""
-        logits_TV = self.model.lm_head(hidden_states)
+        if self.plan.sharded:
+            logits_TV = head(self.model, hidden_states)
+        else:
+            logits_TV = self.model.lm_head(hidden_states)
         if self._tp > 1:
             logits_TV = self._gather(logits_TV)
         return None if logits_TV is None else logits_TV[..., : self.vocab_size]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy this rank's slices of Hugging Face tensors into the live parameters; may be called again."""
-        return self.loader.load(weights)
+        loaded = self.loader.load(weights)
+        self.weights_changed()
+        return loaded
+
+    def weights_changed(self, changed: Iterable[torch.Tensor] | None = None) -> None:
+        """Bring everything that is derived from weights up to date; whoever writes into live parameters calls it.
+
+        `changed` are the live parameters that were written; None means all.
+        """
+        refresh(self.model, changed)
