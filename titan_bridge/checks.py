@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from titan_bridge.config.schema import InferConfig
+    from titan_bridge.mesh import Sizes
 
 
 def check(config: InferConfig) -> dict[str, Any]:
@@ -27,26 +29,77 @@ def check(config: InferConfig) -> dict[str, Any]:
     experts = experts_in(hf_config)
     if parallel.ep > 1 and not experts:
         raise BridgeError(f"ep={parallel.ep}, but {config.model} has no experts; leave ep at 1")
-    if config.model_impl != "torchtitan":
-        return hf_config
-    from titan_bridge.engine.options import titan_options  # noqa: PLC0415  the next three import torch
-    from titan_bridge.mesh import Sizes, check_divides, padded_vocab  # noqa: PLC0415
-    from titan_bridge.models import family_for  # noqa: PLC0415
+    if config.model_impl == "torchtitan":
+        from titan_bridge.engine.options import titan_options  # noqa: PLC0415  pydantic
+        from titan_bridge.mesh import Sizes  # noqa: PLC0415
 
-    titan_options(config.additional_config())
-    # vLLM runs dp of a dense model as engines that do not know of each other.
-    sizes = Sizes(dp=parallel.dp if experts else 1, tp=parallel.tp, ep=parallel.ep)
-    family = family_for(hf_config)
-    if isinstance(vocabulary := hf_config.get("vocab_size"), int):
-        model = family.model_config(hf_config, padded_vocab=padded_vocab(vocabulary, sizes))
-        check_divides(model, sizes)
-    limit = hf_config.get("max_position_embeddings")
-    if isinstance(limit, int) and (config.max_model_len or 0) > limit:
+        titan_options(config.additional_config())
+        # vLLM runs dp of a dense model as engines that do not know of each other.
+        sizes = Sizes(dp=parallel.dp if experts else 1, tp=parallel.tp, ep=parallel.ep)
+        model_fits(hf_config, sizes, max_model_len=config.max_model_len)
+        tensors_fit(config.model, hf_config)
+    return hf_config
+
+
+def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int | None = None) -> None:
+    """Check that TorchTitan has this model and that it divides into `sizes`.
+
+    Raises:
+        BridgeError: an architecture, field, value, size or length, named with what is allowed.
+    """
+    from titan_bridge.mesh import check_divides  # noqa: PLC0415
+    from titan_bridge.models import family_for  # noqa: PLC0415  torch and torchtitan
+
+    config = family_for(hf_config).model_config(hf_config)
+    check_divides(config, sizes)
+    limit = config.max_seq_len
+    if (max_model_len or 0) > limit:
         raise BridgeError(
-            f"max_model_len={config.max_model_len} is over the model's rope limit "
+            f"max_model_len={max_model_len} is over the model's rope limit "
             f"max_position_embeddings={limit}; allowed: up to {limit}"
         )
-    return hf_config
+
+
+def tensors_fit(model: str, hf_config: Mapping[str, Any]) -> None:
+    """Check that names and shapes in the safetensors headers are those that config.json describes.
+
+    Reads headers only. A directory without safetensors is left to the loader.
+
+    Raises:
+        BridgeError: missing, unexpected and mis-shaped tensors; all of them counted, the first ones named.
+    """
+    from titan_bridge.models import family_for  # noqa: PLC0415  torch and torchtitan
+
+    files = _safetensors(Path(model))
+    if not files:
+        return
+    found = {name: tuple(entry["shape"]) for file in files for name, entry in _header(file).items()}
+    family = family_for(hf_config)
+    wanted = {view.name: view.shape for view in family.views(hf_config)}
+    allowed = wanted | {view.name: view.shape for view in family.optional_views(hf_config)}
+    problems = []
+    for what, names in (
+        ("missing", wanted.keys() - found.keys()),
+        ("unexpected", {name for name in found.keys() - allowed.keys() if not family.ignores(name)}),
+    ):
+        if names:
+            problems.append(f"{len(names)} {what}: {few(names)}")
+    shapes = [
+        f"{name} is {found[name]}, not {allowed[name]}"
+        for name in sorted(found.keys() & allowed.keys())
+        if found[name] != allowed[name]
+    ]
+    if shapes:
+        problems.append(f"{len(shapes)} of another shape: {few(shapes)}")
+    if problems:
+        raise BridgeError(f"{model} does not hold what its config.json describes: {'; '.join(problems)}")
+
+
+def few(names: Iterable[str], most: int = 4) -> str:
+    """The first names in order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
 
 
 def model_directory(model: str) -> dict[str, Any]:
@@ -92,11 +145,24 @@ def weights_present(model: str) -> None:
             raise BridgeError(f"{index} is no safetensors index: {type(error).__name__}: {error}") from None
         if missing := sorted(name for name in named if not (folder / name).is_file()):
             raise BridgeError(f"{index} names files that are missing: {', '.join(missing)}")
-        files = sorted(folder / name for name in named)
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if damaged := [f"{file.name} ({reason})" for file in files if (reason := _damage(file))]:
+    if damaged := [f"{file.name} ({reason})" for file in _safetensors(folder) if (reason := _damage(file))]:
         raise BridgeError(f"{model}: damaged safetensors: {'; '.join(damaged)}; copy or download them again")
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    """The files of the index, or all there are."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(folder / name for name in named)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header
 
 
 def _damage(file: Path) -> str | None:

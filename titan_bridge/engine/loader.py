@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
+from titan_bridge.checks import few
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Piece
 from titan_bridge.sharding.strided import strided_copies
@@ -68,7 +69,7 @@ class WeightLoader:
         for name, tensor in weights:
             self._take(name, tensor, seen)
         if not partial and (missing := self._views.keys() - seen.done):
-            seen.problems.append(f"missing: {_few(sorted(missing))}")
+            seen.problems.append(f"missing: {few(missing)}")
         if seen.problems:
             raise BridgeError("the checkpoint does not fit the model: " + "; ".join(seen.problems))
         self.bytes_read = seen.bytes_read
@@ -110,7 +111,3 @@ class WeightLoader:
                 tensor.as_strided(size, from_stride, start + tensor.storage_offset()),
             )
 
-
-def _few(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

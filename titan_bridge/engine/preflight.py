@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vllm.config import VllmConfig
 
-from titan_bridge.engine.build import model_config, plan_from
+from titan_bridge.checks import model_fits, tensors_fit, weights_present
+from titan_bridge.engine.build import plan_from
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import check_divides
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -30,12 +32,9 @@ def check(vllm_config: VllmConfig) -> None:
             f"quantization={vllm_config.model_config.quantization} is not supported with "
             "model_impl='torchtitan'; leave it out"
         )
-    plan = plan_from(vllm_config, dp=parallel.data_parallel_size if vllm_config.model_config.is_moe else 1)
-    config = model_config(plan)
-    check_divides(config, plan.sizes)
-    limit = plan.hf["max_position_embeddings"]
-    if plan.max_model_len > limit:
-        raise BridgeError(
-            f"max_model_len={plan.max_model_len} is over the model's rope limit "
-            f"max_position_embeddings={limit}; allowed: up to {limit}"
-        )
+    model = vllm_config.model_config
+    plan = plan_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
+    model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
+    if Path(model.model).is_dir() and vllm_config.load_config.load_format in ("auto", "safetensors", "hf"):
+        weights_present(model.model)
+        tensors_fit(model.model, plan.hf)
