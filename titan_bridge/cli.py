@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "titan_bridge.commands.serve:Serve",
     "parity": "titan_bridge.commands.parity:Parity",
     "inspect": "titan_bridge.commands.inspect:Inspect",
+    "train": "titan_bridge.commands.train:Train",
     "config": "titan_bridge.commands.config:Config",
 }
 """Name -> "module:class". A class with a field `vllm_options` takes the options that it does not know."""

@@ -1,0 +1,71 @@
+"""`titan-bridge train`: TorchTitan's Trainer from a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model with TorchTitan's Trainer, from a TOML file (see configs/train/).
+
+    Run again, it goes on from the last whole checkpoint of the output folder.
+
+    Example: titan-bridge train configs/train/llama3_fsdp2.toml --set trainer.training.steps=50
+    """
+
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """A .toml file (see configs/train/)."""
+    nproc: int | None = None
+    """Processes: the product of the degrees. On a GPU one a device, on a CPU with gloo."""
+    out: str | None = None
+    """Folder for checkpoints, logs and TensorBoard."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """Set one key, for instance --set trainer.training.steps=50 or --set parallel.tp=2; may be repeated."""
+    print_config: bool = False
+    """Print every value and where it comes from, and train nothing."""
+    json: bool = False
+    """With --print-config: print JSON."""
+
+    def run(self) -> int:
+        from titan_bridge.config import reader  # pydantic and tomli, not needed for --help
+        from titan_bridge.config.train_schema import TrainConfig
+
+        resolved = reader.resolve(
+            TrainConfig, file=self.file, sets=self.set, flags={"nproc": self.nproc, "out": self.out}
+        )
+        # TorchTitan's configs warn when they are made, also of what is no concern of this run.
+        logging.disable(logging.WARNING)
+        from titan_bridge.train.build import build  # torch and torchtitan, only for a file that reads well
+
+        job = build(resolved.config, resolved.origin, name=Path(self.file).stem)
+        if self.print_config:
+            rows = job.table()
+            if self.json:
+                values = {key: {"value": value, "origin": origin} for key, value, origin in rows}
+                print(json.dumps(values, default=str))
+                return 0
+            width = max(len(key) for key, _, _ in rows)
+            for key, value, origin in rows:
+                print(f"{key:<{width}}  {json.dumps(value, default=str):<24}  {origin}")
+            return 0
+        from titan_bridge.train.launch import train
+        from titan_bridge.train.output import METRICS, find
+        from titan_bridge.train.progress import duration, read_metrics
+
+        started = time.monotonic()
+        begun = train(job)
+        run = find(job.out)
+        losses = read_metrics(job.out / METRICS)
+        first, last = (losses[step]["loss"] for step in (min(losses), max(losses))) if losses else (None, None)
+        after = f", on from step {begun}" if begun else ""
+        print(f"done in {duration(time.monotonic() - started)}{after}" + (f"; loss {first:.4f} -> {last:.4f}" if losses else ""))
+        print(f"checkpoint {run.dcp if run.step is not None else 'none'}")
+        return 0

@@ -1,0 +1,212 @@
+"""Start a run: validate everything, write the record and the tokenizer, then torchrun.
+
+Nothing is written before everything was checked, and nothing of a checkpoint that is whole is ever touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+import titan_bridge
+from titan_bridge.cpu import cores
+from titan_bridge.errors import BridgeError
+from titan_bridge.models.build import build_on_meta
+from titan_bridge.train import data, tokenizer
+from titan_bridge.train.build import Job, on_cpu
+from titan_bridge.train.guard import die_with_parent, lock
+from titan_bridge.train.output import (
+    CHECKPOINT,
+    DOCUMENTS,
+    LOGS,
+    Record,
+    check_same_run,
+    remove_partial,
+    whole_steps,
+)
+
+WORKER = "titan_bridge.train.worker"
+
+
+def train(job: Job) -> int | None:
+    """Run to the end.
+
+    Returns:
+        The step that training went on from; None if it began anew.
+
+    Raises:
+        BridgeError: what the user can put right: data, an output folder of another model, a full disk.
+        RuntimeError: a rank failed; the message is its error and names the log.
+    """
+    folder = job.out / CHECKPOINT
+    record = _record(job)
+    check_same_run(folder, record)
+    found = whole_steps(folder)
+    if found:
+        check_checkpoint(job, folder / f"step-{found[-1]}")
+    documents = _documents(job, resuming=bool(found))
+    try:
+        descriptor = lock(job.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
+        _write(job, record, documents, resuming=bool(found))
+    except OSError as error:
+        raise BridgeError(f"{job.out} cannot be written: {error.strerror}") from None
+    try:
+        _torchrun(job, folder, descriptor)
+    finally:
+        os.close(descriptor)
+    return found[-1] if found else None
+
+
+def check_checkpoint(job: Job, step: Path) -> None:
+    """Compare names and shapes in a checkpoint with the model's, from its metadata alone.
+
+    Raises:
+        BridgeError: the first tensor that differs.
+    """
+    try:
+        held = FileSystemReader(step).read_metadata().state_dict_metadata
+    except Exception as error:  # a pickle: anything can come out of a damaged one
+        raise BridgeError(f"{step} cannot be read as a checkpoint: {error}; remove it or choose another out") from None
+    assert job.trainer.model_spec is not None
+    model = build_on_meta(job.trainer.model_spec.model, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        entry: Any = held.get(name)
+        if entry is None:
+            raise BridgeError(f"{step} holds another model: it has no {name}; choose another out")
+        if tuple(entry.size) != tuple(tensor.shape):
+            raise BridgeError(
+                f"{step} holds another model: {name} is {tuple(entry.size)} there, {tuple(tensor.shape)} here; "
+                "choose another out"
+            )
+
+
+def threads(nproc: int) -> int:
+    """OMP threads a rank: the cores are divided, and a rank has at least one."""
+    return max(1, len(cores()) // nproc)
+
+
+def _record(job: Job) -> Record:
+    folder = job.out / CHECKPOINT
+    config = dataclasses.asdict(job.config) | {"out": str(job.out)}
+    return Record(
+        family=job.family.name,
+        hf_config=job.hf_config,
+        expert_bias=job.expert_bias,
+        tokenizer=tokenizer.files_in(folder),
+        dtype=job.trainer.training.dtype,
+        sizes=dict(vars(job.sizes)),
+        nproc=job.nproc,
+        config=config,
+        origin=dict(job.origin),
+        trainer=job.trainer.to_dict(),
+        versions={"titan_bridge": titan_bridge.__version__}
+        | {name: metadata.version(name) for name in ("torchtitan", "torch")},
+    )
+
+
+def _documents(job: Job, *, resuming: bool) -> data.Documents | None:
+    """The text of the run: as before when it goes on, else found now. None for data that are not ours."""
+    if job.config.data is None:
+        return None
+    file = job.out / DOCUMENTS
+    if not (resuming and file.is_file()):
+        return data.find_documents(job.config.data, ranks=job.data_ranks)
+    documents = data.Documents.read(file)
+    if (gone := documents.missing()) is not None:
+        raise BridgeError(
+            f"{gone}, which this run reads, is gone or shorter than it was; restore it, or choose another out"
+        )
+    return documents
+
+
+def _write(job: Job, record: Record, documents: data.Documents | None, *, resuming: bool) -> None:
+    folder = job.out / CHECKPOINT
+    if documents is not None:
+        assert job.config.data is not None
+        if not (resuming and tokenizer.files_in(folder)):
+            documents.write(job.out / DOCUMENTS)
+            texts = data.texts(documents, tokenizer.TEXT_TO_TRAIN_ON)
+            limit = job.hf_config["max_position_embeddings"]
+            tokenizer.make(job.config.data, texts, folder, max_length=limit)
+    elif os.path.isdir(job.trainer.hf_assets_path):
+        tokenizer.copy(Path(job.trainer.hf_assets_path), folder)
+    end = tokenizer.eos_token_id(folder)
+    hf_config = record.hf_config | {"bos_token_id": None, "eos_token_id": end}
+    dataclasses.replace(record, hf_config=hf_config, tokenizer=tokenizer.files_in(folder)).write(folder)
+
+
+def _torchrun(job: Job, folder: Path, descriptor: int) -> None:
+    logs = job.out / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("*.log"):
+        old.unlink()
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(job.nproc), "--max-restarts", "0"),
+        *("-m", WORKER, str(folder)),
+    ]
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        **({"OMP_NUM_THREADS": str(threads(job.nproc))} if on_cpu() else {}),
+        **os.environ,
+    }
+    with (logs / "torchrun.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stderr=log,
+            env=environment,
+            pass_fds=(descriptor,),
+            start_new_session=True,  # Ctrl-C reaches us, and we tell torchrun once
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    if code:
+        _explain(logs, code)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+_SECONDARY = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ChildFailedError", "SIGTERM")
+
+
+def _explain(logs: Path, code: int) -> None:
+    """Raise the error that ended the run: what a rank said to the user, else the first error in its log."""
+    texts = {file: file.read_text(encoding="utf-8", errors="replace") for file in sorted(logs.glob("*.log"))}
+    for text in texts.values():
+        if said := re.findall(r"^(?:\w+\.)*(?:BridgeError|UnsupportedModelError): (.+)$", text, re.MULTILINE):
+            raise BridgeError(said[-1].strip())
+    errors = [(line, file) for file, text in texts.items() for line in _errors(text)]
+    first = [pair for pair in errors if not any(word in pair[0] for word in _SECONDARY)] or errors
+    if first:
+        raise RuntimeError(f"{first[0][0]} (log: {first[0][1]})")
+    raise RuntimeError(f"torchrun ended with {code} and no rank said why; it was killed, or out of memory (logs: {logs})")
+
+
+def _errors(text: str) -> Sequence[str]:
+    return re.findall(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception)\b: .+)$", text, re.MULTILINE)

@@ -1,0 +1,131 @@
+"""One rank of a training run: `python -m titan_bridge.train.worker OUT/checkpoint`, started by torchrun.
+
+It builds TorchTitan's config from the record that `launch.py` wrote and hands it to TorchTitan's Trainer. Progress
+goes to the standard output of the whole run; everything else to OUT/logs/rank_N.log.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from torchtitan.observability import structured_logger as sl
+from torchtitan.trainer import Trainer
+
+from titan_bridge.config.reader import from_dict
+from titan_bridge.config.train_schema import TrainConfig
+from titan_bridge.errors import BridgeError
+from titan_bridge.train import compat, data
+from titan_bridge.train.build import Job, build, on_cpu
+from titan_bridge.train.guard import die_with_parent
+from titan_bridge.train.output import LOGS, METRICS, Record, remove_partial, whole_steps
+from titan_bridge.train.progress import add_progress
+
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit reached"}
+
+
+def main(checkpoint: str) -> int:
+    """Train to the end, or to an error; the log says which."""
+    die_with_parent()
+    folder = Path(checkpoint)
+    screen = _redirect(folder.parent / LOGS)
+    try:
+        _train(folder, screen)
+    except BaseException as error:
+        traceback.print_exc()
+        reason = _full_disk(error, folder)
+        if reason is not None:
+            print(f"BridgeError: {reason}", file=sys.stderr)
+        sys.stderr.flush()
+        # Other ranks may wait for this one in a collective that has no end; torchrun ends them.
+        os._exit(1)
+    return 0
+
+
+def _train(folder: Path, screen: TextIO) -> None:
+    record = Record.read(folder)
+    config = from_dict(TrainConfig, record.config)
+    compat.apply()
+    if on_cpu():
+        from titan_bridge.train import cpu  # noqa: PLC0415  absent where there is an accelerator
+
+        cpu.apply()
+    job = build(config, record.origin, name=folder.parent.name)
+    if config.data is not None:
+        data.register()
+    _run(job, folder, screen)
+
+
+def _run(job: Job, folder: Path, screen: TextIO) -> None:
+    sl.init_structured_logger(
+        source="training",
+        output_dir=job.trainer.dump_folder,
+        enable=job.trainer.debug.enable_structured_logging,
+    )
+    trainer: Trainer = job.trainer.build()
+    try:
+        rank = dist.get_rank()
+        if rank == dist.get_world_size() // job.sizes.pp * (job.sizes.pp - 1):  # the first of the last stage
+            print(_headline(job, trainer), file=screen, flush=True)
+            add_progress(trainer, screen, folder.parent / METRICS)
+        trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
+
+
+def _headline(job: Job, trainer: Trainer) -> str:
+    parameters = sum(parameter.numel() for part in trainer.model_parts for parameter in part.parameters())
+    degrees = " ".join(f"{name}={size}" for name, size in vars(job.sizes).items() if size > 1) or "one process"
+    device = "cpu" if on_cpu() else torch.accelerator.current_accelerator()
+    training = job.trainer.training
+    return (
+        f"{job.family.name}, {parameters:,} parameters, {degrees} on {device}; "
+        f"{training.steps} steps of {job.data_ranks} x {training.local_batch_size} x {training.seq_len} tokens"
+    )
+
+
+def _redirect(logs: Path) -> TextIO:
+    """Send both outputs of this process to its log file; returns what was the standard output."""
+    logs.mkdir(parents=True, exist_ok=True)
+    screen = os.fdopen(os.dup(1), "w")
+    log = os.open(logs / f"rank_{os.environ['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
+    )
+    return screen
+
+
+def _full_disk(error: BaseException, folder: Path) -> str | None:
+    """What to tell the user if a full disk is behind an error of a save; removes the checkpoint that it cut short.
+
+    torch wraps the error of each rank, so that the text of the traceback is what is left to look at.
+    """
+    text = "".join(traceback.format_exception(error))
+    found = next((word for code, word in _FULL.items() if os.strerror(code) in text or f"Errno {code}]" in text), None)
+    if found is None and "PytorchStreamWriter" not in text:
+        return None
+    if os.environ["RANK"] == "0":
+        remove_partial(folder)
+    whole = whole_steps(folder)
+    last = f"the last whole checkpoint is step-{whole[-1]}" if whole else "there is no whole checkpoint yet"
+    return (
+        f"a checkpoint could not be saved in {folder}: {found or 'the file could not be written'}; {last}; "
+        "make room and run the same command to go on"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise BridgeError("usage: python -m titan_bridge.train.worker OUT/checkpoint (under torchrun)")
+    sys.exit(main(sys.argv[1]))
