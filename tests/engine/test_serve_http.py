@@ -1,0 +1,126 @@
+"""`titan-bridge serve` over real HTTP, driven by the openai client: what a deployment does to a server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from titan_bridge.reference import load_reference
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    model: str
+    url: str
+    client: openai.OpenAI
+    log: Path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("http")
+    model = str(make_checkpoint(folder / "moe", "qwen3_moe"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder / "server.log"
+    command = [
+        str(Path(sys.executable).parent / "titan-bridge"), "serve", model, "--host", "127.0.0.1", "--port", str(port), "--tp", "2", "--ep", "2",
+        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--served-model-name", "moe",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield Server(model=model, url=url, client=openai.OpenAI(base_url=f"{url}/v1", api_key="none"), log=log)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_our_class_serves(server: Server) -> None:
+    log = server.log.read_text()
+    assert "Resolved architecture: TitanForCausalLM" in log
+    assert "Serving TorchTitan's Qwen3Model" in log
+
+
+def test_logprobs_are_torchtitans_own(server: Server) -> None:
+    answer = server.client.completions.create(
+        model="moe", prompt=[5, 9, 13, 200, 31], max_tokens=8, temperature=0, logprobs=1,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+    )  # fmt: skip
+    choice = answer.choices[0]
+    tokens = choice.token_ids  # type: ignore[attr-defined]  # vLLM's addition
+    expected_LV = load_reference(server.model).logprobs([5, 9, 13, 200, 31, *tokens])
+    rows = torch.arange(4, 4 + len(tokens))
+    assert choice.logprobs is not None
+    given = torch.tensor(choice.logprobs.token_logprobs)
+    assert torch.allclose(given, expected_LV[rows, torch.tensor(tokens)], atol=1e-4)
+    assert tokens == expected_LV[rows].argmax(-1).tolist()
+
+
+def test_chat_and_streaming_say_the_same(server: Server) -> None:
+    messages = [{"role": "user", "content": "def main():"}]
+    whole = server.client.chat.completions.create(model="moe", messages=messages, max_tokens=24, temperature=0)
+    stream = server.client.chat.completions.create(
+        model="moe", messages=messages, max_tokens=24, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len(pieces) > 2
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+def test_32_requests_at_once_answer_as_one_by_one(server: Server) -> None:
+    prompts = [[(7 * i + 3 * j) % 700 for j in range(5 + i % 11)] for i in range(32)]
+
+    def ask(prompt: list[int]) -> str:
+        options = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        return server.client.completions.create(model="moe", prompt=prompt, **options).choices[0].text
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(ask, prompts))
+    assert together[::8] == [ask(prompt) for prompt in prompts[::8]]
+
+
+def test_a_client_that_hangs_up_leaves_the_server_well(server: Server) -> None:
+    stream = server.client.completions.create(
+        model="moe", prompt="import", max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 30
+    while "vllm:num_requests_running{" in (text := httpx.get(f"{server.url}/metrics").text):
+        (line,) = [row for row in text.splitlines() if row.startswith("vllm:num_requests_running{")]
+        if float(line.rsplit(" ", 1)[1]) == 0:
+            break
+        assert time.monotonic() < deadline, line
+        time.sleep(0.2)
+    assert server.client.completions.create(model="moe", prompt="x", max_tokens=2).choices[0].text is not None
