@@ -12,12 +12,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from titan_bridge.engine.options import titan_options
 from titan_bridge.engine.plugin import ARCHITECTURE, MODEL_CLASS, PREFLIGHT_MODULE
+from titan_bridge.engine.specs import LAYOUT, NATIVE, VERIFY
 from titan_bridge.errors import BridgeError
 from titan_bridge.versions import unsupported
 
 MARK = "_titan_bridge_patch"
 """Attribute on a replaced function: a target that carries it is never wrapped twice."""
+
+SPEC_METHODS = (LAYOUT, NATIVE, VERIFY)
 
 
 def install() -> None:
@@ -46,10 +50,14 @@ def _route(result: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @functools.wraps(original)
         def routed(self: Any, architectures: Any, model_config: Any) -> Any:
             if getattr(model_config, "model_impl", None) != "torchtitan":
+                if result == "_try_load_model_cls":
+                    declare_native_specs()
                 return original(self, architectures, model_config)
             if problem := unsupported():
                 raise BridgeError(problem)
             found = getattr(self, result)(ARCHITECTURE)
+            if result == "_try_load_model_cls":
+                answer_about_specs()
             if found is None:  # vLLM logged why and would go on with its own model
                 raise BridgeError(
                     f"model_impl='torchtitan' was asked for, but {MODEL_CLASS} does not import; "
@@ -80,6 +88,61 @@ def check_config_early() -> None:
             importlib.import_module(PREFLIGHT_MODULE).check(vllm_config)  # late: it imports torchtitan
 
     config.MODELS_CONFIG_MAP[ARCHITECTURE] = Preflight
+
+
+def declare_native_specs() -> None:
+    """Attach ShardingSpecs to vLLM's own model where `additional_config.titan.attach_specs` asks for it.
+
+    Called in the process that is about to build the model; without the option it does nothing.
+
+    What: wraps `process_weights_after_loading` in the base model loader, which runs when all parameters are built
+    and filled and before the first one is repacked. Why: vLLM's layers know how they are cut, and no attribute
+    says it. Version: vllm 0.32 (`vllm/model_executor/model_loader/base_loader.py`). Upstream: the proposal to
+    expose the sharding of each parameter as DTensor metadata. Delete when: vLLM's layers carry it themselves.
+
+    Raises:
+        BridgeError: The loader is not the one that is known.
+    """
+    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    if config is None or not titan_options(config.additional_config).attach_specs:
+        return
+    answer_about_specs()
+    loader = importlib.import_module("vllm.model_executor.model_loader.base_loader")
+    original = loader.process_weights_after_loading
+    if getattr(original, MARK, False):
+        return
+    if list(inspect.signature(original).parameters) != ["model", "model_config", "target_device"]:
+        raise BridgeError(unsupported() or "attach_specs does not know this vLLM's model loader; leave it out")
+    native_specs = importlib.import_module("titan_bridge.engine.native_specs")
+
+    @functools.wraps(original)
+    def declaring(model: Any, model_config: Any, target_device: Any) -> Any:
+        if not native_specs.is_declared(model):  # a reload comes here, too
+            native_specs.declare(model, config)
+        before = native_specs.glimpse(model)
+        result = original(model, model_config, target_device)
+        native_specs.settle(model, before)
+        return result
+
+    setattr(declaring, MARK, True)
+    loader.process_weights_after_loading = declaring
+
+
+def answer_about_specs() -> None:
+    """Give vLLM's worker the methods that `titan_bridge.engine.specs` calls through `collective_rpc`.
+
+    Called in the process that loads a model whose parameters carry specs.
+
+    What: adds three methods to `WorkerBase`, all with names of ours; replaces nothing. Why: `collective_rpc` finds
+    methods of the worker by name, and `worker_extension_cls`, the public way to add some, has room for one class,
+    the user's. Version: vllm 0.32 (`vllm/v1/worker/worker_base.py`). Delete when: vLLM takes more than one
+    extension class, or an entry point for worker methods.
+    """
+    base = importlib.import_module("vllm.v1.worker.worker_base").WorkerBase
+    live = importlib.import_module("titan_bridge.engine.live")
+    for name in SPEC_METHODS:
+        if not hasattr(base, name):
+            setattr(base, name, getattr(live, name))
 
 
 def _wrap(owner: Any, name: str, parameters: list[str], wrapper: Callable[..., Any]) -> None:

@@ -1,0 +1,44 @@
+"""`GET /v1/sharding_spec`: the Layout JSON of the running engine, as a vLLM endpoint plugin.
+
+vLLM adds the route only when `VLLM_PLUGINS` names the plugin. Its entry point has the same name as the general
+plugin, `titan_bridge`: `VLLM_PLUGINS` is one list for all kinds, and with a name of its own, naming the route alone
+would shut the general plugin out, so that vLLM would serve its own model without a word.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+
+from titan_bridge.engine.specs import HINT, LAYOUT, agreed, missing
+from titan_bridge.errors import BridgeError
+
+PATH = "/v1/sharding_spec"
+
+
+class ShardingSpecEndpoint:
+    """vLLM's `EndpointPlugin` protocol (`vllm/plugins/endpoint_plugins/interface.py`)."""
+
+    name = "titan_bridge"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route; `/v1` paths are behind vLLM's API key, if it has one."""
+        app.add_api_route(PATH, sharding_spec, methods=["GET"], tags=["titan_bridge"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Nothing to keep: the route asks the engine client that vLLM puts on the app's state."""
+
+
+async def sharding_spec(request: Request) -> dict[str, Any]:
+    """Where every parameter of the served model lives: `{"version", "meshes", "params"}`."""
+    try:
+        return agreed(await request.app.state.engine_client.collective_rpc(LAYOUT))
+    except BridgeError as error:
+        raise HTTPException(500, str(error)) from None
+    except Exception as error:
+        if missing(error, LAYOUT):
+            raise HTTPException(404, f"this engine carries no specs; {HINT}") from None
+        raise

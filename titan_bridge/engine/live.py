@@ -1,0 +1,205 @@
+"""What a worker says about the parameters that it really holds. Runs inside vLLM's worker processes.
+
+The three functions become methods of vLLM's worker (`patches.answer_about_specs`), so that `collective_rpc`
+reaches them by name whatever extension class the user has. Answers are plain lists, dicts, strings and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from titan_bridge.engine import native_specs
+from titan_bridge.engine.checkpoint_tensors import CheckpointTensors
+from titan_bridge.engine.native_specs import Native
+from titan_bridge.errors import BridgeError
+from titan_bridge.layout import ParamSpec, as_layout
+from titan_bridge.mesh import DENSE, MESH_AXES, Sizes, describe, get_device_meshes, sizes_of
+from titan_bridge.sharding.spec import ShardingSpec, attached, placement_to_str
+
+
+def titan_sharding_spec(worker: Any) -> dict[str, Any]:
+    """Layout JSON of the model that `worker` serves, read off its live parameters.
+
+    Raises:
+        BridgeError: vLLM's own model without `attach_specs`, or a live tensor that is not as large as its spec says.
+    """
+    model, sizes = worker.get_model(), _sizes(worker)
+    if hasattr(model, "plan"):
+        return as_layout(_titan_params(model, sizes), sizes).to_json()
+    params = {
+        fqn: ParamSpec(shape=native.shape, dtype=tensor.dtype, spec=native.spec)
+        for fqn, tensor, native in _native_params(model)
+    }
+    return as_layout(params, sizes).to_json()
+
+
+def titan_native_specs(worker: Any) -> dict[str, Any]:
+    """What the Layout JSON cannot hold about vLLM's own model, by FQN: parts, padding, and how it is stored.
+
+    `{"mesh", "placements" (None: replicated), "shape" (global), "local_shape" (as loaded), "live_shape", "dtype",
+    "dim", "parts": [{"name", "size", "replicas"}], "padding", "stored"}`; see `native_specs.Native`.
+    """
+    sizes = _sizes(worker)
+    return {
+        fqn: {
+            "mesh": native.spec.mesh,
+            "placements": None
+            if native.spec.is_replicated
+            else [placement_to_str(placement) for placement in native.spec.placements],
+            "shape": list(native.shape),
+            "local_shape": list(native.spec.local_shape(native.shape, *_place(native.spec, sizes))),
+            "live_shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dim": native.dim,
+            "parts": [asdict(part) for part in native.parts],
+            "padding": native.padding,
+            "stored": native.stored,
+        }
+        for fqn, tensor, native in _native_params(worker.get_model())
+    }
+
+
+def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
+    """Hold every live parameter against the checkpoint that it was loaded from, bit for bit.
+
+    A TorchTitan parameter is gathered by its spec, `DTensor.from_local(p, mesh, placements).full_tensor()`, and the
+    whole is compared; a parameter of vLLM's own model is compared with the slices that its spec cuts from the
+    checkpoint. All workers of all engines call it together, because gathering is collective.
+
+    Args:
+        checkpoint: Directory with the safetensors files.
+
+    Returns:
+        For each parameter `{"name", "spec", "equal", "note"}`; `note` states padding, packing, or what is wrong.
+    """
+    model, sizes = worker.get_model(), _sizes(worker)
+    tensors = CheckpointTensors(checkpoint)
+    if hasattr(model, "plan"):
+        return list(_verify_titan(model, sizes, tensors))
+    return list(_verify_native(model, sizes, tensors))
+
+
+def _sizes(worker: Any) -> Sizes:
+    plan = getattr(worker.get_model(), "plan", None)
+    return (
+        plan.sizes
+        if plan is not None
+        else sizes_of(worker.vllm_config.parallel_config, dist.get_world_size())
+    )
+
+
+def _place(spec: ShardingSpec, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of the spec's mesh, and where this rank stands on it."""
+    mesh = describe(spec.mesh, sizes, rank=dist.get_rank())
+    return mesh.shape, mesh.coordinate(dist.get_rank())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _titan_params(model: Any, sizes: Sizes) -> dict[str, ParamSpec]:
+    params = {}
+    for fqn, tensor, known in _live(model):
+        prefix, _, name = fqn.rpartition(".")
+        spec = attached(model.model.get_submodule(prefix), name)
+        if spec is None:
+            raise BridgeError(f"{fqn} carries no spec; every parameter of a served model must")
+        expected = spec.local_shape(known.shape, *_place(spec, sizes))
+        if tuple(_local(tensor).shape) != expected:
+            raise BridgeError(
+                f"{fqn} has local shape {tuple(_local(tensor).shape)}; its spec {spec} says {expected}"
+            )
+        params[fqn] = ParamSpec(shape=known.shape, dtype=tensor.dtype, spec=spec, is_buffer=known.is_buffer)
+    return params
+
+
+def _live(model: Any) -> Iterator[tuple[str, torch.Tensor, ParamSpec]]:
+    """Every live parameter and persistent buffer of a TorchTitan model; refuses one that its layout does not list."""
+    live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
+    if unlisted := sorted(dict(model.model.named_parameters()).keys() - model.layout.keys()):
+        raise BridgeError(f"parameters without a layout: {', '.join(unlisted)}")
+    for fqn, known in model.layout.items():
+        yield fqn, live[fqn], known
+
+
+def _native_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Native]]:
+    """Every parameter of vLLM's own model; one that no primitive declared is whole on every rank."""
+    if not native_specs.is_declared(model):
+        raise BridgeError(
+            f"{type(model).__name__} carries no specs; start the engine with "
+            "additional_config={'titan': {'attach_specs': true}}"
+        )
+    declared = {
+        f"{prefix}.{name}" if prefix else name: native
+        for prefix, _, name, native in native_specs.declared_in(model)
+    }
+    for fqn, tensor in model.named_parameters():
+        whole = ShardingSpec(mesh=DENSE, placements=(Replicate(),) * len(MESH_AXES[DENSE]))
+        yield fqn, tensor, declared.get(fqn) or Native(spec=whole, shape=tuple(tensor.shape))
+
+
+def _verify_titan(model: Any, sizes: Sizes, tensors: CheckpointTensors) -> Iterator[dict[str, Any]]:
+    plan, views = model.plan, {}
+    every = plan.family.views(plan.hf, padded_vocab=plan.padded_vocab)
+    for view in (*every, *plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab)):
+        if view.name in tensors:
+            views.setdefault(view.fqn, []).append(view)
+    specs = _titan_params(model, sizes)
+    live = {fqn: _local(tensor) for fqn, tensor, _ in _live(model)}
+    meshes = get_device_meshes(sizes, device_type=next(iter(live.values())).device.type)
+    for fqn, known in specs.items():
+        gathered = _gather(live[fqn], known, meshes)
+        expected, filled = torch.zeros(known.shape, dtype=known.dtype), 0
+        for view in views.get(fqn, ()):
+            tensor = tensors[view.name]
+            view.write(expected, tensor)
+            filled += tensor.numel()
+        rows = (expected.numel() - filled) // max(expected[:1].numel(), 1)
+        note = f"{rows} rows of padding, zero" if rows else ""
+        equal = torch.equal(gathered.cpu(), expected)
+        yield _finding(fqn, known.spec, equal, note if views.get(fqn) else "not in the checkpoint")
+
+
+def _gather(local: torch.Tensor, known: ParamSpec, meshes: Mapping[str, DeviceMesh]) -> torch.Tensor:
+    stride = torch.empty(known.shape, device="meta").stride()
+    return DTensor.from_local(
+        local.detach(),
+        meshes[known.spec.mesh],
+        known.spec.placements,
+        run_check=False,
+        shape=torch.Size(known.shape),
+        stride=stride,
+    ).full_tensor()
+
+
+def _verify_native(model: nn.Module, sizes: Sizes, tensors: CheckpointTensors) -> Iterator[dict[str, Any]]:
+    declared = {}
+    for prefix, module, name, _ in native_specs.declared_in(model):
+        declared[f"{prefix}.{name}"] = module
+    for fqn, live, native in _native_params(model):
+        parts = tensors.parts(fqn, native, declared.get(fqn))
+        if parts is None:
+            yield _finding(fqn, native.spec, False, "not in the checkpoint under a name that is known")
+            continue
+        expected = native_specs.cut(native, parts, *_place(native.spec, sizes)).to(live.dtype)
+        note = f"{native.padding} rows of padding, zero" if native.padding else ""
+        if native.stored == "repacked":
+            expected, note = (
+                native_specs.pack(declared[fqn], fqn.rpartition(".")[2], expected),
+                "repacked by vLLM",
+            )
+        equal = expected.shape == live.shape and torch.equal(expected, live.detach().cpu())
+        yield _finding(fqn, native.spec, equal, note if equal else f"{note} {native.stored}".strip())
+
+
+def _finding(name: str, spec: ShardingSpec, equal: bool, note: str) -> dict[str, Any]:
+    return {"name": name, "spec": None if spec.is_replicated else str(spec), "equal": equal, "note": note}
