@@ -36,6 +36,7 @@ def check(config: InferConfig) -> dict[str, Any]:
         titan_options(config.additional_config())
         # vLLM runs dp of a dense model as engines that do not know of each other.
         sizes = Sizes(dp=parallel.dp if experts else 1, tp=parallel.tp, ep=parallel.ep)
+        dense_can_shard(parallel.dense, dp=parallel.dp, experts=experts)
         model_fits(hf_config, sizes, max_model_len=config.max_model_len)
         tensors_fit(config.model, hf_config)
     return hf_config
@@ -57,6 +58,20 @@ def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int
         raise BridgeError(
             f"max_model_len={max_model_len} is over the model's rope limit "
             f"max_position_embeddings={limit}; allowed: up to {limit}"
+        )
+
+
+def dense_can_shard(dense: str, *, dp: int, experts: bool) -> None:
+    """Check that dp ranks step together where they gather each other's weights.
+
+    Raises:
+        BridgeError: dense weights sharded over the dp ranks of a model without experts, which vLLM runs as
+            engines that do not know of each other.
+    """
+    if dense == "shard" and dp > 1 and not experts:
+        raise BridgeError(
+            f"dense='shard' with dp={dp} needs a mixture-of-experts model: vLLM runs the dp ranks of a dense model "
+            "as engines that do not know of each other; use dense='replicate', or tp"
         )
 
 

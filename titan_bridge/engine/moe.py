@@ -115,9 +115,9 @@ class ServedExperts(nn.Module):
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
         routed_RD, count_e, metadata = self.token_dispatcher.dispatch(x_TD, scores_TK, ids_TK, count_E)
-        if len(routed_RD):
-            routed_RD = self.inner_experts(routed_RD, count_e)
-        return self.token_dispatcher.combine(routed_RD, metadata, x_TD)
+        # Called without a token, too: its weights may be gathered over efsdp, which every rank must join.
+        out_RD = self.inner_experts(routed_RD, count_e)
+        return self.token_dispatcher.combine(out_RD, metadata, x_TD)
 
 
 OP = "vllm::titan_routed_experts"

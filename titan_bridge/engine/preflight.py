@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm.config import VllmConfig
 
-from titan_bridge.checks import model_fits, tensors_fit, weights_present
+from titan_bridge.checks import dense_can_shard, model_fits, tensors_fit, weights_present
 from titan_bridge.engine.build import plan_from
 from titan_bridge.errors import BridgeError
 
@@ -34,6 +34,7 @@ def check(vllm_config: VllmConfig) -> None:
         )
     model = vllm_config.model_config
     plan = plan_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
+    dense_can_shard(plan.options.dense, dp=parallel.data_parallel_size, experts=model.is_moe)
     model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
     if Path(model.model).is_dir() and vllm_config.load_config.load_format in ("auto", "safetensors", "hf"):
         weights_present(model.model)

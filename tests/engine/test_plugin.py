@@ -1,0 +1,160 @@
+"""The plugin inside vLLM: quick, idempotent, and silent unless `model_impl="torchtitan"` is asked for.
+
+No engine starts here: a class is resolved and a config checked where vLLM itself does it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(200)]
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **variables}
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_checkpoint(folder / name, name) for name in ("qwen3", "qwen3_moe")}
+
+
+REGISTER = """
+import json, sys, time
+import vllm.model_executor.models.registry, vllm.model_executor.models.config
+before = set(sys.modules)
+started = time.perf_counter()
+from titan_bridge.engine.plugin import register
+register()
+seconds = time.perf_counter() - started
+from vllm.model_executor.models.registry import _ModelRegistry
+patched = _ModelRegistry.inspect_model_cls, _ModelRegistry.resolve_model_cls
+register()
+same = patched == (_ModelRegistry.inspect_model_cls, _ModelRegistry.resolve_model_cls)
+heavy = sorted(m for m in sys.modules.keys() - before if m.split(".")[0] in ("torchtitan", "transformers"))
+print(json.dumps({"seconds": seconds, "same": same, "heavy": heavy}))
+"""
+
+
+def test_registration_is_quick_and_idempotent_and_leaves_torchtitan_out() -> None:
+    done = run(REGISTER)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    print(f"register() took {facts['seconds'] * 1000:.1f} ms")
+    assert facts["same"]
+    assert facts["heavy"] == []
+
+
+RESOLVE = """
+import json, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.engine.arg_utils import EngineArgs
+config = EngineArgs(model=sys.argv[1], **json.loads(sys.argv[2])).create_model_config()
+model_class, architecture = config.registry.resolve_model_cls(config.architectures, config)
+print(json.dumps([model_class.__module__, model_class.__name__, config.architecture]))
+"""
+
+
+def resolve(model: Path, options: dict[str, Any], **variables: str) -> list[str] | str:
+    code = RESOLVE.replace("sys.argv[1]", repr(str(model))).replace("sys.argv[2]", repr(json.dumps(options)))
+    done = run(code, **variables)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
+
+
+def test_any_other_model_impl_is_as_without_the_plugin(models: dict[str, Path]) -> None:
+    for impl in ("auto", "vllm", "transformers"):
+        with_plugin = resolve(models["qwen3"], {"model_impl": impl})
+        without = resolve(models["qwen3"], {"model_impl": impl}, VLLM_PLUGINS="none")
+        assert with_plugin == without
+        assert isinstance(with_plugin, list)
+        assert not with_plugin[0].startswith("titan_bridge")
+
+
+def test_torchtitan_resolves_to_our_class(models: dict[str, Path]) -> None:
+    assert resolve(models["qwen3_moe"], {"model_impl": "torchtitan"}) == [
+        "titan_bridge.engine.vllm_wrapper", "TitanForCausalLM", "TitanForCausalLM",
+    ]  # fmt: skip
+
+
+WRONG_VERSION = """
+from titan_bridge import versions
+versions.SUPPORTED["torchtitan"] = "0.9"
+""" + RESOLVE
+
+
+def test_wrong_versions_refuse_torchtitan_and_nothing_else(models: dict[str, Path]) -> None:
+    for impl, refused in (("torchtitan", True), ("auto", False)):
+        code = WRONG_VERSION.replace("sys.argv[1]", repr(str(models["qwen3"])))
+        done = run(code.replace("sys.argv[2]", repr(json.dumps({"model_impl": impl}))))
+        line = "titan_bridge does not support torchtitan 0.3.0; install 'torchtitan==0.9.*'"
+        assert (line in done.stderr) == refused
+        assert (done.returncode != 0) == refused
+
+
+CHECK = """
+import json, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.engine.arg_utils import EngineArgs
+found = {}
+for name, options in json.loads(sys.stdin.read()).items():
+    try:
+        EngineArgs(model_impl="torchtitan", **options).create_engine_config()
+        found[name] = ""
+    except Exception as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_bad_input_is_refused_with_one_line_before_any_worker_starts(models: dict[str, Path], tmp_path: Path) -> None:
+    moe, dense = str(models["qwen3_moe"]), str(models["qwen3"])
+
+    def changed(name: str, **fields: Any) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in models["qwen3"].iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        config = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    truncated = Path(changed("truncated"))
+    (weights,) = truncated.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    other = Path(changed("other"))
+    (other / weights.name).write_bytes((models["qwen3_moe"] / weights.name).read_bytes())
+    cases = {
+        "unknown option": ({"model": dense, "additional_config": {"titan": {"dens": "shard"}}}, "additional_config.titan.dens; allowed: dense, ep"),
+        "pipeline": ({"model": dense, "pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported"),
+        "lora": ({"model": dense, "enable_lora": True}, "LoRA is not supported"),
+        "kv heads": ({"model": dense, "tensor_parallel_size": 8}, "tp=8 does not divide n_kv_heads=4; allowed for this model: 1, 2, 4"),
+        "experts": ({"model": moe, "tensor_parallel_size": 3, "enable_expert_parallel": True}, "ep=3 does not divide num_experts=8; allowed with dp=1, tp=3: 1"),
+        "rope limit": ({"model": dense, "max_model_len": 5000}, "5000"),
+        "bias": ({"model": changed("bias", attention_bias=True)}, "attention_bias"),
+        "yarn": ({"model": changed("yarn", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512})}, "yarn"),
+        "truncated": ({"model": str(truncated)}, "its header promises"),
+        "other weights": ({"model": str(other)}, "does not hold what its config.json describes"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK], input=json.dumps({name: options for name, (options, _) in cases.items()}),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    wrong = {name: found[name] for name, (_, line) in cases.items() if line not in found[name]}
+    assert not wrong
