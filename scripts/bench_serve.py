@@ -82,7 +82,9 @@ DECODE_TOKENS = 64
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated; all without it")
     parser.add_argument("--starts", type=int, default=3, help="engines started a side (default 3)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements an engine (default 3)")
@@ -113,11 +115,18 @@ def _case(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
             side: Side = getattr(case, which)
             found[which] += _run(model, case, side, args.repeats)
             print(f"{name}: {side}: {found[which][-1]}", file=sys.stderr)
-    row: dict[str, Any] = {"case": name, **{k: str(v) for k, v in asdict(case).items() if k not in ("ours", "theirs")}}
+    row: dict[str, Any] = {
+        "case": name,
+        **{k: str(v) for k, v in asdict(case).items() if k not in ("ours", "theirs")},
+    }
     row |= {"ours": str(case.ours), "theirs": str(case.theirs), "samples": len(found["ours"])}
     for figure in ("prefill", "decode", "start"):
         ours, theirs = (statistics.median(f[figure] for f in found[which]) for which in ("ours", "theirs"))
-        row[figure] = {"ours": ours, "theirs": theirs, "ratio": theirs / ours if figure == "start" else ours / theirs}
+        row[figure] = {
+            "ours": ours,
+            "theirs": theirs,
+            "ratio": theirs / ours if figure == "start" else ours / theirs,
+        }
     return row
 
 
@@ -159,7 +168,10 @@ def _measure(job: Mapping[str, Any]) -> int:
 
     def generate(prompt_tokens: int, new: int, seed: int) -> float:
         batch = job["batch"]
-        prompts = [{"prompt_token_ids": [(seed + 7 * i + 3 * j) % 31_000 for j in range(prompt_tokens)]} for i in range(batch)]
+        prompts = [
+            {"prompt_token_ids": [(seed + 7 * i + 3 * j) % 31_000 for j in range(prompt_tokens)]}
+            for i in range(batch)
+        ]
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         began = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
@@ -196,7 +208,17 @@ def _model(folder: Path, kind: str) -> Path:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"ours / theirs, medians; bf16; {_machine()}")
-    for column in ("case", "ours", "theirs", "prefill tok/s", "ratio", "decode tok/s", "ratio", "start s", "ratio"):
+    for column in (
+        "case",
+        "ours",
+        "theirs",
+        "prefill tok/s",
+        "ratio",
+        "decode tok/s",
+        "ratio",
+        "start s",
+        "ratio",
+    ):
         table.add_column(column)
     for row in rows:
         cells = [row["case"], row["ours"], row["theirs"]]

@@ -20,7 +20,12 @@ PROMPT_LENGTHS = (3, 17, 40, 65, 97, 128, 161, 190)
 """Tokens of the prompts; those longer than `SHARED` begin alike."""
 SHARED = 64
 NEW_TOKENS = 64
-ENGINE_OPTIONS = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "block_size": 32, "enable_prefix_caching": True}
+ENGINE_OPTIONS = {
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 4,
+    "block_size": 32,
+    "enable_prefix_caching": True,
+}
 """vLLM options that make every prompt over 64 tokens a chunked one and the second round hit the prefix cache."""
 
 Logprobs = Callable[[Sequence[int]], torch.Tensor]
@@ -101,13 +106,17 @@ def compare(completions: Sequence[Mapping[str, Any]], name: str, logprobs: Logpr
         expected_LV = known[key]
         engine: list[tuple[int, float]] = list(enumerate(completion["logprobs"], start=len(prompt)))
         if completion["prompt_logprobs"] is not None:
-            engine += [(i, value) for i, value in enumerate(completion["prompt_logprobs"]) if value is not None]
+            engine += [
+                (i, value) for i, value in enumerate(completion["prompt_logprobs"]) if value is not None
+            ]
         for position, value in engine:
             difference = abs(value - expected_LV[position - 1, key[position]].item())
             worst, total, count = max(worst, difference), total + difference, count + 1
         if diverged is None:
             best = expected_LV[len(prompt) - 1 : len(key) - 1].argmax(-1).tolist()
-            wrong = next((i for i, pair in enumerate(zip(new, best, strict=True)) if pair[0] != pair[1]), None)
+            wrong = next(
+                (i for i, pair in enumerate(zip(new, best, strict=True)) if pair[0] != pair[1]), None
+            )
             if wrong is not None:
                 diverged = f"prompt {index} ({len(prompt)} tokens), new token {wrong}: {new[wrong]}, not {best[wrong]}"
     return Difference(reference=name, tokens=count, max=worst, mean=total / max(count, 1), diverged=diverged)

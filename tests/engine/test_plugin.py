@@ -22,7 +22,11 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     import os
 
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **variables}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **variables},
     )
 
 
@@ -90,10 +94,13 @@ def test_torchtitan_resolves_to_our_class(models: dict[str, Path]) -> None:
     ]  # fmt: skip
 
 
-WRONG_VERSION = """
+WRONG_VERSION = (
+    """
 from titan_bridge import versions
 versions.SUPPORTED["torchtitan"] = "0.9"
-""" + RESOLVE
+"""
+    + RESOLVE
+)
 
 
 def test_wrong_versions_refuse_torchtitan_and_nothing_else(models: dict[str, Path]) -> None:
@@ -121,7 +128,9 @@ print(json.dumps(found))
 """
 
 
-def test_bad_input_is_refused_with_one_line_before_any_worker_starts(models: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_input_is_refused_with_one_line_before_any_worker_starts(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     moe, dense = str(models["qwen3_moe"]), str(models["qwen3"])
 
     def changed(name: str, **fields: Any) -> str:

@@ -57,7 +57,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                     break
             except httpx.TransportError:
                 time.sleep(0.5)
-        yield Server(model=model, url=url, client=openai.OpenAI(base_url=f"{url}/v1", api_key="none"), log=log)
+        yield Server(
+            model=model, url=url, client=openai.OpenAI(base_url=f"{url}/v1", api_key="none"), log=log
+        )
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     finally:
@@ -89,7 +91,9 @@ def test_logprobs_are_torchtitans_own(server: Server) -> None:
 
 def test_chat_and_streaming_say_the_same(server: Server) -> None:
     messages = [{"role": "user", "content": "def main():"}]
-    whole = server.client.chat.completions.create(model="moe", messages=messages, max_tokens=24, temperature=0)
+    whole = server.client.chat.completions.create(
+        model="moe", messages=messages, max_tokens=24, temperature=0
+    )
     stream = server.client.chat.completions.create(
         model="moe", messages=messages, max_tokens=24, temperature=0, stream=True
     )
@@ -112,7 +116,12 @@ def test_32_requests_at_once_answer_as_one_by_one(server: Server) -> None:
 
 def test_a_client_that_hangs_up_leaves_the_server_well(server: Server) -> None:
     stream = server.client.completions.create(
-        model="moe", prompt="import", max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        model="moe",
+        prompt="import",
+        max_tokens=400,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
     )
     next(iter(stream))
     stream.close()

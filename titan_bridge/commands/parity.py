@@ -85,10 +85,16 @@ def _show(facts: dict) -> None:
         table.add_column(column)
     for row in facts["references"]:
         table.add_row(
-            row["reference"], f"{row['tokens']:,}", f"{row['max']:.1e}", f"{row['mean']:.1e}", row["diverged"] or "none"
+            row["reference"],
+            f"{row['tokens']:,}",
+            f"{row['max']:.1e}",
+            f"{row['mean']:.1e}",
+            row["diverged"] or "none",
         )
     console = Console()
     console.print(table)
     judged = "not judged" if facts["tolerance"] is None else f"allowed {facts['tolerance']:.0e}"
     word = "holds" if facts["holds"] else "DOES NOT HOLD"
-    console.print(f"parity {word} ({judged}); {facts['cached_tokens']:,} prompt tokens came from the prefix cache")
+    console.print(
+        f"parity {word} ({judged}); {facts['cached_tokens']:,} prompt tokens came from the prefix cache"
+    )

@@ -55,5 +55,7 @@ class PagedAttention(Module):
 
         The masks, scale and grouping that TorchTitan passes by keyword are vLLM's own business here.
         """
-        out_TD = self.paged(q_BLNH.flatten(2).squeeze(0), k_BLNH.flatten(2).squeeze(0), v_BLNH.flatten(2).squeeze(0))
+        out_TD = self.paged(
+            q_BLNH.flatten(2).squeeze(0), k_BLNH.flatten(2).squeeze(0), v_BLNH.flatten(2).squeeze(0)
+        )
         return out_TD.view(q_BLNH.shape)

@@ -28,7 +28,15 @@ from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.engine.rope import StepRopes
 from titan_bridge.layout import ParamSpec, specs
-from titan_bridge.mesh import DENSE, SPARSE, Sizes, describe, get_device_meshes, padded_vocab, to_parallel_dims
+from titan_bridge.mesh import (
+    DENSE,
+    SPARSE,
+    Sizes,
+    describe,
+    get_device_meshes,
+    padded_vocab,
+    to_parallel_dims,
+)
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.parallelize import plan_for
@@ -213,7 +221,9 @@ def _materialise(model: Decoder, device: torch.device) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     local = torch.zeros_like(tensor, device=device)
-                    tensors[name] = nn.Parameter(local, requires_grad=False) if tensors is module._parameters else local
+                    tensors[name] = (
+                        nn.Parameter(local, requires_grad=False) if tensors is module._parameters else local
+                    )
     for module in model.modules():
         if isinstance(module, Module):
             module._init_self_buffers(buffer_device=device)

@@ -43,7 +43,10 @@ def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], sizes: Sizes, pla
                     for own, param in experts.named_parameters()
                 }
                 fully_shard(
-                    experts, mesh=sparse, shard_placement_fn=lambda p, dims=dims: Shard(dims[p]), reshard_after_forward=True
+                    experts,
+                    mesh=sparse,
+                    shard_placement_fn=lambda p, dims=dims: Shard(dims[p]),
+                    reshard_after_forward=True,
                 )
             else:
                 skip |= set(experts.parameters())

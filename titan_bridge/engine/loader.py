@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from vllm.logger import init_logger
 
 from titan_bridge.checks import few
@@ -74,7 +73,9 @@ class WeightLoader:
             raise BridgeError("the checkpoint does not fit the model: " + "; ".join(seen.problems))
         self.bytes_read = seen.bytes_read
         logger.info(
-            "Read %.1f MiB of %.1f MiB of weights on this rank", seen.bytes_read / 2**20, seen.bytes_seen / 2**20
+            "Read %.1f MiB of %.1f MiB of weights on this rank",
+            seen.bytes_read / 2**20,
+            seen.bytes_seen / 2**20,
         )
         return {f"model.{self._view(name).fqn}" for name in seen.done}
 
@@ -110,4 +111,3 @@ class WeightLoader:
                 local.as_strided(size, stride, at + local.storage_offset()),
                 tensor.as_strided(size, from_stride, start + tensor.storage_offset()),
             )
-

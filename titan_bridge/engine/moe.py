@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torchtitan.models.common.moe import RoutedExperts
-from torchtitan.models.common.token_dispatcher import LocalDispatchMetadata, LocalTokenDispatcher
+from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from vllm.config import CompilationConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
@@ -29,7 +29,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OwnMetadata(LocalDispatchMetadata):
+class _OwnMetadata:
+    token_indices_experts_sorted_N: torch.Tensor  # TorchTitan's names; its `combine` reads them
+    topk_scores_experts_sorted_N: torch.Tensor
     n_own: torch.Tensor
     """Routed tokens of this rank's experts, scalar int64; they come first in the sorted order."""
 
@@ -38,7 +40,9 @@ class OwnExpertsDispatcher(LocalTokenDispatcher):
     """Sees all tokens, computes those of the experts `[first, first + count)`, leaves zero for the others."""
 
     def __init__(self, dispatcher: LocalTokenDispatcher, *, first: int, count: int) -> None:
-        super().__init__(LocalTokenDispatcher.Config(num_experts=dispatcher.num_experts, top_k=dispatcher.top_k))
+        super().__init__(
+            LocalTokenDispatcher.Config(num_experts=dispatcher.num_experts, top_k=dispatcher.top_k)
+        )
         self.first, self.count = first, count
 
     def dispatch(
@@ -47,22 +51,23 @@ class OwnExpertsDispatcher(LocalTokenDispatcher):
         topk_scores_TK: torch.Tensor,
         topk_expert_ids_TK: torch.Tensor,
         num_local_tokens_per_expert_E: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, LocalDispatchMetadata]:
+    ) -> tuple[torch.Tensor, torch.Tensor, _OwnMetadata]:
         """Sort tokens by expert with this rank's experts first; shapes do not depend on the data."""
         ids_TK = topk_expert_ids_TK - self.first
         ids_TK = torch.where((ids_TK >= 0) & (ids_TK < self.count), ids_TK, self.count)
         routed_ND, tokens_N, scores_N = self._local_reorder(x_TD, topk_scores_TK, ids_TK)
         count_e = num_local_tokens_per_expert_E[self.first : self.first + self.count]
         metadata = _OwnMetadata(
-            token_indices_experts_sorted_N=tokens_N, topk_scores_experts_sorted_N=scores_N, n_own=count_e.sum()
+            token_indices_experts_sorted_N=tokens_N,
+            topk_scores_experts_sorted_N=scores_N,
+            n_own=count_e.sum(),
         )
         return routed_ND, count_e, metadata
 
     def combine(
-        self, routed_output_RD: torch.Tensor, metadata: LocalDispatchMetadata, x_TD: torch.Tensor
+        self, routed_output_RD: torch.Tensor, metadata: _OwnMetadata, x_TD: torch.Tensor
     ) -> torch.Tensor:
         """Scatter the own experts' outputs back; rows of other experts hold nothing and count as zero."""
-        assert isinstance(metadata, _OwnMetadata)
         own_N1 = (torch.arange(len(routed_output_RD), device=x_TD.device) < metadata.n_own).unsqueeze(1)
         return super().combine(torch.where(own_N1, routed_output_RD, 0), metadata, x_TD)
 
@@ -73,7 +78,9 @@ class ServedExperts(nn.Module):
     Output on each tp rank is a partial sum (`P` on tp), which the MoE block's declared boundary reduces.
     """
 
-    def __init__(self, experts: RoutedExperts, *, name: str, spread: bool, compilation: CompilationConfig) -> None:
+    def __init__(
+        self, experts: RoutedExperts, *, name: str, spread: bool, compilation: CompilationConfig
+    ) -> None:
         """`name` is unique in the model; `spread` takes the all-to-all way."""
         super().__init__()
         self.name, self.spread = name, spread

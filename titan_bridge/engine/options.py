@@ -33,7 +33,9 @@ def titan_options(additional_config: Any) -> TitanOptions:
     """
     given = additional_config.get("titan", {}) if isinstance(additional_config, Mapping) else {}
     if not isinstance(given, Mapping):
-        raise BridgeError(f"additional_config.titan is {given!r}; it must be a table such as {{'dense': 'shard'}}")
+        raise BridgeError(
+            f"additional_config.titan is {given!r}; it must be a table such as {{'dense': 'shard'}}"
+        )
     known = ", ".join(TitanOptions.__dataclass_fields__)
     try:
         return TitanOptions(**{str(key): value for key, value in given.items()})

@@ -39,7 +39,9 @@ class StepRopes(nn.Module):
         known: dict[str, int] = {}
         for layer in model.layers.values():
             rope = layer.attention.rope
-            key = f"{type(rope).__qualname__} {json.dumps(rope.config.to_dict(), sort_keys=True, default=str)}"
+            key = (
+                f"{type(rope).__qualname__} {json.dumps(rope.config.to_dict(), sort_keys=True, default=str)}"
+            )
             if key not in known:
                 known[key] = len(self.tables)
                 self.tables.append(rope)
@@ -62,6 +64,8 @@ class StepRopes(nn.Module):
         """
         tokens = positions_T.shape[0]
         return tuple(
-            rope._reshape_cache(rope.cache.new_empty((1, tokens, 1, rope.config.dim)), positions_T.unsqueeze(0))
+            rope._reshape_cache(
+                rope.cache.new_empty((1, tokens, 1, rope.config.dim)), positions_T.unsqueeze(0)
+            )
             for rope in self.tables
         )

@@ -56,7 +56,9 @@ class TitanForCausalLM(nn.Module):
         )
         self._tp = plan.sizes.tp
         self._gather = (
-            tensor_model_parallel_all_gather if current_platform.use_all_gather() else tensor_model_parallel_gather
+            tensor_model_parallel_all_gather
+            if current_platform.use_all_gather()
+            else tensor_model_parallel_gather
         )
         logger.info("Serving TorchTitan's %s: %s", type(self.model).__name__, built.describe())
 
