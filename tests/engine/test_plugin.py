@@ -147,17 +147,48 @@ def test_bad_input_is_refused_with_one_line_before_any_worker_starts(
     weights.write_bytes(weights.read_bytes()[:-1000])
     other = Path(changed("other"))
     (other / weights.name).write_bytes((models["qwen3_moe"] / weights.name).read_bytes())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512}
     cases = {
-        "unknown option": ({"model": dense, "additional_config": {"titan": {"dens": "shard"}}}, "additional_config.titan.dens; allowed: dense, ep"),
-        "pipeline": ({"model": dense, "pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported"),
-        "lora": ({"model": dense, "enable_lora": True}, "LoRA is not supported"),
-        "kv heads": ({"model": dense, "tensor_parallel_size": 8}, "tp=8 does not divide n_kv_heads=4; allowed for this model: 1, 2, 4"),
-        "experts": ({"model": moe, "tensor_parallel_size": 3, "enable_expert_parallel": True}, "ep=3 does not divide num_experts=8; allowed with dp=1, tp=3: 1"),
-        "rope limit": ({"model": dense, "max_model_len": 5000}, "5000"),
-        "bias": ({"model": changed("bias", attention_bias=True)}, "attention_bias"),
-        "yarn": ({"model": changed("yarn", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512})}, "yarn"),
-        "truncated": ({"model": str(truncated)}, "its header promises"),
-        "other weights": ({"model": str(other)}, "does not hold what its config.json describes"),
+        "unknown option": (
+            {"model": dense, "additional_config": {"titan": {"dens": "shard"}}},
+            "additional_config.titan.dens; allowed: dense, ep",
+        ),
+        "pipeline": (
+            {"model": dense, "pipeline_parallel_size": 2},
+            "pipeline_parallel_size=2 is not supported",
+        ),
+        "lora": (
+            {"model": dense, "enable_lora": True},
+            "LoRA is not supported",
+        ),
+        "kv heads": (
+            {"model": dense, "tensor_parallel_size": 8},
+            "tp=8 does not divide n_kv_heads=4; allowed for this model: 1, 2, 4",
+        ),
+        "experts": (
+            {"model": moe, "tensor_parallel_size": 3, "enable_expert_parallel": True},
+            "ep=3 does not divide num_experts=8; allowed with dp=1, tp=3: 1",
+        ),
+        "rope limit": (
+            {"model": dense, "max_model_len": 5000},
+            "5000",
+        ),
+        "bias": (
+            {"model": changed("bias", attention_bias=True)},
+            "attention_bias",
+        ),
+        "yarn": (
+            {"model": changed("yarn", rope_parameters=yarn)},
+            "yarn",
+        ),
+        "truncated": (
+            {"model": str(truncated)},
+            "its header promises",
+        ),
+        "other weights": (
+            {"model": str(other)},
+            "does not hold what its config.json describes",
+        ),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", CHECK], input=json.dumps({name: options for name, (options, _) in cases.items()}),

@@ -41,7 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         port = probe.getsockname()[1]
     log = folder / "server.log"
     command = [
-        str(Path(sys.executable).parent / "titan-bridge"), "serve", model, "--host", "127.0.0.1", "--port", str(port), "--tp", "2", "--ep", "2",
+        str(Path(sys.executable).parent / "titan-bridge"), "serve", model,
+        "--host", "127.0.0.1", "--port", str(port), "--tp", "2", "--ep", "2",
         "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--served-model-name", "moe",
     ]  # fmt: skip
     with log.open("w") as output:

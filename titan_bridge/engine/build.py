@@ -200,7 +200,8 @@ def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
         strip(moe.router)
         strip(moe.routed_experts)
         experts = moe.routed_experts
-        assert isinstance(moe.router, TokenChoiceTopKRouter) and isinstance(experts, RoutedExperts)
+        assert isinstance(moe.router, TokenChoiceTopKRouter)
+        assert isinstance(experts, RoutedExperts)
         if plan.sizes.ep > 1 and not plan.spread:
             count = moe.router.num_experts // plan.sizes.ep
             experts.token_dispatcher = OwnExpertsDispatcher(

@@ -8,6 +8,7 @@ log-probabilities). So the head is gathered at the end of the forward and droppe
 
 from __future__ import annotations
 
+import itertools
 from typing import cast
 
 import torch
@@ -63,7 +64,7 @@ def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], sizes: Sizes, pla
     # The root holds what is left, the last norm; it also starts every gather of a step.
     fully_shard(model, mesh=dense, ignored_params=skip, reshard_after_forward=False)
     steps = [cast(FSDPModule, group) for group in groups if group is not model.lm_head]
-    for this, following in zip(steps, steps[1:], strict=False):
+    for this, following in itertools.pairwise(steps):
         this.set_modules_to_forward_prefetch([following])
     return model
 

@@ -41,7 +41,10 @@ def route_model_impl(registry: Any) -> None:
     word. Version: vllm 0.32 (`vllm/model_executor/models/registry.py`). Delete when: vLLM lets a plugin
     register a model implementation by name.
     """
-    for name, result in (("inspect_model_cls", "_try_inspect_model_cls"), ("resolve_model_cls", "_try_load_model_cls")):
+    for name, result in (
+        ("inspect_model_cls", "_try_inspect_model_cls"),
+        ("resolve_model_cls", "_try_load_model_cls"),
+    ):
         _wrap(registry._ModelRegistry, name, ["self", "architectures", "model_config"], _route(result))
 
 
@@ -112,7 +115,9 @@ def declare_native_specs() -> None:
     if getattr(original, MARK, False):
         return
     if list(inspect.signature(original).parameters) != ["model", "model_config", "target_device"]:
-        raise BridgeError(unsupported() or "attach_specs does not know this vLLM's model loader; leave it out")
+        raise BridgeError(
+            unsupported() or "attach_specs does not know this vLLM's model loader; leave it out"
+        )
     native_specs = importlib.import_module("titan_bridge.engine.native_specs")
 
     @functools.wraps(original)

@@ -29,13 +29,12 @@ class _Rotate(nn.Module):
         return self._apply_rotary(query, key, rows[self._table])
 
 
-class StepRopes(nn.Module):
+class StepRopes:
     """The distinct rope tables of a model."""
 
     def __init__(self, model: Decoder) -> None:
         """Moves every layer's rope out of `model`, which must still be on meta."""
-        super().__init__()
-        self.tables = nn.ModuleList()
+        self._ropes: list[RoPE] = []
         known: dict[str, int] = {}
         for layer in model.layers.values():
             rope = layer.attention.rope
@@ -43,8 +42,8 @@ class StepRopes(nn.Module):
                 f"{type(rope).__qualname__} {json.dumps(rope.config.to_dict(), sort_keys=True, default=str)}"
             )
             if key not in known:
-                known[key] = len(self.tables)
-                self.tables.append(rope)
+                known[key] = len(self._ropes)
+                self._ropes.append(rope)
             layer.attention.rope = _Rotate(rope, known[key])
 
     def fill(self, device: torch.device) -> None:
@@ -52,7 +51,7 @@ class StepRopes(nn.Module):
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            for rope in self.tables:
+            for rope in self._ropes:
                 rope._init_self_buffers(buffer_device=device)
         finally:
             torch.set_default_dtype(dtype)
@@ -67,5 +66,5 @@ class StepRopes(nn.Module):
             rope._reshape_cache(
                 rope.cache.new_empty((1, tokens, 1, rope.config.dim)), positions_T.unsqueeze(0)
             )
-            for rope in self.tables
+            for rope in self._ropes
         )
