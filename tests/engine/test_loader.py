@@ -1,0 +1,156 @@
+"""`load_weights` on one rank's tensors, without an engine around it: what it copies, refuses and holds in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from titan_bridge.engine.loader import Held, WeightLoader
+from titan_bridge.errors import BridgeError
+from titan_bridge.layout import specs
+from titan_bridge.mesh import Sizes, describe, padded_vocab
+from titan_bridge.models import family_for, load_hf_config
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(200)]
+
+
+def rank_of(
+    model: Path, sizes: Sizes, rank: int, dense: Any = "replicate"
+) -> tuple[WeightLoader, dict[str, Held]]:
+    """A loader over zeros in the shapes that `rank` holds."""
+    hf = load_hf_config(model)
+    family, rows = family_for(hf), padded_vocab(hf["vocab_size"], sizes)
+    held = {}
+    for fqn, known in specs(hf, sizes, dense).items():
+        mesh = describe(known.spec.mesh, sizes, rank=rank)
+        place = (known.shape, mesh.shape, mesh.coordinate(rank))
+        held[fqn] = Held(tensor=torch.zeros(known.spec.local_shape(*place)), pieces=known.spec.pieces(*place))
+    views = family.views(hf, padded_vocab=rows)
+    return WeightLoader(held, views, family.optional_views(hf, padded_vocab=rows), family.ignores), held
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("m") / "moe", "qwen3_moe", vocab_size=777, tokenizer=False)
+
+
+def whole_of(model: Path, tensors: dict[str, torch.Tensor], sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The global TorchTitan tensors, by writing whole views: the oracle."""
+    hf = load_hf_config(model)
+    whole = {fqn: torch.zeros(known.shape) for fqn, known in specs(hf, sizes).items()}
+    for view in family_for(hf).views(hf, padded_vocab=padded_vocab(hf["vocab_size"], sizes)):
+        view.write(whole[view.fqn], tensors[view.name])
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dense"),
+    [
+        (Sizes(tp=2), "replicate"),
+        (Sizes(tp=2, ep=2), "replicate"),
+        (Sizes(dp=2, tp=2, ep=4), "shard"),
+        (Sizes(dp=2, tp=2, ep=2), "shard"),
+        (Sizes(dp=2, tp=2), "shard"),
+    ],
+    ids=str,
+)
+def test_every_rank_gets_its_slices_and_reads_no_more(moe: Path, sizes: Sizes, dense: Any) -> None:
+    tensors = load_file(moe / "model.safetensors")
+    for scale in (1.0, -2.0):  # a second round of other weights lands in the same tensors
+        given = {name: tensor * scale for name, tensor in tensors.items()}
+        whole = whole_of(moe, given, sizes)
+        for rank in range(sizes.world):
+            loader, held = rank_of(moe, sizes, rank, dense)
+            loaded = loader.load(iter(given.items()))
+            assert {f"model.{fqn}" for fqn in held} == loaded
+            for fqn, mine in held.items():
+                for piece in mine.pieces:
+                    assert torch.equal(mine.tensor[piece.local.slices], whole[fqn][piece.box.slices]), fqn
+            padding = sizes.tp * -(-777 // sizes.tp) - 777
+            assert (
+                0 <= sum(h.tensor.nbytes for h in held.values()) - loader.bytes_read <= 2 * padding * 128 * 4
+            )
+
+
+def test_all_offenders_are_named(moe: Path) -> None:
+    tensors = load_file(moe / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
+    tensors["model.layers.1.input_layernorm.weight"] = torch.zeros(5)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+    loader, _ = rank_of(moe, Sizes(tp=2), 1)
+    with pytest.raises(BridgeError) as error:
+        loader.load(iter(tensors.items()))
+    text = str(error.value)
+    assert "missing: model.norm.weight" in text
+    assert "unexpected: model.layers.0.self_attn.q_proj.bias (3,)" in text
+    assert "model.layers.1.input_layernorm.weight has shape (5,), the model needs (128,)" in text
+    assert "lm_head.weight has dtype torch.int8, the model needs a floating-point type" in text
+    assert "\n" not in text
+
+
+def test_a_tied_head_may_be_repeated(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "tied", "llama3", tie_word_embeddings=True, tokenizer=False)
+    tensors = load_file(model / "model.safetensors")
+    loader, held = rank_of(model, Sizes(), 0)
+    loader.load(iter({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}.items()))
+    assert torch.equal(held["tok_embeddings.weight"].tensor, tensors["model.embed_tokens.weight"])
+
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[2])
+from test_loader import rank_of
+from titan_bridge.mesh import Sizes
+from safetensors import safe_open
+from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+model = Path(sys.argv[1])
+def anonymous():  # file pages that a mapping brings in can be dropped at any time and are not held
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+loader, held = rank_of(model, Sizes(tp=2), 0)
+for h in held.values():
+    h.tensor.fill_(1)  # touch the live parameters before measuring
+before = anonymous()
+peak = before
+largest = 0
+def watched():
+    global peak, largest
+    for name, tensor in safetensors_weights_iterator([str(f) for f in sorted(model.glob("*.safetensors"))], False):
+        largest = max(largest, tensor.nbytes)
+        yield name, tensor
+        peak = max(peak, anonymous())
+loader.load(watched())
+print(json.dumps({"extra": peak - before, "largest": largest, "read": loader.bytes_read,
+                  "local": sum(h.tensor.nbytes for h in held.values())}))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_over_1_gb_needs_at_most_one_tensor_of_extra_memory(tmp_path: Path) -> None:
+    model = make_checkpoint(
+        tmp_path / "large", "qwen3", tokenizer=False, vocab_size=32_000, hidden_size=1024, head_dim=64,
+        num_attention_heads=16, num_key_value_heads=8, intermediate_size=4096, num_hidden_layers=14,
+        max_shard_size="400MB",
+    )  # fmt: skip
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    assert size > 1e9
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(model), str(Path(__file__).parent)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    print(f"{size / 1e9:.2f} GB on disk: {facts}")
+    assert facts["extra"] <= facts["largest"]
+    assert facts["read"] == facts["local"]
