@@ -1,0 +1,121 @@
+"""Dense updates between real processes: trainer ranks with DTensors on gloo meshes, workers with live local tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from titan_bridge.mesh import Sizes
+from titan_bridge.sharding.layout import Layout
+from titan_bridge.transfer.plain import (
+    PlainClient,
+    PlainRanks,
+    free_port,
+    plain_ranks,
+    plain_workers,
+    retarget,
+)
+from titan_bridge.transfer.receiver import Receiver
+from titan_bridge.transfer.samples import differences, sample_dtensors, sample_target
+from titan_bridge.transfer.source import TensorSource
+from titan_bridge.transfer.trainer import Options, Trainer
+
+pytestmark = pytest.mark.distributed
+
+BUCKET = 64 * 1024
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 768,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@pytest.fixture(scope="module")
+def trainers() -> Iterator[PlainRanks]:
+    with plain_ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[PlainClient]:
+    nothing = Layout(meshes={}, params={}).to_json()
+    with plain_workers(sample_target, [(nothing, rank, rank, 2, 0) for rank in range(2)]) as (client, _):
+        yield client
+
+
+def three_updates(rank: int, world: int, port: int, layout: dict, client: PlainClient) -> None:
+    told = Layout.from_json(layout)
+    held = sample_dtensors(told, rank, 1)
+    options = Options(port=port, seconds=30, bucket_bytes=BUCKET)
+    trainer = Trainer(TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=options)
+    trainer.connect()
+    for version in (1, 2, 3):
+        held |= sample_dtensors(told, rank, version)
+        report = trainer.send_weights()
+        assert report.version == str(version)
+        assert trainer.buffer_bytes <= 2 * BUCKET
+        if rank == 0:
+            # The transport counted what the planner's lower bound says, and not a byte more.
+            assert sum(report.received.values()) == report.lower_bound > 0
+            assert client.call(differences, version) == [[]] * len(client.addresses)
+            assert all(staging == live for staging, live in client.call(memory))
+        sent = torch.tensor([sum(report.sent.values())])
+        dist.all_reduce(sent)
+        assert sent.item() == report.lower_bound
+    trainer.shutdown()
+
+
+def memory(receiver: Receiver) -> tuple[int, int]:
+    live = sum(tensor.nbytes for tensor in receiver.target.tensors().values())
+    return receiver.staging_bytes, live
+
+
+LAYOUTS = [
+    ("fsdp 2 -> tp 2", Sizes(dp=2), "shard", Sizes(tp=2), "replicate"),
+    ("fsdp 2 x tp 2 -> dp 2, ep", Sizes(dp=2, tp=2), "shard", Sizes(dp=2, ep=2), "replicate"),
+    ("ep 2 -> tp 2, ep 2", Sizes(dp=2, ep=2), "shard", Sizes(tp=2, ep=2), "replicate"),
+    ("1 -> tp 2", Sizes(), "replicate", Sizes(tp=2), "replicate"),
+    ("fsdp 2 -> dp 2 sharded", Sizes(dp=2), "shard", Sizes(dp=2), "shard"),
+    ("fsdp 2 x tp 2 -> dp 2 sharded, ep", Sizes(dp=2, tp=2), "shard", Sizes(dp=2, ep=2), "shard"),
+    (
+        "hsdp 2 x 2 -> tp 2, fp32 on both sides",
+        Sizes(dp_replicate=2, dp=2),
+        "shard",
+        Sizes(tp=2),
+        "replicate",
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "dense", "target", "target_dense"), [row[1:] for row in LAYOUTS],
+                         ids=[row[0] for row in LAYOUTS])  # fmt: skip
+def test_every_worker_gets_its_slices_and_nothing_else(
+    trainers, workers, source, dense, target, target_dense
+):
+    from titan_bridge.layout import layout  # here: the processes that are started need no torchtitan
+
+    wire = torch.float32 if source.dp_replicate > 1 else torch.bfloat16
+    told = layout(MOE, source, dense, dtype=torch.float32)
+    served = layout(MOE, target, target_dense, dtype=wire).to_json()
+    workers.call(retarget, sample_target, [(served, rank, rank, target.world, 0) for rank in range(2)])
+    trainers.run(three_updates, free_port(), told.to_json(), workers, world=source.world)

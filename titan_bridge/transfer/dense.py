@@ -1,0 +1,170 @@
+"""A dense update: every sender packs, casts and sends its lanes, every receiver stages and then applies its own.
+
+Memory beside the tensors themselves: a sender has two buckets, one being packed while the other travels; a
+window that is contiguous and of the wire's dtype already is sent from where it lies. A receiver has its staging,
+which is as large as the update's share of the rank: buckets arrive in it directly and it is copied once, into
+the live tensors, when the update is taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.lanes import Bucket, Lane
+from titan_bridge.transfer.transport import Transport
+
+IN_FLIGHT = 2
+"""Buckets of a sender that are packed or travel at a time."""
+
+
+class Deadline:
+    """A point in time up to which something may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self._at = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds; at least a little, so that what is there already is still taken."""
+        return max(self._at - time.monotonic(), 0.001)
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self._at
+
+
+class DenseSender:
+    """Sends the lanes of one trainer rank, again and again; keeps its two buffers."""
+
+    def __init__(self, transport: Transport, lanes: Sequence[Lane]) -> None:
+        self._transport = transport
+        self._order = _rotated(lanes, transport.rank)
+        self._buffers: list[torch.Tensor | None] = [None] * IN_FLIGHT
+        self._largest = max((bucket.nbytes for lane in lanes for bucket in lane.buckets), default=0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory held beside the tensors: at most two buckets."""
+        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
+
+    def send(self, local: Mapping[str, torch.Tensor], deadline: Deadline) -> None:
+        """Send this rank's share of `local` (local tensors by name).
+
+        Raises:
+            TransferError: A receiver is gone, or the time is over.
+        """
+        flying: list = [None] * IN_FLIGHT
+        for slot, (peer, tag, bucket) in zip(itertools.cycle(range(IN_FLIGHT)), self._order, strict=False):
+            if flying[slot] is not None:
+                self._wait(*flying[slot], deadline)
+            message = self._message(bucket, local, slot)
+            flying[slot] = (self._transport.send(message, peer, tag=tag), peer, message)
+        for each in flying:
+            if each is not None:
+                self._wait(*each, deadline)
+
+    def _wait(
+        self, work: torch.distributed.Work, peer: int, _message: torch.Tensor, deadline: Deadline
+    ) -> None:
+        self._transport.wait(work, seconds=deadline.left, what=f"sending weights to rank {peer}")
+
+    def _message(self, bucket: Bucket, local: Mapping[str, torch.Tensor], slot: int) -> torch.Tensor:
+        if len(bucket.slices) == 1:
+            only = bucket.slices[0].of(_contiguous(local[bucket.slices[0].name]))
+            if only.dtype == bucket.dtype and only.is_contiguous() and only.device == self._transport.device:
+                return only.view(-1)
+        buffer = self._buffers[slot]
+        if buffer is None:
+            buffer = torch.empty(self._largest, dtype=torch.uint8, device=self._transport.device)
+            self._buffers[slot] = buffer
+        message = buffer[: bucket.nbytes].view(bucket.dtype)
+        for part in bucket.slices:
+            window = part.of(_contiguous(local[part.name]))
+            message[part.at : part.at + part.elements].view(part.window.size).copy_(window)
+        if self._transport.backend == "gloo" and message.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return message
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _rotated(lanes: Sequence[Lane], rank: int) -> list[tuple[int, int, Bucket]]:
+    """(peer, tag, bucket): one bucket a peer in turn, each sender beginning with another peer."""
+    first = rank % len(lanes) if lanes else 0
+    turned = [*lanes[first:], *lanes[:first]]
+    longest = max((len(lane.buckets) for lane in lanes), default=0)
+    return [
+        (lane.peer, tag, lane.buckets[tag])
+        for tag in range(longest)
+        for lane in turned
+        if tag < len(lane.buckets)
+    ]
+
+
+class Staged(NamedTuple):
+    """One bucket that has arrived."""
+
+    bucket: Bucket
+    data: torch.Tensor
+
+
+class DenseReceiver:
+    """Stages the lanes of one worker; keeps the staging for the next update unless told otherwise."""
+
+    def __init__(self, transport: Transport, lanes: Sequence[Lane]) -> None:
+        self._transport = transport
+        self._order = [(lane.peer, tag, bucket) for lane in lanes for tag, bucket in enumerate(lane.buckets)]
+        self._staging: list[torch.Tensor] | None = None
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory of the staging, now."""
+        return sum(part.nbytes for part in self._staging or ())
+
+    def receive(self, deadline: Deadline) -> list[Staged]:
+        """All buckets of one update.
+
+        Raises:
+            TransferError: A sender is gone, or the time is over. Nothing live was touched.
+        """
+        if self._staging is None:
+            self._staging = [
+                torch.empty(bucket.elements, dtype=bucket.dtype, device=self._transport.device)
+                for _, _, bucket in self._order
+            ]
+        works = [
+            (peer, self._transport.receive(data, peer, tag=tag))
+            for (peer, tag, _), data in zip(self._order, self._staging, strict=True)
+        ]
+        try:
+            for peer, work in works:
+                self._transport.wait(work, seconds=deadline.left, what=f"receiving weights from rank {peer}")
+        except TransferError:
+            self._staging = None  # late bytes may still arrive there
+            raise
+        return [Staged(bucket, data) for (_, _, bucket), data in zip(self._order, self._staging, strict=True)]
+
+    def release(self) -> None:
+        """Give the staging back."""
+        self._staging = None
+
+
+def apply_dense(staged: Sequence[Staged], live: Mapping[str, torch.Tensor]) -> set[str]:
+    """Copy staged buckets into the live local tensors; returns the names that were written."""
+    for bucket, data in staged:
+        for part in bucket.slices:
+            part.of(live[part.name]).copy_(data[part.at : part.at + part.elements].view(part.window.size))
+    return {part.name for bucket, _ in staged for part in bucket.slices}
+
+
+def names_in(lanes: Sequence[Lane]) -> Iterator[str]:
+    """Names of this rank's tensors that take part."""
+    return iter(sorted({part.name for lane in lanes for bucket in lane.buckets for part in bucket.slices}))

@@ -1,0 +1,204 @@
+"""From what every rank says about itself to the two layouts and the one plan of a connection.
+
+Each trainer rank and each worker posts the layout of what it holds, in its own numbering. Trainer rank 0 puts
+them together in the numbering of the transfer group (trainer ranks first, then workers) and posts the result;
+everybody makes the same plan from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch.distributed.tensor import Replicate
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.plan import Plan, plan
+from titan_bridge.sharding.spec import ShardingSpec
+from titan_bridge.sharding.view import View
+
+WorkerId = tuple[int, int]
+"""(engine, index of the worker in it): sorted, workers take the group's ranks after the trainer's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sides:
+    """Both sides of a connection; ranks are those of the transfer group."""
+
+    source: Layout
+    destination: Layout
+    trainers: int
+    workers: tuple[WorkerId, ...]
+    unpadded: Mapping[str, tuple[int, ...]]
+    """Shape without padding rows of the engine's tensors that have some."""
+    views: tuple[View, ...] = ()
+    """Only if the two sides name tensors differently."""
+
+    @property
+    def size(self) -> int:
+        """Members of the group."""
+        return self.trainers + len(self.workers)
+
+    def rank_of(self, worker: WorkerId) -> int:
+        return self.trainers + self.workers.index(worker)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source.to_json(),
+            "destination": self.destination.to_json(),
+            "trainers": self.trainers,
+            "workers": [list(worker) for worker in self.workers],
+            "unpadded": {name: list(shape) for name, shape in self.unpadded.items()},
+            "views": [dataclasses.asdict(view) for view in self.views],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Sides:
+        return cls(
+            source=Layout.from_json(data["source"]),
+            destination=Layout.from_json(data["destination"]),
+            trainers=data["trainers"],
+            workers=tuple((engine, index) for engine, index in data["workers"]),
+            unpadded={name: tuple(shape) for name, shape in data["unpadded"].items()},
+            views=views_from_json(data["views"]),
+        )
+
+    def plan(self) -> Plan:
+        """The copies of a dense update.
+
+        Raises:
+            BridgeError: A tensor of the engine that the trainer does not have, or another shape.
+        """
+        pads = tuple(self.padding_view(name) for name in self.unpadded if self._pads(name))
+        made = plan(self.source, self.destination, (*self.views, *pads), allow_missing=bool(self.unpadded))
+        if lost := sorted(set(made.missing) - set(self.unpadded)):
+            raise BridgeError(
+                f"the engine's {lost[0]} is in no tensor of the trainer ({len(lost)} such tensors)"
+            )
+        return made
+
+    def padding_view(self, name: str) -> View:
+        """A trainer's tensor without padding rows as a slice of the engine's, which has the same name."""
+        full, shape = self.destination.params[name].shape, self.unpadded[name]
+        return View(
+            name=name,
+            fqn=name,
+            shape=shape,
+            factors=tuple((size,) for size in full),
+            index=tuple((0, size) for size in shape),
+        )
+
+    def _pads(self, name: str) -> bool:
+        held = self.source.params.get(name)
+        return held is not None and held.shape == self.unpadded[name] != self.destination.params[name].shape
+
+
+def views_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[View, ...]:
+    """The reverse of `dataclasses.asdict` for views."""
+    return tuple(View(**{key: _tuples(value) for key, value in view.items()}) for view in data)
+
+
+def names_differ(source: Layout, destination: Layout) -> bool:
+    """Whether views are needed."""
+    return not set(destination.params) <= set(source.params)
+
+
+def merge(parts: Mapping[int, Layout], what: str) -> Layout:
+    """One layout of what several ranks hold, each having said what it knows.
+
+    Tensors on different meshes with the same placements (replicas of an engine, copies in several pipeline
+    stages) become one tensor on a mesh with one more axis.
+
+    Args:
+        parts: By rank; the numbering of all meshes is the same.
+        what: For messages: "trainer" or "engine".
+
+    Raises:
+        BridgeError: Ranks that contradict each other, or a rank of a mesh that did not speak of the tensor.
+    """
+    told: dict[str, dict[MeshLayout, tuple[ParamLayout, set[int]]]] = {}
+    for rank, layout in parts.items():
+        for name, param in layout.params.items():
+            mesh = layout.meshes[param.spec.mesh]
+            known = told.setdefault(name, {})
+            first, ranks = known.setdefault(mesh, (param, set()))
+            ranks.add(rank)
+            for other, _ in known.values():
+                if (other.shape, other.dtype, other.spec.placements) != (
+                    param.shape,
+                    param.dtype,
+                    param.spec.placements,
+                ):
+                    raise BridgeError(f"{what} ranks contradict each other on {name}: {first} and {param}")
+    meshes: dict[MeshLayout, str] = {}
+    params: dict[str, ParamLayout] = {}
+    for name, known in told.items():
+        for mesh, (_, ranks) in known.items():
+            if silent := sorted(set(mesh.ranks) - ranks):
+                raise BridgeError(
+                    f"{name} lies on {what} ranks {mesh.ranks}, but rank {silent[0]} does not have it"
+                )
+        mesh, param = _joined(name, known, what)
+        mesh_name = meshes.setdefault(mesh, f"{what}{len(meshes)}")
+        params[name] = dataclasses.replace(param, spec=dataclasses.replace(param.spec, mesh=mesh_name))
+    return Layout(meshes={name: mesh for mesh, name in meshes.items()}, params=params)
+
+
+def _joined(
+    name: str, known: Mapping[MeshLayout, tuple[ParamLayout, set[int]]], what: str
+) -> tuple[MeshLayout, ParamLayout]:
+    (mesh, (param, _)), *others = sorted(known.items(), key=lambda item: item[0].ranks)
+    if not others:
+        return mesh, param
+    ranks = [rank for each in (mesh, *(other for other, _ in others)) for rank in each.ranks]
+    if any(other.shape != mesh.shape for other, _ in others) or len(set(ranks)) != len(ranks):
+        raise BridgeError(f"{name} lies on {what} meshes that differ or overlap: {mesh} and {others[0][0]}")
+    joined = MeshLayout.make(("copy", *mesh.axes), (len(others) + 1, *mesh.shape), ranks)
+    spec = ShardingSpec(mesh=param.spec.mesh, placements=(Replicate(), *param.spec.placements))
+    return joined, dataclasses.replace(param, spec=spec)
+
+
+def shifted(layout: Layout, by: int) -> Layout:
+    """The same layout with `by` added to every rank."""
+    meshes = {
+        name: dataclasses.replace(mesh, ranks=tuple(rank + by for rank in mesh.ranks))
+        for name, mesh in layout.meshes.items()
+    }
+    return Layout(meshes=meshes, params=layout.params)
+
+
+def join_sides(trainers: Sequence[Mapping[str, Any]], workers: Mapping[WorkerId, Mapping[str, Any]]) -> Sides:
+    """Both sides from the notes of all ranks: `{"layout": JSON}`, workers' with `"rank"` and `"unpadded"`, too."""
+    order = tuple(sorted(workers))
+    first = len(trainers)
+    source = merge({rank: _layout(note["layout"]) for rank, note in enumerate(trainers)}, "trainer")
+    held, unpadded = {}, {}
+    for at, worker in enumerate(order):
+        note = workers[worker]
+        held[first + at] = shifted(_layout(note["layout"]), first + at - note["rank"])
+        unpadded |= {name: tuple(shape) for name, shape in note["unpadded"].items()}
+    return Sides(
+        source=source,
+        destination=merge(held, "engine"),
+        trainers=first,
+        workers=order,
+        unpadded=unpadded,
+    )
+
+
+def _layout(data: Mapping[str, Any]) -> Layout:
+    return _parsed(json.dumps(data, sort_keys=False))
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Layout:
+    """The ranks of one mesh say the same, so it is read once."""
+    return Layout.from_json(json.loads(text))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

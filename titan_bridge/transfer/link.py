@@ -1,0 +1,113 @@
+"""One connection between all trainer ranks and all workers: made once, used for many updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from titan_bridge.sharding.plan import Plan
+from titan_bridge.transfer.board import Board
+from titan_bridge.transfer.exchange import Sides
+from titan_bridge.transfer.lanes import BUCKET_BYTES, Lane, lanes
+from titan_bridge.transfer.sparse import Router
+from titan_bridge.transfer.transport import Backend, Transport, make_group
+
+VERSION = 1
+"""Of the notes and messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What trainer and workers agree on; the trainer says it and it travels as the init info."""
+
+    host: str
+    """Address of trainer rank 0, as the workers reach it."""
+    port: int
+    trainer: str
+    """Made up anew by every start of a trainer."""
+    epoch: int
+    """Counts the connections of this trainer: one is made anew after a fault."""
+    trainers: int
+    engine: int = 0
+    """Which of several engines this is; the client says so."""
+    engines: int = 1
+    workers: int | None = None
+    """Workers of each engine, if they cannot know (dense data parallelism)."""
+    seconds: float = 300.0
+    """Time limit of connecting and of one update."""
+    bucket_bytes: int = BUCKET_BYTES
+    backend: Backend = "gloo"
+    version: int = VERSION
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.trainer}/{self.epoch}"
+
+    def hello(self, engine: int, index: int) -> str:
+        return f"{self.prefix}/hello/{engine}.{index}"
+
+
+class Link:
+    """The plan, the group and the lanes of one member of a connection."""
+
+    def __init__(
+        self,
+        *,
+        board: Board,
+        terms: Terms,
+        sides: Sides,
+        rank: int,
+        plan: Plan | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Blocks until all members have come. `rank` is that in the group.
+
+        Raises:
+            BridgeError: The two sides do not fit together.
+            TransferError: Somebody did not come within the time.
+        """
+        self.board, self.terms, self.sides, self.rank = board, terms, sides, rank
+        self.plan = sides.plan() if plan is None else plan
+        self.is_trainer = rank < sides.trainers
+        dtypes = {name: param.dtype for name, param in sides.destination.params.items()}
+        end = {"sender": rank} if self.is_trainer else {"receiver": rank}
+        self.lanes: tuple[Lane, ...] = lanes(self.plan, dtypes, bucket_bytes=terms.bucket_bytes, **end)
+        self.planned: int = (self.plan.sent if self.is_trainer else self.plan.received).get(rank, 0)
+        """Bytes that this rank sends or receives in a dense update."""
+        self.device = device if terms.backend == "nccl" and device is not None else torch.device("cpu")
+        group = make_group(
+            board.store(f"{terms.prefix}/group"),
+            rank=rank,
+            size=sides.size,
+            backend=terms.backend,
+            seconds=terms.seconds,
+        )
+        self.transport = Transport(group, rank=rank, backend=terms.backend, device=self.device)
+        self.broken = False
+
+    @property
+    def workers(self) -> range:
+        """Ranks of the workers in the group."""
+        return range(self.sides.trainers, self.sides.size)
+
+    def router(self) -> Router:
+        """For sparse updates, on trainer ranks."""
+        pads = [self.sides.padding_view(name) for name in self.sides.unpadded]
+        return Router(self.sides.destination, (*pads, *self.sides.views))
+
+    def note(self, round: int, what: str) -> str:
+        """Key of a note about one round."""
+        return f"{self.terms.prefix}/round{round}/{what}"
+
+    def close(self) -> None:
+        """Leave; everybody who waits for this rank fails at once."""
+        self.broken = True
+        self.transport.close()
+
+
+def terms_from(info: Mapping[str, Any]) -> Terms:
+    """The terms in an init info. Raises TypeError for fields that this release does not know."""
+    return Terms(**info)

@@ -1,0 +1,210 @@
+"""Workers that serve nothing, and trainer ranks that train nothing: processes with tensors, for a transfer.
+
+For tests and benchmarks, and to try a layout before there is an engine: they need no vLLM and start in seconds.
+`PlainClient` drives all workers as vLLM's executor does: one call at a time, answered by all.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from titan_bridge.transfer.receiver import Receiver, Target
+
+_METHODS = {
+    "init_weight_transfer_engine": "connect",
+    "shutdown_weight_transfer_engine": "shutdown",
+    "start_weight_update": "begin",
+    "update_weights": "update",
+    "finish_weight_update": "finish",
+}
+
+
+def retarget(receiver: Receiver, make: Callable[..., Target], rows: Sequence[tuple]) -> None:
+    """For `PlainClient.call`: let a worker start anew, with what `make(*rows[its index])` makes."""
+    receiver.shutdown()
+    receiver.__init__(make(*rows[receiver.target.index]))  # type: ignore[misc]
+
+
+def _serve(make: Callable[..., Target], args: tuple, address: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    receiver = Receiver(make(*args))
+    listener = connection.Listener(address, family="AF_UNIX")
+    Path(f"{address}.ready").touch()
+    while True:
+        with listener.accept() as caller:
+            try:
+                method, given = caller.recv()
+                if callable(method):
+                    caller.send((True, method(receiver, *given)))
+                else:
+                    caller.send((True, getattr(receiver, _METHODS[method])(*given)))
+            except EOFError:
+                continue
+            except Exception as error:
+                traceback.print_exc()
+                caller.send((False, str(error)))
+
+
+class PlainClient:
+    """Drives workers at these addresses; may be sent to another process."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self.addresses = tuple(addresses)
+        self.version: str | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.call("init_weight_transfer_engine", init_info)
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self.call("shutdown_weight_transfer_engine")
+
+    def start_weight_update(self) -> None:
+        self.call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.call("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.call("finish_weight_update")
+
+    def update_weight_version(self, version: str) -> None:
+        self.version = version
+
+    def call(self, method: str | Callable[..., Any], *args: Any) -> list[Any]:
+        """Run a method of all receivers, or `method(receiver, *args)`; their answers in order."""
+        answers: list[Any] = [None] * len(self.addresses)
+
+        def ask(at: int) -> None:
+            try:
+                with connection.Client(self.addresses[at], family="AF_UNIX") as worker:
+                    worker.send((method, args))
+                    answers[at] = worker.recv()
+            except (OSError, EOFError) as error:
+                answers[at] = (False, f"worker {at} is gone: {error!r}")
+
+        threads = [threading.Thread(target=ask, args=(at,), daemon=True) for at in range(len(self.addresses))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for good, answer in answers:
+            if not good:
+                raise RuntimeError(answer)
+        return [answer for _, answer in answers]
+
+
+@contextmanager
+def plain_workers(
+    make: Callable[..., Target], arguments: Sequence[tuple], *, threads: int = 1
+) -> Iterator[tuple[PlainClient, list[mp.Process]]]:
+    """Start one process for each of `arguments`, which holds what `make(*arguments)` makes; end them afterwards."""
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="titan-") as folder:
+        addresses = [os.path.join(folder, str(i)) for i in range(len(arguments))]
+        processes = [
+            context.Process(target=_serve, args=(make, args, address, threads), daemon=True)
+            for args, address in zip(arguments, addresses, strict=True)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for process, address in zip(processes, addresses, strict=True):
+                while not Path(f"{address}.ready").exists():
+                    process.join(0.02)
+                    if process.exitcode is not None:
+                        raise RuntimeError(f"a worker ended with exit code {process.exitcode}")
+            yield PlainClient(addresses), processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _rank(pipe: connection.Connection, rank: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    while True:
+        job, world, port, args = pipe.recv()
+        try:
+            limit = timedelta(seconds=60)
+            dist.init_process_group(
+                "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=limit
+            )
+            try:
+                answer = (True, job(rank, world, *args))
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+class PlainRanks:
+    """Processes that run jobs as ranks of a gloo process group, a new group for each job."""
+
+    def __init__(self, count: int, threads: int) -> None:
+        context = mp.get_context("spawn")
+        self._pipes, self.processes = [], []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(theirs, rank, threads), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self.processes.append(process)
+
+    def start(self, job: Callable[..., Any], *args: Any, world: int | None = None) -> Callable[[], list[Any]]:
+        """Run `job(rank, world, *args)` on the first `world` processes; call the result for their answers.
+
+        The answers raise RuntimeError with the traceback of the first rank that failed or died.
+        """
+        world = len(self.processes) if world is None else world
+        port = free_port()
+        for pipe in self._pipes[:world]:
+            pipe.send((job, world, port, args))
+        return lambda: [self._answer(rank) for rank in range(world)]
+
+    def run(self, job: Callable[..., Any], *args: Any, world: int | None = None) -> list[Any]:
+        """`start`, and wait."""
+        return self.start(job, *args, world=world)()
+
+    def _answer(self, rank: int) -> Any:
+        try:
+            good, answer = self._pipes[rank].recv()
+        except EOFError:
+            raise RuntimeError(f"rank {rank} died") from None
+        if not good:
+            raise RuntimeError(f"rank {rank}: {answer}")
+        return answer
+
+
+@contextmanager
+def plain_ranks(count: int, *, threads: int = 1) -> Iterator[PlainRanks]:
+    """`count` processes for jobs; ended afterwards."""
+    ranks = PlainRanks(count, threads)
+    try:
+        yield ranks
+    finally:
+        for process in ranks.processes:
+            process.kill()
+            process.join()

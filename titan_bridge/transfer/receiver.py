@@ -1,0 +1,361 @@
+"""The engine's side of a transfer on one worker, without vLLM: what its methods must do and nothing more.
+
+An update is all or nothing:
+
+- Its bytes go to staging. An undo log would take as much memory (the old values of all that is overwritten), but
+  between `update_weights` and `finish_weight_update` vLLM may run steps, and with an undo log these would compute
+  with half an update; a worker killed there would leave its peers with one. With staging, giving up is free, and
+  live tensors are written in one place, inside `finish`, by copies that cannot fail for want of a peer.
+- `finish` takes the update only if the trainer decided so after every worker said that all of its bytes have
+  arrived, and if every worker is inside `finish` too and one of them at least has read that decision. So a trainer
+  that dies at any moment leaves all workers on one side.
+
+No method raises for what happens to a transfer. vLLM's executor reads the replies of its workers in order and
+stops at the first error, which leaves the others' replies for the next call to find: from then on it is out of
+step. Errors go to the trainer over the board instead, and it raises them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.view import View
+from titan_bridge.transfer.board import Board
+from titan_bridge.transfer.dense import Deadline, DenseReceiver, Staged, apply_dense
+from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.exchange import Sides
+from titan_bridge.transfer.link import VERSION, Link, Terms
+from titan_bridge.transfer.packets import Arrived, apply_sparse, receive_sparse
+from titan_bridge.transfer.transport import make_group
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
+
+UNKNOWN_VERSION = "default"
+"""What vLLM, too, calls the weights that an engine was started with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """The live weights of one worker."""
+
+    tensors: Callable[[], Mapping[str, torch.Tensor]]
+    """The live local tensors by name, as they are now."""
+    layout: Layout
+    """Of the worker's own world (one engine's ranks)."""
+    rank: int
+    """In `layout`."""
+    index: int
+    """Of this worker among all workers of the engine, its data-parallel groups included."""
+    count: int
+    """How many they are."""
+    on_change: Callable[[Iterable[torch.Tensor]], None] = lambda changed: None
+    """Called with the live tensors that were written."""
+    views: Callable[[], Sequence[View]] = lambda: ()
+    """Hugging Face names as slices of the tensors, or the reverse."""
+    unpadded: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Shape without padding rows, of tensors that have some."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Round:
+    number: int
+    version: str
+    dense: list[Staged] | None = None
+    sparse: list[Arrived] | None = None
+
+
+class Receiver:
+    """One worker: `connect`, then for every update `begin`, `update`, `finish`."""
+
+    def __init__(self, target: Target, *, keep_staging: bool = True) -> None:
+        """`keep_staging`: hold the memory of the staging between updates instead of asking for it again."""
+        self.target = target
+        self.version = UNKNOWN_VERSION
+        """Of the weights that are live."""
+        self.error: str | None = None
+        """Why the last call did nothing, for logs and tests."""
+        self._keep = keep_staging
+        self._link: Link | None = None
+        self._peers: dist.ProcessGroupGloo | None = None
+        self._dense: DenseReceiver | None = None
+        self._expected: dict[str, tuple] = {}
+        self._open = False
+        self._round: _Round | None = None
+
+    # Connecting
+
+    def connect(self, info: Mapping[str, Any]) -> None:
+        """Meet a trainer; drops the one before if that is gone, and refuses the new one if not."""
+        self.error = None
+        try:
+            terms = Terms(**info)
+        except TypeError as error:
+            self._fail(f"init info of another release: {error}")
+            return
+        board: Board | None = None
+        try:
+            board = Board.join(terms.host, terms.port, seconds=terms.seconds)
+            if refusal := self._refusal(terms):
+                board.post(terms.hello(terms.engine, self.target.index), {"refused": refusal})
+                self._fail(refusal)
+                return
+            self._drop()
+            self._meet(board, terms)
+            board.post(self._joined(terms), None)
+        except (TransferError, BridgeError, ValueError) as error:
+            self._drop()
+            self._fail(str(error))
+            if board is not None:
+                self._tell(board, self._joined(terms), str(error))
+
+    def _joined(self, terms: Terms) -> str:
+        return f"{terms.prefix}/joined/{terms.engine}.{self.target.index}"
+
+    def _refusal(self, terms: Terms) -> str | None:
+        if terms.version != VERSION:
+            return (
+                f"the trainer speaks version {terms.version} of this protocol, the engine version {VERSION}"
+            )
+        if self._link is None or self._link.terms.trainer == terms.trainer or not self._link.board.alive():
+            return None
+        theirs = self._link.terms
+        return f"the engine is connected with another trainer, at {theirs.host}:{theirs.port}; shut that one down first"
+
+    def _meet(self, board: Board, terms: Terms) -> None:
+        target = self.target
+        limit = Deadline(terms.seconds)
+        live = target.tensors()
+        self._expected = {name: _signature(tensor) for name, tensor in live.items()}
+        for name, tensor in live.items():
+            if name in target.layout.params:
+                self._check(name, tensor)
+        board.post(
+            terms.hello(terms.engine, target.index),
+            {
+                "count": terms.workers or target.count,
+                "rank": target.rank,
+                "layout": target.layout.to_json(),
+                "unpadded": {name: list(shape) for name, shape in target.unpadded.items()},
+                "version": self.version,
+                "open": self._open,
+            },
+        )
+        if (terms.engine, target.index) == (0, 0) and board.read(
+            f"{terms.prefix}/ask", seconds=limit.left
+        ) == "views":
+            views = [dataclasses.asdict(view) for view in target.views()]
+            board.post(f"{terms.prefix}/views", views)
+        note = board.read(f"{terms.prefix}/sides", seconds=limit.left)
+        if "refused" in note:
+            raise TransferError(note["refused"])
+        sides = Sides.from_json(note)
+        rank = sides.rank_of((terms.engine, target.index))
+        device = next(iter(live.values())).device
+        self._link = Link(board=board, terms=terms, sides=sides, rank=rank, device=device)
+        self._dense = DenseReceiver(self._link.transport, self._link.lanes)
+        if len(sides.workers) > 1:
+            self._peers = make_group(
+                board.store(f"{terms.prefix}/workers"),
+                rank=rank - sides.trainers,
+                size=len(sides.workers),
+                backend="gloo",
+                seconds=terms.seconds,
+            )
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        want = self.target.layout.local_shape(name, self.target.rank)
+        dtype = self.target.layout.params[name].dtype
+        if tuple(tensor.shape) != want or f"torch.{dtype}" != str(tensor.dtype):
+            raise TransferError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} here, its spec says {dtype} {want}"
+            )
+        if not tensor.is_contiguous():
+            raise TransferError(f"{name} is not contiguous on worker {self.target.index}")
+
+    # One update
+
+    def begin(self) -> None:
+        """`start_weight_update`."""
+        self._open, self._round, self.error = True, None, None
+
+    def update(self, info: Mapping[str, Any]) -> None:
+        """`update_weights`: stage one update. Reports over the board whether all of it is here.
+
+        `info`: host and port of the trainer's board, trainer, epoch, round, version, base, kind ("dense" or
+        "sparse").
+        """
+        self.error, self._round = None, None
+        link = self._link
+        if (
+            link is None
+            or link.broken
+            or (info["trainer"], info["epoch"]) != (link.terms.trainer, link.terms.epoch)
+        ):
+            self._refuse_stranger(info)
+            return
+        deadline = Deadline(link.terms.seconds)
+        ready = link.note(info["round"], f"ready/{link.rank}")
+        try:
+            self._verify(info)
+        except TransferError as error:
+            self._fail(str(error))
+            self._tell(link.board, ready, str(error))
+            return
+        try:
+            link.board.post(ready, None)
+            if (stop := link.board.read(link.note(info["round"], "go"), seconds=deadline.left)) is not None:
+                raise TransferError(stop)
+            self._round = self._stage(info, link, deadline)
+        except (TransferError, BridgeError) as error:
+            self._fail(str(error))
+            link.close()
+            self._tell(link.board, link.note(info["round"], f"got/{link.rank}"), {"error": str(error)})
+            return
+        self._tell(link.board, link.note(info["round"], f"got/{link.rank}"), {"bytes": self.bytes_received})
+
+    @property
+    def bytes_received(self) -> int:
+        """In the last update, counted at the transport."""
+        return sum(self._link.transport.received.values()) if self._link is not None else 0
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory that the staging of dense updates holds now."""
+        return self._dense.staging_bytes if self._dense is not None else 0
+
+    def _refuse_stranger(self, info: Mapping[str, Any]) -> None:
+        text = f"worker {self.target.index} is not connected with this trainer; call trainer_init again"
+        self._fail(text)
+        try:
+            board = Board.join(info["host"], info["port"], seconds=5)
+            board.post(f"{info['trainer']}/{info['epoch']}/round{info['round']}/ready/{info['first']}", text)
+        except TransferError as error:
+            logger.error("%s", error)
+
+    def _verify(self, info: Mapping[str, Any]) -> None:
+        """Before a byte moves: the order, the base and the live tensors are what the plan was made for."""
+        if not self._open:
+            raise TransferError("an update without start_weight_update")
+        if info["base"] is not None and info["base"] != self.version:
+            raise TransferError(
+                f"patches for version {info['base']!r}, but worker {self.target.index} has {self.version!r}"
+            )
+        live = self.target.tensors()
+        for name, expected in self._expected.items():
+            if name not in live or _signature(live[name]) != expected:
+                now = _signature(live[name]) if name in live else "gone"
+                raise TransferError(
+                    f"{name} on worker {self.target.index} is {now}; the plan was made for {expected}. "
+                    "Call trainer_init again"
+                )
+
+    def _stage(self, info: Mapping[str, Any], link: Link, deadline: Deadline) -> _Round:
+        link.transport.reset_counters()
+        staged = _Round(number=info["round"], version=info["version"])
+        if info["kind"] == "dense":
+            assert self._dense is not None
+            staged.dense = self._dense.receive(deadline)
+            got = self.bytes_received
+            assert got == link.planned, f"{got} bytes came, the plan says {link.planned}"
+        else:
+            shapes = {name: tensor.shape for name, tensor in self.target.tensors().items()}
+            staged.sparse = receive_sparse(
+                link.transport,
+                link.sides.destination,
+                link.rank,
+                range(link.sides.trainers),
+                shapes,
+                deadline,
+                link.terms.bucket_bytes,
+            )
+        return staged
+
+    def finish(self) -> None:
+        """`finish_weight_update`: take the staged update on all workers, or drop it on all."""
+        staged, self._round, self._open = self._round, None, False
+        link = self._link
+        if staged is None or link is None or link.broken:
+            if self._peers is not None:  # the others may have it, and wait for this one's word
+                self._agree(False)
+            return
+        applied = link.note(staged.number, f"applied/{link.rank}")
+        if not self._agree(self._decided(link, staged)):
+            self._fail("the update was not taken: not all workers have it, or the trainer is gone")
+            self._tell(link.board, applied, self.error)
+            return
+        live = self.target.tensors()
+        names = apply_dense(staged.dense, live) if staged.dense is not None else set()
+        names |= apply_sparse(staged.sparse, live) if staged.sparse is not None else set()
+        self.target.on_change([live[name] for name in sorted(names)])
+        self.version = staged.version
+        if not self._keep and self._dense is not None:
+            self._dense.release()
+        self._tell(link.board, applied, None)
+
+    def _decided(self, link: Link, staged: _Round) -> bool:
+        # The trainer posts its decision before it calls finish: a second is for somebody who calls it out of order.
+        try:
+            return link.board.read(link.note(staged.number, "decision"), seconds=1) == "take"
+        except TransferError:
+            return False
+
+    def _agree(self, mine: bool) -> bool:
+        """True when every worker takes part and one of them knows that the update is to be taken."""
+        if self._peers is None:
+            return mine
+        seen = torch.tensor([int(mine)])
+        try:
+            options = dist.AllreduceOptions()
+            options.reduceOp = dist.ReduceOp.MAX
+            self._peers.allreduce([seen], options).wait()
+        except RuntimeError as error:
+            logger.error("workers lost each other: %s", error)
+            if self._link is not None:
+                self._link.close()
+            return False
+        return bool(seen.item())
+
+    # Ends
+
+    def shutdown(self) -> None:
+        """Leave the trainer; the weights stay."""
+        self._drop()
+
+    def describe(self) -> dict[str, Any]:
+        """Version and layout, in plain types."""
+        return {
+            "version": self.version,
+            "connected": self._link is not None and not self._link.broken,
+            "error": self.error,
+            "layout": json.loads(json.dumps(self.target.layout.to_json())),
+        }
+
+    def _drop(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        self._link, self._peers, self._dense, self._round = None, None, None, None
+
+    def _fail(self, text: str) -> None:
+        self.error = text
+        logger.error("weight transfer: %s", text)
+
+    @staticmethod
+    def _tell(board: Board, key: str, value: Any) -> None:
+        """Post a note to a trainer that may be gone."""
+        try:
+            board.post(key, value)
+        except TransferError as error:
+            logger.error("%s", error)
+
+
+def _signature(tensor: torch.Tensor) -> tuple:
+    return str(tensor.dtype), tuple(tensor.shape), tensor.is_contiguous()

@@ -1,0 +1,130 @@
+"""What a trainer rank holds: a TorchTitan model, or any state dict of DTensors and tensors.
+
+Nothing is gathered. A DTensor says by itself which part of the global tensor lies here; a plain tensor is held
+whole by this rank. Ranks may hold different tensors (pipeline stages).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import axes_of, fsdp_is_exact, shard_dim
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.spec import ShardingSpec
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+Tensors = Mapping[str, torch.Tensor]
+
+
+class TensorSource:
+    """The tensors of one trainer rank, read anew for every update.
+
+    Args:
+        tensors: A module (parameters and persistent buffers, tied ones once, under TorchTitan's FQNs), a mapping
+            of names to DTensors or tensors (TorchTitan FQNs or Hugging Face names), or a function that returns
+            one.
+        rank: This trainer rank: the number that the DTensors' meshes use.
+    """
+
+    def __init__(self, tensors: nn.Module | Tensors | Callable[[], Tensors], *, rank: int) -> None:
+        self._tensors = tensors
+        self.rank = rank
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """DTensors and tensors by name, as they are now."""
+        if isinstance(self._tensors, nn.Module):
+            return module_tensors(self._tensors)
+        return dict(self._tensors() if callable(self._tensors) else self._tensors)
+
+    def local(self) -> dict[str, torch.Tensor]:
+        """The local tensors by name, detached."""
+        return {name: local_of(tensor) for name, tensor in self.tensors().items()}
+
+    def layout(self) -> Layout:
+        """What this rank knows of the layout: the tensors that it holds.
+
+        Raises:
+            BridgeError: A placement that is no shard, or a local tensor that is not what its placements say.
+        """
+        return layout_of(self.tensors(), self.rank)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part, detached; shares memory with the parameter."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def module_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by FQN; wrappers of torch.compile and checkpointing leave no trace."""
+    result: dict[str, torch.Tensor] = {}
+    for name, param in model.named_parameters():
+        result[_clean(name)] = param
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                result[_clean(f"{prefix}.{name}" if prefix else name)] = buffer
+    return result
+
+
+def _clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def layout_of(tensors: Tensors, rank: int) -> Layout:
+    """The layout of the tensors of one rank; see `TensorSource.layout`."""
+    meshes: dict[str, MeshLayout] = {}
+    params: dict[str, ParamLayout] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            axes = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(mesh.ndim))
+            described = MeshLayout.make(axes, tuple(mesh.mesh.shape), mesh.mesh.numpy())
+            placements = tuple(tensor.placements)
+        else:
+            described, placements = MeshLayout.make(("rank",), (1,), [rank]), ()
+        key = f"{'.'.join(described.axes)}@{','.join(map(str, described.ranks))}"
+        meshes[key] = described
+        try:
+            spec = ShardingSpec(mesh=key, placements=placements) if placements else _whole(key)
+            _check_local(tensor, spec, described, rank)
+        except BridgeError as error:
+            raise BridgeError(f"{name}: {error}") from None
+        params[name] = ParamLayout(spec=spec, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
+    return Layout(meshes=meshes, params=params)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _whole(mesh: str) -> ShardingSpec:
+    return ShardingSpec(mesh=mesh, placements=(Replicate(),))
+
+
+def _check_local(tensor: torch.Tensor, spec: ShardingSpec, mesh: MeshLayout, rank: int) -> None:
+    coordinate = mesh.coordinate(rank)
+    if coordinate is None:
+        raise BridgeError(f"trainer rank {rank} is not on its mesh {mesh} of ranks {mesh.ranks}")
+    local = tuple(local_of(tensor).shape)
+    if local != (want := spec.local_shape(tensor.shape, mesh.shape, coordinate)):
+        raise BridgeError(f"the local tensor has shape {local}; {spec} says {want}")
+    for axis, placement in enumerate(spec.placements):
+        if not isinstance(placement, _StridedShard):
+            continue
+        dim, size = shard_dim(placement), tensor.shape[placement.dim]
+        inner = [mesh.shape[other] for other in axes_of(spec.placements, dim) if other > axis]
+        if len(inner) == 1 and not fsdp_is_exact(size, inner[0], mesh.shape[axis]):
+            raise BridgeError(
+                f"{size} rows on fsdp={mesh.shape[axis]} over {inner[0]} shards: its placements do not say which rows "
+                "lie where; choose sizes that divide the rows"
+            )
