@@ -106,8 +106,7 @@ def declare_native_specs() -> None:
     Raises:
         BridgeError: The loader is not the one that is known.
     """
-    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
-    if config is None or not titan_options(config.additional_config).attach_specs:
+    if _asks_for_specs() is None:
         return
     answer_about_specs()
     loader = importlib.import_module("vllm.model_executor.model_loader.base_loader")
@@ -122,6 +121,9 @@ def declare_native_specs() -> None:
 
     @functools.wraps(original)
     def declaring(model: Any, model_config: Any, target_device: Any) -> Any:
+        config = _asks_for_specs()
+        if config is None:
+            return original(model, model_config, target_device)
         if not native_specs.is_declared(model):  # a reload comes here, too
             native_specs.declare(model, config)
         before = native_specs.glimpse(model)
@@ -131,6 +133,12 @@ def declare_native_specs() -> None:
 
     setattr(declaring, MARK, True)
     loader.process_weights_after_loading = declaring
+
+
+def _asks_for_specs() -> Any | None:
+    """vLLM's config of the model that is being built here, if it has `attach_specs`."""
+    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    return config if config is not None and titan_options(config.additional_config).attach_specs else None
 
 
 def answer_about_specs() -> None:
