@@ -1,0 +1,11 @@
+#!/usr/bin/env python
+"""`titan-bridge reshard` as a script: `python scripts/reshard.py SRC DST --to hf`, also under torchrun."""
+
+from __future__ import annotations
+
+import sys
+
+from titan_bridge.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["reshard", *sys.argv[1:]]))

@@ -1,0 +1,309 @@
+"""One tensor as `torch.save` writes it: a zip archive with a small pickle and the tensor's bytes, stored plainly.
+
+DCP files are such archives one after the other. Finding the bytes takes two small reads; writing an archive takes
+the tensor's bytes in any order, and its checksum at the end. Both sides are held against `torch.load`,
+`torch.save` and `zipfile` by the tests.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._utils import _rebuild_tensor_v2
+
+from titan_bridge.checkpoint.pickles import kind_of, loads, records
+from titan_bridge.errors import BridgeError
+
+_STORAGES = {
+    torch.float64: "DoubleStorage",
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
+    torch.int64: "LongStorage",
+    torch.int32: "IntStorage",
+    torch.int16: "ShortStorage",
+    torch.int8: "CharStorage",
+    torch.uint8: "ByteStorage",
+    torch.bool: "BoolStorage",
+    torch.complex64: "ComplexFloatStorage",
+    torch.complex128: "ComplexDoubleStorage",
+}
+_REBUILD, _REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+_LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
+_END64, _LOCATOR64 = b"PK\6\6", b"PK\6\7"
+_PREFIX, _DATA = "archive", "data/0"
+_TAIL = 4096
+"""Bytes read from the end of an archive; its directory is a few hundred."""
+_MOST_PICKLE = 1 << 20
+ALIGNMENT = 64
+LARGEST = (1 << 32) - (1 << 20)
+"""Bytes of the largest tensor that one archive may hold here: larger ones would need zip's 64-bit fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A tensor inside an archive."""
+
+    offset: int
+    """Bytes from the start of the archive to the tensor's first byte."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Read = Callable[[int, int], bytes]
+"""(offset in the archive, length) -> bytes."""
+
+
+def locate(read: Read, length: int, where: str) -> Placed:
+    """Find the tensor in an archive of `length` bytes.
+
+    Raises:
+        BridgeError: Anything but one contiguous tensor, stored plainly and little-endian, in an intact archive.
+    """
+    entries = _directory(read, length, where)
+    pickled = [name for name in entries if name.endswith("/data.pkl")]
+    if len(pickled) != 1:
+        raise BridgeError(f"{where}: no archive of torch.save: {len(pickled)} data.pkl in it")
+    prefix = pickled[0].removesuffix("data.pkl")
+    order = entries.get(prefix + "byteorder")
+    if order is not None and _content(read, length, order, where, 16) != b"little":
+        raise BridgeError(f"{where}: the tensor is stored big-endian; only little-endian is read")
+    rebuilt = loads(
+        _content(read, length, entries[pickled[0]], where, _MOST_PICKLE), _ALLOWED, _storage, where=where
+    )
+    storage, first, shape, stride = _parts(rebuilt, where)
+    if storage.key is None or prefix + "data/" + storage.key not in entries:
+        raise BridgeError(f"{where}: the archive has no data for its tensor")
+    offset, size = _span(read, length, entries[prefix + "data/" + storage.key], where)
+    width, count = storage.dtype.itemsize, math.prod(shape)
+    if storage.count * width != size:
+        raise BridgeError(f"{where}: {size} bytes of data; {storage.count} of {storage.dtype} were expected")
+    step = 1
+    for n, s in zip(reversed(shape), reversed(stride), strict=True):
+        if n > 1 and s != step:
+            raise BridgeError(f"{where}: strides {stride} for {shape}; only contiguous tensors are read")
+        step *= n
+    if first + count > storage.count:
+        raise BridgeError(
+            f"{where}: a tensor of shape {shape} at {first} in {storage.count} elements of data"
+        )
+    return Placed(offset=offset + first * width, shape=shape, dtype=storage.dtype)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of the zip directory."""
+
+    header: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    key: str | None
+    count: int
+
+
+_ALLOWED: dict[str, Any] = {
+    **records(_REBUILD, _REBUILD_PARAMETER),
+    **{f"torch.{name}": dtype for dtype, name in _STORAGES.items()},
+}
+
+
+def _storage(pid: Any) -> _Storage:
+    if (
+        not isinstance(pid, tuple)
+        or len(pid) != 5
+        or pid[0] != "storage"
+        or not isinstance(pid[1], torch.dtype)
+    ):
+        raise BridgeError(f"an unknown kind of data {pid!r:.80}")
+    if not isinstance(pid[2], str) or not _is_count(pid[4]):
+        raise BridgeError(f"damaged reference to data {pid!r:.80}")
+    return _Storage(pid[1], pid[2], pid[4])
+
+
+def _parts(rebuilt: Any, where: str) -> tuple[_Storage, int, tuple[int, ...], tuple[int, ...]]:
+    if kind_of(rebuilt) == "_rebuild_parameter" and rebuilt.args:
+        rebuilt = rebuilt.args[0]
+    if kind_of(rebuilt) != "_rebuild_tensor_v2" or len(rebuilt.args) < 4:
+        raise BridgeError(f"{where}: not a plain tensor")
+    storage, first, shape, stride = rebuilt.args[:4]
+    fine = isinstance(storage, _Storage) and _is_count(first)
+    for value in (shape, stride):
+        fine = fine and isinstance(value, tuple) and all(_is_count(n) for n in value)
+    if not fine or len(shape) != len(stride):
+        raise BridgeError(f"{where}: damaged description of a tensor")
+    return storage, first, shape, stride
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _directory(read: Read, length: int, where: str) -> dict[str, _Entry]:
+    """Entries by name, from the end of the archive."""
+    tail = min(length, _TAIL)
+    data = read(length - tail, tail)
+    at = data.rfind(_END)
+    if at < 0 or len(data) - at < 22:
+        raise BridgeError(f"{where}: no end of a zip archive: truncated, or not written by torch.save")
+    count, size, start = struct.unpack_from("<HII", data, at + 10)
+    if count == 0xFFFF or size == 0xFFFFFFFF or start == 0xFFFFFFFF:
+        locator = data.rfind(_LOCATOR64, 0, at)
+        (end64,) = struct.unpack_from("<Q", data, locator + 8) if locator >= 0 else (length,)
+        if end64 + 56 > length or (record := read(end64, 56))[:4] != _END64:
+            raise BridgeError(f"{where}: damaged zip archive (no 64-bit directory)")
+        count, size, start = struct.unpack_from("<QQQ", record, 32)
+    if start + size > length or size > _MOST_PICKLE or count > 10_000:
+        raise BridgeError(f"{where}: damaged zip archive (directory of {size} bytes at {start} in {length})")
+    lines, entries, at = read(start, size), {}, 0
+    for _ in range(count):
+        if len(lines) - at < 46 or lines[at : at + 4] != _CENTRAL:
+            raise BridgeError(f"{where}: damaged zip archive (directory)")
+        method, packed, unpacked = struct.unpack_from("<H8xII", lines, at + 10)
+        name_length, extra_length, comment = struct.unpack_from("<HHH", lines, at + 28)
+        (header,) = struct.unpack_from("<I", lines, at + 42)
+        name = lines[at + 46 : at + 46 + name_length].decode("utf-8", "replace")
+        extra = lines[at + 46 + name_length : at + 46 + name_length + extra_length]
+        unpacked, packed, header = _wide(extra, unpacked, packed, header)
+        if method != 0 or packed != unpacked:
+            raise BridgeError(f"{where}: {name} is compressed; only stored entries are read")
+        if name in entries:
+            raise BridgeError(f"{where}: damaged zip archive ({name} twice)")
+        entries[name] = _Entry(header, unpacked)
+        at += 46 + name_length + extra_length + comment
+    return entries
+
+
+def _wide(extra: bytes, *values: int) -> list[int]:
+    """Replace the values that do not fit in 32 bits by those in the zip64 extra field, which has them in this order."""
+    result, at = list(values), 0
+    while at + 4 <= len(extra):
+        tag, size = struct.unpack_from("<HH", extra, at)
+        if tag == 1:
+            place = at + 4
+            for i, value in enumerate(values):
+                if value == 0xFFFFFFFF and place + 8 <= min(at + 4 + size, len(extra)):
+                    (result[i],) = struct.unpack_from("<Q", extra, place)
+                    place += 8
+        at += 4 + size
+    return result
+
+
+def _span(read: Read, length: int, entry: _Entry, where: str) -> tuple[int, int]:
+    """(offset, size) of an entry's bytes."""
+    if entry.header + 30 > length or (head := read(entry.header, 30))[:4] != _LOCAL:
+        raise BridgeError(f"{where}: damaged zip archive (entry at {entry.header})")
+    name_length, extra_length = struct.unpack_from("<HH", head, 26)
+    start = entry.header + 30 + name_length + extra_length
+    if start + entry.size > length:
+        raise BridgeError(
+            f"{where}: damaged zip archive ({entry.size} bytes at {start} in {length}): truncated?"
+        )
+    return start, entry.size
+
+
+def _content(read: Read, length: int, entry: _Entry, where: str, most: int) -> bytes:
+    start, size = _span(read, length, entry, where)
+    if size > most:
+        raise BridgeError(f"{where}: damaged archive (an entry of {size} bytes)")
+    return read(start, size)
+
+
+class Archive:
+    """The archive of one tensor to be written: everything around the tensor's bytes.
+
+    `head(crc)`, the tensor's `data_bytes` bytes and `tail(crc)` are the archive, where `crc` is the CRC-32 of the
+    tensor's bytes. Archives that start at multiples of 64 have their tensors there, too.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raises BridgeError for a dtype that it cannot write and for more than about 4 GiB."""
+        self.data_bytes = math.prod(shape) * dtype.itemsize
+        if self.data_bytes > LARGEST:
+            raise BridgeError(
+                f"a chunk of {self.data_bytes} bytes; a chunk of DCP has at most {LARGEST} here"
+            )
+        before, self._directory = b"", b""
+        for name, content in (
+            ("data.pkl", _pickle(shape, dtype)),
+            ("byteorder", b"little"),
+            ("version", b"3\n"),
+        ):
+            crc = zlib.crc32(content)
+            self._directory += _central(name, len(content), crc, len(before))
+            before += _local(name, len(content), crc) + content
+        self._before = before
+        fixed = len(before) + len(_local(_DATA, 0, 0)) + 4
+        pad = -fixed % ALIGNMENT
+        # An extra field that readers skip; torch.save pads in the same way.
+        self._extra = b"FB" + struct.pack("<H", pad) + bytes(pad)
+        self.head_bytes = fixed + pad
+        """Bytes before the tensor; a multiple of 64."""
+        self.total_bytes = self.head_bytes + self.data_bytes + len(self.tail(0))
+        """Bytes of the archive."""
+
+    def head(self, crc: int) -> bytes:
+        """What comes before the tensor's bytes."""
+        return self._before + _local(_DATA, self.data_bytes, crc, self._extra)
+
+    def tail(self, crc: int) -> bytes:
+        """What comes after them."""
+        directory = self._directory + _central(_DATA, self.data_bytes, crc, len(self._before))
+        start = self.head_bytes + self.data_bytes
+        return directory + _END + struct.pack("<HHHHIIH", 0, 0, 4, 4, len(directory), start, 0)
+
+
+def _local(name: str, size: int, crc: int, extra: bytes = b"") -> bytes:
+    text = f"{_PREFIX}/{name}".encode()
+    fields = (0, 0x800, 0, 0, 0x21, crc, size, size, len(text), len(extra))
+    return _LOCAL + struct.pack("<HHHHHIIIHH", *fields) + text + extra
+
+
+def _central(name: str, size: int, crc: int, header: int) -> bytes:
+    text = f"{_PREFIX}/{name}".encode()
+    fields = (0, 0, 0x800, 0, 0, 0x21, crc, size, size, len(text), 0, 0, 0, 0, 0, header)
+    return _CENTRAL + struct.pack("<HHHHHHIIIHHHHHII", *fields) + text
+
+
+class _Reference:
+    """The tensor's storage: written as a reference to the entry `data/0`."""
+
+    def __init__(self, dtype: torch.dtype, count: int) -> None:
+        self.pid = ("storage", getattr(torch, _STORAGES[dtype]), "0", "cpu", count)
+
+
+class _Tensor:
+    """Pickled as the call that makes the tensor."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._reference = _Reference(dtype, math.prod(shape))
+        self._shape = shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stride = tuple(max(1, math.prod(self._shape[d + 1 :])) for d in range(len(self._shape)))
+        return _rebuild_tensor_v2, (self._reference, 0, self._shape, stride, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        return value.pid if isinstance(value, _Reference) else None
+
+
+def _pickle(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
+    if dtype not in _STORAGES:
+        raise BridgeError(f"{dtype} cannot be written to DCP; allowed: {', '.join(map(str, _STORAGES))}")
+    out = io.BytesIO()
+    _Pickler(out, protocol=2).dump(_Tensor(shape, dtype))
+    return out.getvalue()

@@ -1,0 +1,203 @@
+"""What a checkpoint is to the rest of the package: named tensors, and where in which file each part lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from titan_bridge.checkpoint.files import FilePool
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.holders import BoxHolders, Held
+from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.moves import Copy
+
+Format = Literal["hf", "dcp", "engine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A part of a tensor that lies in one file as a contiguous tensor of its own."""
+
+    path: Path
+    offset: int
+    """Bytes from the start of the file; need not be aligned."""
+    box: Box
+    """In the global tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor of a checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Global shape."""
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+    """Together they cover the tensor (checked when the checkpoint is opened)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the global tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def held(self) -> Held:
+        """The tensor as one side of a plan; its chunks are numbered as here."""
+        chunks = tuple((str(chunk.path), chunk.box) for chunk in self.chunks)
+        return Held(
+            name=self.name, shape=self.shape, dtype=dtype_name(self.dtype), by=BoxHolders(chunks=chunks)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """An entry that is no tensor (a learning rate, a step): its bytes are carried, never interpreted."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An open checkpoint: headers were read and checked, weights were not. Close it, or use it in a `with`."""
+
+    path: Path
+    format: Format
+    tensors: Mapping[str, Stored]
+    """Model tensors by name: Hugging Face names, or TorchTitan FQNs (engine files: those of the live model)."""
+    config: Mapping[str, Any] | None = None
+    """Parsed config.json, where there is one."""
+    extra_tensors: Mapping[str, Stored] = field(default_factory=dict)
+    """DCP: optimizer state and whatever else is no model tensor."""
+    blobs: Mapping[str, Blob] = field(default_factory=dict)
+    """DCP: entries that are no tensors."""
+    paths: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """DCP: where each of `extra_tensors` and `blobs` stands in the nested state dict."""
+    left_out: int = 0
+    """DCP: entries that are no model tensors and were not looked up."""
+    layout: Layout | None = None
+    """Engine files: what they were cut for."""
+    pool: FilePool = field(default_factory=FilePool)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self.pool.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights read so far."""
+        return self.pool.bytes_read
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all model tensors."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def tensor(self, name: str) -> Stored:
+        """One tensor, model or extra. Raises BridgeError when there is none of this name."""
+        found = self.tensors.get(name) or self.extra_tensors.get(name)
+        if found is None:
+            raise BridgeError(f"{self.path} has no tensor {name!r} (it has {len(self.tensors)} others)")
+        return found
+
+    def held(self, names: Sequence[str] | None = None) -> list[Held]:
+        """All model tensors, or those named, as one side of a plan."""
+        return [self.tensor(name).held() for name in (self.tensors if names is None else names)]
+
+    def fetch(self, copy: Copy, out: torch.Tensor) -> None:
+        """Execute a copy whose source is this checkpoint. `out`: the destination's window, cast to its dtype."""
+        stored = self.tensor(copy.source_name)
+        assert copy.source_chunk is not None
+        chunk, window = stored.chunks[copy.source_chunk], copy.source_window
+        self.pool.fetch(
+            chunk.path, chunk.offset, stored.dtype, (window.size, window.stride, window.offset), out
+        )
+
+    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Copy a box (global coordinates) of a tensor into `out` (the box's shape, any strides, any dtype).
+
+        Raises:
+            BridgeError: No such tensor, a box outside it, another shape, or a file that ended early.
+        """
+        stored = self.tensor(name)
+        if not Box.whole(stored.shape).contains(box) or tuple(out.shape) != box.shape:
+            raise BridgeError(f"{name}: box {box} into {tuple(out.shape)}; the tensor is {stored.shape}")
+        done = 0
+        for chunk in disjoint(stored.chunks):
+            common = chunk.box.intersect(box)
+            if common is None:
+                continue
+            stride = contiguous_stride(chunk.box.shape)
+            local = common.relative_to(chunk.box.start)
+            offset = sum(a * s for a, s in zip(local.start, stride, strict=True))
+            target = out[common.relative_to(box.start).slices]
+            self.pool.fetch(chunk.path, chunk.offset, stored.dtype, (common.shape, stride, offset), target)
+            done += common.numel
+        assert done == box.numel, f"{name}: {done} of {box.numel} elements are in its chunks"
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor, in its own dtype."""
+        stored = self.tensor(name)
+        out = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read_into(name, Box.whole(stored.shape), out)
+        return out
+
+
+def disjoint(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+    """Each distinct box once: replicas hold the same."""
+    seen: set[Box] = set()
+    for chunk in chunks:
+        if chunk.box not in seen:
+            seen.add(chunk.box)
+            yield chunk
+
+
+def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box], where: object) -> None:
+    """Raise BridgeError unless the distinct boxes tile a tensor of global `shape` exactly."""
+    whole = Box.whole(shape)
+    distinct = list(dict.fromkeys(box for box in boxes if box.numel))
+    for box in distinct:
+        if box.ndim != len(shape) or not whole.contains(box):
+            raise BridgeError(f"{where}: {name} has a part {box} outside its shape {shape}")
+    held = sum(box.numel for box in distinct)
+    if held != whole.numel or (len(distinct) > 1 and _overlap(distinct)):
+        what = "overlap" if held >= whole.numel else f"hold {held} of {whole.numel} elements"
+        raise BridgeError(f"{where}: the parts of {name} {what}; they must cover {shape} once")
+
+
+def _overlap(boxes: Sequence[Box]) -> bool:
+    """Sweep along the first dim that tells boxes apart; those that share an interval there are compared."""
+    ndim = boxes[0].ndim
+    if not ndim:
+        return len(boxes) > 1
+    order = sorted(boxes)
+    active: list[Box] = []
+    for box in order:
+        active = [other for other in active if other.stop[0] > box.start[0]]
+        if any(box.intersect(other) for other in active):
+            return True
+        active.append(box)
+    return False
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides in elements of a contiguous tensor."""
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,348 @@
+"""Execute a plan: strip by strip, each read once, cast, looked at for NaN, and written once.
+
+A strip is a few megabytes of one destination tensor. It is put together in a buffer from wherever the source has
+it, and cut from there into the files. So the memory is a few buffers for each worker, whatever the size of the
+model, and both sides see large accesses.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from titan_bridge.checkpoint.checkpoint import Checkpoint, contiguous_stride
+from titan_bridge.checkpoint.crc import combine
+from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
+from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging
+from titan_bridge.checkpoint.target import OutFile, Part, Unit, rows_of
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.holders import BoxHolders, Held
+from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.plan import Plan
+
+STRIP_BYTES = 16 << 20
+"""Of the destination's dtype."""
+WORKER_BYTES = 2 * STRIP_BYTES + SCRATCH_BYTES
+"""Memory of one worker: a strip, what is cut out of it, and the read buffer."""
+_BLOB_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """One step of the work."""
+
+    unit: Unit
+    box: Box
+    """In the global tensor; inside the unit's box."""
+    chunk: int
+    """Its number among the strips of the tensor, which is how the plan knows it."""
+
+
+def strips_of(parts: Sequence[Part], strip_bytes: int = STRIP_BYTES) -> dict[str, list[Strip]]:
+    """The strips of each part, in the order in which they are written."""
+    result: dict[str, list[Strip]] = {}
+    counts: dict[str, int] = {}
+    for part in parts:
+        strips = result.setdefault(part.name, [])
+        for unit in part.units:
+            tensor = unit.tensor
+            for box in rows_of(unit.box, tensor.dtype.itemsize, strip_bytes, tensor.align):
+                chunk = counts.get(tensor.name, 0)
+                strips.append(Strip(unit=unit, box=box, chunk=chunk))
+                counts[tensor.name] = chunk + 1
+    return result
+
+
+def held_strips(strips: Mapping[str, Sequence[Strip]]) -> list[Held]:
+    """All strips as the destination of a plan: a part is a holder, a strip a chunk."""
+    chunks: dict[str, list[tuple[str, Box]]] = {}
+    tensors = {}
+    for part, own in strips.items():
+        for strip in own:
+            chunks.setdefault(strip.unit.tensor.name, []).append((part, strip.box))
+            tensors[strip.unit.tensor.name] = strip.unit.tensor
+    return [
+        Held(
+            name=name,
+            shape=tensor.shape,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            by=BoxHolders(chunks=tuple(chunks[name])),
+        )
+        for name, tensor in tensors.items()
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one process does."""
+
+    source: Checkpoint
+    plan: Plan
+    strips: Mapping[str, Sequence[Strip]]
+    parts: Sequence[Part]
+    """Those of this process that are not done yet."""
+    empty: frozenset[str] = frozenset()
+    """Tensors that have elements from nowhere: they become zero."""
+
+
+@dataclass
+class _Open:
+    """A part that is being written."""
+
+    part: Part
+    copies: dict[tuple[str, int], list[Copy]]
+    left: int
+    files: dict[str, int] = field(default_factory=dict)
+    """Descriptors."""
+    spans: dict[str, list[Span]] = field(default_factory=dict)
+    nan: dict[str, int] = field(default_factory=dict)
+    inf: dict[str, int] = field(default_factory=dict)
+
+
+class Executor:
+    """Writes the parts of `work` into a staging directory."""
+
+    def __init__(
+        self,
+        work: Work,
+        staging: Staging,
+        *,
+        rank: int = 0,
+        workers: int = 1,
+        fsync: bool = False,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """`advance` is told of bytes written, from any thread."""
+        self._work = work
+        self._staging = staging
+        self._rank = rank
+        self._workers = workers
+        self._fsync = fsync
+        self._advance = advance
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._buffers = threading.local()
+        self._stack = ExitStack()
+        self._results: list[PartResult] = []
+
+    def run(self) -> list[PartResult]:
+        """Write everything; returns what is known of each part.
+
+        Raises:
+            BridgeError: The disk is full, a source file ends early, or anything else that the user can put right.
+        """
+        steps = self._steps()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the workers are the parallelism
+        try:
+            if self._workers == 1:
+                self._drain(steps)
+            else:
+                with ThreadPoolExecutor(self._workers, thread_name_prefix="reshard") as pool:
+                    futures = [pool.submit(self._drain, steps) for _ in range(self._workers)]
+                    try:
+                        for future in futures:
+                            future.result()
+                    finally:
+                        self._stop.set()
+        except OSError as error:
+            raise _disk_error(error, self._staging.path) from None
+        finally:
+            torch.set_num_threads(threads)
+            self._stack.close()
+        return self._results
+
+    def _steps(self) -> Iterator[tuple[_Open, Strip | None]]:
+        for part in self._work.parts:
+            copies: dict[tuple[str, int], list[Copy]] = {}
+            for copy in self._work.plan.copies(destination=part.name):
+                assert copy.destination_chunk is not None
+                copies.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
+            strips = self._work.strips[part.name]
+            opened = _Open(part=part, copies=copies, left=len(strips) + 1)
+            for file in part.files:
+                self._create(opened, file)
+            yield opened, None  # blobs, and parts without a strip
+            for strip in strips:
+                yield opened, strip
+
+    def _drain(self, steps: Iterator[tuple[_Open, Strip | None]]) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    step = next(steps, None)
+                if step is None:
+                    return
+                opened, strip = step
+                if strip is None:
+                    self._write_blobs(opened)
+                else:
+                    self._write_strip(opened, strip)
+                with self._lock:
+                    opened.left -= 1
+                    last = opened.left == 0
+                if last:
+                    self._finish(opened)
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _create(self, opened: _Open, file: OutFile) -> None:
+        path = self._staging.path / (file.name + PART)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._stack.callback(_close, opened.files, file.name)
+        opened.files[file.name] = descriptor
+        opened.spans[file.name] = []
+        os.ftruncate(descriptor, file.size)
+
+    def _write_strip(self, opened: _Open, strip: Strip) -> None:
+        tensor = strip.unit.tensor
+        buffer = self._buffer(strip.box.numel * tensor.dtype.itemsize).view(tensor.dtype)
+        if tensor.name in self._work.empty:
+            buffer.zero_()
+        for copy in opened.copies.get((tensor.name, strip.chunk), ()):
+            self._work.source.fetch(copy, copy.destination_window.of(buffer))
+        self._count(opened, tensor.name, buffer)
+        whole = buffer.view(strip.box.shape)
+        for place in strip.unit.places:
+            common = place.box.intersect(strip.box)
+            if common is None:
+                continue
+            stride = contiguous_stride(place.box.shape)
+            local = common.relative_to(place.box.start)
+            first = sum(a * s for a, s in zip(local.start, stride, strict=True))
+            # Strips span whole rows, so what they have in common with a place is one run of it.
+            cut = whole[common.relative_to(strip.box.start).slices].contiguous()
+            self._write(opened, place.file, place.offset + first * tensor.dtype.itemsize, bytes_of(cut))
+
+    def _count(self, opened: _Open, name: str, values: torch.Tensor) -> None:
+        """NaN and infinity."""
+        if not values.dtype.is_floating_point:
+            return
+        looked = values.to(torch.float32) if values.dtype.itemsize == 1 else values
+        # The extremes are NaN if anything is, and finding them is six times as fast as isnan.
+        low, high = torch.aminmax(looked)
+        if torch.isfinite(low) and torch.isfinite(high):
+            return
+        for found, test in ((opened.nan, torch.isnan), (opened.inf, torch.isinf)):
+            if count := int(test(looked).sum()):
+                with self._lock:
+                    found[name] = found.get(name, 0) + count
+
+    def _write_blobs(self, opened: _Open) -> None:
+        for file in opened.part.files:
+            for offset, blob in file.blobs:
+                for at in range(0, blob.length, _BLOB_BYTES):
+                    buffer = bytearray(min(_BLOB_BYTES, blob.length - at))
+                    self._work.source.pool.read_into(blob.path, blob.offset + at, memoryview(buffer))
+                    self._write(opened, file.name, offset + at, memoryview(buffer))
+
+    def _write(self, opened: _Open, file: str, offset: int, data: memoryview) -> None:
+        if not data.nbytes:
+            return
+        _write_all(opened.files[file], offset, data)
+        span = Span(offset=offset, length=data.nbytes, crc=zlib.crc32(data))
+        with self._lock:
+            opened.spans[file].append(span)
+        self._advance(data.nbytes)
+
+    def _finish(self, opened: _Open) -> None:
+        for file in opened.part.files:
+            descriptor, spans = (
+                opened.files[file.name],
+                sorted(opened.spans[file.name], key=lambda s: s.offset),
+            )
+            frames = list(file.fixed)
+            for start, archive in file.archives:
+                first = start + archive.head_bytes
+                crc = 0
+                for span in spans:
+                    if first <= span.offset < first + archive.data_bytes:
+                        crc = combine(crc, span.crc, span.length)
+                frames += [(start, archive.head(crc)), (first + archive.data_bytes, archive.tail(crc))]
+            for offset, data in frames:
+                _write_all(descriptor, offset, memoryview(data))
+                spans.append(Span(offset=offset, length=len(data), crc=zlib.crc32(data)))
+            opened.spans[file.name] = spans
+            _close(opened.files, file.name)
+        result = PartResult(
+            part=opened.part.name,
+            spans={file: tuple(spans) for file, spans in opened.spans.items()},
+            nan=opened.nan,
+            inf=opened.inf,
+        )
+        with self._lock:
+            self._staging.finish(result, self._rank, fsync=self._fsync)
+            self._results.append(result)
+
+    def _buffer(self, count: int) -> torch.Tensor:
+        """`count` bytes of this thread's strip buffer."""
+        if not hasattr(self._buffers, "strip"):
+            self._buffers.strip = torch.empty(STRIP_BYTES, dtype=torch.uint8)
+        if count > self._buffers.strip.numel():  # one row that cannot be cut
+            return torch.empty(count, dtype=torch.uint8)
+        return self._buffers.strip[:count]
+
+
+def verify(
+    directory: Path, results: Sequence[PartResult], advance: Callable[[int], None] = lambda count: None
+) -> None:
+    """Read files again from the disk and compare them with the checksums of what was written.
+
+    Raises:
+        BridgeError: The first file and byte where they differ.
+    """
+    buffer = bytearray(STRIP_BYTES)
+    for result in results:
+        for name, spans in result.spans.items():
+            path = directory / name
+            with path.open("rb", buffering=0) as file:
+                os.fsync(file.fileno())  # pages that are not on the disk yet would be read from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                for span in spans:
+                    crc, at = 0, 0
+                    while at < span.length:
+                        view = memoryview(buffer)[: min(len(buffer), span.length - at)]
+                        count = os.preadv(file.fileno(), [view], span.offset + at)
+                        if not count:
+                            raise BridgeError(
+                                f"{path} ends at byte {span.offset + at}; it was written longer"
+                            )
+                        crc, at = zlib.crc32(view[:count], crc), at + count
+                    if crc != span.crc:
+                        raise BridgeError(
+                            f"{path}: bytes {span.offset} to {span.offset + span.length} are not what was written; "
+                            "the disk or the memory is at fault"
+                        )
+                    advance(span.length)
+
+
+def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
+    done = 0
+    while done < data.nbytes:
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _close(files: dict[str, int], name: str) -> None:
+    descriptor = files.pop(name, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _disk_error(error: OSError, where: Path) -> BridgeError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return BridgeError(
+            f"the disk is full ({error.strerror}) while writing to {where}; nothing was published. "
+            "Free some space and run again with --resume, which keeps what is finished"
+        )
+    return BridgeError(f"cannot write to {where}: {error}")

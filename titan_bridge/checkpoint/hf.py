@@ -1,0 +1,100 @@
+"""Hugging Face checkpoints: config.json and one safetensors file, or several with an index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from titan_bridge.checkpoint.checkpoint import Checkpoint, Chunk, Stored
+from titan_bridge.checkpoint.files import inside
+from titan_bridge.checkpoint.safetensors import read_header
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Box
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CARRIED = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template*",
+    "preprocessor_config.json",
+)
+"""Patterns of small files that go with the weights wherever they go."""
+
+
+def is_hf(directory: Path) -> bool:
+    """Whether the directory has safetensors weights under Hugging Face's names."""
+    return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+
+
+def open_hf(directory: Path) -> Checkpoint:
+    """Open a directory with `model.safetensors`, or with the files that `model.safetensors.index.json` names.
+
+    Raises:
+        BridgeError: What is missing, unreadable, contradictory or outside the directory.
+    """
+    index = directory / INDEX
+    stored: dict[str, Stored] = {}
+    if (directory / SINGLE).is_file():
+        files = {directory / SINGLE: None}
+    else:
+        wanted: dict[Path, set[str]] = {}
+        for name, file in _weight_map(index).items():
+            wanted.setdefault(inside(directory, file, str(index)), set()).add(name)
+        files = dict(sorted(wanted.items()))
+    for path, names in files.items():
+        entries, _ = read_header(path)
+        if names is not None and names != entries.keys():
+            missing, extra = sorted(names - entries.keys()), sorted(entries.keys() - names)
+            what = [f"{missing[0]} is not in it"] if missing else []
+            what += [f"{extra[0]} is in it but not in the index"] if extra else []
+            raise BridgeError(f"{path} and {INDEX} disagree: {'; '.join(what)}")
+        for entry in entries.values():
+            if entry.name in stored:
+                raise BridgeError(
+                    f"{entry.name} is in {stored[entry.name].chunks[0].path.name} and in {path.name}"
+                )
+            chunk = Chunk(path=path, offset=entry.offset, box=Box.whole(entry.shape))
+            stored[entry.name] = Stored(
+                name=entry.name, shape=entry.shape, dtype=entry.dtype, chunks=(chunk,)
+            )
+    return Checkpoint(path=directory, format="hf", tensors=stored, config=read_config(directory))
+
+
+def read_config(directory: Path) -> dict[str, Any] | None:
+    """Parsed config.json, or None where there is none. Raises BridgeError for one that is not a JSON object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises BridgeError for anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BridgeError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise BridgeError(f"{path} holds a JSON {type(data).__name__}; it must be an object")
+    return data
+
+
+def carried_files(directory: Path) -> list[Path]:
+    """The tokenizer and generation files of a directory."""
+    found = {path for pattern in CARRIED for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name != INDEX)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    data = read_json_object(index).get("weight_map")
+    if not isinstance(data, dict) or not data:
+        raise BridgeError(f"{index} has no weight_map; it must name the file of each tensor")
+    return data

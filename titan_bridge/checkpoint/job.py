@@ -1,0 +1,307 @@
+"""One run: its options, what was decided for it, and how it is carried out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from titan_bridge.checkpoint import engine_files, hf
+from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.dcp import METADATA, write_metadata
+from titan_bridge.checkpoint.execute import (
+    WORKER_BYTES,
+    Executor,
+    Strip,
+    Work,
+    verify,
+)
+from titan_bridge.checkpoint.files import size_of
+from titan_bridge.checkpoint.mapping import TensorMap
+from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.staging import PartResult, Staging
+from titan_bridge.checkpoint.target import Part, Target, Wanted
+from titan_bridge.checkpoint.team import Team
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.plan import Plan
+
+_SMALL = 64 << 20
+"""Bytes allowed for plans and headers when the memory is estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to do. Sizes are in bytes."""
+
+    source: Path
+    target: Path
+    to: Literal["hf", "dcp", "engine"]
+    config: Path | None = None
+    """A directory with config.json, or the file; else the source's own."""
+    dtype: torch.dtype | None = None
+    """Of floating-point weights; else they keep their own."""
+    dp: int = 1
+    tp: int = 1
+    ep: int = 1
+    dense: Literal["replicate", "shard"] = "replicate"
+    max_shard_size: int = 5_000_000_000
+    with_optimizer: bool = False
+    workers: int = 2
+    overwrite: bool = False
+    resume: bool = False
+    verify: bool = False
+    fsync: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run did."""
+
+    files: tuple[str, ...]
+    bytes_read: int
+    bytes_written: int
+    """By this run; finished files of an earlier one (`--resume`) do not count."""
+    resumed_parts: int
+    nan: Mapping[str, int]
+    """NaNs by destination tensor, where there are any."""
+    inf: Mapping[str, int]
+    lost: Mapping[str, int]
+    """Source tensors that the destination has no place for: elements that were not zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that was checked and can start."""
+
+    options: Options
+    source: Checkpoint
+    tensors: TensorMap
+    target: Target
+    plan: Plan
+    strips: Mapping[str, Sequence[Strip]]
+    hf: Mapping[str, Any] | None
+    layout: Layout | None
+    carried: tuple[Path, ...]
+    team: Team = field(default_factory=Team)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all files that will be there in the end."""
+        names = [file.name for part in self.target.parts for file in part.files]
+        return (*names, *self._small_files())
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of weights (and carried entries) that are read, over all processes."""
+        wanted = {item.source.name for group in self.plan.groups for item in group.items}
+        blobs = sum(blob.length for blob in self.source.blobs.values()) if self.options.with_optimizer else 0
+        return sum(self.source.tensor(name).nbytes for name in wanted) + blobs
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a process needs beside the interpreter and its imports: an estimate from above."""
+        return self.options.workers * WORKER_BYTES + _SMALL
+
+    def free(self) -> int:
+        """Free bytes on the disk of the target."""
+        return shutil.disk_usage(_existing(self.options.target)).free
+
+    def digest(self) -> str:
+        """The same for runs that write the same bytes from the same files."""
+        paths = {chunk.path for stored in self._stored() for chunk in stored.chunks}
+        facts = {
+            "source": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)],
+            "parts": [[f.name, f.size] for part in self.target.parts for f in part.files],
+            "tensors": [[t.name, t.shape, str(t.dtype)] for t in self.tensors.tensors],
+            "layout": self.layout.to_json() if self.layout else None,
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def run(self, advance: Callable[[str, int], None] = lambda what, count: None) -> Outcome:
+        """Write, verify if asked to, and publish.
+
+        Args:
+            advance: Told of progress: ("write" or "verify", bytes), from any thread.
+
+        Raises:
+            BridgeError: A full disk, a source that changes under the run, or whatever another process met.
+        """
+        options, team = self.options, self.team
+        staging = Staging(options.target)
+        try:
+            team.first(lambda: self._begin(staging))
+            done = team.first(staging.results)
+            mine = [part for part in self._share() if part.name not in done]
+            results = self._all_results(team.each(lambda: self._write(staging, mine, advance)), done)
+            if options.verify:
+                own = {part.name for part in self._share()}
+                checked = [result for result in results if result.part in own]
+                team.each(lambda: verify(staging.path, checked, lambda n: advance("verify", n)))
+            read = sum(team.each(lambda: self.source.bytes_read))
+            lost = self._lost() if team.rank == 0 else {}
+            team.first(lambda: self._publish(staging, results))
+        finally:
+            staging.release()
+        return Outcome(
+            files=self.files,
+            bytes_read=read,
+            bytes_written=sum(part.nbytes for part in self.target.parts if part.name not in done),
+            resumed_parts=len(done),
+            nan=_summed(result.nan for result in results),
+            inf=_summed(result.inf for result in results),
+            lost=lost,
+        )
+
+    def _begin(self, staging: Staging) -> None:
+        needed, free = self.target.nbytes, self.free()
+        # What an interrupted run left is either reused or removed first.
+        needed -= (
+            sum(f.stat().st_blocks * 512 for f in staging.path.glob("*")) if staging.path.is_dir() else 0
+        )
+        if needed > free:
+            raise BridgeError(
+                f"{options_disk(self.options)} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
+                "free some space or choose another disk"
+            )
+        staging.check(overwrite=self.options.overwrite)
+        staging.begin(self.digest(), resume=self.options.resume)
+
+    def _share(self) -> list[Part]:
+        """The parts of this process: the largest first to whoever has least, the same on all of them."""
+        loads = [0] * self.team.size
+        mine = []
+        for part in sorted(self.target.parts, key=lambda part: -part.nbytes):
+            rank = loads.index(min(loads))
+            loads[rank] += part.nbytes
+            if rank == self.team.rank:
+                mine.append(part)
+        return sorted(mine, key=lambda part: self.target.parts.index(part))
+
+    def _write(
+        self, staging: Staging, parts: list[Part], advance: Callable[[str, int], None]
+    ) -> list[PartResult]:
+        work = Work(
+            source=self.source,
+            plan=self.plan,
+            strips=self.strips,
+            parts=parts,
+            empty=frozenset(self.tensors.empty),
+        )
+        executor = Executor(
+            work,
+            staging,
+            rank=self.team.rank,
+            workers=self.options.workers,
+            fsync=self.options.fsync,
+            advance=lambda count: advance("write", count),
+        )
+        return executor.run()
+
+    def _all_results(self, new: list[list[PartResult]], done: Mapping[str, PartResult]) -> list[PartResult]:
+        found = {result.part: result for own in new for result in own} | dict(done)
+        return [found[part.name] for part in self.target.parts]
+
+    def _lost(self) -> dict[str, int]:
+        """Elements other than zero in source tensors that have no place in the destination."""
+        counts = {name: int(self.source.read(name).count_nonzero()) for name in self.tensors.dropped}
+        return {name: count for name, count in counts.items() if count}
+
+    def _small_files(self) -> dict[str, Callable[[Path], object]]:
+        """Name to what writes it."""
+        options = self.options
+        writers: dict[str, Callable[[Path], object]] = {}
+        if options.to == "hf":
+            index = {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in self.tensors.tensors)},
+                "weight_map": dict(sorted(self.target.weight_map.items())),
+            }
+            writers[hf.INDEX] = lambda path: path.write_text(json.dumps(index, indent=2) + "\n")
+        if options.to == "engine":
+            assert self.layout is not None
+            rows = {
+                tensor.name: _rows(tensor, self.tensors.empty[tensor.name])
+                for tensor in self.tensors.tensors
+                if tensor.name in self.tensors.empty
+            }
+            files = engine_files.EngineIndex(
+                sizes={"dp": options.dp, "tp": options.tp, "ep": options.ep},
+                dense=options.dense,
+                rows=rows,
+                ranks=self.target.ranks,
+            )
+            writers[engine_files.INDEX] = files.write
+            writers[engine_files.LAYOUT] = self.layout.write
+        if self.hf is not None:
+            config = dict(self.hf)
+            dtypes = {dtype_name(t.dtype) for t in self.tensors.tensors if t.name not in self.tensors.empty}
+            if len(dtypes) == 1:
+                config["dtype"] = dtypes.pop()
+                if "torch_dtype" in config:
+                    config["torch_dtype"] = config["dtype"]
+            writers["config.json"] = lambda path: path.write_text(json.dumps(config, indent=2) + "\n")
+        for carried in self.carried:
+            writers[carried.name] = lambda path, carried=carried: shutil.copyfile(carried, path)
+        if options.to == "dcp":
+            writers[METADATA] = self._write_metadata
+        return writers
+
+    def _write_metadata(self, path: Path) -> None:
+        tensors = {tensor.name: (tensor.shape, tensor.dtype) for tensor in self.tensors.tensors}
+        tensors |= {alias: tensors[fqn] for alias, fqn in self.tensors.aliases.items()}
+        write_metadata(path, tensors, self.target.written, self.source.paths)
+
+    def _publish(self, staging: Staging, results: Sequence[PartResult]) -> None:
+        for name, write in self._small_files().items():
+            write(staging.path / name)
+        for part in self.target.parts:
+            for file in part.files:
+                if (found := size_of(staging.path / file.name)) != file.size:
+                    raise BridgeError(
+                        f"{staging.path / file.name} has {found} bytes, {file.size} were written"
+                    )
+        with open_checkpoint(staging.path, extra=True) as written:
+            expected = {t.name: (t.shape, t.dtype) for t in self.tensors.tensors}
+            found = {
+                s.name: (s.shape, s.dtype)
+                for s in [*written.tensors.values(), *written.extra_tensors.values()]
+            }
+            for name, (shape, dtype) in expected.items():
+                got_shape, got_dtype = found.get(name, ((), None))
+                assert got_dtype == dtype, f"{name} was written as {got_dtype}, not {dtype}"
+                assert got_shape == shape or name in self.tensors.empty, f"{name} was written as {got_shape}"
+        staging.publish(self.files, overwrite=self.options.overwrite, fsync=self.options.fsync)
+
+    def _stored(self) -> list[Any]:
+        return [*self.source.tensors.values(), *self.source.extra_tensors.values()]
+
+
+def _rows(tensor: Wanted, empty: int) -> int:
+    return tensor.shape[0] - empty // math.prod(tensor.shape[1:])
+
+
+def _summed(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for count in counts:
+        for name, number in count.items():
+            total[name] = total.get(name, 0) + number
+    return total
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def options_disk(options: Options) -> str:
+    """The disk of the target, in words."""
+    return f"the disk of {options.target}"

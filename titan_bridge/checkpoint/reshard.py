@@ -1,0 +1,178 @@
+"""From any checkpoint to any other: decide everything, check everything, then stream.
+
+`prepare` reads headers and configs and returns a `Job`; nothing is written, and whatever is wrong is said here.
+`Job.run` writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from titan_bridge.checkpoint import hf
+from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.execute import held_strips, strips_of
+from titan_bridge.checkpoint.job import Job, Options, Outcome
+from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
+from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.staging import Staging
+from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
+from titan_bridge.checkpoint.team import Team
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.layout import Layout, ParamLayout
+from titan_bridge.sharding.plan import plan
+
+__all__ = ["Job", "Options", "Outcome", "prepare"]
+
+
+def prepare(options: Options, team: Team | None = None) -> Job:
+    """Read headers and configs, check everything that can be checked, and plan.
+
+    Raises:
+        BridgeError: The first thing that is wrong; all tensors that do not fit the model are in one line.
+    """
+    team = team or Team()
+    _check_paths(options)
+    extra = options.with_optimizer
+    source = open_checkpoint(options.source, extra=extra)
+    if extra and (source.format, options.to) != ("dcp", "dcp"):
+        raise BridgeError(
+            f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
+        )
+    config, small = _config(options, source)
+    same = source.format == options.to and options.to != "engine"
+    layout = None
+    if same:
+        tensors = same_names(source, options.dtype)
+    else:
+        tensors, layout = _between(options, source, config)
+    if extra:
+        others = [Wanted(name=s.name, shape=s.shape, dtype=s.dtype) for s in source.extra_tensors.values()]
+        tensors = replace(tensors, tensors=(*tensors.tensors, *others))
+    target = _target(options, tensors, source, layout, team)
+    strips = strips_of(target.parts)
+    held = held_strips(strips)
+    names = {stored.name for stored in [*source.tensors.values(), *source.extra_tensors.values()]}
+    made = plan(
+        source.held([*source.tensors, *source.extra_tensors]),
+        [
+            one
+            for one in held
+            if one.name in names or one.name not in tensors.empty or _filled(one.name, tensors)
+        ],
+        tensors.views,
+        allow_missing=True,
+    )
+    # The planner was allowed holes because padding has them; only padding may.
+    for name, count in made.missing.items():
+        if tensors.empty.get(name) != count:
+            raise BridgeError(f"{name}: {count} elements are in no tensor of {source.path}")
+    return Job(
+        options=options,
+        source=source,
+        tensors=tensors,
+        target=target,
+        plan=made,
+        strips=strips,
+        hf=config,
+        layout=layout,
+        carried=small,
+        team=team,
+    )
+
+
+def _filled(name: str, tensors: TensorMap) -> bool:
+    """Whether a view gives a tensor that is partly empty the rest."""
+    return any(view.fqn == name for view in tensors.views)
+
+
+def _check_paths(options: Options) -> None:
+    source, target = options.source.resolve(), options.target.resolve()
+    if source == target:
+        raise BridgeError(f"SRC and DST are both {source}; give another directory for DST")
+    if source.is_relative_to(target):
+        raise BridgeError(
+            f"SRC lies inside DST ({target}), which would be replaced; give another directory for DST"
+        )
+    for name in ("dp", "tp", "ep"):
+        if options.to != "engine" and getattr(options, name) != 1:
+            raise BridgeError(f"--{name} is for --to engine; {options.to} has no ranks")
+    if options.workers < 1:
+        raise BridgeError(f"--workers {options.workers}; give at least 1")
+    if options.max_shard_size < 1:
+        raise BridgeError(f"--max-shard-size {options.max_shard_size}; give at least 1 byte")
+    Staging(options.target).check(overwrite=options.overwrite)
+
+
+def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | None, tuple[Path, ...]]:
+    """config.json and the small files beside it."""
+    if options.config is None:
+        return source.config, tuple(hf.carried_files(source.path))
+    given = options.config
+    if not given.exists():
+        raise BridgeError(f"--config {given} does not exist; give a directory with config.json, or the file")
+    config = hf.read_json_object(given) if given.is_file() else hf.read_config(given)
+    if config is None:
+        raise BridgeError(f"--config {given} has no config.json")
+    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
+    return config, tuple(small)
+
+
+def _between(
+    options: Options, source: Checkpoint, config: Mapping[str, Any] | None
+) -> tuple[TensorMap, Layout | None]:
+    if config is None:
+        raise BridgeError(
+            f"{source.path} has no config.json, which names the model; give one with --config "
+            "(a directory with config.json, or the file)"
+        )
+    # TorchTitan takes two seconds to import, which DCP to DCP does without.
+    from titan_bridge.layout import layout, specs  # noqa: PLC0415
+    from titan_bridge.mesh import Sizes, padded_vocab  # noqa: PLC0415
+    from titan_bridge.models import family_for  # noqa: PLC0415
+
+    family = family_for(config)
+    tree = family.model_config(config, expert_bias=True)
+    buffers = {}
+    if any(layer.moe is not None for layer in tree.layers):
+        buffers = {fqn: spec for fqn, spec in specs(tree, Sizes()).items() if spec.is_buffer}
+    check_source(source, family, config, buffers)
+    sizes = Sizes(dp=options.dp, tp=options.tp, ep=options.ep)
+    made = make_mapping(
+        source,
+        family,
+        config,
+        options.to,
+        dtype=options.dtype,
+        buffers=buffers,
+        padded_vocab=padded_vocab(config["vocab_size"], sizes) if options.to == "engine" else None,
+    )
+    if options.to != "engine":
+        return made, None
+    found = layout(config, sizes, options.dense)
+    dtypes = {tensor.name: dtype_name(tensor.dtype) for tensor in made.tensors}
+    assert dtypes.keys() == found.params.keys(), dtypes.keys() ^ found.params.keys()
+    params = {
+        fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtypes[fqn])
+        for fqn, param in found.params.items()
+    }
+    return made, Layout(meshes=found.meshes, params=params)
+
+
+def _target(
+    options: Options, tensors: TensorMap, source: Checkpoint, layout: Layout | None, team: Team
+) -> Target:
+    most = options.max_shard_size
+    if team.size > 1:
+        # A part belongs to one process, so there must be one for each at least.
+        total = sum(tensor.nbytes for tensor in tensors.tensors)
+        most = min(most, math.ceil(total / team.size))
+    if options.to == "hf":
+        return hf_target(tensors.tensors, most)
+    if options.to == "dcp":
+        return dcp_target(tensors.tensors, most, aliases=tensors.aliases, blobs=source.blobs)
+    assert layout is not None
+    return engine_target(tensors.tensors, most, layout)

@@ -1,0 +1,71 @@
+"""The processes of one run: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from titan_bridge.errors import BridgeError
+
+T = TypeVar("T")
+
+
+class Team:
+    """Rank and size, and the one exchange that a run needs. Everything is on gloo; no GPU is touched."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._joined = False
+
+    def join(self) -> Team:
+        """Meet the others. Does nothing for one process, or in a process group that exists."""
+        if self.size > 1:
+            import torch.distributed as dist  # noqa: PLC0415  not needed by one process
+
+            if not dist.is_initialized():
+                dist.init_process_group("gloo")
+                self._joined = True
+        return self
+
+    def leave(self) -> None:
+        """End the process group that `join` made."""
+        if self._joined:
+            import torch.distributed as dist  # noqa: PLC0415  as above
+
+            dist.destroy_process_group()
+            self._joined = False
+
+    def each(self, step: Callable[[], T]) -> list[T]:
+        """Run `step` on every process and return what all of them returned, in order of rank, on all of them.
+
+        Raises:
+            BridgeError: What any of them raised, on all of them, so that none waits for one that has given up.
+        """
+        if self.size == 1:
+            return [step()]
+        error, value = None, None
+        try:
+            value = step()
+        except Exception as caught:
+            error = caught
+        import torch.distributed as dist  # noqa: PLC0415  as above
+
+        outcomes: list[Any] = [None] * self.size
+        failed = (
+            None
+            if error is None
+            else f"{type(error).__name__ + ': ' if not isinstance(error, BridgeError) else ''}{error}"
+        )
+        dist.all_gather_object(outcomes, (failed, value))
+        if error is not None:
+            raise error
+        for rank, (failed, _) in enumerate(outcomes):
+            if failed is not None:
+                raise BridgeError(f"rank {rank} failed: {failed}")
+        return [value for _, value in outcomes]
+
+    def first(self, step: Callable[[], T]) -> T:
+        """Run `step` on rank 0 only; all get what it returned, or what it raised."""
+        return self.each(lambda: step() if self.rank == 0 else None)[0]  # type: ignore[return-value]

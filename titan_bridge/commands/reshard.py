@@ -1,0 +1,287 @@
+"""`titan-bridge reshard`: one checkpoint into another format, dtype or layout, in one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from titan_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from titan_bridge.checkpoint.job import Job, Outcome
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reshard:
+    """Convert a checkpoint: Hugging Face safetensors, TorchTitan's DCP, or rank-local files for the engine.
+
+    Streams in one pass with flat memory. DST appears when it is complete, and not before; a run that was killed
+    goes on with --resume. Under torchrun the files are shared out over the processes.
+
+    Example: titan-bridge reshard outputs/checkpoint/step-1000 out/hf --to hf --config assets/Qwen3-0.6B
+    """
+
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Directory with a checkpoint in any of the three formats."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Directory to be made."""
+    to: Literal["hf", "dcp", "engine"]
+    """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), engine (files that
+    each rank of the given sizes maps without slicing)."""
+    config: Path | None = None
+    """Directory with config.json (and tokenizer), or the file itself, where SRC has none."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights; else they keep their own."""
+    dp: int = 1
+    """--to engine: data-parallel size."""
+    tp: int = 1
+    """--to engine: tensor-parallel size."""
+    ep: int = 1
+    """--to engine: ranks that share the experts."""
+    dense: Literal["replicate", "shard"] = "replicate"
+    """--to engine: whether dp ranks hold all of the dense weights or a part each."""
+    max_shard_size: str = "5GB"
+    """Largest file, e.g. 500MB or 4GiB; a single larger tensor is a file of its own."""
+    with_optimizer: bool = False
+    """dcp to dcp: carry optimizer state and everything else that is no model weight."""
+    workers: int = 0
+    """Threads that read, cast and write; 0 means one for each core, at most 4."""
+    dry_run: bool = False
+    """Check everything, print the plan, the disk and the memory it needs, and write nothing."""
+    verify: bool = False
+    """Read what was written again from the disk and compare checksums before DST appears."""
+    resume: bool = False
+    """Keep the finished files of a run that was interrupted."""
+    overwrite: bool = False
+    """Replace the checkpoint that is in DST; it stays until the new one is complete."""
+    fsync: bool = False
+    """Survive a power cut, too: have every file on the disk before it counts as finished."""
+    allow_nan: bool = False
+    """Exit with 0 although weights are NaN or infinite."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        import torch  # with what follows, two seconds that a bad flag need not wait for
+
+        from titan_bridge.checkpoint.reshard import Options, prepare
+        from titan_bridge.checkpoint.team import Team
+
+        options = Options(
+            source=self.src,
+            target=self.dst,
+            to=self.to,
+            config=self.config,
+            dtype=getattr(torch, self.dtype) if self.dtype else None,
+            dp=self.dp,
+            tp=self.tp,
+            ep=self.ep,
+            dense=self.dense,
+            max_shard_size=parse_size(self.max_shard_size),
+            with_optimizer=self.with_optimizer,
+            workers=self.workers or min(4, len(os.sched_getaffinity(0))),
+            overwrite=self.overwrite,
+            resume=self.resume,
+            verify=self.verify,
+            fsync=self.fsync,
+        )
+        team = Team()
+        if self.dry_run:
+            job = prepare(options, team)
+            if team.rank == 0:
+                _show_plan(job, as_json=self.json)
+            return 0
+        team.join()
+        try:
+            jobs: list[Job] = []
+            team.each(lambda: jobs.append(prepare(options, team)))
+            return self._execute(jobs[0])
+        finally:
+            team.leave()
+
+    def _execute(self, job: Job) -> int:
+        start = time.perf_counter()
+        try:
+            with _Progress(job, shown=job.team.rank == 0 and sys.stderr.isatty()) as progress:
+                outcome = job.run(progress.advance)
+        except KeyboardInterrupt:
+            print("titan-bridge: stopped; --resume goes on from the files that are finished", file=sys.stderr)
+            raise
+        if job.team.rank:
+            return 0
+        facts = _facts(job, outcome, time.perf_counter() - start)
+        if self.json:
+            print(json.dumps(facts))
+        else:
+            _show_outcome(facts, self.dst)
+        for line in _warnings(outcome):
+            print(f"titan-bridge: {line}", file=sys.stderr)
+        return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `1.5GiB` or `1000`. Raises BridgeError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
+        raise BridgeError(
+            f"--max-shard-size {text!r} is not a size; give a number and one of {', '.join(_UNITS)[2:]}"
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class _Progress:
+    """A bar on stderr with bytes, bytes a second and the time left; nothing when it is not shown."""
+
+    def __init__(self, job: Job, *, shown: bool) -> None:
+        self._shown = shown
+        # This process sees its own share only.
+        self._total = job.target.nbytes // job.team.size
+        self._verify = job.options.verify
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Progress:
+        if self._shown:
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._tasks["write"] = self._bar.add_task("writing", total=self._total)
+            if self._verify:
+                self._tasks["verify"] = self._bar.add_task("verifying", total=self._total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, what: str, count: int) -> None:
+        """`count` more bytes of `what`."""
+        if self._bar is not None:
+            self._bar.advance(self._tasks[what], count)
+
+
+def _show_plan(job: Job, *, as_json: bool) -> None:
+    options = job.options
+    facts = {
+        "source": {
+            "path": str(options.source),
+            "format": job.source.format,
+            "tensors": len(job.source.tensors),
+            "bytes": job.source.nbytes,
+            "left_out_entries": job.source.left_out,
+        },
+        "target": {
+            "path": str(options.target),
+            "format": options.to,
+            "tensors": len(job.tensors.tensors),
+            "files": [{"name": f.name, "bytes": f.size} for part in job.target.parts for f in part.files],
+        },
+        "copies": job.plan.copies_count,
+        "bytes_to_read": job.bytes_to_read,
+        "bytes_to_write": job.target.nbytes,
+        "disk_free": job.free(),
+        "memory": job.memory,
+        "dropped": list(job.tensors.dropped),
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    title = f"{options.source} ({job.source.format}) to {options.target} ({options.to})"
+    table = Table(title=title, title_justify="left")
+    table.add_column("file")
+    table.add_column("size", justify="right")
+    files = facts["target"]["files"]
+    shown = files if len(files) <= 24 else files[:20]
+    for file in shown:
+        table.add_row(file["name"], _size(file["bytes"]))
+    if len(shown) < len(files):
+        table.add_row(
+            f"and {len(files) - len(shown)} more", _size(sum(f["bytes"] for f in files[len(shown) :]))
+        )
+    console.print(table)
+    console.print(
+        f"{facts['target']['tensors']:,} tensors, {facts['copies']:,} copies; reads {_size(facts['bytes_to_read'])}, "
+        f"writes {_size(facts['bytes_to_write'])} ({_size(facts['disk_free'])} free), "
+        f"needs {_size(facts['memory'])} of memory beside the imports; nothing was written"
+    )
+
+
+def _facts(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
+    return {
+        "target": str(job.options.target),
+        "format": job.options.to,
+        "tensors": len(job.tensors.tensors),
+        "files": list(outcome.files),
+        "bytes_read": outcome.bytes_read,
+        "bytes_written": outcome.bytes_written,
+        "seconds": seconds,
+        "resumed_parts": outcome.resumed_parts,
+        "verified": job.options.verify,
+        "left_out_entries": job.source.left_out,
+        "nan": dict(outcome.nan),
+        "inf": dict(outcome.inf),
+        "lost": dict(outcome.lost),
+    }
+
+
+def _show_outcome(facts: dict[str, Any], target: Path) -> None:
+    rate = facts["bytes_written"] / max(facts["seconds"], 1e-9)
+    notes = [f"{facts['resumed_parts']} files kept from the run before"] if facts["resumed_parts"] else []
+    notes += ["verified"] if facts["verified"] else []
+    notes += (
+        [f"{facts['left_out_entries']} entries of training state left out"]
+        if facts["left_out_entries"]
+        else []
+    )
+    print(
+        f"{target}: {facts['tensors']:,} tensors in {len(facts['files'])} files, {_size(facts['bytes_written'])} "
+        f"in {facts['seconds']:.1f} s ({_size(rate)}/s)" + "".join(f"; {note}" for note in notes)
+    )
+
+
+def _warnings(outcome: Outcome) -> list[str]:
+    lines = []
+    for what, counts in (("NaN", outcome.nan), ("infinite", outcome.inf)):
+        if counts:
+            worst = sorted(counts, key=lambda name: -counts[name])[:3]
+            named = ", ".join(f"{name} ({counts[name]:,})" for name in worst)
+            more = f" and {len(counts) - 3} more tensors" if len(counts) > 3 else ""
+            lines.append(
+                f"{sum(counts.values()):,} weights are {what}: {named}{more}; they were copied as they are"
+            )
+    if outcome.lost:
+        named = ", ".join(sorted(outcome.lost)[:3])
+        lines.append(f"{len(outcome.lost)} tensors that are not zero have no place in this format: {named}")
+    return lines
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
