@@ -64,8 +64,11 @@ class Train:
         begun = train(job)
         run = find(job.out)
         losses = read_metrics(job.out / METRICS)
-        first, last = (losses[step]["loss"] for step in (min(losses), max(losses))) if losses else (None, None)
-        after = f", on from step {begun}" if begun else ""
-        print(f"done in {duration(time.monotonic() - started)}{after}" + (f"; loss {first:.4f} -> {last:.4f}" if losses else ""))
+        summary = f"done in {duration(time.monotonic() - started)}"
+        if begun is not None:
+            summary += f", on from step {begun}"
+        if losses:
+            summary += f"; loss {losses[min(losses)]['loss']:.4f} -> {losses[max(losses)]['loss']:.4f}"
+        print(summary)
         print(f"checkpoint {run.dcp if run.step is not None else 'none'}")
         return 0

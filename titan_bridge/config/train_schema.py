@@ -95,7 +95,9 @@ class Model:
     def __post_init__(self) -> None:
         if self.config is not None:
             if self.family or self.flavor or self.sizes:
-                raise ValueError("model.config is given together with family, flavor or sizes; give one of the two")
+                raise ValueError(
+                    "model.config is given together with family, flavor or sizes; give one of the two"
+                )
             if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.config):
                 raise ValueError(
                     f"model.config = {self.config!r} is not module:function; "
@@ -120,6 +122,8 @@ class Data:
     """"bytes", "train" (byte-level BPE trained on the text), or a folder with tokenizer.json."""
     vocab_size: Annotated[int, Field(ge=260)] = 1024
     """Entries of a tokenizer that is trained, special tokens included."""
+    longest: Annotated[int, Field(ge=64)] = 16384
+    """Bytes of the longest document: a longer file is several, cut at ends of lines, which mixes them better."""
     seed: int = 0
     """Order of the documents."""
 

@@ -6,39 +6,28 @@ reads no weights and no text; it needs no process group.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
-import importlib
-import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.optimizer import default_adamw
-from torchtitan.config.configs import DebugConfig
+from torch.distributed.tensor.placement_types import _StridedShard
+from torchtitan.config import ParallelismConfig
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
-from torchtitan.models.common.decoder import Decoder
-from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from titan_bridge.config.train_schema import Data, ModelSizes, TrainConfig
+from titan_bridge.config.train_schema import Data, TrainConfig
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import Sizes, check_divides
-from titan_bridge.models import Family, families, family_of
-from titan_bridge.train import compat, data, overrides, tokenizer
+from titan_bridge.layout import specs
+from titan_bridge.mesh import Sizes, check_divides, describe
+from titan_bridge.models import Family
+from titan_bridge.sharding.boxes import fsdp_is_exact
+from titan_bridge.train import compat, data, overrides, source, tokenizer
 from titan_bridge.train.output import CHECKPOINT, DOCUMENTS
 
-OURS = "titan-bridge"
-"""Origin of a value that is a default of ours where TorchTitan's is another."""
-
-_VOCAB_MULTIPLE = 64
+T = TypeVar("T")
 
 _DEGREES = {
     "dp": "data_parallel_shard_degree",
@@ -110,14 +99,16 @@ def build(config: TrainConfig, origin: Mapping[str, str], *, name: str = "train"
     out = Path(config.out or f"out/train/{name}").expanduser().absolute()
     if config.uses_text and config.data is None:
         config = dataclasses.replace(config, data=Data())
-    trainer, family, whence = _trainer_config(config, origin)
-    base_origin = {f"trainer.{key}": whence for key in _differences(trainer)}
+    trainer, family, whence = source.trainer_config(config, origin)
+    base_origin = {f"trainer.{key}": whence for key in source.differences(trainer)}
     trainer.dump_folder = str(out)
     trainer.checkpoint.folder = CHECKPOINT
     base_origin |= {"trainer.dump_folder": "out", "trainer.checkpoint.folder": "out"}
     if config.data is not None:
         trainer.hf_assets_path = str(out / CHECKPOINT)
-        trainer.dataloader = HuggingFaceTextDataLoader.Config(dataset=data.NAME, dataset_path=str(out / DOCUMENTS))
+        trainer.dataloader = HuggingFaceTextDataLoader.Config(
+            dataset=data.NAME, dataset_path=str(out / DOCUMENTS)
+        )
         for key in ("hf_assets_path", "dataloader.dataset", "dataloader.dataset_path"):
             base_origin[f"trainer.{key}"] = "data"
     if config.lr is not None:
@@ -131,6 +122,7 @@ def build(config: TrainConfig, origin: Mapping[str, str], *, name: str = "train"
     assert spec is not None
     _check_model(trainer, config, sizes, origin)
     hf_config = family.hf_config(spec.model, dtype=trainer.training.dtype)
+    _located(origin, lambda: _check_even(hf_config, sizes))
     expert_bias = any(layer.moe and layer.moe.load_balance_coeff is not None for layer in spec.model.layers)
     if on_cpu():
         from titan_bridge.train import cpu  # noqa: PLC0415  absent where there is an accelerator
@@ -151,114 +143,7 @@ def build(config: TrainConfig, origin: Mapping[str, str], *, name: str = "train"
     )
 
 
-def _trainer_config(config: TrainConfig, origin: Mapping[str, str]) -> tuple[Trainer.Config, Family, str]:
-    """TorchTitan's config before any override, the family, and the origin of what it sets."""
-    model = config.model
-    if model.config is not None:
-        trainer = _call(model.config, origin.get("model.config", "the configuration"))
-        spec = trainer.model_spec
-        if spec is None or not isinstance(spec.model, Decoder.Config):
-            raise BridgeError(f"model.config = {model.config!r} returns a Trainer.Config without a decoder model")
-        return trainer, family_of(spec.model), model.config
-    family = _family(str(model.family), origin)
-    registry = importlib.import_module(family.model_class.__module__.rsplit(".", 1)[0])
-    if model.sizes is None:
-        flavors = getattr(registry, f"{family.name}_configs")
-        if model.flavor not in flavors:
-            place = origin.get("model.flavor", "the configuration")
-            raise BridgeError(_unknown(place, "model.flavor", str(model.flavor), flavors))
-        spec = registry.model_registry(model.flavor)
-    else:
-        assert config.data is not None
-        rows = model.sizes.vocab_size or _rounded(tokenizer.planned_size(config.data))
-        spec = dataclasses.replace(
-            registry.model_registry(next(iter(getattr(registry, f"{family.name}_configs")))),
-            flavor="sizes",
-            model=_model_config(family, model.sizes, rows),
-        )
-    return _defaults(spec), family, OURS
-
-
-def _defaults(spec: ModelSpec) -> Trainer.Config:
-    """Where these differ from TorchTitan's, it is so that a run can be repeated, watched and gone on with."""
-    return Trainer.Config(
-        model_spec=spec,
-        loss=ChunkedLossWrapper.Config(
-            loss_fn=CrossEntropyLoss.Config(global_vocab_size=spec.model.vocab_size)
-        ),
-        optimizer=default_adamw(lr=1e-3),
-        checkpoint=CheckpointManager.Config(
-            enable=True, interval=100, keep_latest_k=2, last_save_model_only=False
-        ),
-        metrics=MetricsProcessor.Config(enable_tensorboard=True, disable_color_printing=True),
-        debug=DebugConfig(seed=42, enable_structured_logging=False),
-        dataloader=HuggingFaceTextDataLoader.Config(),
-    )
-
-
-def _differences(trainer: Trainer.Config) -> list[str]:
-    """Paths at which a config differs from TorchTitan's defaults."""
-    plain = dict(overrides.leaves(Trainer.Config()))
-    missing = object()
-    return [path for path, value in overrides.leaves(trainer) if plain.get(path, missing) != value]
-
-
-def _call(target: str, place: str) -> Trainer.Config:
-    module_name, function_name = target.split(":")
-    if os.getcwd() not in sys.path:  # a function beside the TOML file: the console script's path has no such entry
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise BridgeError(f"{place}: model.config = {target!r}: {module_name} cannot be imported: {error}") from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [n for n, value in vars(module).items() if callable(value) and n[0].islower()]
-        raise BridgeError(_unknown(f"{place}: model.config", f"function in {module_name}", function_name, names))
-    result = function()
-    if not isinstance(result, Trainer.Config):
-        raise BridgeError(
-            f"{place}: model.config = {target!r} returns {type(result).__qualname__}; it must be a Trainer.Config"
-        )
-    # The function may return one object each time; ours is changed below.
-    return copy.deepcopy(result)
-
-
-def _family(name: str, origin: Mapping[str, str]) -> Family:
-    known = {family.name: family for family in families()}
-    if name not in known:
-        raise BridgeError(_unknown(origin.get("model.family", "the configuration"), "model.family", name, known))
-    return known[name]
-
-
-def _unknown(place: str, what: str, given: str, known: Any) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    return f"{place}: {what} = {given!r} is unknown; {guess}allowed: {', '.join(known)}"
-
-
-def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Config:
-    stated = {key: value for key, value in dataclasses.asdict(sizes).items() if value is not None}
-    stated |= {"vocab_size": vocab}
-    sparse = [name for name in family.architectures if "Moe" in name]
-    dense = [name for name in family.architectures if "Moe" not in name]
-    if sizes.num_experts is not None and not sparse:
-        raise BridgeError(f"model.sizes.num_experts: family {family.name} has no mixture of experts; leave it out")
-    stated["architectures"] = (sparse if sizes.num_experts is not None else dense)[:1]
-    try:
-        return family.model_config(stated)
-    except BridgeError as error:
-        text = str(error).replace(" in config.json is", " in [model.sizes] is").replace("config.json", "[model.sizes]")
-        raise BridgeError(text) from None
-
-
-def _rounded(entries: int) -> int:
-    return -(-entries // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-
-
-def _device_values(
-    trainer: Trainer.Config, config: TrainConfig, origin: Mapping[str, str]
-) -> dict[str, str]:
+def _device_values(trainer: Trainer.Config, config: TrainConfig, origin: Mapping[str, str]) -> dict[str, str]:
     """Set what this torch and this device require and prefer; refuse what they cannot do. Returns the origins."""
     given = dict(overrides.flatten(config.trainer))
     wanted = {path: (value, compat.ORIGIN) for path, value in compat.PREFERRED.items()}
@@ -326,14 +211,45 @@ def _degrees(
         raise BridgeError(
             f"{nproc} processes need a device each, and there are {torch.accelerator.device_count()}; lower the degrees"
         )
-    sizes = Sizes(
+    return _located(origin, lambda: _sizes(parallelism)), nproc
+
+
+def _sizes(parallelism: ParallelismConfig) -> Sizes:
+    return Sizes(
         dp=parallelism.data_parallel_shard_degree,
         tp=parallelism.tensor_parallel_degree,
         ep=parallelism.expert_parallel_degree,
         dp_replicate=parallelism.data_parallel_replicate_degree,
         pp=parallelism.pipeline_parallel_degree,
     )
-    return sizes, nproc
+
+
+def _located(origin: Mapping[str, str], check: Callable[[], T]) -> T:
+    """What `check` returns; a refusal of the degrees gets the places where they are set in front."""
+    try:
+        return check()
+    except BridgeError as error:
+        places = [
+            place for key, place in origin.items() if key.startswith(("parallel.", "trainer.parallelism."))
+        ]
+        raise BridgeError(f"{', '.join(dict.fromkeys(places)) or 'the configuration'}: {error}") from None
+
+
+def _check_even(hf_config: Mapping[str, Any], sizes: Sizes) -> None:
+    """Refuse what torch cannot put together again: FSDP on top of tp or ep on a dim that they do not divide."""
+    if sizes.dp == 1 or sizes.tp * sizes.ep == 1 or sizes.pp > 1:
+        return
+    for name, parameter in specs(hf_config, sizes, "shard").items():
+        axes = describe(parameter.spec.mesh, sizes)
+        for size, placement in zip(axes.shape, parameter.spec.placements, strict=True):
+            if isinstance(placement, _StridedShard):
+                length = parameter.shape[placement.dim]
+                if not fsdp_is_exact(length, placement.split_factor, size):
+                    raise BridgeError(
+                        f"dim {placement.dim} of {name} has {length} elements, which {placement.split_factor} "
+                        f"ranks of tp or ep and then {size} of dp do not divide; change dp={sizes.dp}, tp={sizes.tp} "
+                        f"or ep={sizes.ep}"
+                    )
 
 
 def _check_model(
@@ -342,9 +258,11 @@ def _check_model(
     """Sizes against degrees, sequence and batch; TorchTitan asserts the same later, in every rank."""
     spec, training = trainer.model_spec, trainer.training
     assert spec is not None
-    check_divides(spec.model, sizes)
+    _located(origin, lambda: check_divides(spec.model, sizes))
     if spec.model.vocab_size % sizes.tp:
-        raise BridgeError(f"tp={sizes.tp} does not divide vocab_size={spec.model.vocab_size}; change one of them")
+        raise BridgeError(
+            f"tp={sizes.tp} does not divide vocab_size={spec.model.vocab_size}; change one of them"
+        )
     if training.seq_len > spec.model.max_seq_len:
         place = origin.get("trainer.training.seq_len", "the configuration")
         raise BridgeError(

@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import platform
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,14 +24,18 @@ import torch
 import torch.distributed as dist
 import torchtitan.tools.utils as titan_utils
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.module import Module
 
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.models.experts import keep_expert_dtype
+from titan_bridge.sharding import pieces_of
 
 TORCHTITAN = "0.3."
 """Versions of TorchTitan that the shims were written for, by prefix."""
@@ -75,6 +80,13 @@ SHIMS = {
         seen=_SEEN,
         until="the Trainer runs under spmd_types with the released torch; see compat.py",
     ),
+    "init": Shim(
+        what="initial weights are drawn whole on each rank, which keeps its part: the same for every layout",
+        why="DTensor has no random state for a CPU, so that each rank draws its part from the same numbers: all parts "
+        "of a matrix are equal, tokens v and v + V/2 have one embedding, and training hardly tells them apart",
+        seen=_SEEN,
+        until="torch.distributed.tensor._random.is_rng_supported_mesh is true for a CPU mesh",
+    ),
     "force_sum": Shim(
         what="FSDP reduces gradients by sum: set_force_sum_reduction_for_comms(True) on every FSDP module",
         why="a gradient divide factor becomes ReduceOp.PREMUL_SUM, which gloo does not have",
@@ -95,7 +107,7 @@ SHIMS = {
     ),
     "float32": Shim(
         what="training.mixed_precision_param = float32 unless it is set, and then experts compute in float32, too",
-        why="bfloat16 is slower than float32 on CPUs without AMX, and TorchTitan's experts always cast to it",
+        why="many CPUs have no bfloat16 arithmetic, and TorchTitan's experts cast to it whatever the policy says",
         seen=_SEEN,
         until="never for the default; the experts when GroupedExperts follows the mixed precision policy",
     ),
@@ -137,7 +149,7 @@ def prepare_spec(spec: ModelSpec, *, float32: bool) -> ModelSpec:
 
 
 def apply() -> None:
-    """Patch TorchTitan in this process (shims device, timeouts and peak_flops); call it again freely.
+    """Patch TorchTitan in this process (shims device, init, timeouts and peak_flops); call it again freely.
 
     Raises:
         RuntimeError: an accelerator is present, another version of TorchTitan is, or what would be patched is
@@ -151,13 +163,16 @@ def apply() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("torchtitan.") and hasattr(module, "device_module"):
             vars(module)["device_module"] = DEVICE_MODULE
+    _patch(Module, "_init_param", _init_param, "self._param_init[name](param)")
     _patch(dist_utils, "set_pg_timeouts", _set_pg_timeouts, "torch.distributed.barrier(device_ids=")
     _patch(titan_utils, "get_peak_flops", _get_peak_flops, "A100")
 
 
 def _only_on_cpu() -> None:
     if torch.accelerator.is_available():
-        raise RuntimeError("titan_bridge.train.cpu is for machines without an accelerator, and this one has one")
+        raise RuntimeError(
+            "titan_bridge.train.cpu is for machines without an accelerator, and this one has one"
+        )
 
 
 def _patch(module: Any, name: str, ours: Callable[..., Any], marker: str) -> None:
@@ -165,10 +180,30 @@ def _patch(module: Any, name: str, ours: Callable[..., Any], marker: str) -> Non
     if theirs is ours:
         return
     if marker not in inspect.getsource(theirs):
-        raise RuntimeError(f"{module.__name__}.{name} is not what it was in {_SEEN}; look at titan_bridge/train/cpu.py")
+        raise RuntimeError(
+            f"{module.__name__}.{name} is not what it was in {_SEEN}; look at titan_bridge/train/cpu.py"
+        )
     if list(inspect.signature(theirs).parameters) != list(inspect.signature(ours).parameters):
         raise RuntimeError(f"{module.__name__}.{name} takes other arguments than in {_SEEN}")
     setattr(module, name, ours)
+
+
+_THEIR_INIT = Module._init_param
+
+
+def _init_param(self: Module, name: str, param: torch.nn.Parameter) -> None:
+    """TorchTitan's method of this name: initialise a DTensor from the whole tensor that every rank draws."""
+    if not isinstance(param, DTensor) or name not in (self._param_init or {}):
+        _THEIR_INIT(self, name, param)
+        return
+    initializer = self._param_init[name]
+    if initializer is skip_param_init:
+        return
+    whole = torch.empty(param.shape, dtype=param.dtype)
+    initializer(whole)
+    mesh, local = param.device_mesh, param.to_local()
+    for piece in pieces_of(param.placements, param.shape, mesh.shape, mesh.get_coordinate()):
+        local[piece.local.slices] = whole[piece.box.slices]
 
 
 def _with_sum_reduction(parallelize: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,7 +234,7 @@ def _memory() -> int:
 
 
 class _DeviceModule:
-    """torch.cpu with what TorchTitan asks of an accelerator's module; memory is not measured."""
+    """torch.cpu with what TorchTitan asks of an accelerator's module; memory is the process's largest resident size."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
@@ -231,7 +266,8 @@ class _DeviceModule:
 
     @staticmethod
     def memory_stats(device: Any = None) -> dict[str, int]:
-        return {}
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"active_bytes.all.peak": resident, "reserved_bytes.all.peak": resident}
 
 
 DEVICE_MODULE = _DeviceModule()

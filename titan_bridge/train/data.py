@@ -24,9 +24,6 @@ from titan_bridge.errors import BridgeError
 NAME = "titan_bridge_text"
 """What our dataset is called in TorchTitan's table of text datasets."""
 
-LARGEST = 256 * 1024
-"""Bytes of the largest document: a longer file is several, cut at ends of lines."""
-
 PIECES_PER_RANK = 4
 """Documents that each data rank shall have at least; a short text is cut into smaller ones."""
 
@@ -79,7 +76,7 @@ def find_documents(data: Data, *, ranks: int) -> Documents:
             )
         files |= found
     total = sum(files.values())
-    largest = max(64, min(LARGEST, total // (PIECES_PER_RANK * ranks)))
+    largest = max(64, min(data.longest, total // (PIECES_PER_RANK * ranks)))
     pieces = [piece for file, size in files.items() for piece in _cut(file, size, largest)]
     if len(pieces) < ranks:
         raise BridgeError(
@@ -120,7 +117,9 @@ def _load(path: str) -> datasets.Dataset:
 def _files(given: str, pattern: str) -> list[Path]:
     if given == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return [file for file in _walk(root, "*.py") if not _SKIPPED_FOLDERS & set(file.relative_to(root).parts)]
+        return [
+            file for file in _walk(root, "*.py") if not _SKIPPED_FOLDERS & set(file.relative_to(root).parts)
+        ]
     path = Path(given).expanduser().absolute()
     if path.is_file():
         return [path]

@@ -40,7 +40,9 @@ def lock(folder: Path, *, wait: float = 15.0) -> int:
         except OSError:
             if time.monotonic() > deadline:
                 os.close(descriptor)
-                raise BridgeError(f"another run trains in {folder}; wait for it, or choose another out") from None
+                raise BridgeError(
+                    f"another run trains in {folder}; wait for it, or choose another out"
+                ) from None
             time.sleep(0.2)
         else:
             os.set_inheritable(descriptor, True)

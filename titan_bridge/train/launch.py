@@ -79,7 +79,9 @@ def check_checkpoint(job: Job, step: Path) -> None:
     try:
         held = FileSystemReader(step).read_metadata().state_dict_metadata
     except Exception as error:  # a pickle: anything can come out of a damaged one
-        raise BridgeError(f"{step} cannot be read as a checkpoint: {error}; remove it or choose another out") from None
+        raise BridgeError(
+            f"{step} cannot be read as a checkpoint: {error}; remove it or choose another out"
+        ) from None
     assert job.trainer.model_spec is not None
     model = build_on_meta(job.trainer.model_spec.model, dtype=torch.float32)
     for name, tensor in model.state_dict().items():
@@ -155,7 +157,15 @@ def _torchrun(job: Job, folder: Path, descriptor: int) -> None:
         old.unlink()
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(job.nproc), "--max-restarts", "0"),
+        *(
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            str(job.nproc),
+            "--max-restarts",
+            "0",
+        ),
         *("-m", WORKER, str(folder)),
     ]
     environment = {
@@ -192,7 +202,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-_SECONDARY = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ChildFailedError", "SIGTERM")
+_SECONDARY = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ChildFailedError",
+    "SIGTERM",
+)
 
 
 def _explain(logs: Path, code: int) -> None:
@@ -205,7 +221,9 @@ def _explain(logs: Path, code: int) -> None:
     first = [pair for pair in errors if not any(word in pair[0] for word in _SECONDARY)] or errors
     if first:
         raise RuntimeError(f"{first[0][0]} (log: {first[0][1]})")
-    raise RuntimeError(f"torchrun ended with {code} and no rank said why; it was killed, or out of memory (logs: {logs})")
+    raise RuntimeError(
+        f"torchrun ended with {code} and no rank said why; killed, or out of memory (logs: {logs})"
+    )
 
 
 def _errors(text: str) -> Sequence[str]:

@@ -1,14 +1,14 @@
 """What lies where in the output folder of a training run, and how to find a checkpoint in it.
 
-    OUT/
-      checkpoint/             everything that serving needs; `vllm serve OUT/checkpoint` can read it as a model folder
-        titan_bridge.json     the record: family, model config, degrees, resolved config (see `Record`)
-        config.json           of Hugging Face's kind, for the model that is trained
-        tokenizer.json, ...   as transformers reads them
-        step-N/               a checkpoint of torch.distributed.checkpoint; whole once it holds `.metadata`
-      documents.json          which text, in which order
-      metrics.jsonl           one line for each logged step
-      logs/, tb/              a log a rank; TensorBoard
+OUT/
+  checkpoint/             everything that serving needs; `vllm serve OUT/checkpoint` can read it as a model folder
+    titan_bridge.json     the record: family, model config, degrees, resolved config (see `Record`)
+    config.json           of Hugging Face's kind, for the model that is trained
+    tokenizer.json, ...   as transformers reads them
+    step-N/               a checkpoint of torch.distributed.checkpoint; whole once it holds `.metadata`
+  documents.json          which text, in which order
+  metrics.jsonl           one line for each logged step
+  logs/, tb/              a log a rank; TensorBoard
 """
 
 from __future__ import annotations
@@ -82,10 +82,14 @@ class Record:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if values.pop("version") != VERSION:
-                raise BridgeError(f"{file} has another version than {VERSION}; use the titan_bridge that wrote it")
+                raise BridgeError(
+                    f"{file} has another version than {VERSION}; use the titan_bridge that wrote it"
+                )
             return cls(**{**values, "tokenizer": tuple(values["tokenizer"])})
         except FileNotFoundError:
-            raise BridgeError(f"{folder} has no {RECORD}; give the output folder of titan-bridge train") from None
+            raise BridgeError(
+                f"{folder} has no {RECORD}; give the output folder of titan-bridge train"
+            ) from None
         except BridgeError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -129,12 +133,16 @@ def find(path: str | os.PathLike[str]) -> TrainedRun:
     if match := re.fullmatch(r"step-(\d+)", given.resolve().name):
         folder, step = given.resolve().parent, int(match[1])
         if step not in whole_steps(folder):
-            raise BridgeError(f"{given} has no {METADATA}: it was not written to its end; give another checkpoint")
+            raise BridgeError(
+                f"{given} has no {METADATA}: it was not written to its end; give another checkpoint"
+            )
     else:
         folder = given / CHECKPOINT if (given / CHECKPOINT / RECORD).is_file() else given
     record = Record.read(folder)
     steps = whole_steps(folder)
-    return TrainedRun(folder=folder, record=record, step=step if step is not None else max(steps, default=None))
+    return TrainedRun(
+        folder=folder, record=record, step=step if step is not None else max(steps, default=None)
+    )
 
 
 def whole_steps(folder: Path) -> tuple[int, ...]:
@@ -169,14 +177,20 @@ def check_same_run(folder: Path, record: Record) -> None:
             "choose another out"
         )
     # The tokenizer's ids come to the record when it is written; they belong to the data, compared below.
-    different = _differences(*({**r.hf_config, "bos_token_id": None, "eos_token_id": None} for r in (old, record)))
+    different = _differences(
+        *({**r.hf_config, "bos_token_id": None, "eos_token_id": None} for r in (old, record))
+    )
     if different:
         raise BridgeError(f"{folder} holds checkpoints of another model: {different}; choose another out")
     if old.expert_bias != record.expert_bias:
-        raise BridgeError(f"{folder} holds checkpoints {'with' if old.expert_bias else 'without'} expert_bias_E")
+        raise BridgeError(
+            f"{folder} holds checkpoints {'with' if old.expert_bias else 'without'} expert_bias_E"
+        )
     if old.config.get("data") != record.config.get("data"):
         different = _differences(old.config.get("data") or {}, record.config.get("data") or {})
-        raise BridgeError(f"{folder} holds checkpoints of a run on other data: {different}; choose another out")
+        raise BridgeError(
+            f"{folder} holds checkpoints of a run on other data: {different}; choose another out"
+        )
     old_ranks, ranks = (r.sizes["dp_replicate"] * r.sizes["dp"] for r in (old, record))
     if old_ranks != ranks:
         raise BridgeError(

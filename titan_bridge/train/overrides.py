@@ -81,7 +81,9 @@ def apply(config: Any, values: Mapping[str, Any], source: Mapping[str, str], *, 
             raise
         except ValueError as error:
             key = prefix + path
-            place = next((where for name, where in source.items() if name.startswith(key)), "the configuration")
+            place = next(
+                (where for name, where in source.items() if name.startswith(key)), "the configuration"
+            )
             raise BridgeError(f"{place}: [{key.rstrip('.') or 'trainer'}]: {error}") from None
 
 
@@ -219,7 +221,9 @@ def _checked(node: Any, key: str, value: Any, path: str, full: str, place: str) 
         wanted = " or ".join(dict.fromkeys(_wanted(item) for item in error.errors(include_url=False)))
         raise _refusal(place, full, value, wanted) from None
     except Exception as error:  # pydantic has no schema for callables and classes
-        raise BridgeError(f"{place}: {full} cannot be set from TOML; set it in a model.config function") from error
+        raise BridgeError(
+            f"{place}: {full} cannot be set from TOML; set it in a model.config function"
+        ) from error
     _check_range(path, checked, full, place)
     return checked
 
@@ -255,4 +259,6 @@ def _check_range(path: str, value: Any, full: str, place: str) -> None:
 
 
 def _refusal(place: str, full: str, value: Any, wanted: str) -> BridgeError:
-    return BridgeError(f"{place}: {full} = {value!r} ({type(value).__name__}) is not allowed; it must be {wanted}")
+    return BridgeError(
+        f"{place}: {full} = {value!r} ({type(value).__name__}) is not allowed; it must be {wanted}"
+    )

@@ -28,7 +28,11 @@ from titan_bridge.train.guard import die_with_parent
 from titan_bridge.train.output import LOGS, METRICS, Record, remove_partial, whole_steps
 from titan_bridge.train.progress import add_progress
 
-_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit reached"}
+_FULL = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "quota exceeded",
+    errno.EFBIG: "file size limit reached",
+}
 
 
 def main(checkpoint: str) -> int:
@@ -42,7 +46,7 @@ def main(checkpoint: str) -> int:
         traceback.print_exc()
         reason = _full_disk(error, folder)
         if reason is not None:
-            print(f"BridgeError: {reason}", file=sys.stderr)
+            sys.stderr.write(f"BridgeError: {reason}\n")
         sys.stderr.flush()
         # Other ranks may wait for this one in a collective that has no end; torchrun ends them.
         os._exit(1)
@@ -83,7 +87,9 @@ def _run(job: Job, folder: Path, screen: TextIO) -> None:
 
 def _headline(job: Job, trainer: Trainer) -> str:
     parameters = sum(parameter.numel() for part in trainer.model_parts for parameter in part.parameters())
-    degrees = " ".join(f"{name}={size}" for name, size in vars(job.sizes).items() if size > 1) or "one process"
+    degrees = (
+        " ".join(f"{name}={size}" for name, size in vars(job.sizes).items() if size > 1) or "one process"
+    )
     device = "cpu" if on_cpu() else torch.accelerator.current_accelerator()
     training = job.trainer.training
     return (
@@ -112,7 +118,9 @@ def _full_disk(error: BaseException, folder: Path) -> str | None:
     torch wraps the error of each rank, so that the text of the traceback is what is left to look at.
     """
     text = "".join(traceback.format_exception(error))
-    found = next((word for code, word in _FULL.items() if os.strerror(code) in text or f"Errno {code}]" in text), None)
+    found = next(
+        (word for code, word in _FULL.items() if os.strerror(code) in text or f"Errno {code}]" in text), None
+    )
     if found is None and "PytorchStreamWriter" not in text:
         return None
     if os.environ["RANK"] == "0":
