@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from titan_bridge.engine.loader import Held, WeightLoader
+from titan_bridge.engine.loader import WeightLoader
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import specs
-from titan_bridge.mesh import Sizes, describe, padded_vocab
+from titan_bridge.layout import layout, specs
+from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.models import family_for, load_hf_config
+from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(200)]
@@ -24,17 +25,15 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(200)]
 
 def rank_of(
     model: Path, sizes: Sizes, rank: int, dense: Any = "replicate"
-) -> tuple[WeightLoader, dict[str, Held]]:
+) -> tuple[WeightLoader, Layout, dict[str, torch.Tensor]]:
     """A loader over zeros in the shapes that `rank` holds."""
     hf = load_hf_config(model)
     family, rows = family_for(hf), padded_vocab(hf["vocab_size"], sizes)
-    held = {}
-    for fqn, known in specs(hf, sizes, dense).items():
-        mesh = describe(known.spec.mesh, sizes, rank=rank)
-        place = (known.shape, mesh.shape, mesh.coordinate(rank))
-        held[fqn] = Held(tensor=torch.zeros(known.spec.local_shape(*place)), pieces=known.spec.pieces(*place))
+    where = layout(hf, sizes, dense, dtype=torch.float32)
+    live = {fqn: torch.zeros(where.local_shape(fqn, rank)) for fqn in where.params}
+    optional = family.optional_views(hf, padded_vocab=rows)
     views = family.views(hf, padded_vocab=rows)
-    return WeightLoader(held, views, family.optional_views(hf, padded_vocab=rows), family.ignores), held
+    return WeightLoader(live, where, rank, views, optional, family.ignores), where, live
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +67,14 @@ def test_every_rank_gets_its_slices_and_reads_no_more(moe: Path, sizes: Sizes, d
         given = {name: tensor * scale for name, tensor in tensors.items()}
         whole = whole_of(moe, given, sizes)
         for rank in range(sizes.world):
-            loader, held = rank_of(moe, sizes, rank, dense)
+            loader, where, live = rank_of(moe, sizes, rank, dense)
             loaded = loader.load(iter(given.items()))
-            assert {f"model.{fqn}" for fqn in held} == loaded
-            for fqn, mine in held.items():
-                for piece in mine.pieces:
-                    assert torch.equal(mine.tensor[piece.local.slices], whole[fqn][piece.box.slices]), fqn
+            assert {f"model.{fqn}" for fqn in live} == loaded
+            for fqn, mine in live.items():
+                for piece in where.pieces(fqn, rank):
+                    assert torch.equal(mine[piece.local.slices], whole[fqn][piece.box.slices]), fqn
             padding = sizes.tp * -(-777 // sizes.tp) - 777
-            assert (
-                0 <= sum(h.tensor.nbytes for h in held.values()) - loader.bytes_read <= 2 * padding * 128 * 4
-            )
+            assert 0 <= sum(t.nbytes for t in live.values()) - loader.bytes_read <= 2 * padding * 128 * 4
 
 
 def test_all_offenders_are_named(moe: Path) -> None:
@@ -86,7 +83,7 @@ def test_all_offenders_are_named(moe: Path) -> None:
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
     tensors["model.layers.1.input_layernorm.weight"] = torch.zeros(5)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
-    loader, _ = rank_of(moe, Sizes(tp=2), 1)
+    loader, _, _ = rank_of(moe, Sizes(tp=2), 1)
     with pytest.raises(BridgeError) as error:
         loader.load(iter(tensors.items()))
     text = str(error.value)
@@ -100,9 +97,9 @@ def test_all_offenders_are_named(moe: Path) -> None:
 def test_a_tied_head_may_be_repeated(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "tied", "llama3", tie_word_embeddings=True, tokenizer=False)
     tensors = load_file(model / "model.safetensors")
-    loader, held = rank_of(model, Sizes(), 0)
+    loader, _, live = rank_of(model, Sizes(), 0)
     loader.load(iter({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}.items()))
-    assert torch.equal(held["tok_embeddings.weight"].tensor, tensors["model.embed_tokens.weight"])
+    assert torch.equal(live["tok_embeddings.weight"], tensors["model.embed_tokens.weight"])
 
 
 MEMORY = """
@@ -118,9 +115,9 @@ model = Path(sys.argv[1])
 def anonymous():  # file pages that a mapping brings in can be dropped at any time and are not held
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
-loader, held = rank_of(model, Sizes(tp=2), 0)
-for h in held.values():
-    h.tensor.fill_(1)  # touch the live parameters before measuring
+loader, _, live = rank_of(model, Sizes(tp=2), 0)
+for t in live.values():
+    t.fill_(1)  # touch the live parameters before measuring
 before = anonymous()
 peak = before
 largest = 0
@@ -132,7 +129,7 @@ def watched():
         peak = max(peak, anonymous())
 loader.load(watched())
 print(json.dumps({"extra": peak - before, "largest": largest, "read": loader.bytes_read,
-                  "local": sum(h.tensor.nbytes for h in held.values())}))
+                  "local": sum(t.nbytes for t in live.values())}))
 """
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import Box, boxes_of, local_shape_of, pieces_of
-from titan_bridge.sharding.boxes import fsdp_is_exact
+from titan_bridge.sharding.boxes import factored, fsdp_is_exact
 
 
 @st.composite
@@ -169,3 +169,13 @@ def test_box_arithmetic():
     assert b.relative_to((2, 0)).start == (0, 0)
     assert a.numel == 16
     assert Box.whole(()).numel == 1
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_factored_boxes_are_the_interval(factors: list[int], data: st.DataObject) -> None:
+    size = torch.Size(factors).numel()
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    numbers = torch.arange(size).reshape(factors)
+    found = [numbers[tuple(slice(a, b) for a, b in box)].flatten() for box in factored(start, stop, factors)]
+    assert torch.cat([torch.arange(0), *found]).tolist() == list(range(start, stop))

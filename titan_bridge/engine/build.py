@@ -22,17 +22,13 @@ from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.engine.attention import PagedAttention
 from titan_bridge.engine.cpu_linear import use_packed_linears
 from titan_bridge.engine.fsdp import shard_dense
-from titan_bridge.engine.loader import Held
 from titan_bridge.engine.lower import lower, strip
 from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.engine.rope import StepRopes
-from titan_bridge.layout import ParamSpec, specs
+from titan_bridge.layout import layout as layout_of
 from titan_bridge.mesh import (
-    DENSE,
-    SPARSE,
     Sizes,
-    describe,
     get_device_meshes,
     padded_vocab,
     to_parallel_dims,
@@ -40,6 +36,7 @@ from titan_bridge.mesh import (
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.parallelize import plan_for
+from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.spec import attach_module
 
 
@@ -73,22 +70,12 @@ class Built:
     plan: Plan
     model: Decoder
     ropes: StepRopes
-    layout: Mapping[str, ParamSpec]
+    layout: Layout
 
-    def held(self) -> dict[str, Held]:
-        """Every live parameter and persistent buffer with the pieces of it that this rank holds, by FQN."""
-        rank = dist.get_rank()
-        meshes = {name: describe(name, self.plan.sizes, rank=rank) for name in (DENSE, SPARSE)}
-        live = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        return {
-            fqn: Held(
-                tensor=_local(live[fqn]),
-                pieces=known.spec.pieces(
-                    known.shape, meshes[known.spec.mesh].shape, meshes[known.spec.mesh].coordinate(rank)
-                ),
-            )
-            for fqn, known in self.layout.items()
-        }
+    def live(self) -> dict[str, torch.Tensor]:
+        """This rank's local tensor of every parameter and persistent buffer in the layout, by FQN."""
+        tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        return {fqn: _local(tensors[fqn].detach()) for fqn in self.layout.params}
 
     def describe(self) -> str:
         """Meshes and sizes in words, for the log."""
@@ -143,7 +130,7 @@ def build(vllm_config: VllmConfig) -> Built:
     tp = vllm_config.parallel_config.tensor_parallel_size
     plan = plan_from(vllm_config, dp=dist.get_world_size() // tp)
     config = model_config(plan)
-    layout = specs(config, plan.sizes, dense=plan.options.dense)
+    layout = layout_of(config, plan.sizes, plan.options.dense, dtype=vllm_config.model_config.dtype)
     for index, layer in enumerate(config.layers):
         attention = layer.attention
         heads, kv_heads = attention.n_heads, attention.n_kv_heads or attention.n_heads
@@ -232,9 +219,9 @@ def _materialise(model: Decoder, device: torch.device) -> None:
         model.lm_head.weight = model.tok_embeddings.weight
 
 
-def _attach(model: nn.Module, layout: Mapping[str, ParamSpec]) -> None:
+def _attach(model: nn.Module, layout: Layout) -> None:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name in [*module._parameters, *module._buffers]:
             fqn = f"{prefix}.{name}" if prefix else name
-            if (known := layout.get(fqn)) is not None and getattr(module, name) is not None:
+            if (known := layout.params.get(fqn)) is not None and getattr(module, name) is not None:
                 attach_module(module, name, known.spec.mesh, known.spec.placements)

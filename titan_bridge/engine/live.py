@@ -22,6 +22,7 @@ from titan_bridge.engine.native_specs import Native
 from titan_bridge.errors import BridgeError
 from titan_bridge.layout import ParamSpec, as_layout
 from titan_bridge.mesh import DENSE, MESH_AXES, Sizes, describe, get_device_meshes, sizes_of
+from titan_bridge.sharding.layout import ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec, attached, placement_to_str
 
 
@@ -118,16 +119,16 @@ def _titan_params(model: Any, sizes: Sizes) -> dict[str, ParamSpec]:
             raise BridgeError(
                 f"{fqn} has local shape {tuple(_local(tensor).shape)}; its spec {spec} says {expected}"
             )
-        params[fqn] = ParamSpec(shape=known.shape, dtype=tensor.dtype, spec=spec, is_buffer=known.is_buffer)
+        params[fqn] = ParamSpec(shape=known.shape, dtype=tensor.dtype, spec=spec)
     return params
 
 
-def _live(model: Any) -> Iterator[tuple[str, torch.Tensor, ParamSpec]]:
+def _live(model: Any) -> Iterator[tuple[str, torch.Tensor, ParamLayout]]:
     """Every live parameter and persistent buffer of a TorchTitan model; refuses one that its layout does not list."""
     live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
-    if unlisted := sorted(dict(model.model.named_parameters()).keys() - model.layout.keys()):
+    if unlisted := sorted(dict(model.model.named_parameters()).keys() - model.layout.params.keys()):
         raise BridgeError(f"parameters without a layout: {', '.join(unlisted)}")
-    for fqn, known in model.layout.items():
+    for fqn, known in model.layout.params.items():
         yield fqn, live[fqn], known
 
 

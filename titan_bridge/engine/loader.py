@@ -1,12 +1,13 @@
 """`load_weights`: a stream of Hugging Face tensors into the live parameters of one rank.
 
-Each tensor is cut by the rank's own spec and only those slices are touched. Tensors that come from a mapped
-file are read from disk only where they are copied, and at most one tensor is held at a time.
+The slices are those of the planner, with the checkpoint as one source that has every tensor whole. Tensors that
+come from a mapped file are read from disk only where they are copied, and at most one tensor is held at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,19 +15,15 @@ from vllm.logger import init_logger
 
 from titan_bridge.checks import few
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Piece
-from titan_bridge.sharding.strided import strided_copies
+from titan_bridge.sharding.holders import Held
+from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.view import View
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """One live tensor of the model and the pieces of the global tensor that this rank holds of it."""
-
-    tensor: torch.Tensor
-    pieces: tuple[Piece, ...]
+_SOURCE = "checkpoint"
 
 
 @dataclass(kw_only=True)
@@ -44,16 +41,32 @@ class WeightLoader:
 
     def __init__(
         self,
-        held: Mapping[str, Held],
-        views: Iterable[View],
+        live: Mapping[str, torch.Tensor],
+        layout: Layout,
+        rank: int,
+        views: Sequence[View],
         optional: Iterable[View] = (),
         ignores: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        """`held` by TorchTitan FQN; `views` must all arrive, `optional` may."""
-        self._held = held
+        """Plan once for all rounds.
+
+        Args:
+            live: This rank's local tensors by TorchTitan FQN, contiguous; written in place.
+            layout: Where every rank's slices lie.
+            rank: This rank in the layout's meshes.
+            views: Tensors that must all arrive.
+            optional: Tensors that may arrive and say nothing new (a tied head).
+            ignores: Names that are passed over.
+        """
+        self._live = live
         self._views = {view.name: view for view in views}
         self._optional = {view.name: view for view in optional}
         self._ignores = ignores
+        whole = [Held.whole(v.name, v.shape, layout.params[v.fqn].dtype, _SOURCE) for v in views]
+        self._copies: defaultdict[str, list[Copy]] = defaultdict(list)
+        # Padding of the vocabulary is in no checkpoint.
+        for copy in plan(whole, layout, views, allow_missing=True).copies(destination=rank):
+            self._copies[copy.source_name].append(copy)
         self.bytes_read = 0
         """Bytes that the last round copied out of the checkpoint on this rank."""
 
@@ -77,10 +90,7 @@ class WeightLoader:
             seen.bytes_read / 2**20,
             seen.bytes_seen / 2**20,
         )
-        return {f"model.{self._view(name).fqn}" for name in seen.done}
-
-    def _view(self, name: str) -> View:
-        return self._views.get(name) or self._optional[name]
+        return {f"model.{self._views[name].fqn}" for name in seen.done & self._views.keys()}
 
     def _take(self, name: str, tensor: torch.Tensor, seen: _Round) -> None:
         view = self._views.get(name) or self._optional.get(name)
@@ -96,18 +106,7 @@ class WeightLoader:
             seen.problems.append(f"{name} has dtype {tensor.dtype}, the model needs a floating-point type")
             return
         seen.bytes_seen += tensor.nbytes
-        held = self._held[view.fqn]
-        for target, source in self._copies(view, held, tensor):
-            target.copy_(source)
-            seen.bytes_read += source.nbytes
-
-    @staticmethod
-    def _copies(view: View, held: Held, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        local = held.tensor.data
-        for (size, stride, at), (_, from_stride, start) in strided_copies(
-            view, held.pieces, local.stride(), tensor.stride()
-        ):
-            yield (
-                local.as_strided(size, stride, at + local.storage_offset()),
-                tensor.as_strided(size, from_stride, start + tensor.storage_offset()),
-            )
+        tensor = tensor.contiguous()
+        for copy in self._copies.get(name, ()):
+            copy.destination_window.of(self._live[copy.destination_name]).copy_(copy.source_window.of(tensor))
+            seen.bytes_read += copy.elements * tensor.element_size()

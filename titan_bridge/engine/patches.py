@@ -13,7 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 from titan_bridge.engine.options import titan_options
-from titan_bridge.engine.plugin import ARCHITECTURE, MODEL_CLASS, PREFLIGHT_MODULE
+from titan_bridge.engine.plugin import (
+    ARCHITECTURE,
+    MODEL_CLASS,
+    PREFLIGHT_MODULE,
+    TRANSFER_BACKEND,
+    TRANSFER_MODULE,
+)
 from titan_bridge.engine.specs import LAYOUT, NATIVE, VERIFY
 from titan_bridge.errors import BridgeError
 from titan_bridge.versions import unsupported
@@ -31,6 +37,7 @@ def install() -> None:
         registry.ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
     route_model_impl(registry)
     check_config_early()
+    register_weight_transfer()
 
 
 def route_model_impl(registry: Any) -> None:
@@ -91,6 +98,21 @@ def check_config_early() -> None:
             importlib.import_module(PREFLIGHT_MODULE).check(vllm_config)  # late: it imports torchtitan
 
     config.MODELS_CONFIG_MAP[ARCHITECTURE] = Preflight
+
+
+def register_weight_transfer() -> None:
+    """Make `weight_transfer_config={"backend": "titan"}` known, on the engine's and on the trainer's side.
+
+    Nothing of vLLM's is replaced: both factories have a public registration, and take the names of classes that are
+    imported when they are asked for.
+    """
+    factory = importlib.import_module("vllm.distributed.weight_transfer.factory")
+    for registry, name in (
+        (factory.WeightTransferEngineFactory, "TitanWeightTransferEngine"),
+        (factory.WeightTransferTrainerFactory, "TitanTrainerWeightTransferEngine"),
+    ):
+        if TRANSFER_BACKEND not in registry._registry:  # the factories raise on a second registration
+            registry.register_engine(TRANSFER_BACKEND, TRANSFER_MODULE, name)
 
 
 def declare_native_specs() -> None:

@@ -13,6 +13,8 @@ ARCHITECTURE = "TitanForCausalLM"
 
 MODEL_CLASS = "titan_bridge.engine.vllm_wrapper:TitanForCausalLM"
 PREFLIGHT_MODULE = "titan_bridge.engine.preflight"
+TRANSFER_BACKEND = "titan"
+TRANSFER_MODULE = "titan_bridge.engine.transfer"
 
 
 def register() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
@@ -49,7 +50,9 @@ class TitanForCausalLM(nn.Module):
         self.layout = built.layout
         self.vocab_size = plan.hf["vocab_size"]
         self.loader = WeightLoader(
-            built.held(),
+            built.live(),
+            built.layout,
+            dist.get_rank(),
             plan.family.views(plan.hf, padded_vocab=plan.padded_vocab),
             plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab),
             plan.family.ignores,

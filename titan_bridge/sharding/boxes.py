@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.tensor import Replicate, Shard
@@ -265,3 +265,26 @@ def local_shape_of(
     """The shape of the local tensor of the rank at `coordinate`, for a tensor of global `shape`."""
     dims = dim_segments(placements, shape, mesh_shape, coordinate)
     return tuple(sum(b - a for a, b, _ in segments) for segments in dims)
+
+
+def factored(start: int, stop: int, factors: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """The interval `[start, stop)` of a dim as boxes of its row-major factors: one half-open interval a factor."""
+    if len(factors) == 1:
+        if start < stop:
+            yield ((start, stop),)
+        return
+    inner = math.prod(factors[1:])
+    first, last = -(-start // inner), stop // inner
+    if first > last:  # inside one row of the outermost factor
+        row = start // inner
+        for rest in factored(start - row * inner, stop - row * inner, factors[1:]):
+            yield ((row, row + 1), *rest)
+        return
+    if start < first * inner:
+        for rest in factored(start - (first - 1) * inner, inner, factors[1:]):
+            yield ((first - 1, first), *rest)
+    if first < last:
+        yield ((first, last), *((0, size) for size in factors[1:]))
+    if last * inner < stop:
+        for rest in factored(0, stop - last * inner, factors[1:]):
+            yield ((last, last + 1), *rest)

@@ -21,10 +21,9 @@ from functools import lru_cache
 import numpy as np
 from torch.distributed.tensor import Replicate
 
-from titan_bridge.sharding.boxes import Box, axes_of, local_shape_of, segments_of
+from titan_bridge.sharding.boxes import Box, axes_of, factored, local_shape_of, segments_of
 from titan_bridge.sharding.holders import BoxHolders, Held
 from titan_bridge.sharding.spec import placement_from_str, placement_to_str
-from titan_bridge.sharding.strided import factored
 from titan_bridge.sharding.view import View
 
 

@@ -1,0 +1,90 @@
+"""The live weights of one vLLM worker as the target of a transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.view import View
+from titan_bridge.transfer.receiver import Target
+from titan_bridge.transfer.source import local_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from titan_bridge.engine.vllm_wrapper import TitanForCausalLM
+
+
+def target_of(model: nn.Module, vllm_config: VllmConfig) -> Target:
+    """What a worker receives into.
+
+    Raises:
+        BridgeError: vLLM's own model without specs.
+    """
+    parallel = vllm_config.parallel_config
+    place = {
+        "rank": dist.get_rank(),
+        "index": parallel.data_parallel_index * parallel.world_size + parallel.rank,
+        "count": parallel.data_parallel_size * parallel.world_size,
+    }
+    if hasattr(model, "weights_changed"):
+        return _titan(model, place)
+    raise BridgeError(
+        f"{type(model).__name__} is vLLM's own model, whose layout is not known here; serve with "
+        "model_impl='torchtitan'"
+    )
+
+
+def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
+    plan = model.plan
+    vocab, padded = plan.hf["vocab_size"], plan.padded_vocab
+    unpadded = {}
+    if padded != vocab:
+        unpadded = {
+            name: (vocab, *param.shape[1:])
+            for name, param in model.layout.params.items()
+            if param.shape
+            and param.shape[0] == padded
+            and name.split(".")[0] in ("tok_embeddings", "lm_head")
+        }
+
+    def views() -> Sequence[View]:
+        family = plan.family
+        every = family.views(plan.hf, padded_vocab=padded)
+        return (*every, *family.optional_views(plan.hf, padded_vocab=padded))
+
+    def changed(names: Iterable[str]) -> None:
+        params = dict(model.model.named_parameters(remove_duplicate=False))
+        model.weights_changed([params[name] for name in names if name in params])
+
+    return Target(
+        tensors=_Live(model),
+        layout=model.layout,
+        on_change=changed,
+        views=views,
+        unpadded=unpadded,
+        **place,
+    )
+
+
+class _Live:
+    """The live local tensors of a TorchTitan model."""
+
+    def __init__(self, model: TitanForCausalLM) -> None:
+        self._model = model
+        # A sharded model has gathered tensors in the place of some parameters after a step; those that it had
+        # before the first one stay the truth.
+        self._built = self._now() if model.plan.sharded else None
+
+    def __call__(self) -> Mapping[str, torch.Tensor]:
+        return self._built if self._built is not None else self._now()
+
+    def _now(self) -> dict[str, torch.Tensor]:
+        inner = self._model.model
+        tensors = dict(inner.named_parameters(remove_duplicate=False)) | dict(inner.named_buffers())
+        return {name: local_of(tensors[name]) for name in self._model.layout.params}
