@@ -54,9 +54,7 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
         }
 
     def views() -> Sequence[View]:
-        family = plan.family
-        every = family.views(plan.hf, padded_vocab=padded)
-        return (*every, *family.optional_views(plan.hf, padded_vocab=padded))
+        return plan.family.views(plan.hf, padded_vocab=padded)
 
     def changed(names: Iterable[str]) -> None:
         params = dict(model.model.named_parameters(remove_duplicate=False))

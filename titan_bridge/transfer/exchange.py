@@ -73,8 +73,7 @@ class Sides:
         Raises:
             BridgeError: A tensor of the engine that the trainer does not have, or another shape.
         """
-        pads = tuple(self.padding_view(name) for name in self.unpadded if self._pads(name))
-        made = plan(self.source, self.destination, (*self.views, *pads), allow_missing=bool(self.unpadded))
+        made = plan(self.source, self.destination, self.all_views(), allow_missing=bool(self.unpadded))
         if lost := sorted(set(made.missing) - set(self.unpadded)):
             raise BridgeError(
                 f"the engine's {lost[0]} is in no tensor of the trainer ({len(lost)} such tensors)"
@@ -91,6 +90,12 @@ class Sides:
             factors=tuple((size,) for size in full),
             index=tuple((0, size) for size in shape),
         )
+
+    def all_views(self) -> tuple[View, ...]:
+        """The engine's views, and padding views for those of the trainer's tensors that need one."""
+        viewed = {(view.name, view.fqn) for view in self.views}
+        pads = (name for name in self.unpadded if (name, name) not in viewed and self._pads(name))
+        return (*self.views, *map(self.padding_view, pads))
 
     def _pads(self, name: str) -> bool:
         held = self.source.params.get(name)

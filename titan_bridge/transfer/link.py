@@ -95,8 +95,7 @@ class Link:
 
     def router(self) -> Router:
         """For sparse updates, on trainer ranks."""
-        pads = [self.sides.padding_view(name) for name in self.sides.unpadded]
-        return Router(self.sides.destination, (*pads, *self.sides.views))
+        return Router(self.sides.destination, self.sides.all_views())
 
     def note(self, round: int, what: str) -> str:
         """Key of a note about one round."""

@@ -57,8 +57,8 @@ class Target:
     """Of this worker among all workers of the engine, its data-parallel groups included."""
     count: int
     """How many they are."""
-    on_change: Callable[[Iterable[torch.Tensor]], None] = lambda changed: None
-    """Called with the live tensors that were written."""
+    on_change: Callable[[Iterable[str]], None] = lambda names: None
+    """Called with the names of the live tensors that were written."""
     views: Callable[[], Sequence[View]] = lambda: ()
     """Hugging Face names as slices of the tensors, or the reverse."""
     unpadded: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -295,7 +295,7 @@ class Receiver:
         live = self.target.tensors()
         names = apply_dense(staged.dense, live) if staged.dense is not None else set()
         names |= apply_sparse(staged.sparse, live) if staged.sparse is not None else set()
-        self.target.on_change([live[name] for name in sorted(names)])
+        self.target.on_change(sorted(names))
         self.version = staged.version
         if not self._keep and self._dense is not None:
             self._dense.release()
