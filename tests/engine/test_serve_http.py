@@ -1,4 +1,4 @@
-"""`titan-bridge serve` over real HTTP, driven by the openai client: what a deployment does to a server."""
+"""`vllm serve --model-impl torchtitan` over real HTTP, driven by the openai client: what a deployment does to a server."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import openai
 import pytest
 import torch
 
+from titan_bridge import cpu
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
 
@@ -41,12 +42,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         port = probe.getsockname()[1]
     log = folder / "server.log"
     command = [
-        str(Path(sys.executable).parent / "titan-bridge"), "serve", model,
-        "--host", "127.0.0.1", "--port", str(port), "--tp", "2", "--ep", "2",
+        str(Path(sys.executable).parent / "vllm"), "serve", model, "--model-impl", "torchtitan",
+        "--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", "2", "--enable-expert-parallel",
         "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--served-model-name", "moe",
     ]  # fmt: skip
+    environment = {**os.environ, **cpu.environment(2, given=os.environ)}
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 240

