@@ -6,6 +6,7 @@ For tests and benchmarks, and to try a layout before there is an engine: they ne
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,27 @@ _METHODS = {
     "update_weights": "update",
     "finish_weight_update": "finish",
 }
+
+
+_users = 0
+
+
+@contextmanager
+def _context() -> Iterator[Any]:
+    """Processes forked from one that has torch imported and no threads: a new one starts at once.
+
+    Ends that process with its last user, since it would outlive them until the interpreter ends.
+    """
+    global _users
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["titan_bridge.transfer.samples"])
+    _users += 1
+    try:
+        yield context
+    finally:
+        _users -= 1
+        if not _users:
+            forkserver._forkserver._stop()
 
 
 def retarget(receiver: Receiver, make: Callable[..., Target], rows: Sequence[tuple]) -> None:
@@ -52,11 +74,12 @@ def _serve(make: Callable[..., Target], args: tuple, address: str, threads: int)
                     caller.send((True, method(receiver, *given)))
                 else:
                     caller.send((True, getattr(receiver, _METHODS[method])(*given)))
-            except EOFError:
-                continue
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                continue  # whoever called is gone
             except Exception as error:
                 traceback.print_exc()
-                caller.send((False, str(error)))
+                with contextlib.suppress(OSError):
+                    caller.send((False, str(error)))
 
 
 class PlainClient:
@@ -112,8 +135,7 @@ def plain_workers(
     make: Callable[..., Target], arguments: Sequence[tuple], *, threads: int = 1
 ) -> Iterator[tuple[PlainClient, list[mp.Process]]]:
     """Start one process for each of `arguments`, which holds what `make(*arguments)` makes; end them afterwards."""
-    context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="titan-") as folder:
+    with _context() as context, tempfile.TemporaryDirectory(prefix="titan-") as folder:
         addresses = [os.path.join(folder, str(i)) for i in range(len(arguments))]
         processes = [
             context.Process(target=_serve, args=(make, args, address, threads), daemon=True)
@@ -162,8 +184,7 @@ def _rank(pipe: connection.Connection, rank: int, threads: int) -> None:
 class PlainRanks:
     """Processes that run jobs as ranks of a gloo process group, a new group for each job."""
 
-    def __init__(self, count: int, threads: int) -> None:
-        context = mp.get_context("spawn")
+    def __init__(self, context: Any, count: int, threads: int) -> None:
         self._pipes, self.processes = [], []
         for rank in range(count):
             ours, theirs = context.Pipe()
@@ -182,29 +203,33 @@ class PlainRanks:
         port = free_port()
         for pipe in self._pipes[:world]:
             pipe.send((job, world, port, args))
-        return lambda: [self._answer(rank) for rank in range(world)]
+        return lambda: self._answers(world)
 
     def run(self, job: Callable[..., Any], *args: Any, world: int | None = None) -> list[Any]:
         """`start`, and wait."""
         return self.start(job, *args, world=world)()
 
-    def _answer(self, rank: int) -> Any:
-        try:
-            good, answer = self._pipes[rank].recv()
-        except EOFError:
-            raise RuntimeError(f"rank {rank} died") from None
-        if not good:
-            raise RuntimeError(f"rank {rank}: {answer}")
-        return answer
+    def _answers(self, world: int) -> list[Any]:
+        answers: list[tuple[bool, Any]] = []
+        for rank in range(world):  # all of them, or the next job would find what is left
+            try:
+                answers.append(self._pipes[rank].recv())
+            except (EOFError, ConnectionResetError):
+                answers.append((False, "died"))
+        for rank, (good, answer) in enumerate(answers):
+            if not good:
+                raise RuntimeError(f"rank {rank}: {answer}")
+        return [answer for _, answer in answers]
 
 
 @contextmanager
 def plain_ranks(count: int, *, threads: int = 1) -> Iterator[PlainRanks]:
     """`count` processes for jobs; ended afterwards."""
-    ranks = PlainRanks(count, threads)
-    try:
-        yield ranks
-    finally:
-        for process in ranks.processes:
-            process.kill()
-            process.join()
+    with _context() as context:
+        ranks = PlainRanks(context, count, threads)
+        try:
+            yield ranks
+        finally:
+            for process in ranks.processes:
+                process.kill()
+                process.join()

@@ -115,7 +115,16 @@ class Receiver:
             self._drop()
             self._fail(str(error))
             if board is not None:
-                self._tell(board, self._joined(terms), str(error))
+                self._tell_why(board, terms, str(error))
+
+    def _tell_why(self, board: Board, terms: Terms, why: str) -> None:
+        hello = terms.hello(terms.engine, self.target.index)
+        try:
+            if not board.has(hello):
+                board.post(hello, {"refused": why})
+            board.post(self._joined(terms), why)
+        except TransferError as error:
+            logger.error("%s", error)
 
     def _joined(self, terms: Terms) -> str:
         return f"{terms.prefix}/joined/{terms.engine}.{self.target.index}"
@@ -125,7 +134,9 @@ class Receiver:
             return (
                 f"the trainer speaks version {terms.version} of this protocol, the engine version {VERSION}"
             )
-        if self._link is None or self._link.terms.trainer == terms.trainer or not self._link.board.alive():
+        if self._link is None or self._link.broken or self._link.terms.trainer == terms.trainer:
+            return None
+        if not self._link.board.alive():
             return None
         theirs = self._link.terms
         return f"the engine is connected with another trainer, at {theirs.host}:{theirs.port}; shut that one down first"

@@ -493,15 +493,15 @@ class Trainer:
 
     def _await(self, key: str, call: _Call | None, limit: Deadline) -> Any:
         """A note of a worker; fails early if the RPC that keeps it busy failed."""
-        end = Deadline(limit.left + MARGIN)
-        while True:
-            try:
-                return self._board.read(key, seconds=min(0.5, end.left))
-            except TransferError as error:
-                if call is not None and call.failed:
-                    call.result(0)
-                if end.over:
-                    raise TransferError(f"{error}") from None
+        end, pause = Deadline(limit.left + MARGIN), 0.0005
+        while not self._board.has(key):
+            if call is not None and call.failed and not self._board.has(key):
+                call.result(0)
+            if end.over:
+                raise TransferError(f"waited for {key}: no answer within the time limit")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+        return self._board.read(key, seconds=MARGIN)
 
     def _pause(self, limit: Deadline) -> bool:
         pause, mode = getattr(self.client, "pause_generation", None), self.options.pause
