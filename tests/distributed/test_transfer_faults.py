@@ -328,7 +328,7 @@ def two_trainers(rank: int, world: int, client: PlainClient) -> str | None:
     """Two processes, each a trainer of one rank."""
     refused = None
     if rank == 0:
-        trainer, held = lone_trainer(client, NEW)
+        trainer, _ = lone_trainer(client, NEW)
     dist.barrier()
     if rank == 1:
         with pytest.raises(TransferError) as error:

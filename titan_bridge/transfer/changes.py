@@ -122,6 +122,8 @@ def _global(
     """Flat positions in the local tensor as flat positions in the global one."""
     coordinate = mesh.coordinate(rank)
     assert coordinate is not None, "layout_of has checked it"
+    if not len(local):
+        return local
     result, stride, rest = torch.zeros_like(local), 1, local
     dims = dim_segments(spec.placements, shape, mesh.shape, coordinate)
     for dim in reversed(range(len(shape))):
