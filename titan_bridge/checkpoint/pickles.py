@@ -91,7 +91,9 @@ class _Rules:
             return self.allowed[full]
         if module == "torch" and (dtype := torch_dtype(name)) is not None:
             return dtype
-        raise BridgeError(f"the pickle names {full}, which no checkpoint needs; refused, nothing was run")
+        raise BridgeError(
+            f"the pickle names {full!r:.100}, which no checkpoint needs; refused, nothing was run"
+        )
 
     def persistent_load(self, pid: Any) -> Any:
         if self.persistent is None:

@@ -1,0 +1,175 @@
+"""DCP on real ranks: what is written loads into TorchTitan's parallel model, and what that saves is read."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torchtitan.components.checkpointer.base import ModelWrapper
+from torchtitan.distributed.utils import set_spmd_backend
+
+from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint.reshard import Options, prepare
+from titan_bridge.mesh import DENSE, SPARSE, Sizes, get_device_meshes, to_parallel_dims
+from titan_bridge.models import family_for, load_hf_config
+from titan_bridge.models.build import build_on_meta
+from titan_bridge.parallelize import plan_for
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = pytest.mark.distributed
+WORLD = 4
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+CASES = {
+    "llama3": (Sizes(dp=2, tp=2), {"head_dim": 8}),
+    "qwen3_moe": (Sizes(dp=2, tp=2, ep=2), {"head_dim": 16}),
+}
+
+
+def parallel_model(hf: dict, sizes: Sizes) -> torch.nn.Module:
+    """TorchTitan's model as it trains: tp and ep declared, FSDP around layers, experts on their own mesh."""
+    family = family_for(hf)
+    plan = plan_for(family)
+    config = family.model_config(hf, expert_bias=True)
+    plan.set_sharding(config, enable_ep=sizes.ep > 1)
+    set_spmd_backend("partial_dtensor")
+    model = build_on_meta(config, dtype=torch.float32)
+    model.parallelize(to_parallel_dims(sizes, spmd_backend="partial_dtensor"))
+    meshes = get_device_meshes(sizes, device_type="cpu")
+    for layer in [*model.layers.values(), model]:
+        moe = getattr(layer, "moe", None)
+        for module, mesh in ((getattr(moe, "routed_experts", None), SPARSE), (layer, DENSE)):
+            if module is not None:
+                axis = "efsdp" if mesh == SPARSE else "fsdp"
+                fully_shard(
+                    module, mesh=meshes[mesh]["dp_replicate", axis], shard_placement_fn=lambda p: Shard(0)
+                )
+    model.to_empty(device="cpu")
+    return model
+
+
+def on_rank(rank: int, port: int, kind: str, base: Path) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+    }
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    with torch.no_grad():
+        wrapper = ModelWrapper(parallel_model(load_hf_config(base / "hf"), CASES[kind][0]))
+        state = wrapper.state_dict()
+        sharded = 0
+        for tensor in state.values():
+            tensor.zero_()
+            sharded += isinstance(tensor, DTensor) and any(p.is_shard() for p in tensor.placements)
+        assert sharded > 10
+        dcp.load(state, checkpoint_id=base / "dcp")
+        wrapper.load_state_dict(state)
+        with open_checkpoint(base / "dcp") as checkpoint:
+            assert checkpoint.tensors.keys() == state.keys()
+            for name, tensor in wrapper.state_dict().items():
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                assert torch.equal(whole, checkpoint.read(name)), name
+        dcp.save({**wrapper.state_dict(), "train_state": {"step": 3}}, checkpoint_id=base / "saved")
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_dcp_loads_into_a_parallel_model_and_its_own_is_read(tmp_path, kind):
+    source = make_checkpoint(tmp_path / "hf", kind, tokenizer=False, **SMALL, **CASES[kind][1])
+    prepare(Options(source=source, target=tmp_path / "dcp", to="dcp", max_shard_size=200_000)).run()
+    mp.spawn(on_rank, args=(free_port(), kind, tmp_path), nprocs=WORLD)
+    assert len(list((tmp_path / "saved").glob("*.distcp"))) == WORLD
+    prepare(Options(source=tmp_path / "saved", target=tmp_path / "back", to="hf", config=source)).run()
+    with open_checkpoint(source) as expected, open_checkpoint(tmp_path / "back") as found:
+        assert expected.tensors.keys() == found.tensors.keys()
+        for name in expected.tensors:
+            assert torch.equal(expected.read(name), found.read(name)), name
+
+
+@pytest.mark.parametrize("to", [("dcp",), ("hf",), ("engine", "--tp", "2", "--ep", "2")])
+def test_torchrun_shares_the_work_and_gives_the_same_tensors(tmp_path, to):
+    source = make_checkpoint(tmp_path / "hf", "qwen3_moe", tokenizer=False, **SMALL)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    command = [
+        "-m",
+        "titan_bridge.cli",
+        "reshard",
+        str(source),
+        str(tmp_path / "out"),
+        "--to",
+        *to,
+        "--verify",
+        "--json",
+    ]
+    found = subprocess.run([*torchrun, *command], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count('"bytes_read"') == 1  # one of them reports
+    prepare(
+        Options(source=source, target=tmp_path / "alone", to=to[0], **({"tp": 2, "ep": 2} if to[1:] else {}))
+    ).run()
+    weights = {file.name for kind in ("*.distcp", "*.safetensors") for file in (tmp_path / "out").glob(kind)}
+    alone = {file.name for kind in ("*.distcp", "*.safetensors") for file in (tmp_path / "alone").glob(kind)}
+    assert len(weights) > len(alone)
+    with open_checkpoint(tmp_path / "alone") as one, open_checkpoint(tmp_path / "out") as other:
+        assert one.tensors.keys() == other.tensors.keys()
+        for name in one.tensors:
+            assert torch.equal(one.read(name), other.read(name)), name
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama3", tokenizer=False, **SMALL, head_dim=8)
+    script = (
+        "import os, sys\n"
+        "from titan_bridge.checkpoint.execute import Executor\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    def full(self, *a): raise OSError(28, 'No space left on device')\n"
+        "    Executor._write_strip = full\n"
+        "from titan_bridge.cli import main\n"
+        "sys.exit(main(['reshard', sys.argv[1], sys.argv[2], '--to', 'dcp']))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    found = subprocess.run(
+        [*torchrun, str(tmp_path / "script.py"), str(source), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert found.returncode != 0
+    assert "titan-bridge: the disk is full" in found.stderr
+    assert "titan-bridge: rank 1 failed: the disk is full" in found.stderr
+    assert not (tmp_path / "out").exists()

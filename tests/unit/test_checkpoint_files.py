@@ -1,0 +1,126 @@
+"""Positioned reads give what as_strided gives on the whole tensor; names stay inside; CRCs of parts combine."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_bridge.checkpoint import files
+from titan_bridge.checkpoint.crc import combine
+from titan_bridge.checkpoint.engine_files import contiguous_parts
+from titan_bridge.checkpoint.files import FilePool, inside
+from titan_bridge.checkpoint.target import rows_of
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Box
+
+SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)
+
+
+@st.composite
+def boxes(draw, shape):
+    spans = []
+    for size in shape:
+        start = draw(st.integers(0, size - 1))
+        spans.append((start, draw(st.integers(start + 1, size))))
+    return Box(start=tuple(a for a, _ in spans), stop=tuple(b for _, b in spans))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    shape=SHAPES,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+    gap=st.integers(0, 200),
+    scratch=st.sampled_from([8, 64, 512]),
+)
+def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, shape, dtype, gap, scratch):
+    tensor = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape).to(dtype)
+    path = tmp_path_factory.mktemp("window") / "file"
+    head = data.draw(st.integers(0, 9))
+    path.write_bytes(b"x" * head + bytes(files.bytes_of(tensor)) + b"y" * 3)
+    box = data.draw(boxes(shape))
+    order = data.draw(st.permutations(range(len(shape))))
+    expected = tensor[box.slices].permute(order)
+    window = (tuple(expected.shape), tuple(expected.stride()), expected.storage_offset())
+    pool = FilePool()
+    with pytest.MonkeyPatch.context() as patch:
+        # Small limits, so that windows are cut in every way.
+        patch.setattr(files, "SCRATCH_BYTES", scratch)
+        patch.setattr(files, "GAP_BYTES", gap)
+        for wanted in (dtype, torch.float32):
+            out = torch.full(expected.shape, -1).to(wanted)
+            pool.fetch(path, head, dtype, window, out)
+            assert torch.equal(out, expected.to(wanted))
+    assert pool.bytes_wanted == 2 * expected.numel() * dtype.itemsize
+    assert pool.bytes_read >= pool.bytes_wanted
+    if gap == 0 and dtype.itemsize <= scratch:
+        assert pool.bytes_read == pool.bytes_wanted
+    pool.close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), shape=SHAPES, most=st.integers(1, 60), align=st.integers(1, 4))
+def test_strips_tile_a_box_and_are_small_and_contiguous(data, shape, most, align):
+    box = data.draw(boxes(shape))
+    seen = torch.zeros(shape, dtype=torch.int64)
+    for strip in rows_of(box, 1, most, align):
+        assert strip.numel <= most or strip.numel == 1
+        part = torch.arange(box.numel).reshape(box.shape)[strip.relative_to(box.start).slices]
+        assert part.is_contiguous()
+        seen[strip.slices] += 1
+    expected = torch.zeros(shape, dtype=torch.int64)
+    expected[box.slices] = 1
+    assert torch.equal(seen, expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), shape=SHAPES)
+def test_contiguous_parts_are_runs_of_the_tensor(data, shape):
+    box = data.draw(boxes(shape))
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    found = []
+    for part, offset in contiguous_parts(box, shape):
+        run = tensor.reshape(-1)[offset : offset + part.numel]
+        assert torch.equal(run.reshape(part.shape), tensor[part.slices])
+        found += run.tolist()
+    assert sorted(found) == sorted(tensor[box.slices].reshape(-1).tolist())
+
+
+@given(first=st.binary(max_size=300), second=st.binary(max_size=300))
+def test_combined_crcs_are_those_of_the_whole(first, second):
+    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+
+
+def test_a_large_second_half_combines_too():
+    second = bytes(5_000_001)
+    assert combine(zlib.crc32(b"abc"), zlib.crc32(second), len(second)) == zlib.crc32(b"abc" + second)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "..", "a\0b", "..\\x", 3, None])
+def test_names_that_leave_the_directory_are_refused(name):
+    with pytest.raises(BridgeError, match=r"it names|names the file"):
+        inside(Path("/data"), name, "it")
+
+
+def test_a_file_that_ends_early_is_an_error(tmp_path):
+    (tmp_path / "f").write_bytes(b"1234")
+    with pytest.raises(BridgeError, match="truncated"):
+        FilePool().read_into(tmp_path / "f", 2, memoryview(bytearray(3)))
+
+
+def test_many_files_stay_within_the_limit_of_open_ones(tmp_path):
+    pool = FilePool()
+    for i in range(200):
+        (tmp_path / str(i)).write_bytes(bytes([i]))
+    for _ in range(2):
+        for i in range(200):
+            out = bytearray(1)
+            pool.read_into(tmp_path / str(i), 0, memoryview(out))
+            assert out[0] == i
+    assert len(pool._files) <= files._OPEN_FILES
+    pool.close()

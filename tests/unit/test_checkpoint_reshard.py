@@ -1,0 +1,337 @@
+"""Resharding between real files: bit for bit what TorchTitan's adapters give, and back again without a change."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
+
+from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint.engine_files import map_rank
+from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
+from titan_bridge.errors import BridgeError
+from titan_bridge.models import family_for, load_hf_config
+from titan_bridge.models.build import build_on_meta
+from titan_bridge.sharding import Layout
+from titan_bridge.testing import make_checkpoint
+
+KINDS = {
+    "llama3": ("llama3", {}),
+    "llama3_tied": ("llama3", {"tie_word_embeddings": True, "num_key_value_heads": 8}),
+    "qwen3": ("qwen3", {"vocab_size": 777}),
+    "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_mixed": ("qwen3_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}),
+}
+ADAPTERS = {"llama3": Llama3StateDictAdapter, "qwen3": Qwen3StateDictAdapter}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint of a kind, made once."""
+    base, known = tmp_path_factory.mktemp("models"), {}
+
+    def make(kind: str) -> Path:
+        if kind not in known:
+            family, overrides = KINDS[kind]
+            settings = SMALL | overrides | ({"head_dim": 8} if family == "llama3" else {})
+            known[kind] = make_checkpoint(base / kind, family, max_shard_size="100KB", **settings)
+        return known[kind]
+
+    return make
+
+
+def reshard(source: Path, target: Path, to: str, **options) -> Outcome:
+    return prepare(Options(source=source, target=target, to=to, **options)).run()
+
+
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_dcp_equals_from_hf(made, tmp_path, kind):
+    source = made(kind)
+    outcome = reshard(source, tmp_path / "dcp", "dcp")
+    hf = load_hf_config(source)
+    config = family_for(hf).model_config(hf)
+    files = {k: v for file in source.glob("*.safetensors") for k, v in load_file(file).items()}
+    expected = ADAPTERS[family_for(hf).name](config, None).from_hf(dict(files))
+    found = contents(tmp_path / "dcp")
+    zeros = {name for name in found if name.endswith("expert_bias_E")}
+    assert all(not found.pop(name).any() for name in zeros)
+    assert_same(found, expected)
+    assert outcome.bytes_read == sum(tensor.nbytes for tensor in files.values())
+    # What TorchTitan's model asks DCP for is there, under the names of its own state dict.
+    model = build_on_meta(family_for(hf).model_config(hf, expert_bias=True), dtype=torch.float32)
+    state = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_hf_equals_to_hf(made, tmp_path, kind):
+    """From a DCP that torch wrote, with TorchTitan's values; expected is TorchTitan's adapter."""
+    source = made(kind)
+    hf = load_hf_config(source)
+    family = family_for(hf)
+    model = build_on_meta(family.model_config(hf), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        name: torch.empty(tensor.shape).normal_(generator=generator)
+        for name, tensor in model.state_dict().items()
+    }
+    for alias, fqn in family.tied_names(hf).items():
+        state[alias] = state[fqn]
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    expected = ADAPTERS[family.name](family.model_config(hf), None).to_hf(dict(state))
+    outcome = reshard(tmp_path / "dcp", tmp_path / "hf", "hf", config=source, max_shard_size=150_000)
+    assert_same(contents(tmp_path / "hf"), {name: tensor.contiguous() for name, tensor in expected.items()})
+    assert outcome.bytes_read == sum(tensor.nbytes for tensor in expected.values())
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    assert len(set(index["weight_map"].values())) > 1
+    for file in set(index["weight_map"].values()):
+        assert load_file(tmp_path / "hf" / file).keys() == {
+            n for n, f in index["weight_map"].items() if f == file
+        }
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).is_file()
+
+
+def test_transformers_loads_what_was_written(made, tmp_path):
+    import transformers
+
+    for kind in ("llama3_tied", "qwen3_moe"):
+        source, base = made(kind), tmp_path / kind
+        reshard(source, base / "dcp", "dcp")
+        reshard(base / "dcp", base / "hf", "hf", dtype=torch.bfloat16)
+        own = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
+        ours = transformers.AutoModelForCausalLM.from_pretrained(base / "hf", dtype="auto").state_dict()
+        assert_same(ours, own)
+        assert next(iter(ours.values())).dtype == torch.bfloat16  # config.json says so
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base / "hf")
+        assert tokenizer.decode(tokenizer("def f(x):").input_ids) == "def f(x):"
+
+
+sizes_of = {
+    "llama3": [(1, 1, 1), (1, 2, 1), (2, 4, 1)],
+    "llama3_tied": [(1, 2, 1), (2, 2, 1)],
+    "qwen3": [(1, 2, 1), (3, 4, 1), (2, 1, 1)],
+    "qwen3_tied": [(2, 4, 1)],
+    "qwen3_moe": [(1, 2, 1), (2, 2, 4), (2, 2, 2), (4, 1, 4)],
+    "qwen3_mixed": [(2, 2, 4), (1, 4, 1)],
+}
+
+
+@st.composite
+def journeys(draw):
+    kind = draw(st.sampled_from(list(KINDS)))
+    steps = []
+    for _ in range(draw(st.integers(1, 3))):
+        to = draw(st.sampled_from(["hf", "dcp", "engine", "engine"]))
+        options: dict = {"to": to, "max_shard_size": draw(st.sampled_from([40_000, 200_000, 10**9]))}
+        if to == "engine":
+            dp, tp, ep = draw(st.sampled_from(sizes_of[kind]))
+            options |= {"dp": dp, "tp": tp, "ep": ep, "dense": draw(st.sampled_from(["replicate", "shard"]))}
+        options["workers"] = draw(st.sampled_from([1, 3]))
+        steps.append(options)
+    return kind, steps
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(journey=journeys())
+def test_there_and_back_is_the_identity(made, tmp_path_factory, journey):
+    kind, steps = journey
+    base = tmp_path_factory.mktemp("journey")
+    at = made(kind)
+    for number, options in enumerate(steps):
+        reshard(at, base / str(number), **options)
+        at = base / str(number)
+    reshard(at, base / "back", "hf")
+    assert_same(contents(base / "back"), contents(made(kind)))
+    shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("dense", ["replicate", "shard"])
+@pytest.mark.parametrize(
+    ("kind", "dp", "tp", "ep"), [("qwen3", 2, 2, 1), ("qwen3_mixed", 2, 2, 4), ("qwen3_moe", 2, 2, 2)]
+)
+def test_engine_files_are_the_local_shards(made, tmp_path, kind, dp, tp, ep, dense):
+    source = made(kind)
+    reshard(source, tmp_path / "dcp", "dcp")
+    outcome = reshard(tmp_path / "dcp", tmp_path / "engine", "engine", dp=dp, tp=tp, ep=ep, dense=dense)
+    layout = Layout.read(tmp_path / "engine/layout.json")
+    hf = load_hf_config(source)
+    # The oracle: global tensors put together by the views, cut by the pieces.
+    rows = layout.param("tok_embeddings.weight").shape[0]
+    whole = {fqn: torch.zeros(param.shape) for fqn, param in layout.params.items()}
+    values = contents(source)
+    for view in family_for(hf).views(hf, padded_vocab=rows):
+        view.write(whole[view.fqn], values[view.name])
+    assert layout.ranks == tuple(range(dp * tp))
+    for rank in layout.ranks:
+        mapped = dict(map_rank(tmp_path / "engine", rank))
+        assert mapped.keys() == layout.params.keys()
+        for fqn, tensor in mapped.items():
+            expected = torch.zeros(layout.local_shape(fqn, rank))
+            for piece in layout.pieces(fqn, rank):
+                expected[piece.local.slices] = whole[fqn][piece.box.slices]
+            assert torch.equal(tensor, expected), (rank, fqn)
+    # Nothing is stored twice: replicas share files.
+    assert outcome.bytes_written < 1.1 * sum(tensor.nbytes for tensor in whole.values())
+
+
+def test_casts_are_torchs(made, tmp_path):
+    source = made("llama3")
+    for dtype in (torch.bfloat16, torch.float16):
+        reshard(source, tmp_path / str(dtype), "dcp", dtype=dtype)
+        reshard(source, tmp_path / f"hf{dtype}", "hf", dtype=dtype)
+        assert_same(contents(tmp_path / f"hf{dtype}"), {k: v.to(dtype) for k, v in contents(source).items()})
+        reshard(tmp_path / str(dtype), tmp_path / f"back{dtype}", "hf")
+        assert_same(contents(tmp_path / f"back{dtype}"), contents(tmp_path / f"hf{dtype}"))
+        assert load_hf_config(tmp_path / f"back{dtype}")["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_small_strip_gives_the_same_files(made, tmp_path, monkeypatch):
+    """Strips that end in the middle of heads, experts and rows."""
+    source = made("qwen3_moe")
+    reshard(source, tmp_path / "a", "dcp")
+    reshard(tmp_path / "a", tmp_path / "b", "engine", dp=2, tp=2, ep=4)
+    import titan_bridge.checkpoint.execute as execute
+
+    monkeypatch.setattr(execute.strips_of, "__defaults__", (100,))
+    job = prepare(Options(source=source, target=tmp_path / "c", to="dcp", workers=3))
+    assert sum(map(len, job.strips.values())) > 1000
+    job.run()
+    reshard(tmp_path / "c", tmp_path / "d", "engine", dp=2, tp=2, ep=4, workers=3)
+    for one, other in (("a", "c"), ("b", "d")):
+        for file in (tmp_path / one).iterdir():
+            if file.name != ".metadata":
+                assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), file.name
+
+
+def training_state(source: Path) -> dict:
+    state = contents(source)
+    generator = torch.Generator().manual_seed(3)
+    moments = {
+        f"state.{name}.{moment}": torch.empty(tensor.shape).normal_(generator=generator)
+        for name, tensor in state.items()
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
+    lr = {f"param_groups.{name}.lr": 0.001 * number for number, name in enumerate(state)}
+    return {
+        **state,
+        "optimizer": {**moments, **lr},
+        "lr_scheduler": {"last_epoch": 12},
+        "train_state": {"step": torch.tensor(12), "log_steps": [1, 2]},
+    }
+
+
+def test_optimizer_state_is_left_out_or_carried(made, tmp_path):
+    reshard(made("llama3"), tmp_path / "model", "dcp")
+    state = training_state(tmp_path / "model")
+    dcp.save(state, checkpoint_id=tmp_path / "full", no_dist=True)
+    reshard(tmp_path / "full", tmp_path / "without", "dcp", config=made("llama3"))
+    assert_same(contents(tmp_path / "without"), contents(tmp_path / "model"))
+    reshard(
+        tmp_path / "full",
+        tmp_path / "with",
+        "dcp",
+        with_optimizer=True,
+        dtype=torch.bfloat16,
+        max_shard_size=300_000,
+    )
+    assert len(list((tmp_path / "with").glob("*.distcp"))) > 3
+    # DCP's own reader loads all of it; only the model was cast.
+    loaded = training_state(tmp_path / "model")
+    for tensor in loaded["optimizer"].values():
+        if isinstance(tensor, torch.Tensor):
+            tensor.zero_()
+    loaded["optimizer"] |= {
+        name: -1.0 for name, value in loaded["optimizer"].items() if isinstance(value, float)
+    }
+    loaded["lr_scheduler"]["last_epoch"] = -1
+    loaded["train_state"] = {"step": torch.tensor(0), "log_steps": [0, 0]}
+    dcp.load(loaded, checkpoint_id=tmp_path / "with", no_dist=True)
+    assert loaded["lr_scheduler"] == state["lr_scheduler"]
+    assert loaded["train_state"] == state["train_state"]
+    for name, value in state["optimizer"].items():
+        found = loaded["optimizer"][name]
+        assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+    for name, tensor in contents(tmp_path / "model").items():
+        assert torch.equal(loaded[name], tensor.bfloat16().float())
+    with pytest.raises(BridgeError, match="DCP to DCP only"):
+        reshard(tmp_path / "full", tmp_path / "x", "hf", with_optimizer=True, config=made("llama3"))
+
+
+def test_an_expert_bias_that_is_not_zero_is_reported(made, tmp_path):
+    reshard(made("qwen3_moe"), tmp_path / "zero", "dcp")
+    assert reshard(tmp_path / "zero", tmp_path / "hf", "hf").lost == {}
+    state = contents(tmp_path / "zero")
+    state["layers.1.moe.expert_bias_E"][2] = 0.5
+    dcp.save(state, checkpoint_id=tmp_path / "biased", no_dist=True)
+    outcome = reshard(tmp_path / "biased", tmp_path / "hf2", "hf", config=made("qwen3_moe"))
+    assert outcome.lost == {"layers.1.moe.expert_bias_E": 1}
+    again = reshard(tmp_path / "biased", tmp_path / "again", "dcp")
+    assert again.lost == {}
+    assert_same(contents(tmp_path / "again"), state)
+
+
+def test_nan_and_infinity_are_counted_and_kept(made, tmp_path):
+    state = contents(made("llama3"))
+    state["model.norm.weight"][3:5] = math.nan
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = -math.inf
+    state["model.layers.0.mlp.up_proj.weight"][0, :2] = 1e6  # too large for float16
+    from safetensors.torch import save_file
+
+    source = tmp_path / "nan"
+    source.mkdir()
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(made("llama3") / "config.json", source)
+    outcome = reshard(source, tmp_path / "dcp", "dcp")
+    assert outcome.nan == {"norm.weight": 2}
+    assert outcome.inf == {"layers.1.feed_forward.w3.weight": 1}
+    assert int(contents(tmp_path / "dcp")["norm.weight"].isnan().sum()) == 2
+    half = reshard(source, tmp_path / "half", "hf", dtype=torch.float16)
+    assert half.inf == {"model.layers.1.mlp.up_proj.weight": 1, "model.layers.0.mlp.up_proj.weight": 2}
+
+
+def test_hugging_face_to_hugging_face_needs_no_known_family(made, tmp_path):
+    from safetensors.torch import save_file
+
+    source = tmp_path / "other"
+    source.mkdir()
+    save_file({"a": torch.randn(9, 3), "n": torch.arange(4)}, source / "model.safetensors")
+    (source / "config.json").write_text('{"architectures": ["Novel"]}')
+    reshard(source, tmp_path / "out", "hf", dtype=torch.bfloat16)
+    assert contents(tmp_path / "out")["a"].dtype == torch.bfloat16
+    assert torch.equal(contents(tmp_path / "out")["n"], torch.arange(4))
+    with pytest.raises(BridgeError, match="Novel is not supported"):
+        reshard(source, tmp_path / "dcp", "dcp")
