@@ -145,6 +145,21 @@ def find(path: str | os.PathLike[str]) -> TrainedRun:
     )
 
 
+def model_and_step(path: str) -> tuple[str, int | None]:
+    """The model directory that a path means, and the step if the path names one.
+
+    A training run's output folder means its checkpoint folder; `step-N` in that means the same with step N.
+    Anything else means itself.
+    """
+    given = Path(path)
+    if (given / CHECKPOINT / RECORD).is_file():
+        return str(given / CHECKPOINT), None
+    match = re.fullmatch(r"step-(\d+)", given.name)
+    if match and (given.parent / RECORD).is_file():
+        return str(given.parent), int(match[1])
+    return path, None
+
+
 def whole_steps(folder: Path) -> tuple[int, ...]:
     """Steps of the whole checkpoints in a checkpoint folder, in order."""
     return tuple(sorted(step for step, path in _steps(folder) if (path / METADATA).is_file()))
@@ -186,8 +201,8 @@ def check_same_run(folder: Path, record: Record) -> None:
         raise BridgeError(
             f"{folder} holds checkpoints {'with' if old.expert_bias else 'without'} expert_bias_E"
         )
-    if old.config.get("data") != record.config.get("data"):
-        different = _differences(old.config.get("data") or {}, record.config.get("data") or {})
+    different = _differences(old.config.get("data") or {}, record.config.get("data") or {})
+    if different:
         raise BridgeError(
             f"{folder} holds checkpoints of a run on other data: {different}; choose another out"
         )
