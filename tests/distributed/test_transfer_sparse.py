@@ -160,7 +160,7 @@ def test_bytes_on_the_wire(trainers, workers):
 
 
 def mistakes(rank: int, world: int, port: int, client: PlainClient, told: dict, what: str) -> str:
-    trainer, held = make(rank, world, port, client, told)
+    trainer, _ = make(rank, world, port, client, told)
     one = Patch(name="wo", indices=torch.tensor([5 + rank]), values=torch.ones(1))
     if what == "no base":
         with pytest.raises(BridgeError) as error:

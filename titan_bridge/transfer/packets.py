@@ -95,25 +95,26 @@ def receive_sparse(
         values = reader.split([(n, getattr(torch, layout.params[name].dtype)) for name, n in tensors])
         for (name, _), p, v in zip(tensors, positions, values, strict=True):
             found.setdefault(name, []).append(Entries(positions=p, values=v))
-    result = []
-    for name, parts in found.items():
-        at = torch.cat([part.positions for part in parts]).long()
-        if len(at):
-            low, high = torch.aminmax(at)
-            if low < 0 or high >= math.prod(local[name]):
-                raise BridgeError(
-                    f"patch for {name}: a position is outside the local tensor {tuple(local[name])}"
-                )
-            check_unique(name, at)
-        result.append(Arrived(name=name, positions=at, values=torch.cat([part.values for part in parts])))
-    return result
+    return [stage(name, parts, math.prod(local[name])) for name, parts in found.items()]
+
+
+def stage(name: str, parts: Sequence[Entries], numel: int) -> Arrived:
+    """The entries of one tensor, of `numel` local elements, put together and checked; see `receive_sparse`."""
+    at = torch.cat([part.positions for part in parts]).long()
+    if len(at):
+        low, high = torch.aminmax(at)
+        if low < 0 or high >= numel:
+            raise BridgeError(f"patch for {name}: a position is outside a local tensor of {numel} elements")
+        check_unique(name, at)
+    return Arrived(name=name, positions=at, values=torch.cat([part.values for part in parts]))
 
 
 def apply_sparse(arrived: Sequence[Arrived], live: Mapping[str, torch.Tensor]) -> set[str]:
     """Scatter staged entries into the live local tensors; returns the names that were written."""
     for each in arrived:
         flat = live[each.name].view(-1)
-        flat.scatter_(0, each.positions.to(flat.device), each.values.to(flat.device))
+        # Not scatter_: for bfloat16 on a CPU it takes time for every element of the tensor.
+        flat.index_copy_(0, each.positions.to(flat.device), each.values.to(flat.device))
     return {each.name for each in arrived}
 
 
