@@ -24,7 +24,6 @@ def check(config: InferConfig) -> dict[str, Any]:
         BridgeError: the first thing that is wrong.
     """
     hf_config = model_directory(config.model)
-    weights_present(config.model)
     parallel = config.parallel
     experts = experts_in(hf_config)
     if parallel.ep > 1 and not experts:
@@ -33,12 +32,14 @@ def check(config: InferConfig) -> dict[str, Any]:
         from titan_bridge.engine.options import titan_options  # noqa: PLC0415  pydantic
         from titan_bridge.mesh import Sizes  # noqa: PLC0415
 
-        titan_options(config.additional_config())
+        options = titan_options(config.additional_config())
         # vLLM runs dp of a dense model as engines that do not know of each other.
         sizes = Sizes(dp=parallel.dp if experts else 1, tp=parallel.tp, ep=parallel.ep)
         dense_can_shard(parallel.dense, dp=parallel.dp, experts=experts)
         model_fits(hf_config, sizes, max_model_len=config.max_model_len)
-        tensors_fit(config.model, hf_config)
+        weights_fit(config.model, options.step, hf_config)
+    else:
+        weights_present(config.model)
     return hf_config
 
 
@@ -61,6 +62,30 @@ def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int
         )
 
 
+def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any]) -> None:
+    """Check that the headers of the weights are whole and hold what config.json describes; see `check_weights`.
+
+    Raises:
+        BridgeError: no weights that we read, a damaged file, or tensors that do not fit, all of them named.
+    """
+    from titan_bridge.checkpoint.model_dir import (  # noqa: PLC0415  torch
+        check_weights,
+        has_expert_bias,
+        weights_directory,
+    )
+    from titan_bridge.models import family_for  # noqa: PLC0415  torchtitan
+
+    directory = weights_directory(model, step)
+    if directory is None:
+        raise BridgeError(
+            f"{model} has no weights; looked for safetensors, a DCP (.metadata), engine files (engine.json) and the "
+            "step-N folders of a training run"
+        )
+    family = family_for(hf_config)
+    layers = range(hf_config["num_hidden_layers"] if has_expert_bias(model) else 0)
+    check_weights(directory, family, hf_config, {f"layers.{i}.moe.expert_bias_E": None for i in layers})
+
+
 def dense_can_shard(dense: str, *, dp: int, experts: bool) -> None:
     """Check that dp ranks step together where they gather each other's weights.
 
@@ -73,41 +98,6 @@ def dense_can_shard(dense: str, *, dp: int, experts: bool) -> None:
             f"dense='shard' with dp={dp} needs a mixture-of-experts model: vLLM runs the dp ranks of a dense model "
             "as engines that do not know of each other; use dense='replicate', or tp"
         )
-
-
-def tensors_fit(model: str, hf_config: Mapping[str, Any]) -> None:
-    """Check that names and shapes in the safetensors headers are those that config.json describes.
-
-    Reads headers only. A directory without safetensors is left to the loader.
-
-    Raises:
-        BridgeError: missing, unexpected and mis-shaped tensors; all of them counted, the first ones named.
-    """
-    from titan_bridge.models import family_for  # noqa: PLC0415  torch and torchtitan
-
-    files = _safetensors(Path(model))
-    if not files:
-        return
-    found = {name: tuple(entry["shape"]) for file in files for name, entry in _header(file).items()}
-    family = family_for(hf_config)
-    wanted = {view.name: view.shape for view in family.views(hf_config)}
-    allowed = wanted | {view.name: view.shape for view in family.optional_views(hf_config)}
-    problems = []
-    for what, names in (
-        ("missing", wanted.keys() - found.keys()),
-        ("unexpected", {name for name in found.keys() - allowed.keys() if not family.ignores(name)}),
-    ):
-        if names:
-            problems.append(f"{len(names)} {what}: {few(names)}")
-    shapes = [
-        f"{name} is {found[name]}, not {allowed[name]}"
-        for name in sorted(found.keys() & allowed.keys())
-        if found[name] != allowed[name]
-    ]
-    if shapes:
-        problems.append(f"{len(shapes)} of another shape: {few(shapes)}")
-    if problems:
-        raise BridgeError(f"{model} does not hold what its config.json describes: {'; '.join(problems)}")
 
 
 def few(names: Iterable[str], most: int = 4) -> str:
@@ -171,13 +161,6 @@ def _safetensors(folder: Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return sorted(folder / name for name in named)
-
-
-def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
 
 
 def _damage(file: Path) -> str | None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from titan_bridge.checkpoint.hf import is_hf
+from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.reference import load_reference
 
 PROMPT_LENGTHS = (3, 17, 40, 65, 97, 128, 161, 190)
@@ -67,10 +70,14 @@ def rounds(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[dict
     return [list(prompt) for prompt in (*prompts, *prompts)], sampling
 
 
-def references(model: str | os.PathLike[str]) -> Iterator[tuple[str, Logprobs]]:
-    """Name and log-probabilities of each reference, float32 on the CPU; one is in memory at a time."""
-    yield "transformers", _transformers(model)
-    yield "TorchTitan", load_reference(model).logprobs
+def references(model: str | os.PathLike[str], step: int | None = None) -> Iterator[tuple[str, Logprobs]]:
+    """Name and log-probabilities of each reference, float32 on the CPU; one is in memory at a time.
+
+    transformers reads Hugging Face checkpoints only; other formats have TorchTitan's own forward as referee.
+    """
+    if weights_directory(str(model), step) == Path(model) and is_hf(Path(model)):
+        yield "transformers", _transformers(model)
+    yield "TorchTitan", load_reference(model, step=step).logprobs
 
 
 def _transformers(model: str | os.PathLike[str]) -> Logprobs:

@@ -7,22 +7,24 @@ cache nor any parallelism.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torchtitan.models.common.decoder import Decoder
 
+from titan_bridge.checkpoint.load import load_into
+from titan_bridge.checkpoint.model_dir import has_expert_bias, weights_directory
+from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.errors import BridgeError
+from titan_bridge.layout import layout
+from titan_bridge.mesh import Sizes
 from titan_bridge.models import Family, family_for, load_hf_config
 from titan_bridge.models.attention import use_plain_attention
 from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.models.experts import keep_expert_dtype
+from titan_bridge.train.output import model_and_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,70 +62,47 @@ def load_reference(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    step: int | None = None,
 ) -> Reference:
     """Build the model that a checkpoint's config.json describes and fill it through the family's views.
 
     Args:
-        model_dir: Directory with config.json and safetensors files.
+        model_dir: Directory with config.json and a checkpoint of any format, or the output of a training run.
         dtype: The weights are converted to it (routed experts included).
         device: Where the whole model must fit.
+        step: Of a training run, the checkpoint to take; the last whole one if not given.
 
     Raises:
         UnsupportedModelError: The config states something TorchTitan's model cannot compute.
         BridgeError: Files that cannot be read; missing, unexpected or mis-shaped tensors, all of them named.
     """
+    model_dir, own_step = model_and_step(str(model_dir))
     hf = load_hf_config(model_dir)
     family = family_for(hf)
-    config = family.model_config(hf)
+    config = family.model_config(hf, expert_bias=has_expert_bias(model_dir))
     keep_expert_dtype(config)
     use_plain_attention(family, hf, config)
     model = materialize(build_on_meta(config, dtype=dtype), device).eval().requires_grad_(False)
-    _fill(model, family, hf, Path(model_dir))
+    directory = weights_directory(model_dir, own_step if step is None else step)
+    if directory is None:
+        raise BridgeError(f"{model_dir} holds no weights; give a directory with a checkpoint")
+    where = layout(config, Sizes(), dtype=dtype)
+    live = dict(model.named_parameters()) | dict(model.named_buffers())
+    known = {view.fqn for view in family.views(hf)}
+    with open_checkpoint(directory) as checkpoint:
+        load_into(
+            checkpoint,
+            {fqn: live[fqn] for fqn in where.params},
+            where,
+            0,
+            family=family,
+            hf=hf,
+            padded_vocab=hf["vocab_size"],
+            buffers={fqn: param for fqn, param in where.params.items() if fqn not in known},
+        )
     return Reference(family=family, model=model)
 
 
 def reference_logprobs(model_dir: str | os.PathLike[str], token_ids: Sequence[int]) -> torch.Tensor:
     """Float32 log-probabilities ``[L, V]`` of one sequence on the CPU; see ``Reference.logprobs``."""
     return load_reference(model_dir).logprobs(token_ids)
-
-
-def _fill(model: Decoder, family: Family, hf: Mapping[str, Any], model_dir: Path) -> None:
-    """Copy each tensor of the checkpoint into its place, one at a time."""
-    missing = {view.name: view for view in family.views(hf)}
-    optional = {view.name: view for view in family.optional_views(hf)}
-    targets = dict(model.named_parameters())
-    wrong = []
-    for name, tensor in _tensors(model_dir):
-        if family.ignores(name) or name in optional:
-            continue
-        view = missing.pop(name, None)
-        if view is None:
-            wrong.append(f"unexpected {name}")
-        elif tuple(tensor.shape) != view.shape:
-            wrong.append(f"{name} has shape {tuple(tensor.shape)}, the config implies {view.shape}")
-        else:
-            target = targets[view.fqn].data
-            view.write(target, tensor.to(dtype=target.dtype, device=target.device))
-    wrong += [f"missing {name}" for name in missing]
-    if wrong:
-        raise BridgeError(f"{model_dir} does not hold what its config.json describes: {'; '.join(wrong)}")
-
-
-def _tensors(model_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything in a safetensors checkpoint, one file at a time."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({model_dir / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = [model_dir / "model.safetensors"]
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                    yield name, opened.get_tensor(name)
-        except FileNotFoundError:
-            raise BridgeError(
-                f"{file} does not exist; give a directory with a safetensors checkpoint"
-            ) from None
-        except SafetensorError as error:
-            raise BridgeError(f"{file} cannot be read: {error}; it may be truncated, copy it again") from None

@@ -44,9 +44,10 @@ class InferCommand:
         """
         from titan_bridge.config.reader import resolve  # pydantic and tomli, not needed for --help
         from titan_bridge.config.schema import InferConfig
+        from titan_bridge.train.output import model_and_step
 
         is_file = self.model.endswith(".toml")
-        return resolve(
+        resolved = resolve(
             InferConfig,
             file=self.model if is_file else None,
             sets=self.set,
@@ -61,6 +62,15 @@ class InferCommand:
                 **(flags or {}),
             },
         )
+        config = resolved.config
+        model, step = model_and_step(config.model)
+        if model == config.model:
+            return resolved
+        additional = dict(config.vllm.get("additional_config") or {})
+        if step is not None:
+            additional["titan"] = {**(additional.get("titan") or {}), "step": step}
+        vllm = {**config.vllm, "additional_config": additional} if additional else config.vllm
+        return dataclasses.replace(resolved, config=dataclasses.replace(config, model=model, vllm=vllm))
 
 
 def parse_vllm_options(arguments: Sequence[str]) -> dict[str, Any]:

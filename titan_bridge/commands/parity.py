@@ -53,7 +53,8 @@ class Parity(InferCommand):
             outcome = generate(config, prompts, sampling)
         completions = [dataclasses.asdict(completion) for completion in outcome.completions]
         with quiet("running the references", verbose=self.verbose):
-            found = [parity.compare(completions, *each) for each in parity.references(config.model)]
+            step = (config.additional_config().get("titan") or {}).get("step")
+            found = [parity.compare(completions, *each) for each in parity.references(config.model, step)]
         right = all(
             (tolerance is None or difference.max <= tolerance)
             and (difference.diverged is None or config.dtype != "float32")

@@ -18,6 +18,7 @@ from torchtitan.protocols.module import Module
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
+from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.engine.attention import PagedAttention
 from titan_bridge.engine.cpu_linear import use_packed_linears
@@ -36,7 +37,7 @@ from titan_bridge.mesh import (
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.parallelize import plan_for
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
 
 
@@ -51,6 +52,13 @@ class Plan:
     padded_vocab: int
     """Rows of the embedding and the head: the vocabulary rounded up to a multiple of tp."""
     max_model_len: int
+    expert_bias: bool = False
+    """Whether the model was trained with TorchTitan's load-balancing bias, which routes at inference, too."""
+
+    def buffers(self, layout: Layout) -> dict[str, ParamLayout]:
+        """What a checkpoint holds besides the tensors that Hugging Face knows (expert bias), by FQN."""
+        known = {view.fqn for view in self.family.views(self.hf, padded_vocab=self.padded_vocab)}
+        return {fqn: param for fqn, param in layout.params.items() if fqn not in known}
 
     @property
     def sharded(self) -> bool:
@@ -107,12 +115,13 @@ def plan_from(vllm_config: VllmConfig, *, dp: int) -> Plan:
         options=options,
         padded_vocab=padded_vocab(hf["vocab_size"], sizes),
         max_model_len=vllm_config.model_config.max_model_len,
+        expert_bias=has_expert_bias(vllm_config.model_config.model),
     )
 
 
 def model_config(plan: Plan) -> Decoder.Config:
     """TorchTitan's config tree with sharding declared, for `plan`; attention still TorchTitan's."""
-    config = plan.family.model_config(plan.hf, padded_vocab=plan.padded_vocab)
+    config = plan.family.model_config(plan.hf, padded_vocab=plan.padded_vocab, expert_bias=plan.expert_bias)
     keep_expert_dtype(config)
     for layer in config.layers:
         layer.attention.rope.max_seq_len = plan.max_model_len

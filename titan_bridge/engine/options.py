@@ -19,6 +19,8 @@ class TitanOptions:
     """Dense weights on each dp rank: a whole copy, or `1/dp` of them, gathered layer by layer."""
     ep: int | None = None
     """Expert-parallel size if not `dp * tp`, for example 2; a divisor of `dp * tp` and of the experts."""
+    step: int | None = None
+    """Of a training run's folder, the checkpoint to serve; the last whole one if not given."""
     cpu_pack: bool = True
     """On the CPU backend in bfloat16, keep a packed copy of linear weights: faster, twice their memory."""
     attach_specs: bool = False

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from titan_bridge.engine.options import titan_options
@@ -37,6 +42,7 @@ def install() -> None:
         registry.ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
     route_model_impl(registry)
     check_config_early()
+    read_any_checkpoint()
     register_weight_transfer()
 
 
@@ -178,6 +184,48 @@ def answer_about_specs() -> None:
     for name in SPEC_METHODS:
         if not hasattr(base, name):
             setattr(base, name, getattr(live, name))
+
+
+def read_any_checkpoint() -> None:
+    """Make vLLM's load format "titan" known where models are loaded.
+
+    What: imports `titan_bridge.engine.model_loader`, which registers with vLLM's `register_model_loader`, right
+    after vLLM imports its own loaders; nothing of vLLM's is replaced. Why: importing them here would cost every
+    vLLM process most of a second, and a plugin has no later moment in a worker. Version: vllm 0.32
+    (`vllm/model_executor/model_loader/__init__.py`). Delete when: loaders can be registered by name
+    ("module:class"), as models can.
+    """
+    _after_import("vllm.model_executor.model_loader", "titan_bridge.engine.model_loader")
+
+
+def _after_import(name: str, then: str) -> None:
+    if name in sys.modules:
+        importlib.import_module(then)
+    elif not any(isinstance(finder, _After) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _After(name, then))
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Imports `then` once module `name` was imported by whoever needs it."""
+
+    def __init__(self, name: str, then: str) -> None:
+        self.name, self._then = name, then
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_both(module: ModuleType) -> None:
+            execute(module)
+            importlib.import_module(self._then)
+
+        spec.loader.exec_module = execute_both  # type: ignore[method-assign]
+        return spec
 
 
 def _wrap(owner: Any, name: str, parameters: list[str], wrapper: Callable[..., Any]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vllm.config import VllmConfig
 
-from titan_bridge.checks import dense_can_shard, model_fits, tensors_fit, weights_present
-from titan_bridge.engine.build import plan_from
+from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
+from titan_bridge.checks import dense_can_shard, model_fits
+from titan_bridge.engine.build import model_config, plan_from
 from titan_bridge.errors import BridgeError
+from titan_bridge.layout import layout
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -36,6 +36,14 @@ def check(vllm_config: VllmConfig) -> None:
     plan = plan_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
     dense_can_shard(plan.options.dense, dp=parallel.data_parallel_size, experts=model.is_moe)
     model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
-    if Path(model.model).is_dir() and vllm_config.load_config.load_format in ("auto", "safetensors", "hf"):
-        weights_present(model.model)
-        tensors_fit(model.model, plan.hf)
+    load = vllm_config.load_config
+    if load.load_format not in ("auto", LOAD_FORMAT):
+        return
+    directory = weights_directory(model.model, plan.options.step)
+    if directory is None:
+        if load.load_format == LOAD_FORMAT or plan.options.step is not None:
+            raise BridgeError(f"{model.model} holds no checkpoint that load_format={LOAD_FORMAT!r} reads")
+        return
+    load.load_format = LOAD_FORMAT
+    buffers = plan.buffers(layout(model_config(plan), plan.sizes))
+    check_weights(directory, plan.family, plan.hf, buffers)

@@ -19,6 +19,8 @@ from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_para
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from titan_bridge.checkpoint import Checkpoint
+from titan_bridge.checkpoint.load import Loaded, load_into
 from titan_bridge.engine.build import build
 from titan_bridge.engine.cpu_linear import refresh
 from titan_bridge.engine.fsdp import drop_head, gather_head, head
@@ -49,8 +51,9 @@ class TitanForCausalLM(nn.Module):
         self.plan = plan
         self.layout = built.layout
         self.vocab_size = plan.hf["vocab_size"]
+        self.live = built.live()
         self.loader = WeightLoader(
-            built.live(),
+            self.live,
             built.layout,
             dist.get_rank(),
             plan.family.views(plan.hf, padded_vocab=plan.padded_vocab),
@@ -101,6 +104,21 @@ class TitanForCausalLM(nn.Module):
         loaded = self.loader.load(weights)
         self.weights_changed()
         return loaded
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> Loaded:
+        """Fill the live parameters from an open checkpoint of any format, reading only this rank's boxes."""
+        self.loaded = load_into(
+            checkpoint,
+            self.live,
+            self.layout,
+            dist.get_rank(),
+            family=self.plan.family,
+            hf=self.plan.hf,
+            padded_vocab=self.plan.padded_vocab,
+            buffers=self.plan.buffers(self.layout),
+        )
+        self.weights_changed()
+        return self.loaded
 
     def weights_changed(self, changed: Iterable[torch.Tensor] | None = None) -> None:
         """Bring everything that is derived from weights up to date; whoever writes into live parameters calls it.

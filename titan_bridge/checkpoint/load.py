@@ -1,0 +1,80 @@
+"""A checkpoint of any format straight into the live tensors of one rank: only its own boxes are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.mapping import check_source, make_mapping
+from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.plan import plan
+
+if TYPE_CHECKING:
+    from titan_bridge.models import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What one rank took."""
+
+    bytes_planned: int
+    """Bytes, in the checkpoint's dtypes, of the boxes that this rank holds."""
+    bytes_wanted: int
+    """Bytes that were asked of the files; equal to `bytes_planned`."""
+    bytes_read: int
+    """Bytes that came from the files; more by small gaps that are cheaper to read than to skip."""
+    bytes_total: int
+    """Bytes of the whole model in the checkpoint."""
+
+
+def load_into(
+    checkpoint: Checkpoint,
+    live: Mapping[str, torch.Tensor],
+    layout: Layout,
+    rank: int,
+    *,
+    family: Family,
+    hf: Mapping[str, Any],
+    padded_vocab: int,
+    buffers: Mapping[str, Any],
+) -> Loaded:
+    """Fill `live` (this rank's local tensors by FQN of the live model, contiguous) in place.
+
+    Args:
+        layout: Where every rank's slices lie.
+        rank: This rank in the layout's meshes.
+        family, hf, padded_vocab: What the checkpoint's names and shapes mean.
+        buffers: FQNs among `live` that Hugging Face does not know (expert bias).
+
+    Raises:
+        BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, before
+            anything is written; a file that ends early.
+    """
+    check_source(checkpoint, family, hf, buffers)
+    mapping = make_mapping(
+        checkpoint, family, hf, "engine", dtype=None, buffers=buffers, padded_vocab=padded_vocab
+    )
+    # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
+    work = plan(checkpoint.held(), layout, mapping.views, allow_missing=True)
+    copies = sorted(work.copies(destination=rank), key=lambda copy: _place(checkpoint, copy))
+    before = checkpoint.pool.bytes_wanted, checkpoint.pool.bytes_read
+    for copy in copies:
+        checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
+    return Loaded(
+        bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
+        bytes_wanted=checkpoint.pool.bytes_wanted - before[0],
+        bytes_read=checkpoint.pool.bytes_read - before[1],
+        bytes_total=checkpoint.nbytes,
+    )
+
+
+def _place(checkpoint: Checkpoint, copy: Copy) -> tuple[str, int]:
+    """In the order of the files, so that the disk is read forwards."""
+    assert copy.source_chunk is not None
+    chunk = checkpoint.tensor(copy.source_name).chunks[copy.source_chunk]
+    return str(chunk.path), chunk.offset + copy.source_window.offset
