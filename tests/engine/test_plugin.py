@@ -183,11 +183,11 @@ def test_bad_input_is_refused_with_one_line_before_any_worker_starts(
         ),
         "truncated": (
             {"model": str(truncated)},
-            "its header promises",
+            ": truncated",
         ),
         "other weights": (
             {"model": str(other)},
-            "does not hold what its config.json describes",
+            "does not fit qwen3: missing: ",
         ),
     }  # fmt: skip
     done = subprocess.run(

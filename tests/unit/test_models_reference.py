@@ -129,9 +129,9 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error(tmp_path: Path) -> N
     message = str(caught.value)
     assert "\n" not in message
     for part in (
-        "missing model.norm.weight",
-        "unexpected model.extra.weight",
-        "lm_head.weight has shape (5, 128), the config implies (768, 128)",
+        "missing: model.norm.weight",
+        "unexpected: model.extra.weight",
+        "lm_head.weight has shape (5, 128), config.json says (768, 128)",
     ):
         assert part in message
 
@@ -141,11 +141,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(
-        BridgeError, match=r"model\.safetensors cannot be read: .*; it may be truncated, copy it again"
+        BridgeError, match=r"model\.safetensors has \d+ bytes; its header describes \d+: truncated"
     ):
         load_reference(path)
     file.unlink()
-    with pytest.raises(BridgeError, match=r"model\.safetensors does not exist; give a directory"):
+    with pytest.raises(BridgeError, match="holds no weights; give a directory with a checkpoint"):
         load_reference(path)
 
 
