@@ -214,9 +214,15 @@ _SECONDARY = (
 def _explain(logs: Path, code: int) -> None:
     """Raise the error that ended the run: what a rank said to the user, else the first error in its log."""
     texts = {file: file.read_text(encoding="utf-8", errors="replace") for file in sorted(logs.glob("*.log"))}
-    for text in texts.values():
-        if said := re.findall(r"^(?:\w+\.)*(?:BridgeError|UnsupportedModelError): (.+)$", text, re.MULTILINE):
-            raise BridgeError(said[-1].strip())
+    said = [
+        message.strip()
+        for text in texts.values()
+        for message in re.findall(
+            r"^(?:\w+\.)*(?:BridgeError|UnsupportedModelError): (.+)$", text, re.MULTILINE
+        )
+    ]
+    if said:  # of ranks that ran into a full disk, one may have seen it before another one made room
+        raise BridgeError(max(said, key=lambda message: "make room" in message))
     errors = [(line, file) for file, text in texts.items() for line in _errors(text)]
     first = [pair for pair in errors if not any(word in pair[0] for word in _SECONDARY)] or errors
     if first:

@@ -6,9 +6,11 @@ goes to the standard output of the whole run; everything else to OUT/logs/rank_N
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -28,6 +30,9 @@ from titan_bridge.train.guard import die_with_parent
 from titan_bridge.train.output import LOGS, METRICS, Record, remove_partial, whole_steps
 from titan_bridge.train.progress import add_progress
 
+_ROOM = 1 << 20
+"""Bytes below which a file system counts as full."""
+
 _FULL = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "quota exceeded",
@@ -43,11 +48,12 @@ def main(checkpoint: str) -> int:
     try:
         _train(folder, screen)
     except BaseException as error:
-        traceback.print_exc()
-        reason = _full_disk(error, folder)
-        if reason is not None:
-            sys.stderr.write(f"BridgeError: {reason}\n")
-        sys.stderr.flush()
+        text = "".join(traceback.format_exception(error))
+        # Before the log, which may need the room that this makes.
+        reason = _failed_save(text, folder)
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text if reason is None else f"{text}\nBridgeError: {reason}\n")
+            sys.stderr.flush()
         # Other ranks may wait for this one in a collective that has no end; torchrun ends them.
         os._exit(1)
     return 0
@@ -112,25 +118,23 @@ def _redirect(logs: Path) -> TextIO:
     return screen
 
 
-def _full_disk(error: BaseException, folder: Path) -> str | None:
-    """What to tell the user if a full disk is behind an error of a save; removes the checkpoint that it cut short.
+def _failed_save(text: str, folder: Path) -> str | None:
+    """What to tell the user if the error came of a save; removes the checkpoint that it cut short.
 
-    torch wraps the error of each rank, so that the text of the traceback is what is left to look at.
+    Args:
+        text: the traceback. torch wraps the error of each rank, and its file format hides the errno of some.
     """
-    text = "".join(traceback.format_exception(error))
-    found = next(
-        (word for code, word in _FULL.items() if os.strerror(code) in text or f"Errno {code}]" in text), None
-    )
-    if found is None and "PytorchStreamWriter" not in text:
+    if "state_dict_saver.py" not in text:
         return None
-    if os.environ["RANK"] == "0":
-        remove_partial(folder)
+    words = {os.strerror(code): word for code, word in _FULL.items()}
+    why = next((word for message, word in words.items() if message in text), None)
+    if why is None and shutil.disk_usage(folder).free < _ROOM:
+        why = _FULL[errno.ENOSPC]
+    remove_partial(folder)  # on every rank: the first that fails may be the last that is let live
     whole = whole_steps(folder)
     last = f"the last whole checkpoint is step-{whole[-1]}" if whole else "there is no whole checkpoint yet"
-    return (
-        f"a checkpoint could not be saved in {folder}: {found or 'the file could not be written'}; {last}; "
-        "make room and run the same command to go on"
-    )
+    advice = "make room and run the same command to go on" if why else "run the same command to go on"
+    return f"a checkpoint could not be saved in {folder}: {why or text.strip().splitlines()[-1]}; {last}; {advice}"
 
 
 if __name__ == "__main__":
