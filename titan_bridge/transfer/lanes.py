@@ -18,6 +18,8 @@ from titan_bridge.sharding.moves import Window
 from titan_bridge.sharding.plan import Plan
 
 BUCKET_BYTES = 64 * 2**20
+ALONE_BYTES = 2**20
+"""A copy of this size is a message of its own: where it is contiguous it then travels without being packed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +122,19 @@ def cut(window: Window, most: int) -> Iterator[Window]:
 
 
 def _packed(parts: list[tuple[str, Window, int]], dtype: str, most: int) -> Iterator[Bucket]:
+    torch_dtype = getattr(torch, dtype)
+    alone = max(1, ALONE_BYTES // torch_dtype.itemsize)
     slices: list[Slice] = []
     at = 0
     for name, window, elements in parts:
+        if elements >= alone:
+            only = Slice(name=name, window=window, at=0, elements=elements)
+            yield Bucket(dtype=torch_dtype, slices=(only,))
+            continue
         if slices and at + elements > most:
-            yield Bucket(dtype=getattr(torch, dtype), slices=tuple(slices))
+            yield Bucket(dtype=torch_dtype, slices=tuple(slices))
             slices, at = [], 0
         slices.append(Slice(name=name, window=window, at=at, elements=elements))
         at += elements
     if slices:
-        yield Bucket(dtype=getattr(torch, dtype), slices=tuple(slices))
+        yield Bucket(dtype=torch_dtype, slices=tuple(slices))

@@ -46,6 +46,14 @@ class TensorSource:
         """The local tensors by name, detached."""
         return {name: local_of(tensor) for name, tensor in self.tensors().items()}
 
+    def signature(self) -> dict[str, tuple]:
+        """What the layout depends on, quickly: equal as long as `layout()` says the same."""
+        return {
+            name: (tensor.shape, tensor.dtype)
+            + ((tensor.placements, id(tensor.device_mesh)) if isinstance(tensor, DTensor) else ())
+            for name, tensor in self.tensors().items()
+        }
+
     def layout(self) -> Layout:
         """What this rank knows of the layout: the tensors that it holds.
 

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.transfer.board import Board
 from titan_bridge.transfer.dense import Deadline, DenseSender
@@ -108,7 +107,7 @@ class Trainer:
         self._name: str = self._board.read("trainer", seconds=o.seconds)
         self._link: Link | None = None
         self._sender: DenseSender | None = None
-        self._said: Layout | None = None
+        self._said: dict[str, tuple] = {}
         self._epoch = self._calls = self._rounds = 0
         self._version: str | None = None
         self._committed = 0
@@ -166,8 +165,8 @@ class Trainer:
         terms = self._terms()
         own = f"{terms.prefix}/trainer/{self.rank}"
         try:
-            self._said = self.source.layout()
-            self._board.post(own, {"layout": self._said.to_json()})
+            self._said = self.source.signature()
+            self._board.post(own, {"layout": self.source.layout().to_json()})
         except BridgeError as error:
             self._board.post(own, {"refused": f"trainer rank {self.rank}: {error}"})
         call: _Call | None = None
@@ -350,7 +349,7 @@ class Trainer:
                 outbox = link.router().route(patches)
             else:
                 local = self.source.local()
-                if self.source.layout() != self._said:
+                if self.source.signature() != self._said:
                     raise BridgeError(
                         "the tensors are not those that the connection was made for; make a new Trainer"
                     )
