@@ -19,7 +19,7 @@ class Config:
     """
 
     file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = None
-    """A .toml file (see configs/infer/)."""
+    """A .toml file (see configs/infer/ and configs/train/)."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Set one key, for instance --set parallel.tp=2; may be repeated."""
     schema: bool = False
@@ -29,16 +29,14 @@ class Config:
 
     def run(self) -> int:
         from titan_bridge.config import reader  # pydantic and tomli, not needed for --help
-        from titan_bridge.config.schema import SCHEMAS, InferConfig
+        from titan_bridge.config.kinds import KINDS, kind_of
 
         if self.schema:
-            print(
-                json.dumps({kind: reader.json_schema(schema) for kind, schema in SCHEMAS.items()}, indent=2)
-            )
+            print(json.dumps({kind: reader.json_schema(schema) for kind, schema in KINDS.items()}, indent=2))
             return 0
         if self.file is None:
             raise BridgeError("nothing to show; give a .toml file, or --schema")
-        rows = reader.resolve(InferConfig, file=self.file, sets=self.set).table()
+        rows = reader.resolve(KINDS[kind_of(self.file)], file=self.file, sets=self.set).table()
         if self.json:
             print(json.dumps({key: {"value": value, "origin": origin} for key, value, origin in rows}))
             return 0

@@ -159,7 +159,7 @@ def _is_text(file: Path) -> bool:
 
 
 def _cut(file: str, size: int, largest: int) -> Iterator[tuple[str, int, int]]:
-    """Pieces of at most about `largest` bytes, cut after a line where there is one nearby."""
+    """Pieces of `largest` bytes and the rest of the line, which is cut where it is as long again."""
     if size <= largest:
         if size:
             yield file, 0, size
@@ -170,6 +170,6 @@ def _cut(file: str, size: int, largest: int) -> Iterator[tuple[str, int, int]]:
             stop = min(size, start + largest)
             if stop < size:
                 opened.seek(stop)
-                stop = min(size, stop + len(opened.readline(4096)))
+                stop = min(size, stop + len(opened.readline(largest)))
             yield file, start, stop
             start = stop

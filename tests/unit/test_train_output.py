@@ -1,0 +1,167 @@
+"""The output folder: found from any path in it, and never gone on with as another model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from titan_bridge.config import reader
+from titan_bridge.config.train_schema import TrainConfig
+from titan_bridge.errors import BridgeError
+from titan_bridge.models.build import build_on_meta, materialize
+from titan_bridge.train import launch, output
+from titan_bridge.train.build import Job, build
+from titan_bridge.train.guard import lock
+from titan_bridge.train.progress import duration, read_metrics
+
+TOML = """
+out = "{out}"
+[model]
+family = "llama3"
+[model.sizes]
+hidden_size = 64
+intermediate_size = 128
+num_hidden_layers = 1
+num_attention_heads = 4
+[data]
+tokenizer = "bytes"
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    def make(*sets: str) -> Job:
+        (tmp_path / "a.toml").write_text(TOML.format(out=tmp_path / "out"))
+        resolved = reader.resolve(TrainConfig, file=tmp_path / "a.toml", sets=sets)
+        return build(resolved.config, resolved.origin)
+
+    return make
+
+
+@pytest.fixture
+def trained(job, tmp_path):
+    """An output folder with checkpoints of steps 2 and 4, and one of step 6 that was not written to its end."""
+    made = job()
+    folder = tmp_path / "out/checkpoint"
+    folder.mkdir(parents=True)
+    launch._record(made).write(folder)
+    model = materialize(build_on_meta(made.trainer.model_spec.model, dtype=torch.float32), "cpu")
+    for step in (2, 4):
+        dcp.save(model.state_dict(), checkpoint_id=str(folder / f"step-{step}"))
+    (folder / "step-6").mkdir()
+    (folder / "step-6/__0_0.distcp").write_bytes(b"half")
+    return folder
+
+
+def test_found_from_every_path(trained, tmp_path):
+    for path, step in ((tmp_path / "out", 4), (trained, 4), (trained / "step-2", 2)):
+        run = output.find(path)
+        assert (run.folder, run.step, run.dcp) == (trained, step, trained / f"step-{step}")
+        assert run.record.family == "llama3"
+        assert run.record.hf_config["hidden_size"] == 64
+
+
+def test_what_is_not_a_run_is_refused(trained, tmp_path):
+    with pytest.raises(BridgeError, match="was not written to its end; give another checkpoint"):
+        output.find(trained / "step-6")
+    with pytest.raises(
+        BridgeError, match=r"has no titan_bridge\.json; give the output folder of titan-bridge train"
+    ):
+        output.find(tmp_path)
+    (trained / output.RECORD).write_text("{")
+    with pytest.raises(BridgeError, match="cannot be read as a training record"):
+        output.find(trained)
+
+
+def test_partial_checkpoints_do_not_count_and_are_removed(trained):
+    assert output.whole_steps(trained) == (2, 4)
+    assert output.remove_partial(trained) == (6,)
+    assert output.whole_steps(trained) == (2, 4)
+    assert not (trained / "step-6").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["model.sizes.hidden_size=128"], "another model: .*hidden_size = 64 there, 128 here"),
+        (["model.sizes.num_hidden_layers=2"], "another model: num_hidden_layers = 1 there, 2 here"),
+        (["data.seed=1"], "a run on other data: seed = 0 there, 1 here"),
+        (["parallel.dp=2"], r"dp_replicate \* dp = 1, and here it is 2"),
+        (["model.family=qwen3"], "family llama3 there, qwen3 here"),
+    ],
+)
+def test_a_checkpoint_folder_of_another_run_is_refused(job, trained, sets, message):
+    with pytest.raises(BridgeError, match=message):
+        launch.train(job(*sets))
+    assert output.whole_steps(trained) == (2, 4)
+    assert (trained / "step-6").exists(), "nothing is changed before everything was checked"
+
+
+def test_checkpoints_without_a_record_and_tensors_of_another_model_are_refused(job, trained):
+    other = job("model.sizes.intermediate_size=64")
+    with pytest.raises(
+        BridgeError, match=r"w1.weight is \(128, 64\) there, \(64, 64\) here; choose another out"
+    ):
+        launch.check_checkpoint(other, trained / "step-4")
+    deeper = job("model.sizes.num_hidden_layers=2")
+    with pytest.raises(BridgeError, match=r"it has no layers\.1\."):
+        launch.check_checkpoint(deeper, trained / "step-4")
+    launch.check_checkpoint(job(), trained / "step-4")
+    (trained / "step-4" / output.METADATA).write_bytes(b"nonsense")
+    with pytest.raises(BridgeError, match="cannot be read as a checkpoint"):
+        launch.check_checkpoint(job(), trained / "step-4")
+    (trained / output.RECORD).unlink()
+    with pytest.raises(BridgeError, match=r"holds checkpoints without titan_bridge\.json"):
+        launch.train(job())
+
+
+def test_longer_training_and_another_tp_may_go_on(job, trained):
+    for sets in (["trainer.training.steps=99"], ["parallel.tp=2"], ["lr=0.5"]):
+        output.check_same_run(trained, launch._record(job(*sets)))
+
+
+def test_the_record_says_everything_again(job, trained):
+    record = output.Record.read(trained)
+    assert dataclasses.replace(record) == record
+    config = reader.from_dict(TrainConfig, record.config)
+    again = build(config, record.origin)
+    assert again.hf_config == record.hf_config == job().hf_config
+    assert record.trainer["training"]["steps"] == again.trainer.training.steps
+    assert set(record.versions) == {"titan_bridge", "torchtitan", "torch"}
+
+
+def test_a_lock_ends_with_its_holder(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from titan_bridge.train.guard import lock;"
+        "lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BridgeError, match="another run trains in"):
+            lock(tmp_path, wait=0.3)
+    finally:
+        holder.kill()
+        holder.communicate()
+    started = time.monotonic()
+    lock(tmp_path, wait=10)
+    assert time.monotonic() - started < 5
+
+
+def test_metrics_survive_a_crash_and_the_last_time_counts(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(file) == {}
+    file.write_text(
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo'
+    )
+    assert {step: entry["loss"] for step, entry in read_metrics(file).items()} == {1: 3.0, 2: 1.0}
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 59, 112, 3725)] == ["0 s", "59 s", "1 min 52 s", "1 h 2 min"]
