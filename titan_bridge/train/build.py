@@ -244,7 +244,7 @@ def _check_even(hf_config: Mapping[str, Any], sizes: Sizes) -> None:
         for size, placement in zip(axes.shape, parameter.spec.placements, strict=True):
             if isinstance(placement, _StridedShard):
                 length = parameter.shape[placement.dim]
-                if not fsdp_is_exact(length, placement.split_factor, size):
+                if not fsdp_is_exact(length, int(placement.split_factor), size):
                     raise BridgeError(
                         f"dim {placement.dim} of {name} has {length} elements, which {placement.split_factor} "
                         f"ranks of tp or ep and then {size} of dp do not divide; change dp={sizes.dp}, tp={sizes.tp} "

@@ -202,7 +202,9 @@ def _init_param(self: Module, name: str, param: torch.nn.Parameter) -> None:
     whole = torch.empty(param.shape, dtype=param.dtype)
     initializer(whole)
     mesh, local = param.device_mesh, param.to_local()
-    for piece in pieces_of(param.placements, param.shape, mesh.shape, mesh.get_coordinate()):
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None  # every rank is in the mesh of what it holds
+    for piece in pieces_of(param.placements, param.shape, mesh.shape, coordinate):
         local[piece.local.slices] = whole[piece.box.slices]
 
 
@@ -222,7 +224,7 @@ def _set_pg_timeouts(timeout: timedelta, parallel_dims: ParallelDims) -> None:
     dist.barrier()
     meshes = parallel_dims.get_all_one_dimensional_meshes().values()
     for group in [*(mesh.get_group() for mesh in meshes), None]:
-        dist.set_timeout(timeout, group)  # see compat.py
+        vars(dist)["set_timeout"](timeout, group)  # public in torch or made so by compat.py
 
 
 def _get_peak_flops(device_name: str) -> float:

@@ -214,7 +214,7 @@ _SECONDARY = (
 def _explain(logs: Path, code: int) -> None:
     """Raise the error that ended the run: what a rank said to the user, else the first error in its log."""
     texts = {file: file.read_text(encoding="utf-8", errors="replace") for file in sorted(logs.glob("*.log"))}
-    said = [
+    said: list[str] = [
         message.strip()
         for text in texts.values()
         for message in re.findall(

@@ -85,7 +85,8 @@ class Record:
                 raise BridgeError(
                     f"{file} has another version than {VERSION}; use the titan_bridge that wrote it"
                 )
-            return cls(**{**values, "tokenizer": tuple(values["tokenizer"])})
+            values["tokenizer"] = tuple(values["tokenizer"])
+            return cls(**values)
         except FileNotFoundError:
             raise BridgeError(
                 f"{folder} has no {RECORD}; give the output folder of titan-bridge train"
@@ -192,9 +193,8 @@ def check_same_run(folder: Path, record: Record) -> None:
             "choose another out"
         )
     # The tokenizer's ids come to the record when it is written; they belong to the data, compared below.
-    different = _differences(
-        *({**r.hf_config, "bos_token_id": None, "eos_token_id": None} for r in (old, record))
-    )
+    without_ids = {"bos_token_id": None, "eos_token_id": None}
+    different = _differences(old.hf_config | without_ids, record.hf_config | without_ids)
     if different:
         raise BridgeError(f"{folder} holds checkpoints of another model: {different}; choose another out")
     if old.expert_bias != record.expert_bias:

@@ -135,7 +135,9 @@ def _unknown(place: str, what: str, given: str, known: Any) -> str:
 
 
 def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Config:
-    stated = {key: value for key, value in dataclasses.asdict(sizes).items() if value is not None}
+    stated: dict[str, Any] = {
+        key: value for key, value in dataclasses.asdict(sizes).items() if value is not None
+    }
     stated |= {"vocab_size": vocab}
     sparse = [name for name in family.architectures if "Moe" in name]
     dense = [name for name in family.architectures if "Moe" not in name]
