@@ -50,7 +50,7 @@ class TensorSource:
         """What the layout depends on, quickly: equal as long as `layout()` says the same."""
         return {
             name: (tensor.shape, tensor.dtype)
-            + ((tensor.placements, id(tensor.device_mesh)) if isinstance(tensor, DTensor) else ())
+            + ((tensor.placements, tensor.device_mesh) if isinstance(tensor, DTensor) else ())
             for name, tensor in self.tensors().items()
         }
 
