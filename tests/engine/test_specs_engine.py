@@ -1,0 +1,131 @@
+"""Three ways to ask where the parameters are, one answer: Python, HTTP, and config.json without an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from titan_bridge import cli
+from titan_bridge.config.reader import from_dict
+from titan_bridge.config.schema import InferConfig
+from titan_bridge.engine import specs
+from titan_bridge.engine.offline import engine
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("moe"), "qwen3_moe", vocab_size=777))
+
+
+def config_of(model: str, model_impl: str, ep: int, **additional: object) -> InferConfig:
+    return from_dict(
+        InferConfig,
+        {
+            "model": model,
+            "model_impl": model_impl,
+            "dtype": "float32",
+            "max_model_len": 64,
+            "parallel": {"tp": 2, "ep": ep},
+            "vllm": {"enforce_eager": True, "max_num_seqs": 2, "additional_config": {"titan": additional}},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def from_python(model):
+    """The layout that `specs.layout` gives, and what the check against the checkpoint found."""
+    with engine(config_of(model, "torchtitan", 2)) as (llm, workers, _):
+        assert workers[0]["model_class"].endswith("TitanForCausalLM")
+        return specs.layout(llm).to_json(), specs.verify(llm, model)
+
+
+@pytest.fixture(scope="module")
+def url(model, tmp_path_factory) -> Iterator[str]:
+    """A real server whose VLLM_PLUGINS names the plugin."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [
+        sys.executable,
+        "-m",
+        "titan_bridge.cli",
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--tp",
+        "2",
+        "--ep",
+        "2",
+    ]
+    command += ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager", "--max-num-seqs", "2"]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "VLLM_PLUGINS": "titan_bridge"},
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert server.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def test_the_three_answers_are_equal(model, from_python, url, capsys):
+    code = cli.main(["inspect", model, "--tp", "2", "--ep", "2", "--dtype", "float32", "--json"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    from_config = json.loads(printed.out)
+    answer = httpx.get(f"{url}/v1/sharding_spec")
+    assert answer.status_code == 200
+    assert answer.json() == from_python[0] == from_config
+    assert "/v1/sharding_spec" in httpx.get(f"{url}/openapi.json").json()["paths"]
+
+
+def test_every_parameter_gathered_by_its_spec_is_the_checkpoints(from_python):
+    layout, verified = from_python
+    assert len(verified) == 2
+    for worker in verified:
+        assert [found["name"] for found in worker] == list(layout["params"])
+        assert [found for found in worker if not found["equal"]] == []
+        assert sum(found["spec"] is not None for found in worker) == 12
+
+
+def test_vllms_own_model_in_a_running_engine(model):
+    """Post-processed and ready to serve, its parameters are still what the specs say."""
+    with engine(config_of(model, "vllm", 1, attach_specs=True)) as (llm, workers, _):
+        assert workers[0]["model_class"] == "vllm.model_executor.models.qwen3_moe.Qwen3MoeForCausalLM"
+        verified, layout, native = specs.verify(llm, model), specs.layout(llm), specs.native(llm)
+    assert [found for worker in verified for found in worker if not found["equal"]] == []
+    assert len(verified) == 2
+    w2 = "model.layers.1.mlp.experts.routed_experts.w2_weight"
+    assert layout.local_shape(w2, 1) == (8, 128, 32)
+    assert native[1]["model.layers.0.self_attn.qkv_proj.weight"]["live_shape"] == [256, 128]
