@@ -335,3 +335,43 @@ def test_hugging_face_to_hugging_face_needs_no_known_family(made, tmp_path):
     assert torch.equal(contents(tmp_path / "out")["n"], torch.arange(4))
     with pytest.raises(BridgeError, match="Novel is not supported"):
         reshard(source, tmp_path / "dcp", "dcp")
+
+
+def test_torchtitans_own_models_need_no_config_file(tmp_path):
+    from torchtitan.models.llama3 import model_registry
+
+    model = build_on_meta(model_registry("debugmodel").model, dtype=torch.float32)
+    state = {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    reshard(tmp_path / "dcp", tmp_path / "hf", "hf", config=Path("llama3:debugmodel"))
+    expected = Llama3StateDictAdapter(model_registry("debugmodel").model, None).to_hf(dict(state))
+    assert_same(contents(tmp_path / "hf"), {name: tensor.contiguous() for name, tensor in expected.items()})
+    reshard(tmp_path / "hf", tmp_path / "back", "dcp")  # its config.json is complete
+    assert_same(contents(tmp_path / "back"), state)
+    for config, message in (
+        ("llama3:9B", "no such flavor"),
+        ("gpt9:x", "no family"),
+        ("nowhere", "does not exist"),
+    ):
+        with pytest.raises(BridgeError, match=message):
+            reshard(tmp_path / "dcp", tmp_path / "x", "hf", config=Path(config))
+    with pytest.raises(BridgeError, match="give one with --config"):
+        reshard(tmp_path / "dcp", tmp_path / "x", "hf")
+
+
+def test_a_training_run_stands_for_its_last_whole_step(made, tmp_path):
+    source, run = made("qwen3"), tmp_path / "checkpoint"
+    for step, sign in ((5, -1), (10, 1)):
+        reshard(source, run / f"step-{step}", "dcp")
+        with open_checkpoint(run / f"step-{step}") as checkpoint:
+            state = {name: sign * checkpoint.read(name) for name in checkpoint.tensors}
+        shutil.rmtree(run / f"step-{step}")
+        dcp.save(state, checkpoint_id=run / f"step-{step}", no_dist=True)
+    (run / "step-15").mkdir()  # killed before it was whole
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(source / name, run)
+    reshard(run, tmp_path / "last", "hf")
+    assert_same(contents(tmp_path / "last"), contents(source))
+    assert (tmp_path / "last/tokenizer.json").is_file()
+    reshard(run / "step-5", tmp_path / "first", "hf")
+    assert_same(contents(tmp_path / "first"), {name: -tensor for name, tensor in contents(source).items()})

@@ -45,7 +45,7 @@ class Options:
     target: Path
     to: Literal["hf", "dcp", "engine"]
     config: Path | None = None
-    """A directory with config.json, or the file; else the source's own."""
+    """A directory with config.json, the file, or "FAMILY:FLAVOR" of TorchTitan; else the source's own."""
     dtype: torch.dtype | None = None
     """Of floating-point weights; else they keep their own."""
     dp: int = 1

@@ -38,6 +38,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Che
         return open_engine(directory)
     if is_hf(directory):
         return open_hf(directory)
+    if any(directory.glob("model_*.pt")):
+        raise BridgeError(
+            f"{directory} was written by torch_checkpointing, which is not read; have TorchTitan write DCP "
+            "(its default checkpointer)"
+        )
     raise BridgeError(
         f"{directory} holds no checkpoint; looked for .metadata (DCP), engine.json (engine files), "
         f"model.safetensors and model.safetensors.index.json (Hugging Face)"

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
 from titan_bridge.checkpoint.execute import held_strips, strips_of
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
+from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
@@ -35,9 +38,11 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         BridgeError: The first thing that is wrong; all tensors that do not fit the model are in one line.
     """
     team = team or Team()
-    _check_paths(options)
+    # The folder of a training run stands for its last whole step.
+    found = weights_directory(str(options.source)) or options.source
+    _check_paths(options, found)
     extra = options.with_optimizer
-    source = open_checkpoint(options.source, extra=extra)
+    source = open_checkpoint(found, extra=extra)
     if extra and (source.format, options.to) != ("dcp", "dcp"):
         raise BridgeError(
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
@@ -89,8 +94,8 @@ def _filled(name: str, tensors: TensorMap) -> bool:
     return any(view.fqn == name for view in tensors.views)
 
 
-def _check_paths(options: Options) -> None:
-    source, target = options.source.resolve(), options.target.resolve()
+def _check_paths(options: Options, found: Path) -> None:
+    source, target = found.resolve(), options.target.resolve()
     if source == target:
         raise BridgeError(f"SRC and DST are both {source}; give another directory for DST")
     if source.is_relative_to(target):
@@ -110,15 +115,41 @@ def _check_paths(options: Options) -> None:
 def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | None, tuple[Path, ...]]:
     """config.json and the small files beside it."""
     if options.config is None:
+        run = source.path.parent
+        if source.format == "dcp" and source.config is None and (run / "config.json").is_file():
+            return hf.read_config(run), tuple(hf.carried_files(run))  # a step of a training run
         return source.config, tuple(hf.carried_files(source.path))
     given = options.config
     if not given.exists():
-        raise BridgeError(f"--config {given} does not exist; give a directory with config.json, or the file")
+        if flavor := re.fullmatch(r"(\w+):([\w.-]+)", str(given)):
+            return _flavor(*flavor.groups()), tuple(hf.carried_files(source.path))
+        raise BridgeError(
+            f"--config {given} does not exist; give a directory with config.json, the file, or one of TorchTitan's "
+            "models as FAMILY:FLAVOR, for example qwen3:0.6B"
+        )
     config = hf.read_json_object(given) if given.is_file() else hf.read_config(given)
     if config is None:
         raise BridgeError(f"--config {given} has no config.json")
     small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
     return config, tuple(small)
+
+
+def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
+    """config.json for one of the models that TorchTitan has by name."""
+    # Two seconds, as below.
+    from titan_bridge.models import families, family_of  # noqa: PLC0415
+
+    known = [family.name for family in families()]
+    if name not in known:
+        raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
+    package = importlib.import_module(f"torchtitan.models.{name}")
+    flavors = getattr(package, f"{name}_configs")
+    if flavor not in flavors:
+        raise BridgeError(
+            f"--config {name}:{flavor}: TorchTitan has no such flavor; allowed: {', '.join(flavors)}"
+        )
+    config = package.model_registry(flavor).model
+    return family_of(config).hf_config(config)
 
 
 def _between(

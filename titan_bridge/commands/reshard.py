@@ -39,7 +39,8 @@ class Reshard:
     """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), engine (files that
     each rank of the given sizes maps without slicing)."""
     config: Path | None = None
-    """Directory with config.json (and tokenizer), or the file itself, where SRC has none."""
+    """Where SRC has no config.json: a directory with one (and the tokenizer), the file itself, or one of TorchTitan's
+    models as FAMILY:FLAVOR, for example qwen3:0.6B."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights; else they keep their own."""
     dp: int = 1
