@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.changes import Snapshot, changed
 from titan_bridge.transfer.errors import TransferError
-from titan_bridge.transfer.plain import PlainClient, PlainRanks, free_port, plain_ranks
+from titan_bridge.transfer.plain import PlainClient, PlainRanks, door, free_port, plain_ranks
 from titan_bridge.transfer.samples import local_part
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Options, Trainer
@@ -33,12 +31,8 @@ SIZES = {"hidden_size": 64, "vocab_size": 777, "num_hidden_layers": 2}
 class Engine:
     """A running engine; `client` reaches it from other processes."""
 
-    def __init__(self, llm: Any, folder: Path) -> None:
-        self.llm = llm
-        self.folder = folder
-        self.client = PlainClient([str(folder / "door")])
-        self._door = connection.Listener(str(folder / "door"), family="AF_UNIX")
-        threading.Thread(target=self._serve, daemon=True).start()
+    def __init__(self, llm: Any, client: PlainClient, folder: Path) -> None:
+        self.llm, self.client, self.folder = llm, client, folder
         self.fresh = self.answers()
 
     def answers(self) -> list[float]:
@@ -50,22 +44,6 @@ class Engine:
         (output,) = self.llm.generate([prompt], given, use_tqdm=False)
         rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
         return [next(iter(row.values())).logprob for row in rows]
-
-    def _serve(self) -> None:
-        from titan_bridge.engine.transfer import LLMClient
-
-        own = LLMClient(self.llm)
-        while True:
-            with self._door.accept() as caller:
-                try:
-                    method, args = caller.recv()
-                    try:
-                        answer = (True, getattr(own, method)(*args))
-                    except Exception as error:
-                        answer = (False, str(error))
-                    caller.send(answer)
-                except (EOFError, OSError):
-                    continue  # whoever called is gone
 
 
 def titan_tensors(model: Path) -> dict[str, torch.Tensor]:
@@ -86,6 +64,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A mixture of experts in bf16 at tp=2, ep=2, started from checkpoint a; a, b and their layout as files."""
     from titan_bridge.config.schema import InferConfig, Parallel
     from titan_bridge.engine.offline import engine as start
+    from titan_bridge.engine.transfer import LLMClient
     from titan_bridge.layout import layout
     from titan_bridge.mesh import Sizes
     from titan_bridge.models import load_hf_config
@@ -103,8 +82,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         max_model_len=128,
         vllm={"enforce_eager": True, "weight_transfer_config": {"backend": "titan"}},
     )
-    with start(config) as (llm, _, _):
-        yield Engine(llm, folder)
+    with start(config) as (llm, _, _), door(LLMClient(llm), str(folder / "door")) as client:
+        yield Engine(llm, client, folder)
 
 
 @pytest.fixture(scope="module")
