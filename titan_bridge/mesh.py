@@ -242,11 +242,15 @@ def sizes_of(parallel_config: Any, world: int, *, ep: int | None = None) -> Size
             raise BridgeError(f"prefill_context_parallel_size={context} has no mesh axis; allowed: 1")
         dp = 1 if world == tp * pp else parallel_config.data_parallel_size
         if dp > 1 and pp > 1:
-            raise BridgeError(f"meshes of data_parallel_size={dp} with pipeline_parallel_size={pp}; set one to 1")
+            raise BridgeError(
+                f"meshes of data_parallel_size={dp} with pipeline_parallel_size={pp}; set one to 1"
+            )
         experts = dp * tp if parallel_config.enable_expert_parallel else 1
         sizes = Sizes(dp=dp, tp=tp, ep=ep or experts, pp=pp)
     if sizes.world != world:
-        raise BridgeError(f"{sizes} is {sizes.world} ranks, but the process group has {world}; give its sizes")
+        raise BridgeError(
+            f"{sizes} is {sizes.world} ranks, but the process group has {world}; give its sizes"
+        )
     return sizes
 
 
@@ -275,7 +279,8 @@ def get_device_meshes(
         raise BridgeError("there is no process group; call torch.distributed.init_process_group first")
     sizes = sizes_of(parallel_config, dist.get_world_size(), ep=ep)
     if device_type is None:
-        device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device_type = "cpu" if accelerator is None else accelerator.type
     made = _MADE.setdefault(dist.group.WORLD, {})
     if (sizes, device_type) not in made:
         made[sizes, device_type] = _make(sizes, device_type)

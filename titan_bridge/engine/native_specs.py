@@ -135,8 +135,9 @@ def settle(model: nn.Module, before: dict[tuple[str, str], tuple[torch.Size, tor
 def glimpse(model: nn.Module) -> dict[tuple[str, str], tuple[torch.Size, torch.Tensor]]:
     """Shape and a few elements of every declared parameter, by which `settle` sees that it was repacked."""
     return {
-        (prefix, name): (module._parameters[name].shape, _sample(module._parameters[name]))
+        (prefix, name): (tensor.shape, _sample(tensor))
         for prefix, module, name, _ in declared_in(model)
+        if (tensor := module._parameters.get(name)) is not None
     }
 
 
@@ -164,8 +165,8 @@ def is_declared(model: nn.Module) -> bool:
 
 def _column(module: Any, sizes: Sizes, names: Sequence[str]) -> dict[str, Native]:
     _unquantized(module, UnquantizedLinearMethod)
-    fused = getattr(module, "output_sizes", None)
-    replicas = [1] * len(fused or ())
+    fused: Sequence[int] = getattr(module, "output_sizes", None) or ()
+    replicas = [1] * len(fused)
     if isinstance(module, QKVParallelLinear):
         replicas = [1, module.num_kv_head_replicas, module.num_kv_head_replicas]
         names = names or ("q", "k", "v")
@@ -175,7 +176,7 @@ def _column(module: Any, sizes: Sizes, names: Sequence[str]) -> dict[str, Native
         raise BridgeError(f"its parts are {module.output_partition_sizes} rows, not those of {fused}")
     parts = tuple(
         Part(name=names[i] if len(names) == len(fused) else str(i), size=size // count, replicas=count)
-        for i, (size, count) in enumerate(zip(fused or (), replicas, strict=True))
+        for i, (size, count) in enumerate(zip(fused, replicas, strict=True))
     )
     spec = _dense(_tp(module, sizes), sizes, 0)
     rows = module.output_size
@@ -315,7 +316,8 @@ def pack(module: Any, name: str, expected: torch.Tensor) -> torch.Tensor:
     """
     kernel = getattr(module.quant_method, "moe_kernel", None)
     experts = getattr(kernel, "fused_experts", None)
-    if not current_platform.is_cpu() or not isinstance(getattr(experts, "isa", None), str):
+    isa = getattr(experts, "isa", None)
+    if not current_platform.is_cpu() or not isinstance(isa, str):
         return expected
     live = module._parameters[name]
     padded = expected.new_zeros(live.shape)
@@ -325,4 +327,4 @@ def pack(module: Any, name: str, expected: torch.Tensor) -> torch.Tensor:
     for half in range(halves):
         source = expected[:, half * inner : (half + 1) * inner]
         padded[:, half * wide : half * wide + inner, : source.shape[2]] = source
-    return ops.cpu_prepack_moe_weight(padded, experts.isa)
+    return ops.cpu_prepack_moe_weight(padded, isa)

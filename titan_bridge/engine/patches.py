@@ -137,7 +137,7 @@ def declare_native_specs() -> None:
     if _asks_for_specs() is None:
         return
     answer_about_specs()
-    loader = importlib.import_module("vllm.model_executor.model_loader.base_loader")
+    loader: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
     original = loader.process_weights_after_loading
     if getattr(original, MARK, False):
         return
