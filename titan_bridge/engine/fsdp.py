@@ -52,7 +52,9 @@ def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], sizes: Sizes, pla
             else:
                 skip |= set(experts.parameters())
         groups.append(layer)
-    if not model.enable_weight_tying:
+    if model.enable_weight_tying:
+        model.lm_head = None  # `head` multiplies by the embedding; one parameter cannot be in two groups
+    else:
         groups.append(model.lm_head)
     for group in groups:
         fully_shard(
@@ -77,6 +79,13 @@ def drop_head(model: Decoder) -> None:
 def gather_head(model: Decoder) -> None:
     """Gather what `head` needs; every dp rank ends its forward with this."""
     _head_owner(model).unshard()
+
+
+def drop_gathered(model: Decoder) -> None:
+    """Drop whatever is gathered (the last norm stays so between steps), so that the next step gathers new weights."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _head_owner(model: Decoder) -> FSDPModule:

@@ -23,7 +23,7 @@ from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
 from titan_bridge.engine.build import build
 from titan_bridge.engine.cpu_linear import refresh
-from titan_bridge.engine.fsdp import drop_head, gather_head, head
+from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
 from titan_bridge.engine.loader import WeightLoader
 from titan_bridge.engine.options import titan_options
 
@@ -125,4 +125,6 @@ class TitanForCausalLM(nn.Module):
 
         `changed` are the live parameters that were written; None means all.
         """
+        if self.plan.sharded:
+            drop_gathered(self.model)
         refresh(self.model, changed)

@@ -1,0 +1,119 @@
+"""Updates of a real engine of two dp ranks with expert parallelism and sharded dense weights: both ranks take one
+together, and answer afterwards as engines that were started from those weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from titan_bridge.transfer.plain import PlainClient, free_port, plain_ranks
+from titan_bridge.transfer.source import TensorSource
+from titan_bridge.transfer.trainer import Options, Trainer
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
+
+DP = 2
+
+
+def serve(model: str, address: str, dense: str) -> None:
+    """Body of one dp rank's process: an engine behind a door."""
+    from titan_bridge.config.schema import InferConfig, Parallel
+    from titan_bridge.engine.offline import engine
+    from titan_bridge.engine.transfer import LLMClient
+    from titan_bridge.transfer.plain import door
+
+    class Rank(LLMClient):
+        def answers(self) -> list[float]:
+            """Log-probabilities of a prompt's tokens and of its greedy continuation."""
+            from vllm import SamplingParams
+
+            given = SamplingParams(
+                max_tokens=6, temperature=0, prompt_logprobs=0, logprobs=0, ignore_eos=True
+            )
+            prompt = {"prompt_token_ids": list(range(7, 47))}
+            (output,) = self._llm.generate([prompt], given, use_tqdm=False)
+            rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            return [next(iter(row.values())).logprob for row in rows]
+
+    config = InferConfig(
+        model=model,
+        parallel=Parallel(dp=DP, ep=DP, dense=dense),  # type: ignore[arg-type]
+        max_model_len=128,
+        vllm={"enforce_eager": True, "weight_transfer_config": {"backend": "titan"}},
+    )
+    with engine(config) as (llm, _, _), door(Rank(llm), address):
+        Path(f"{address}.ready").touch()
+        sys.stdin.read()  # until the test is over
+        os._exit(0)  # the engines of dp ranks do not shut down one by one
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainClient, Path]]:
+    from titan_bridge import cpu
+    from titan_bridge.engine.offline import _end_group, _rank_environment
+    from titan_bridge.testing import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("dp")
+    for seed, name in enumerate("ab"):
+        make_checkpoint(
+            folder / name, "qwen3_moe", seed=seed, dtype=torch.bfloat16, hidden_size=64, tokenizer=False
+        )
+    common = {**os.environ, **cpu.environment(DP, given=os.environ)}
+    port = free_port()
+    addresses = [str(folder / f"door{rank}") for rank in range(DP)]
+    code = "import sys; from tests.engine.test_transfer_dp import serve; serve(*sys.argv[1:])"
+    started: list[Any] = []
+    try:
+        for rank, address in enumerate(addresses):
+            environment = {**common, **_rank_environment(common, rank, DP, 1, port, lockstep=True)}
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, str(folder / "a"), address, "shard"],
+                    stdin=subprocess.PIPE,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+        while not all(Path(f"{address}.ready").exists() for address in addresses):
+            assert all(process.poll() is None for process in started), "a dp rank did not start"
+            time.sleep(0.1)
+        yield PlainClient(addresses), folder
+    finally:
+        for process in started:
+            _end_group(process)
+
+
+def there_and_back(rank: int, world: int, client: PlainClient, folder: Path) -> list[list[list[float]]]:
+    held = load_file(folder / "b" / "model.safetensors")
+    trainer = Trainer(
+        TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=Options(seconds=60)
+    )
+    trainer.connect()
+    answers = []
+    for name in "bab":
+        held.update(load_file(folder / name / "model.safetensors"))
+        report = trainer.send_weights()
+        assert sum(report.received.values()) == report.lower_bound
+        answers.append(client.call("answers"))
+    trainer.shutdown()
+    return answers
+
+
+def test_both_dp_ranks_take_an_update_together(ranks):
+    client, folder = ranks
+    fresh = client.call("answers")
+    assert fresh[0] == fresh[1]
+    with plain_ranks(1) as trainers:
+        ((b, a, again),) = trainers.run(there_and_back, client, folder)
+    assert b[0] == b[1] != fresh[0]
+    assert a == fresh
+    assert again == b
