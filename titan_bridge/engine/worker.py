@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 WORKER_EXTENSION = "titan_bridge.engine.worker.BridgeWorker"
 
 
@@ -19,7 +21,7 @@ class BridgeWorker:
         model = self.get_model()  # type: ignore[attr-defined]  # the worker's
         plan = getattr(model, "plan", None)
         inner = getattr(model, "model", None) if plan is not None else None
-        parameters = list(model.parameters())
+        parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
         return {
             "rank": self.rank,  # type: ignore[attr-defined]
             "model_class": _name(type(model)),
