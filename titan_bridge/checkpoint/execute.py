@@ -203,7 +203,9 @@ class Executor:
         self._stack.callback(_close, opened.files, file.name)
         opened.files[file.name] = descriptor
         opened.spans[file.name] = []
-        os.ftruncate(descriptor, file.size)
+        if file.size:
+            # A full disk shows now, not after hours; and blocks that are there already are cheaper to write to.
+            os.posix_fallocate(descriptor, 0, file.size)
 
     def _write_strip(self, opened: _Open, strip: Strip) -> None:
         tensor = strip.unit.tensor
