@@ -57,7 +57,13 @@ def as_described(sizes: Sizes) -> None:
 def as_torchtitan(sizes: Sizes) -> None:
     meshes, dims = get_device_meshes(sizes), to_parallel_dims(sizes, "partial_dtensor")
     dims.build_mesh()
-    for axis, mesh in (("tp", "dense"), ("fsdp", "dense"), ("ep", "sparse"), ("efsdp", "sparse"), ("pp", "pp")):
+    for axis, mesh in (
+        ("tp", "dense"),
+        ("fsdp", "dense"),
+        ("ep", "sparse"),
+        ("efsdp", "sparse"),
+        ("pp", "pp"),
+    ):
         if (theirs := dims.get_optional_mesh(axis)) is not None:
             ours = meshes[mesh] if axis == mesh else meshes[mesh][axis]
             assert dist.get_process_group_ranks(ours.get_group()) == theirs.mesh.tolist(), axis
@@ -66,7 +72,9 @@ def as_torchtitan(sizes: Sizes) -> None:
 def made_once() -> None:
     sizes = ALL_SIZES[0]
     first, groups = get_device_meshes(sizes), len(distributed_c10d._world.pg_map)
-    again = get_device_meshes(vllm_config(tensor_parallel_size=2, data_parallel_size=2, enable_expert_parallel=True))
+    again = get_device_meshes(
+        vllm_config(tensor_parallel_size=2, data_parallel_size=2, enable_expert_parallel=True)
+    )
     assert all(again[name] is first[name] for name in MESH_AXES)
     assert len(distributed_c10d._world.pg_map) == groups
     assert first["tp"].get_group() is first["dense"]["tp"].get_group()

@@ -68,6 +68,7 @@ def test_engine_has_the_numbers_of_both_references(
     assert facts["sizes"]["ep"] == int(wanted.get("--ep", 1))
     assert [row["reference"] for row in facts["references"]] == ["transformers", "TorchTitan"]
     for row in facts["references"]:
+        print(f"{model} {options}: {row['reference']} max {row['max']:.1e} mean {row['mean']:.1e}")
         assert row["max"] <= 1e-4
         assert row["tokens"] > 1500
         assert row["diverged"] is None

@@ -1,4 +1,4 @@
-"""`vllm serve --model-impl torchtitan` over real HTTP, driven by the openai client: what a deployment does to a server."""
+"""`vllm serve --model-impl torchtitan` over HTTP, driven by the openai client as a deployment drives it."""
 
 from __future__ import annotations
 
