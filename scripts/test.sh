@@ -16,5 +16,5 @@ titan_say "pyrefly"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 titan_say "pytest"
 # The outer limit ends a run that no per-test timeout could.
-exec timeout --kill-after=60 "${TITAN_BRIDGE_TEST_SECONDS:-3300}" \
+exec timeout --kill-after=60 "${TITAN_BRIDGE_TEST_SECONDS:-4500}" \
     "$PYTHON" -m pytest --durations=15 --durations-min=5 "$@"
