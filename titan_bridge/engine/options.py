@@ -24,7 +24,8 @@ class TitanOptions:
     cpu_pack: bool = True
     """On the CPU backend in bfloat16, keep a packed copy of linear weights: faster, twice their memory."""
     attach_specs: bool = False
-    """Declare ShardingSpecs on vLLM's own models too (`model_impl` other than `torchtitan`)."""
+    """Declare ShardingSpecs on vLLM's own models too (`model_impl` other than `torchtitan`). On the CPU backend their
+    linears then keep plain weights, which are slower than vLLM's packed ones."""
 
 
 def titan_options(additional_config: Any) -> TitanOptions:
