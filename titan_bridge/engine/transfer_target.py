@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.receiver import Target
 from titan_bridge.transfer.source import local_of
@@ -33,11 +32,11 @@ def target_of(model: nn.Module, vllm_config: VllmConfig) -> Target:
         "count": parallel.data_parallel_size * parallel.world_size,
     }
     if hasattr(model, "weights_changed"):
-        return _titan(model, place)
-    raise BridgeError(
-        f"{type(model).__name__} is vLLM's own model, whose layout is not known here; serve with "
-        "model_impl='torchtitan'"
-    )
+        return _titan(cast("TitanForCausalLM", model), place)
+    # Late: it imports vLLM's layers, which TorchTitan models do not need.
+    from titan_bridge.engine.transfer_native import native_target  # noqa: PLC0415
+
+    return native_target(model, vllm_config, place)
 
 
 def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.lanes import Bucket, Lane
@@ -59,20 +60,19 @@ class DenseSender:
         Raises:
             TransferError: A receiver is gone, or the time is over.
         """
-        flying: list = [None] * IN_FLIGHT
+        flying: list[tuple[dist.Work, int, torch.Tensor] | None] = [None] * IN_FLIGHT
         for slot, (peer, tag, bucket) in zip(itertools.cycle(range(IN_FLIGHT)), self._order, strict=False):
-            if flying[slot] is not None:
-                self._wait(*flying[slot], deadline)
+            self._land(flying[slot], deadline)
             message = self._message(bucket, local, slot)
             flying[slot] = (self._transport.send(message, peer, tag=tag), peer, message)
         for each in flying:
-            if each is not None:
-                self._wait(*each, deadline)
+            self._land(each, deadline)
 
-    def _wait(
-        self, work: torch.distributed.Work, peer: int, _message: torch.Tensor, deadline: Deadline
-    ) -> None:
-        self._transport.wait(work, seconds=deadline.left, what=f"sending weights to rank {peer}")
+    def _land(self, flight: tuple[dist.Work, int, torch.Tensor] | None, deadline: Deadline) -> None:
+        """Wait for a message that is under way; it keeps its memory until then."""
+        if flight is not None:
+            work, peer, _ = flight
+            self._transport.wait(work, seconds=deadline.left, what=f"sending weights to rank {peer}")
 
     def _message(self, bucket: Bucket, local: Mapping[str, torch.Tensor], slot: int) -> torch.Tensor:
         if len(bucket.slices) == 1:
@@ -163,8 +163,3 @@ def apply_dense(staged: Sequence[Staged], live: Mapping[str, torch.Tensor]) -> s
         for part in bucket.slices:
             part.of(live[part.name]).copy_(data[part.at : part.at + part.elements].view(part.window.size))
     return {part.name for bucket, _ in staged for part in bucket.slices}
-
-
-def names_in(lanes: Sequence[Lane]) -> Iterator[str]:
-    """Names of this rank's tensors that take part."""
-    return iter(sorted({part.name for lane in lanes for bucket in lane.buckets for part in bucket.slices}))

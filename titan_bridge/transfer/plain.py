@@ -52,7 +52,7 @@ def _context() -> Iterator[Any]:
     finally:
         _users -= 1
         if not _users:
-            forkserver._forkserver._stop()
+            forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def retarget(receiver: Receiver, make: Callable[..., Target], rows: Sequence[tuple]) -> None:

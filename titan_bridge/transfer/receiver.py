@@ -85,7 +85,7 @@ class Receiver:
         """Why the last call did nothing, for logs and tests."""
         self._keep = keep_staging
         self._link: Link | None = None
-        self._peers: dist.ProcessGroupGloo | None = None
+        self._peers: Any = None
         self._dense: DenseReceiver | None = None
         self._expected: dict[str, tuple] = {}
         self._open = False

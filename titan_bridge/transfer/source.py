@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import axes_of, fsdp_is_exact, shard_dim
+from titan_bridge.sharding.boxes import axes_of, fsdp_is_exact
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 
@@ -129,8 +129,8 @@ def _check_local(tensor: torch.Tensor, spec: ShardingSpec, mesh: MeshLayout, ran
     for axis, placement in enumerate(spec.placements):
         if not isinstance(placement, _StridedShard):
             continue
-        dim, size = shard_dim(placement), tensor.shape[placement.dim]
-        inner = [mesh.shape[other] for other in axes_of(spec.placements, dim) if other > axis]
+        size = tensor.shape[placement.dim]
+        inner = [mesh.shape[other] for other in axes_of(spec.placements, placement.dim) if other > axis]
         if len(inner) == 1 and not fsdp_is_exact(size, inner[0], mesh.shape[axis]):
             raise BridgeError(
                 f"{size} rows on fsdp={mesh.shape[axis]} over {inner[0]} shards: its placements do not say which rows "
