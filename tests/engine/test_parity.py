@@ -17,9 +17,13 @@ LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128, "rope_theta": 10_000.0,
 }  # fmt: skip
+SERVABLE = {"hidden_size": 256, "head_dim": 32}  # vLLM's CPU attention has no kernel for a head_dim of 16
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama3 scaled tied": ("llama3", {"rope_parameters": LLAMA3_SCALING, "tie_word_embeddings": True}),
-    "llama3": ("llama3", {}),
+    "llama3 scaled tied": (
+        "llama3",
+        {**SERVABLE, "rope_parameters": LLAMA3_SCALING, "tie_word_embeddings": True},
+    ),
+    "llama3": ("llama3", SERVABLE),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3 odd sizes": ("qwen3", {"hidden_size": 192, "head_dim": 48, "vocab_size": 777}),
     "qwen3 windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1}),
