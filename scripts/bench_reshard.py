@@ -265,23 +265,23 @@ def show(rows: list[Row], facts: dict[str, Any]) -> None:
         f"{facts['import_peak'] / 1e6:.0f} MB",
         title_justify="left",
     )
+    left = ("task", "who", "cache")
     for column in (
-        "task",
-        "",
-        "cache",
+        *left,
         "seconds",
         "runs",
+        "cpu",
         "against raw copy",
         "peak memory",
         "against titan-bridge",
     ):
-        table.add_column(column, justify="left" if column in ("task", "", "cache") else "right")
+        table.add_column(column, justify="left" if column in left else "right")
     for row in rows:
         by_who = {other.who: other for other in rows if (other.task, other.cache) == (row.task, row.cache)}
         raw, ours = by_who["raw copy"], by_who["titan-bridge"]
         ratio = f"{row.seconds / raw.seconds:.2f}"
         if row is ours:
-            ratio += f" ({(row.seconds - imports) / raw.seconds:.2f} without imports)"
+            ratio += f" ({(row.seconds - imports) / raw.seconds:.2f} less imports)"
         theirs = row.who not in ("raw copy", "titan-bridge")
         table.add_row(
             row.task,
@@ -294,7 +294,7 @@ def show(rows: list[Row], facts: dict[str, Any]) -> None:
             f"{row.peak / 1e6:.0f} MB",
             f"{row.seconds / ours.seconds:.1f} x time, {row.peak / ours.peak:.1f} x memory" if theirs else "",
         )
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 190)
     console.print(table)
     tasks = facts["same_tensors_as_torchtitan"]
     if tasks:
