@@ -33,9 +33,9 @@ def check(config: InferConfig) -> dict[str, Any]:
         from titan_bridge.mesh import Sizes  # noqa: PLC0415
 
         options = titan_options(config.additional_config())
-        # vLLM runs dp of a dense model as engines that do not know of each other.
-        sizes = Sizes(dp=parallel.dp if experts else 1, tp=parallel.tp, ep=parallel.ep)
-        dense_can_shard(parallel.dense, dp=parallel.dp, experts=experts)
+        # vLLM runs dp of a dense model as engines that do not know of each other, unless they share its weights.
+        together = experts or parallel.dense == "shard"
+        sizes = Sizes(dp=parallel.dp if together else 1, tp=parallel.tp, ep=parallel.ep)
         model_fits(hf_config, sizes, max_model_len=config.max_model_len)
         weights_fit(config.model, options.step, hf_config)
     else:
@@ -84,20 +84,6 @@ def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any]) -> N
     family = family_for(hf_config)
     layers = range(hf_config["num_hidden_layers"] if has_expert_bias(model) else 0)
     check_weights(directory, family, hf_config, {f"layers.{i}.moe.expert_bias_E": None for i in layers})
-
-
-def dense_can_shard(dense: str, *, dp: int, experts: bool) -> None:
-    """Check that dp ranks step together where they gather each other's weights.
-
-    Raises:
-        BridgeError: dense weights sharded over the dp ranks of a model without experts, which vLLM runs as
-            engines that do not know of each other.
-    """
-    if dense == "shard" and dp > 1 and not experts:
-        raise BridgeError(
-            f"dense='shard' with dp={dp} needs a mixture-of-experts model: vLLM runs the dp ranks of a dense model "
-            "as engines that do not know of each other; use dense='replicate', or tp"
-        )
 
 
 def few(names: Iterable[str], most: int = 4) -> str:

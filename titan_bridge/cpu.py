@@ -16,6 +16,8 @@ from pathlib import Path
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 KV_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
+SHARED = "TITAN_BRIDGE_SHARED_CORES"
+"""Set to 1 where workers share cores; a dp rank's own part of the binding does not show it."""
 
 _SYS = Path("/sys/devices/system")
 
@@ -89,6 +91,15 @@ def bind(workers: int, cores: Sequence[Core]) -> str | None:
     return "|".join(",".join(str(c.cpu) for c in (g[:-1] if len(g) >= 4 else g)) for g in groups)
 
 
+def shares_cores(given: Mapping[str, str]) -> bool:
+    """Whether some workers are bound to the same core, by the environment of one of them."""
+    if SHARED in given:
+        return given[SHARED] == "1"
+    lists = given.get(BIND, "").split("|")  # else "all", "auto" or "nobind"
+    bound = [cpu for text in lists if text[:1].isdigit() for cpu in parse_cpus(text)]
+    return len(set(bound)) < len(bound)
+
+
 def kv_cache_gib(workers: int, available_bytes: int) -> int:
     """Whole GiB of KV cache a worker: together at most a quarter of the memory that is free, from 1 to 16 each."""
     return max(1, min(16, available_bytes // 4 // workers // 2**30))
@@ -117,6 +128,8 @@ def environment(
     added: dict[str, str] = {}
     if BIND not in given and (value := bind(workers, cores())):
         added[BIND] = value
+    if SHARED not in given and shares_cores({**given, **added}):
+        added[SHARED] = "1"
     sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"} & set(
         options or {}
     )

@@ -13,9 +13,12 @@ from titan_bridge.testing import make_checkpoint
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_sharded_dense_weights_give_the_same_bits(tmp_path: Path, tied: bool, no_orphans: None) -> None:
-    model = make_checkpoint(tmp_path / "moe", "qwen3_moe", tie_word_embeddings=tied, hidden_size=256)
+# vLLM steps the dp ranks of a mixture of experts together; those of a dense model only because we ask for it.
+@pytest.mark.parametrize(("family", "tied"), [("qwen3_moe", False), ("qwen3", True)])
+def test_sharded_dense_weights_give_the_same_bits(
+    tmp_path: Path, family: str, tied: bool, no_orphans: None
+) -> None:
+    model = make_checkpoint(tmp_path / family, family, tie_word_embeddings=tied, hidden_size=256)
     # Both ranks get prompts of their own and finish at different times, so that each idles while the other decodes.
     prompts = [[3, 5, 7], list(range(100, 190)), [11] * 40, list(range(9))]
     sampling = [
@@ -29,7 +32,8 @@ def test_sharded_dense_weights_give_the_same_bits(tmp_path: Path, tied: bool, no
             dtype="float32",
             parallel=Parallel(dp=2, dense=dense),  # type: ignore[arg-type]
             max_model_len=256,
-            vllm={"enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 4},
+            # One sequence a step: which requests share a batch is a matter of time, and bits of the shape of a batch.
+            vllm={"enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 1},
         )
         return generate(config, prompts, sampling)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from titan_bridge import cpu
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -43,10 +42,9 @@ CASES = [
     ("moe", "--tp 2 --ep 2 --no-enforce-eager"),
     ("moe", "--dp 2"),
     ("moe plain scores", "--dp 2 --ep 2"),
+    ("moe", "--dp 2 --tp 2 --ep 4"),
+    ("moe", "--dp 2 --tp 2 --ep 2 --dense shard"),
 ]
-if len(cpu.cores()) >= 4:
-    # vLLM's shared-memory all-reduce spins: four workers on two cores mostly wait for each other (2 to 10 minutes).
-    CASES += [("moe", "--dp 2 --tp 2 --ep 4"), ("moe", "--dp 2 --tp 2 --ep 2 --dense shard")]
 
 
 @pytest.fixture(scope="module")

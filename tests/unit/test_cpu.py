@@ -71,6 +71,20 @@ def test_what_the_user_set_stays():
     assert cpu.KV_CACHE_GIB not in cpu.environment(2, given={}, options={"gpu_memory_utilization": 0.2})
 
 
+def test_workers_that_share_cores_are_noticed():
+    for lists, shared in (
+        ("0|1", False),
+        ("0-1|2-3", False),
+        ("0|1|0|1", True),
+        ("0-2|2", True),
+        ("nobind", False),
+    ):
+        assert cpu.shares_cores({cpu.BIND: lists}) is shared, lists
+    # One dp rank's part of the binding shows nothing; the launcher says it.
+    assert cpu.shares_cores({cpu.BIND: "0|1", cpu.SHARED: "1"})
+    assert not cpu.shares_cores({})
+
+
 @given(workers=st.integers(1, 16), available=st.integers(0, 2**42))
 def test_kv_cache_is_at_most_a_quarter_of_the_free_memory_once_that_is_a_gib_a_worker(workers, available):
     size = cpu.kv_cache_gib(workers, available)

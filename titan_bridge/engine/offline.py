@@ -3,9 +3,9 @@
 The outcome of a run names the class that every worker loaded. When `model_impl` is "torchtitan" and a worker loaded
 anything else, the run fails: vLLM on its own would serve its own model without a word.
 
-Data parallel ranks of a mixture of experts step in lockstep, so none may leave while another still generates: a rank
-that is done waits until all are, and only then shuts its engine down. vLLM has no offline dp for dense models, where
-the ranks share nothing: they run as engines that do not know of each other.
+Data parallel ranks of a mixture of experts, or of a model whose weights are sharded over them, step in lockstep, so
+none may leave while another still generates: a rank that is done waits until all are, and only then shuts its engine
+down. Other ranks share nothing, and vLLM has no offline dp for them: they run as engines of their own.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ def generate(
     hf_config = model_directory(config.model)
     prompts = config.generate.prompts if prompts is None else prompts
     sampling = sampling_of(config) if sampling is None else sampling
-    return _launch(config, prompts, sampling, lockstep=experts_in(hf_config))
+    lockstep = experts_in(hf_config) or (
+        config.model_impl == "torchtitan" and config.parallel.dense == "shard"
+    )
+    return _launch(config, prompts, sampling, lockstep=lockstep)
 
 
 def sampling_of(config: InferConfig) -> dict[str, Any]:

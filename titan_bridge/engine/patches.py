@@ -11,12 +11,14 @@ import importlib
 import importlib.abc
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from titan_bridge import cpu
 from titan_bridge.engine.options import titan_options
 from titan_bridge.engine.plugin import (
     ARCHITECTURE,
@@ -43,6 +45,8 @@ def install() -> None:
     route_model_impl(registry)
     check_config_early()
     read_any_checkpoint()
+    wait_without_spinning()
+    step_dp_ranks_together()
     register_weight_transfer()
 
 
@@ -195,20 +199,76 @@ def read_any_checkpoint() -> None:
     (`vllm/model_executor/model_loader/__init__.py`). Delete when: loaders can be registered by name
     ("module:class"), as models can.
     """
-    _after_import("vllm.model_executor.model_loader", "titan_bridge.engine.model_loader")
+    _after_import(
+        "vllm.model_executor.model_loader",
+        lambda _: importlib.import_module("titan_bridge.engine.model_loader"),
+    )
 
 
-def _after_import(name: str, then: str) -> None:
+def wait_without_spinning() -> None:
+    """Let tp ranks that share a core wait for each other asleep.
+
+    What: wraps `CpuCommunicator._all_group_ranks_share_shm_group_name`, whose "no" makes a tp group use gloo. Why:
+    vLLM's shared-memory all-reduce spins; with more workers than cores the one that waits keeps the core from the
+    one that it waits for, and a start that takes a minute takes more than five. Only for
+    `model_impl="torchtitan"` and only where workers share cores. Version: vllm 0.32
+    (`vllm/distributed/device_communicators/cpu_communicator.py`). Delete when: the shared-memory communicator
+    yields, or vLLM has a switch for it.
+    """
+    if cpu.shares_cores(os.environ):
+        _after_import("vllm.distributed.device_communicators.cpu_communicator", _use_gloo)
+
+
+def _use_gloo(module: Any) -> None:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def same_name(self: Any) -> bool:
+            config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+            ours = getattr(getattr(config, "model_config", None), "model_impl", None) == "torchtitan"
+            return original(self) and not ours
+
+        return same_name
+
+    _wrap(module.CpuCommunicator, "_all_group_ranks_share_shm_group_name", ["self"], wrap)
+
+
+def step_dp_ranks_together() -> None:
+    """Run the dp ranks of a dense model in lockstep where they gather each other's weights.
+
+    What: `EngineArgs.create_model_config` states one expert for a dense model with `model_impl="torchtitan"` and
+    `additional_config.titan.dense = "shard"`. Why: `ModelConfig.is_moe` is how vLLM decides whether dp ranks share
+    a process group and step together, or are engines that do not know of each other; an engine's process asks
+    before it loads plugins, so that the data must say it. Version: vllm 0.32 (`vllm/engine/arg_utils.py`,
+    `vllm/config/model.py`). Delete when: lockstep is a setting of its own.
+    """
+    _after_import("vllm.engine.arg_utils", _one_expert)
+
+
+def _one_expert(module: Any) -> None:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def create_model_config(self: Any) -> Any:
+            config = original(self)
+            if config.model_impl == "torchtitan" and titan_options(self.additional_config).dense == "shard":
+                config.model_arch_config.num_experts = max(1, config.model_arch_config.num_experts)
+            return config
+
+        return create_model_config
+
+    _wrap(module.EngineArgs, "create_model_config", ["self"], wrap)
+
+
+def _after_import(name: str, then: Callable[[ModuleType], Any]) -> None:
     if name in sys.modules:
-        importlib.import_module(then)
+        then(sys.modules[name])
     elif not any(isinstance(finder, _After) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _After(name, then))
 
 
 class _After(importlib.abc.MetaPathFinder):
-    """Imports `then` once module `name` was imported by whoever needs it."""
+    """Calls `then` with module `name` once it was imported by whoever needs it."""
 
-    def __init__(self, name: str, then: str) -> None:
+    def __init__(self, name: str, then: Callable[[ModuleType], Any]) -> None:
         self.name, self._then = name, then
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -222,7 +282,7 @@ class _After(importlib.abc.MetaPathFinder):
 
         def execute_both(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(self._then)
+            self._then(module)
 
         spec.loader.exec_module = execute_both  # type: ignore[method-assign]
         return spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
-from titan_bridge.checks import dense_can_shard, model_fits
+from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.build import model_config, plan_from
 from titan_bridge.errors import BridgeError
 from titan_bridge.layout import layout
@@ -34,7 +34,8 @@ def check(vllm_config: VllmConfig) -> None:
         )
     model = vllm_config.model_config
     plan = plan_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
-    dense_can_shard(plan.options.dense, dp=parallel.data_parallel_size, experts=model.is_moe)
+    if parallel.enable_expert_parallel and not experts_in(plan.hf):
+        raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
     load = vllm_config.load_config
     if load.load_format not in ("auto", LOAD_FORMAT):
