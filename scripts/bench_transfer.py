@@ -32,11 +32,12 @@ from torch.distributed.tensor import DTensor
 from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
 from titan_bridge.sharding.layout import Layout
+from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, free_port, plain_ranks, plain_workers
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.samples import local_part, same_bits, sample_dtensors, sample_target
 from titan_bridge.transfer.source import TensorSource
-from titan_bridge.transfer.trainer import Options, Trainer
+from titan_bridge.transfer.trainer import Trainer
 
 TRAINERS = 2
 LIMIT = timedelta(seconds=300)

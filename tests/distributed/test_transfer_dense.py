@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from titan_bridge.mesh import Sizes
 from titan_bridge.sharding.layout import Layout
+from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import (
     PlainClient,
     PlainRanks,
@@ -21,7 +22,7 @@ from titan_bridge.transfer.plain import (
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.samples import differences, sample_dtensors, sample_target
 from titan_bridge.transfer.source import TensorSource
-from titan_bridge.transfer.trainer import Options, Trainer
+from titan_bridge.transfer.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -15,12 +15,14 @@ from torch.distributed.tensor import Replicate, Shard
 
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
+from titan_bridge.transfer.control import MARGIN
 from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, PlainRanks, free_port, plain_ranks, plain_workers
 from titan_bridge.transfer.receiver import Receiver, Target
 from titan_bridge.transfer.samples import differences, sample_dtensors, sample_locals, sample_target
 from titan_bridge.transfer.source import TensorSource
-from titan_bridge.transfer.trainer import MARGIN, Options, Trainer
+from titan_bridge.transfer.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -14,6 +14,7 @@ from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.transfer.changes import Snapshot, changed
 from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import (
     PlainClient,
     PlainRanks,
@@ -26,7 +27,7 @@ from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.samples import sample_dtensors, sample_target
 from titan_bridge.transfer.source import TensorSource, local_of
 from titan_bridge.transfer.sparse import Patch
-from titan_bridge.transfer.trainer import Options, Trainer
+from titan_bridge.transfer.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, free_port, plain_ranks
 from titan_bridge.transfer.source import TensorSource
-from titan_bridge.transfer.trainer import Options, Trainer
+from titan_bridge.transfer.trainer import Trainer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
 

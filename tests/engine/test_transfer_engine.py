@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.changes import Snapshot, changed
 from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, PlainRanks, door, free_port, plain_ranks
 from titan_bridge.transfer.samples import local_part
 from titan_bridge.transfer.source import TensorSource
-from titan_bridge.transfer.trainer import Options, Trainer
+from titan_bridge.transfer.trainer import Trainer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
 

@@ -47,6 +47,7 @@ def install() -> None:
     read_any_checkpoint()
     wait_without_spinning()
     step_dp_ranks_together()
+    read_all_replies()
     register_weight_transfer()
 
 
@@ -256,6 +257,34 @@ def _one_expert(module: Any) -> None:
         return create_model_config
 
     _wrap(module.EngineArgs, "create_model_config", ["self"], wrap)
+
+
+def read_all_replies() -> None:
+    """Keep the replies of several workers in step after one of them answered with an error.
+
+    What: wraps `MultiprocExecutor._init_executor`, and makes the list of reply queues one that reads all of them.
+    Why: `collective_rpc` stops at the first error and leaves the other workers' replies in their queues, where the
+    next call takes them for its own; a `finish_weight_update` without a start is enough. Version: vllm 0.32
+    (`vllm/v1/executor/multiproc_executor.py`). Upstream: vllm-project/vllm pull request 57846. Delete when: an
+    error leaves no reply behind. Only for `model_impl="torchtitan"` and weight transfer "titan".
+    """
+    _after_import("vllm.v1.executor.multiproc_executor", _in_step)
+
+
+def _in_step(module: Any) -> None:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def init_executor(self: Any) -> None:
+            original(self)
+            config = self.vllm_config
+            transfer = getattr(config.weight_transfer_config, "backend", None)
+            if config.model_config.model_impl == "torchtitan" or transfer == TRANSFER_BACKEND:
+                replies = importlib.import_module("titan_bridge.engine.replies")
+                self.response_mqs = replies.Replies(self.response_mqs)
+
+        return init_executor
+
+    _wrap(module.MultiprocExecutor, "_init_executor", ["self"], wrap)
 
 
 def _after_import(name: str, then: Callable[[ModuleType], Any]) -> None:

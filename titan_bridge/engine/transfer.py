@@ -14,11 +14,11 @@ Both halves are thin: what happens is in `titan_bridge.transfer`. The worker's h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import requests
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -39,10 +39,11 @@ from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from titan_bridge.engine.transfer_target import target_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.lanes import BUCKET_BYTES
+from titan_bridge.transfer.options import Options, PauseMode, Report
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.source import Tensors, TensorSource
 from titan_bridge.transfer.sparse import Patch
-from titan_bridge.transfer.trainer import Options, PauseMode, Report, Trainer
+from titan_bridge.transfer.trainer import Trainer
 from titan_bridge.transfer.transport import Backend
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _tensors_of(source: WeightSource | None, rank: int) -> TensorSource:
 
 
 class LLMClient:
-    """An offline `LLM` in this process."""
+    """An offline `LLM` in this process; for several engines that update together see `transfer.fanout`."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -250,7 +251,7 @@ class LLMClient:
         self._llm.update_weight_version(version)
 
     def reset_prefix_cache(self) -> None:
-        self._llm.reset_prefix_cache()
+        self._llm.reset_prefix_cache(reset_running_requests=True)
 
 
 class HTTPClient(HTTPVLLMWeightSyncClient):
@@ -264,49 +265,15 @@ class HTTPClient(HTTPVLLMWeightSyncClient):
         self._post("resume")
 
     def reset_prefix_cache(self) -> None:
-        self._post("reset_prefix_cache")
+        """Frozen requests start over on the new weights: vLLM resets nothing while they hold blocks."""
+        self._post("reset_prefix_cache?reset_running_requests=true")
 
     def update_weight_version(self, version: str) -> None:
         self._post("update_weight_version", {"new_version": version})
 
-
-class FanOutClient:
-    """Several engines that take every update together: all of them, or none."""
-
-    def __init__(self, clients: Iterable[Any]) -> None:
-        self.clients = tuple(clients)
-        self.engines = len(self.clients)
-        optional = ("pause_generation", "resume_generation", "reset_prefix_cache", "update_weight_version")
-        for method in optional:
-            if all(hasattr(client, method) for client in self.clients):
-                setattr(self, method, lambda *args, method=method: self._all(method, *args))
-
-    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
-        self._each(
-            "init_weight_transfer_engine", [({**init_info, "engine": i},) for i in range(self.engines)]
-        )
-
-    def shutdown_weight_transfer_engine(self) -> None:
-        self._all("shutdown_weight_transfer_engine")
-
-    def start_weight_update(self) -> None:
-        self._all("start_weight_update")
-
-    def update_weights(self, update_info: Any) -> None:
-        self._all("update_weights", update_info)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._all("finish_weight_update")
-
-    def _all(self, method: str, *args: Any) -> None:
-        self._each(method, [args] * self.engines)
-
-    def _each(self, method: str, arguments: list[tuple]) -> None:
-        # Together, because their workers wait for each other.
-        with ThreadPoolExecutor(self.engines) as pool:
-            calls = [
-                pool.submit(getattr(client, method), *args)
-                for client, args in zip(self.clients, arguments, strict=True)
-            ]
-        for call in calls:
-            call.result()
+    def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+        # Not the base's, which forgets the server's reason.
+        response = requests.post(f"{self.base_url}/{path}", json=json, timeout=self.timeout)
+        if not response.ok:
+            hint = "; start the server with VLLM_SERVER_DEV_MODE=1" if response.status_code == 404 else ""
+            raise RuntimeError(f"POST /{path}: {response.status_code} {response.text[:500]}{hint}")

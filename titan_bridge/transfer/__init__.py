@@ -2,8 +2,20 @@
 
 from titan_bridge.transfer.changes import Snapshot, changed
 from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.fanout import FanOutClient
+from titan_bridge.transfer.options import Options, Report
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.sparse import Patch
-from titan_bridge.transfer.trainer import Options, Report, Trainer
+from titan_bridge.transfer.trainer import Trainer
 
-__all__ = ["Options", "Patch", "Report", "Snapshot", "TensorSource", "Trainer", "TransferError", "changed"]
+__all__ = [
+    "FanOutClient",
+    "Options",
+    "Patch",
+    "Report",
+    "Snapshot",
+    "TensorSource",
+    "Trainer",
+    "TransferError",
+    "changed",
+]

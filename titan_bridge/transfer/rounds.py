@@ -1,0 +1,129 @@
+"""One update, as rank 0 leads it and the other trainer ranks follow.
+
+start_weight_update; update_weights, which keeps the workers busy receiving while all trainer ranks send; when every
+worker has said that it has everything, the engine pauses and the decision is posted; finish_weight_update, and the
+workers' word that the update is live; then the engine goes on. Since bytes wait in staging, requests are paused for
+the last part only, and a trainer that dies while it sends leaves an engine that serves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from titan_bridge.transfer.control import MARGIN, Call, Control
+from titan_bridge.transfer.dense import Deadline
+from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.link import Link
+
+Transmit = Callable[[Deadline], None]
+"""Sends this rank's share. Raises TransferError."""
+
+
+def follow(link: Link, number: int, limit: Deadline, transmit: Transmit) -> None:
+    """A round on a rank other than 0. Raises TransferError when the update did not happen."""
+    problem: str | None = None
+    go = link.board.read(link.note(number, "go"), seconds=limit.left + MARGIN)
+    if go is None:
+        try:
+            transmit(limit)
+        except TransferError as error:
+            problem = str(error)
+    done = link.board.read(link.note(number, "done"), seconds=limit.left + 4 * MARGIN)
+    if done is not None or problem is not None:
+        raise TransferError(done or problem)
+
+
+def lead(
+    link: Link, control: Control, number: int, limit: Deadline, transmit: Transmit, what: dict[str, Any]
+) -> dict[str, Any]:
+    """A round on rank 0; returns what it learnt for the report.
+
+    Args:
+        what: version, base and kind of the update.
+
+    Raises:
+        TransferError: Why the update did not happen, after the engine was told so if it can be reached.
+    """
+    started = time.monotonic()
+    phases: dict[str, float] = {}
+    received: dict[int, int] = {}
+    problem: str | None = None
+    paused = False
+    try:
+        control.begin(limit)
+        info = _info(link, number, what)
+        call = control.start(lambda: control.client.update_weights(info))
+        for worker in link.workers:
+            if reason := control.hear(link.note(number, f"ready/{worker}"), call, limit):
+                raise TransferError(reason)
+        link.board.post(link.note(number, "go"), None)
+        phases["ready"] = time.monotonic() - started
+        received = _transmit_and_hear(link, control, number, limit, transmit, call)
+        phases["received"] = time.monotonic() - started
+        call.result(limit.left + MARGIN)
+        paused = control.pause(limit)
+        link.board.post(link.note(number, "decision"), "take")
+        control.finish(limit)
+        for worker in link.workers:
+            if reason := control.hear(link.note(number, f"applied/{worker}"), None, limit):
+                raise TransferError(reason)
+        phases["live"] = time.monotonic() - started
+        control.settle(what["version"], limit)
+    except Exception as error:
+        problem = str(error)
+        link.close()
+        _give_up(link, control, number, problem)
+        raise error if isinstance(error, TransferError) else TransferError(problem) from error
+    finally:
+        if paused:
+            control.resume()
+        link.board.post(link.note(number, "done"), problem)
+    return {"received": received, "phases": phases}
+
+
+def _info(link: Link, number: int, what: dict[str, Any]) -> dict[str, Any]:
+    """What `Receiver.update` takes."""
+    return {
+        **what,
+        "host": link.terms.host,
+        "port": link.terms.port,
+        "trainer": link.terms.trainer,
+        "epoch": link.terms.epoch,
+        "round": number,
+        "first": link.sides.trainers,
+    }
+
+
+def _transmit_and_hear(
+    link: Link, control: Control, number: int, limit: Deadline, transmit: Transmit, call: Call
+) -> dict[int, int]:
+    """Send, and wait until all workers have everything; returns the bytes that each received."""
+    received: dict[int, int] = {}
+    own: str | None = None
+    try:
+        transmit(limit)
+    except TransferError as error:
+        own = str(error)  # a worker may know better why
+    for worker in link.workers:
+        index = worker - link.sides.trainers
+        try:
+            got = control.hear(link.note(number, f"got/{worker}"), call, limit)
+        except TransferError as error:
+            raise TransferError(own or str(error)) from None
+        if "error" in got:
+            raise TransferError(f"worker {index}: {got['error']}")
+        received[index] = got["bytes"]
+    if own is not None:
+        raise TransferError(own)
+    return received
+
+
+def _give_up(link: Link, control: Control, number: int, problem: str) -> None:
+    """End the session in the engine, if it can be reached; else the next connection does it."""
+    for what in ("go", "decision"):  # a note is written once: where it went out already this changes nothing
+        if not link.board.has(link.note(number, what)):
+            link.board.post(link.note(number, what), problem)
+    if control.open:
+        control.finish_quietly(Deadline(MARGIN))
