@@ -3,12 +3,15 @@ bit; after a fault it answers as before."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,7 +83,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     config = InferConfig(
         model=str(folder / "a"),
         parallel=Parallel(tp=2, ep=2),
-        max_model_len=128,
+        max_model_len=512,
         vllm={"enforce_eager": True, "weight_transfer_config": {"backend": "titan"}},
     )
     with start(config) as (llm, _, _), door(LLMClient(llm), str(folder / "door")) as client:
@@ -190,6 +193,13 @@ def test_patches_and_whole_weights_give_the_same_answers(engine, trainers):
     assert engine.answers() == engine.fresh
 
 
+def test_a_call_out_of_order_leaves_the_engine_in_step(engine):
+    for call in (engine.llm.finish_weight_update, lambda: engine.llm.update_weights({"update_info": {}})):
+        with pytest.raises(Exception, match="start_weight_update"):
+            call()
+        assert [worker["rank"] for worker in engine.llm.collective_rpc("bridge_report")] == [0, 1]
+
+
 class Fatal(dict):
     """Local tensors that kill the process when the fifth is taken for sending."""
 
@@ -223,3 +233,128 @@ def test_a_trainer_that_is_killed_leaves_the_old_weights(engine, trainers, victi
     assert engine.answers() == engine.fresh
     trainers.run(dense_there_and_back, free_port(), engine.client, engine.folder)
     assert engine.answers() == engine.fresh
+
+
+class Server:
+    """A running server that was started from checkpoint b."""
+
+    def __init__(self, url: str) -> None:
+        from titan_bridge.engine.transfer import HTTPClient
+
+        self.url, self.client = url, HTTPClient(url)
+        self.fresh = self.answers()
+
+    def get(self, path: str) -> Any:
+        return httpx.get(f"{self.url}{path}", timeout=60).raise_for_status().json()
+
+    def ask(self, **given: Any) -> dict[str, Any]:
+        body = {"model": "moe", "temperature": 0, "ignore_eos": True, **given}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120).raise_for_status().json()
+
+    def answers(self) -> list[float]:
+        """What `Engine.answers` gives."""
+        said = self.ask(prompt=list(range(7, 47)), max_tokens=6, prompt_logprobs=0, logprobs=0)
+        (choice,) = said["choices"]
+        prompt = [next(iter(row.values()))["logprob"] for row in choice["prompt_logprobs"][1:]]
+        return prompt + choice["logprobs"]["token_logprobs"]
+
+    def cached(self) -> int:
+        """Tokens of a prompt of two blocks and more that came out of the prefix cache."""
+        said = self.ask(prompt=list(range(100, 400)), max_tokens=1)
+        return (said["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+
+
+class Request(threading.Thread):
+    """A request that streams; `begun` once it has its first token."""
+
+    def __init__(self, server: Server, tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._server, self._tokens = server, tokens
+        self.begun = threading.Event()
+        self.chunks: list[dict[str, Any]] = []
+        self.start()
+
+    def run(self) -> None:
+        body = {"model": "moe", "prompt": [5, 6, 7], "max_tokens": self._tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
+        with httpx.stream("POST", f"{self._server.url}/v1/completions", json=body, timeout=120) as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data: {"):
+                    self.chunks.append(json.loads(line[6:])["choices"][0])
+                    self.begun.set()
+
+    def result(self) -> tuple[int, str]:
+        """How many tokens came, and why it ended."""
+        self.join(120)
+        return sum(len(chunk["token_ids"] or ()) for chunk in self.chunks), self.chunks[-1]["finish_reason"]
+
+
+@pytest.fixture(scope="module")
+def server(engine: Engine, serve: Any) -> Iterator[Server]:
+    options = ["--tp", "2", "--ep", "2", "--max-model-len", "512", "--max-num-seqs", "1", "--enforce-eager"]
+    options += ["--served-model-name", "moe", "--enable-prompt-tokens-details"]
+    options += ["--weight-transfer-config", json.dumps({"backend": "titan"})]
+    plugins = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": "titan_bridge"}
+    with serve(engine.folder / "b", engine.folder / "server.log", *options, **plugins) as url:
+        yield Server(url)
+
+
+TOKENS = 250
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "ends"), [("keep", "a", "length"), ("wait", "b", "length"), ("abort", "a", "abort")]
+)
+def test_a_server_is_updated_while_it_answers(engine, server, mode, weights, ends):
+    from titan_bridge.engine.transfer import TitanTrainerInitInfo, TitanWeightSource
+    from titan_bridge.engine.transfer import TitanTrainerWeightTransferEngine as Sender
+
+    held = load_file(engine.folder / weights / "model.safetensors")
+    info = TitanTrainerInitInfo(rank=0, timeout_seconds=60, pause=mode)
+    trainer = Sender.trainer_init(info, client=server.client, source=TitanWeightSource(lambda: held))
+    server.cached()
+    assert server.cached() > 0
+    request = Request(server, TOKENS)
+    assert request.begun.wait(60)
+    trainer.send_weights(mode)
+    tokens, reason = request.result()
+    assert reason == ends
+    assert tokens == TOKENS if ends == "length" else 0 < tokens < TOKENS
+    assert server.cached() == 0
+    # Bit for bit what an engine that was started from these weights says.
+    assert server.answers() == {"a": engine.fresh, "b": server.fresh}[weights]
+    assert server.get("/weight_info") == {"weight_version": mode}
+    assert server.get("/is_paused") == {"is_paused": False}
+    assert sum(trainer.report.received.values()) == trainer.report.lower_bound
+    trainer.shutdown()
+
+
+def test_calls_out_of_order_leave_a_server_in_step(server):
+    answers, layout = server.answers(), server.get("/v1/sharding_spec")
+    assert Layout.from_json(layout).meshes["sparse"].shape[-1] == 2
+    client = server.client
+    for call in (client.finish_weight_update, lambda: client.update_weights({}), client.start_weight_update):
+        if call == client.start_weight_update:
+            call()  # an error only when it comes twice
+        with pytest.raises(RuntimeError, match=r"500 .*start_weight_update"):
+            call()
+        # Every worker answers; a reply that an error leaves behind would be read here.
+        assert server.get("/v1/sharding_spec") == layout
+    with pytest.raises(RuntimeError, match="during a weight update"):
+        client.shutdown_weight_transfer_engine()
+    client.finish_weight_update()
+    assert server.get("/v1/sharding_spec") == layout
+    assert server.answers() == answers
+
+
+def test_a_trainer_that_is_killed_leaves_a_server_that_answers(engine, server, trainers):
+    before, version = server.answers(), server.get("/weight_info")
+    request = Request(server, TOKENS)
+    with door(server.client, str(engine.folder / "http")) as client:
+        with plain_ranks(2) as mortal, pytest.raises(RuntimeError, match="rank 1: died"):
+            mortal.run(dies, free_port(), client, engine.folder, 1)
+        assert request.result() == (TOKENS, "length")
+        assert server.answers() == before
+        assert server.get("/weight_info") == version
+        trainers.run(dense_there_and_back, free_port(), client, engine.folder)
+    assert server.answers() == engine.fresh
