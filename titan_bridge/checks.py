@@ -54,8 +54,17 @@ def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int
 
     config = family_for(hf_config).model_config(hf_config)
     check_divides(config, sizes)
-    limit = config.max_seq_len
-    if (max_model_len or 0) > limit:
+    rope_covers(hf_config, max_model_len)
+
+
+def rope_covers(hf_config: Mapping[str, Any], max_model_len: int | None) -> None:
+    """Check that positions up to `max_model_len` are in the model's rope table.
+
+    Raises:
+        BridgeError: it is longer.
+    """
+    limit = hf_config.get("max_position_embeddings", 0)
+    if limit and (max_model_len or 0) > limit:
         raise BridgeError(
             f"max_model_len={max_model_len} is over the model's rope limit "
             f"max_position_embeddings={limit}; allowed: up to {limit}"

@@ -15,10 +15,12 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from titan_bridge import cpu
+from titan_bridge.checks import model_directory, rope_covers
 from titan_bridge.engine.options import titan_options
 from titan_bridge.engine.plugin import (
     ARCHITECTURE,
@@ -46,7 +48,7 @@ def install() -> None:
     check_config_early()
     read_any_checkpoint()
     wait_without_spinning()
-    step_dp_ranks_together()
+    complete_model_config()
     read_all_replies()
     register_weight_transfer()
 
@@ -233,24 +235,29 @@ def _use_gloo(module: Any) -> None:
     _wrap(module.CpuCommunicator, "_all_group_ranks_share_shm_group_name", ["self"], wrap)
 
 
-def step_dp_ranks_together() -> None:
-    """Run the dp ranks of a dense model in lockstep where they gather each other's weights.
+def complete_model_config() -> None:
+    """Check config.json before vLLM reads it, and run dp ranks in lockstep that gather each other's weights.
 
-    What: `EngineArgs.create_model_config` states one expert for a dense model with `model_impl="torchtitan"` and
-    `additional_config.titan.dense = "shard"`. Why: `ModelConfig.is_moe` is how vLLM decides whether dp ranks share
-    a process group and step together, or are engines that do not know of each other; an engine's process asks
-    before it loads plugins, so that the data must say it. Version: vllm 0.32 (`vllm/engine/arg_utils.py`,
-    `vllm/config/model.py`). Delete when: lockstep is a setting of its own.
+    What: wraps `EngineArgs.create_model_config` for `model_impl="torchtitan"`. Before it, a missing config.json and
+    a length over the rope limit are refused in our words. After it, a dense model with
+    `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too late
+    for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
+    together, and an engine's process asks before it loads plugins, so that the data must say it. Version: vllm 0.32
+    (`vllm/engine/arg_utils.py`, `vllm/config/model.py`). Delete when: lockstep is a setting of its own.
     """
-    _after_import("vllm.engine.arg_utils", _one_expert)
+    _after_import("vllm.engine.arg_utils", _around_model_config)
 
 
-def _one_expert(module: Any) -> None:
+def _around_model_config(module: Any) -> None:
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def create_model_config(self: Any) -> Any:
+            if self.model_impl != "torchtitan":
+                return original(self)
+            if Path(self.model).is_dir() and self.hf_config_path is None:
+                rope_covers(model_directory(self.model), self.max_model_len)
             config = original(self)
-            if config.model_impl == "torchtitan" and titan_options(self.additional_config).dense == "shard":
+            if titan_options(self.additional_config).dense == "shard":
                 config.model_arch_config.num_experts = max(1, config.model_arch_config.num_experts)
             return config
 

@@ -1,0 +1,166 @@
+"""Bad input gets the same line from `titan-bridge`, from `LLM(...)` and from `vllm serve`, and no process stays.
+
+All three are the real entry points; none of them gets as far as starting a worker.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+DOORS = '''
+"""Reads {case: [titan-bridge's arguments, LLM's options]}; prints what each way in says about each case."""
+import contextlib, io, json, sys
+
+from titan_bridge import cli
+
+
+def command(arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        code = cli.main(["serve", *arguments, "--dry-run"])
+    return f"exit code {code}: {printed.getvalue()}"
+
+
+def llm(options):
+    from vllm import LLM
+
+    return said(lambda: LLM(model_impl="torchtitan", **options))
+
+
+def serve(options):
+    from vllm.entrypoints.cli.main import main
+
+    options = dict(options)
+    sys.argv = ["vllm", "serve", options.pop("model"), "--model-impl", "torchtitan", "--port", "0"]
+    for name, value in options.items():
+        text = [] if value is True else [json.dumps(value) if isinstance(value, dict) else str(value)]
+        sys.argv += ["--" + name.replace("_", "-"), *text]
+    return said(main)
+
+
+def said(call):
+    try:
+        call()
+    except (Exception, SystemExit) as error:
+        return str(error)
+    return ""
+
+
+cases = json.loads(sys.stdin.read())
+# vLLM's entry points change the process; ours goes first.
+found = {name: {"titan-bridge": command(arguments)} for name, (arguments, _) in cases.items()}
+for name, (_, options) in cases.items():
+    found[name] |= {"LLM": llm(options), "vllm serve": serve(options)}
+print()
+print(json.dumps(found))
+'''
+
+
+def folder_with(
+    model: Path,
+    folder: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    weights: Callable[[Path], None] | None = None,
+) -> str:
+    """A copy of `model` with something wrong: fields of config.json, or what `weights` does to the weights file."""
+    shutil.copytree(model, folder)
+    if config is not None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if weights is not None:
+        weights(next(folder.glob("*.safetensors")))
+    return str(folder)
+
+
+def test_every_way_in_says_the_same_line(tmp_path: Path, no_orphans: None) -> None:
+    dense = make_checkpoint(tmp_path / "qwen3", "qwen3")
+    moe = make_checkpoint(tmp_path / "qwen3_moe", "qwen3_moe")
+
+    def bad(name: str, **changes: Any) -> str:
+        return folder_with(dense, tmp_path / name, **changes)
+
+    def missing_shard(weights: Path) -> None:
+        tensors = load_file(weights)
+        names = dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+        names["model.norm.weight"] = "model-00002-of-00002.safetensors"
+        del tensors["model.norm.weight"]
+        save_file(tensors, weights.with_name("model-00001-of-00002.safetensors"))
+        weights.unlink()
+        index = {"metadata": {"total_size": 0}, "weight_map": names}
+        weights.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+
+    def other_shape(weights: Path) -> None:
+        tensors = load_file(weights)
+        save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"][:-1].clone()}, weights)
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512}
+    no_config = tmp_path / "no_config"
+    no_config.mkdir()
+    shutil.copy(next(dense.glob("*.safetensors")), no_config)
+    titan = {"additional_config": {"titan": {"dens": "shard"}}}
+    cases: dict[str, tuple[str, list[str], dict[str, Any], str]] = {
+        "no config.json": (str(no_config), [], {}, "has no config.json"),
+        "truncated": (bad("cut", weights=lambda w: w.write_bytes(w.read_bytes()[:-999])), [], {}, "truncated"),
+        "index": (bad("index", weights=missing_shard), [], {}, "model-00002-of-00002.safetensors"),
+        "weights of another model": (
+            bad("other", weights=lambda w: w.write_bytes(next(moe.glob("*.safetensors")).read_bytes())), [], {},
+            "does not fit qwen3: missing: ",
+        ),
+        "shape": (bad("shape", weights=other_shape), [], {}, "model.norm.weight"),
+        "architecture": (
+            bad("bert", config={"architectures": ["OPTForCausalLM"], "model_type": "opt"}), [], {}, "OPTForCausalLM",
+        ),
+        "bias": (bad("bias", config={"attention_bias": True}), [], {}, "attention_bias"),
+        "yarn": (bad("yarn", config={"rope_parameters": yarn}), [], {}, "yarn"),
+        "ep": (
+            str(moe), ["--tp", "3", "--ep", "3"], {"tensor_parallel_size": 3, "enable_expert_parallel": True},
+            "ep=3 does not divide num_experts=8; allowed with dp=1, tp=3: 1",
+        ),
+        "kv heads": (
+            str(dense), ["--tp", "8"], {"tensor_parallel_size": 8},
+            "tp=8 does not divide n_kv_heads=4; allowed for this model: 1, 2, 4",
+        ),
+        "rope limit": (str(dense), ["--max-model-len", "5000"], {"max_model_len": 5000}, "max_model_len=5000"),
+        "our options": (
+            str(dense), ["--set", "vllm.additional_config.titan.dens=shard"], titan,
+            "unknown key additional_config.titan.dens; allowed: dense, ",
+        ),
+    }  # fmt: skip
+    job = {
+        name: [[model, *arguments], {"model": model, **options}]
+        for name, (model, arguments, options, _) in cases.items()
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", DOORS],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    wrong = []
+    for name, (*_, expected) in cases.items():
+        code, _, line = found[name]["titan-bridge"].partition(": titan-bridge: ")
+        if code != "exit code 2" or line.count("\n") != 1 or expected not in line:
+            wrong.append((name, "titan-bridge", found[name]["titan-bridge"]))
+        wrong += [
+            (name, door, text)
+            for door, text in found[name].items()
+            if door != "titan-bridge" and line.strip() not in text
+        ]
+    assert not wrong, "\n".join(map(str, wrong))
