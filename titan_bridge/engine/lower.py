@@ -28,14 +28,10 @@ _WHOLE = (spmd.R, spmd.I)
 """Types with which every rank of an axis holds the whole value; they differ in the backward pass only."""
 
 
-def lower(root: nn.Module, keep: Callable[[nn.Module], bool] = lambda module: False) -> None:
-    """Replace the run-time redistribution of every TorchTitan module below `root` by its one collective.
-
-    `keep(module)` names modules whose subtree is handled by somebody else (routed experts).
-    """
+def lower(root: nn.Module) -> None:
+    """Replace the run-time redistribution of every TorchTitan module below `root` by its one collective."""
     for child in root.children():
-        if not keep(child):
-            lower(child, keep)
+        lower(child)
     if isinstance(root, Module) and "forward" in root.__dict__:
         _lower_one(root)
 
