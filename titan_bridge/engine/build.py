@@ -21,7 +21,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.engine.attention import PagedAttention
-from titan_bridge.engine.cpu_linear import use_packed_linears
+from titan_bridge.engine.cpu_packed import use_packed_weights
 from titan_bridge.engine.fsdp import shard_dense
 from titan_bridge.engine.lower import lower, strip
 from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
@@ -160,7 +160,7 @@ def build(vllm_config: VllmConfig) -> Built:
     _localise(model)
     _serve_experts(model, plan, vllm_config)
     if plan.options.cpu_pack and not plan.sharded:
-        use_packed_linears(model, vllm_config.model_config.dtype)
+        use_packed_weights(model, vllm_config.model_config.dtype)
     lower(model)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)

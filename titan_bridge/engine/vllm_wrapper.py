@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
 from titan_bridge.engine.build import build
-from titan_bridge.engine.cpu_linear import refresh
+from titan_bridge.engine.cpu_packed import refresh
 from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
 from titan_bridge.engine.loader import WeightLoader
 from titan_bridge.engine.options import titan_options
