@@ -20,6 +20,7 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; clearing more at every start takes longer than what most tests do
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -101,8 +101,11 @@ def shares_cores(given: Mapping[str, str]) -> bool:
 
 
 def kv_cache_gib(workers: int, available_bytes: int) -> int:
-    """Whole GiB of KV cache a worker: together at most a quarter of the memory that is free, from 1 to 16 each."""
-    return max(1, min(16, available_bytes // 4 // workers // 2**30))
+    """Whole GiB of KV cache a worker: together at most a quarter of the memory that is free, from 1 to 4 each.
+
+    Every GiB is cleared when a worker starts, which takes about two seconds on a small machine.
+    """
+    return max(1, min(4, available_bytes // 4 // workers // 2**30))
 
 
 def available_memory() -> int:

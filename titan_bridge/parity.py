@@ -28,8 +28,12 @@ ENGINE_OPTIONS = {
     "max_num_seqs": 4,
     "block_size": 32,
     "enable_prefix_caching": True,
+    "num_gpu_blocks_override": 128,
 }
-"""vLLM options that make every prompt over 64 tokens a chunked one and the second round hit the prefix cache."""
+"""vLLM options that make every prompt over 64 tokens a chunked one and the second round hit the prefix cache, which has
+room for all of them and no more: a cache of gigabytes takes ten seconds to clear on a CPU."""
+LONGEST = max(PROMPT_LENGTHS) + NEW_TOKENS
+"""Tokens of the longest sequence."""
 
 Logprobs = Callable[[Sequence[int]], torch.Tensor]
 """Token ids of a sequence of L tokens -> float32 log-probabilities `(L, V)`; row i is about token i + 1."""

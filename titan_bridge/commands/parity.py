@@ -45,7 +45,8 @@ class Parity(InferCommand):
         from titan_bridge.commands.quiet import quiet
 
         hf = check(config)
-        limit = min(config.max_model_len or 10**9, hf.get("max_position_embeddings") or 10**9)
+        limit = min(config.max_model_len or 10**9, hf.get("max_position_embeddings") or 10**9, parity.LONGEST)
+        config = dataclasses.replace(config, max_model_len=limit)
         prompts, sampling = parity.rounds(parity.prompts(hf["vocab_size"], max_model_len=limit))
         with quiet(f"running {config.model} in vLLM", verbose=self.verbose):
             from titan_bridge.engine.offline import generate
