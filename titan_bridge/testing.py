@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -170,3 +171,17 @@ def _local_text(limit: int = 1_000_000) -> Iterator[str]:
         limit -= len(text)
         if limit <= 0:
             return
+
+
+def titan_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """A checkpoint that `make_checkpoint` made, as TorchTitan's global tensors by FQN, in the checkpoint's dtype."""
+    from titan_bridge.layout import specs  # noqa: PLC0415  imports torchtitan, which making a checkpoint does not need
+    from titan_bridge.mesh import Sizes  # noqa: PLC0415
+    from titan_bridge.models import family_for, load_hf_config  # noqa: PLC0415
+
+    hf = load_hf_config(path)
+    held = load_file(Path(path) / "model.safetensors")
+    whole = {fqn: torch.zeros(known.shape, dtype=known.dtype) for fqn, known in specs(hf, Sizes()).items()}
+    for view in family_for(hf).views(hf):
+        view.write(whole[view.fqn], held[view.name])
+    return whole

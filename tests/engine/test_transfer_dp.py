@@ -1,5 +1,5 @@
-"""Updates of a real engine of two dp ranks with expert parallelism and sharded dense weights: both ranks take one
-together, and answer afterwards as engines that were started from those weights."""
+"""Updates of a real engine of two dp ranks with expert parallelism and sharded dense weights, from a trainer of FSDP 2
+x TP 2: both ranks take one together, and answer afterwards as the engine that was started from those weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, free_port, plain_ranks
+from titan_bridge.transfer.samples import as_dtensors, local_part
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer
 
@@ -61,13 +63,18 @@ def serve(model: str, address: str, dense: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainClient, Path]]:
     from titan_bridge import cpu
     from titan_bridge.engine.offline import _end_group, _rank_environment
-    from titan_bridge.testing import make_checkpoint
+    from titan_bridge.layout import layout
+    from titan_bridge.mesh import Sizes
+    from titan_bridge.models import load_hf_config
+    from titan_bridge.testing import make_checkpoint, titan_tensors
 
     folder = tmp_path_factory.mktemp("dp")
     for seed, name in enumerate("ab"):
         make_checkpoint(
             folder / name, "qwen3_moe", seed=seed, dtype=torch.bfloat16, hidden_size=64, tokenizer=False
         )
+        save_file(titan_tensors(folder / name), folder / f"{name}.safetensors")
+    layout(load_hf_config(folder / "a"), Sizes(dp=2, tp=2), "shard").write(folder / "trainer.json")
     common = {**os.environ, **cpu.environment(DP, given=os.environ)}
     port = free_port()
     addresses = [str(folder / f"door{rank}") for rank in range(DP)]
@@ -93,18 +100,27 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainClien
             _end_group(process)
 
 
-def there_and_back(rank: int, world: int, client: PlainClient, folder: Path) -> list[list[list[float]]]:
-    held = load_file(folder / "b" / "model.safetensors")
-    trainer = Trainer(
-        TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=Options(seconds=60)
-    )
+def sharded(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
+    """A checkpoint as DTensors of the trainer."""
+    told = Layout.read(folder / "trainer.json")
+    read = load_file(folder / f"{name}.safetensors")
+    return as_dtensors({fqn: local_part(whole, told, fqn, rank) for fqn, whole in read.items()}, told)
+
+
+def there_and_back(
+    rank: int, world: int, port: int, client: PlainClient, folder: Path
+) -> list[list[list[float]]]:
+    held = sharded(folder, "b", rank)
+    options = Options(port=port, seconds=60)
+    trainer = Trainer(TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=options)
     trainer.connect()
     answers = []
     for name in "bab":
-        held.update(load_file(folder / name / "model.safetensors"))
+        held.update(sharded(folder, name, rank))
         report = trainer.send_weights()
-        assert sum(report.received.values()) == report.lower_bound
-        answers.append(client.call("answers"))
+        if rank == 0:
+            assert sum(report.received.values()) == report.lower_bound
+            answers.append(client.call("answers"))
     trainer.shutdown()
     return answers
 
@@ -113,8 +129,8 @@ def test_both_dp_ranks_take_an_update_together(ranks):
     client, folder = ranks
     fresh = client.call("answers")
     assert fresh[0] == fresh[1]
-    with plain_ranks(1) as trainers:
-        ((b, a, again),) = trainers.run(there_and_back, client, folder)
+    with plain_ranks(4) as trainers:
+        (b, a, again), *_ = trainers.run(there_and_back, free_port(), client, folder)
     assert b[0] == b[1] != fresh[0]
     assert a == fresh
     assert again == b

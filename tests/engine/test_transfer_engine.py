@@ -15,15 +15,13 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.changes import Snapshot, changed
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, PlainRanks, door, free_port, plain_ranks
-from titan_bridge.transfer.samples import local_part
+from titan_bridge.transfer.samples import as_dtensors, local_part
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer
 
@@ -50,19 +48,6 @@ class Engine:
         return [next(iter(row.values())).logprob for row in rows]
 
 
-def titan_tensors(model: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint as TorchTitan's global tensors."""
-    from titan_bridge.layout import specs
-    from titan_bridge.mesh import Sizes
-    from titan_bridge.models import family_for, load_hf_config
-
-    hf = load_hf_config(model)
-    whole = {fqn: torch.zeros(known.shape, dtype=known.dtype) for fqn, known in specs(hf, Sizes()).items()}
-    for view in family_for(hf).views(hf):
-        view.write(whole[view.fqn], load_file(model / "model.safetensors")[view.name])
-    return whole
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A mixture of experts in bf16 at tp=2, ep=2, started from checkpoint a; a, b and their layout as files."""
@@ -72,14 +57,15 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     from titan_bridge.layout import layout
     from titan_bridge.mesh import Sizes
     from titan_bridge.models import load_hf_config
-    from titan_bridge.testing import make_checkpoint
+    from titan_bridge.testing import make_checkpoint, titan_tensors
 
     folder = tmp_path_factory.mktemp("transfer")
     for seed, name in enumerate("ab"):
         make_checkpoint(folder / name, "qwen3_moe", seed=seed, dtype=torch.bfloat16, **SIZES)
         save_file(titan_tensors(folder / name), folder / f"{name}.safetensors")
     # The trainer's vocabulary is not padded; the engine's is.
-    layout(load_hf_config(folder / "a"), Sizes(dp=2), "shard").write(folder / "trainer.json")
+    for name, sizes in {"trainer": Sizes(dp=2), "experts": Sizes(dp=2, ep=2)}.items():
+        layout(load_hf_config(folder / "a"), sizes, "shard").write(folder / f"{name}.json")
     config = InferConfig(
         model=str(folder / "a"),
         parallel=Parallel(tp=2, ep=2),
@@ -118,23 +104,11 @@ def test_weights_by_hugging_face_names_through_vllms_own_factory(engine):
     trainer.shutdown()
 
 
-def fsdp(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
-    """fp32 masters of a checkpoint as DTensors of two FSDP ranks."""
-    told = Layout.read(folder / "trainer.json")
-    mesh = {
-        key: DeviceMesh("cpu", torch.tensor(m.array), mesh_dim_names=m.axes) for key, m in told.meshes.items()
-    }
-    return {
-        fqn: DTensor.from_local(
-            local_part(whole.float(), told, fqn, rank),
-            mesh[told.params[fqn].spec.mesh],
-            told.params[fqn].spec.placements,
-            run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
-        )
-        for fqn, whole in load_file(folder / f"{name}.safetensors").items()
-    }
+def fsdp(folder: Path, name: str, rank: int, layout: str = "trainer") -> dict[str, torch.Tensor]:
+    """fp32 masters of a checkpoint as DTensors of two FSDP ranks, or of two that share the experts ("experts")."""
+    told = Layout.read(folder / f"{layout}.json")
+    read = load_file(folder / f"{name}.safetensors")
+    return as_dtensors({fqn: local_part(whole.float(), told, fqn, rank) for fqn, whole in read.items()}, told)
 
 
 def connect(
@@ -146,17 +120,20 @@ def connect(
     return trainer
 
 
-def dense_there_and_back(rank: int, world: int, port: int, client: PlainClient, folder: Path) -> None:
-    held = fsdp(folder, "b", rank)
+def dense_there_and_back(
+    rank: int, world: int, port: int, client: PlainClient, folder: Path, layout: str = "trainer"
+) -> None:
+    held = fsdp(folder, "b", rank, layout)
     trainer = connect(rank, world, port, client, held)
     trainer.send_weights()
-    held |= fsdp(folder, "a", rank)
+    held |= fsdp(folder, "a", rank, layout)
     trainer.send_weights()
     trainer.shutdown()
 
 
-def test_two_fsdp_ranks_send_fp32_masters(engine, trainers):
-    trainers.run(dense_there_and_back, free_port(), engine.client, engine.folder)
+@pytest.mark.parametrize("layout", ["trainer", "experts"])
+def test_two_trainer_ranks_send_fp32_masters(engine, trainers, layout):
+    trainers.run(dense_there_and_back, free_port(), engine.client, engine.folder, layout)
     assert engine.answers() == engine.fresh
 
 

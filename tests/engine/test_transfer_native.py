@@ -10,22 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.testing import make_checkpoint
+from titan_bridge.testing import make_checkpoint, titan_tensors
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
-
-
-def titan_tensors(model: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint as TorchTitan's global tensors."""
-    from titan_bridge.layout import specs
-    from titan_bridge.mesh import Sizes
-    from titan_bridge.models import family_for, load_hf_config
-
-    hf = load_hf_config(model)
-    whole = {fqn: torch.zeros(known.shape, dtype=known.dtype) for fqn, known in specs(hf, Sizes()).items()}
-    for view in family_for(hf).views(hf):
-        view.write(whole[view.fqn], load_file(model / "model.safetensors")[view.name])
-    return whole
 
 
 def hf_tensors(model: Path) -> dict[str, torch.Tensor]:
@@ -41,13 +28,15 @@ def answers(llm: Any) -> list[float]:
     return [next(iter(row.values())).logprob for row in output.prompt_logprobs[1:]]
 
 
-def test_a_trainer_updates_vllms_own_qwen3_at_tp_2(tmp_path):
+@pytest.mark.parametrize(("family", "model_class"), [("qwen3", "Qwen3"), ("qwen3_moe", "Qwen3Moe")])
+def test_a_trainer_updates_vllms_own_model_at_tp_2(tmp_path, family, model_class):
+    """Of a dense model every worker gets its slices; the CPU backend repacks experts, which therefore come whole."""
     from titan_bridge.engine.offline import engine
     from titan_bridge.engine.transfer import LLMClient, TitanTrainerInitInfo, TitanWeightSource
     from titan_bridge.engine.transfer import TitanTrainerWeightTransferEngine as Engine
 
     a, b = (
-        make_checkpoint(tmp_path / name, "qwen3", seed=seed, dtype=torch.bfloat16, tokenizer=False)
+        make_checkpoint(tmp_path / name, family, seed=seed, dtype=torch.bfloat16, tokenizer=False)
         for seed, name in enumerate("ab")
     )
     config = InferConfig(
@@ -63,7 +52,8 @@ def test_a_trainer_updates_vllms_own_qwen3_at_tp_2(tmp_path):
         },
     )
     with engine(config) as (llm, workers, _):
-        assert workers[0]["model_class"] == "vllm.model_executor.models.qwen3.Qwen3ForCausalLM"
+        module = f"vllm.model_executor.models.{family}.{model_class}ForCausalLM"
+        assert workers[0]["model_class"] == module
         fresh = answers(llm)
         for read in (titan_tensors, hf_tensors):
             held = read(b)
@@ -76,5 +66,8 @@ def test_a_trainer_updates_vllms_own_qwen3_at_tp_2(tmp_path):
             trainer.send_weights()
             assert answers(llm) == fresh
             # Half of everything that is sharded into each worker, fused or not, and the norms into both.
-            assert trainer.report.received == {rank: w["local_bytes"] for rank, w in enumerate(workers)}
+            experts = sum(tensor.nbytes for name, tensor in hf_tensors(b).items() if ".experts." in name)
+            assert trainer.report.received == {
+                rank: worker["local_bytes"] + experts // 2 for rank, worker in enumerate(workers)
+            }
             trainer.shutdown()

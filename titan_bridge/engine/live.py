@@ -139,6 +139,9 @@ def _native_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Native
             f"{type(model).__name__} carries no specs; start the engine with "
             "additional_config={'titan': {'attach_specs': true}}"
         )
+    for prefix, module, reason in native_specs.undescribed_in(model):
+        if not native_specs.is_declared(module):
+            raise BridgeError(f"{prefix} ({type(module).__name__}) has no spec: {reason}")
     declared = {
         f"{prefix}.{name}" if prefix else name: native
         for prefix, _, name, native in native_specs.declared_in(model)

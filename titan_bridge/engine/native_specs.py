@@ -40,6 +40,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
+from titan_bridge.engine.plugin import TRANSFER_BACKEND
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import DENSE, MESH_AXES, SPARSE, Sizes, sizes_of
 from titan_bridge.sharding.boxes import chunk
@@ -47,6 +48,8 @@ from titan_bridge.sharding.spec import ShardingSpec, attach, attach_module
 
 _DECLARED = "_titan_native_specs"
 """Attribute of a module: parameter name -> Native."""
+_UNDESCRIBED = "_titan_undescribed"
+"""Attribute of a module: why placements cannot say how it is sharded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +85,15 @@ class Native:
 def declare(model: nn.Module, vllm_config: VllmConfig) -> None:
     """Attach specs to every sharded parameter of `model`, whose weights are not post-processed yet.
 
+    Where weights come by transfer "titan", a layer that cannot be described is left without, and gets whole tensors.
+
     On the CPU backend this also leaves linear weights where they are: vLLM would move them into a oneDNN copy and
     leave an empty parameter behind, which nobody could read or update.
 
     Raises:
         BridgeError: A layer whose sharding placements cannot say, or a quantized one, by name.
     """
+    transfer = getattr(vllm_config.weight_transfer_config, "backend", None) == TRANSFER_BACKEND
     sizes = sizes_of(vllm_config.parallel_config, dist.get_world_size())
     packed = getattr(model, "packed_modules_mapping", None) or {}
     for prefix, module in model.named_modules():
@@ -100,6 +106,9 @@ def declare(model: nn.Module, vllm_config: VllmConfig) -> None:
                     declared = natives(module, sizes, names)
                     _attach(module, declared, sizes)
                 except BridgeError as error:
+                    if transfer:
+                        module.__dict__[_UNDESCRIBED] = str(error)
+                        break
                     raise BridgeError(f"attach_specs: {prefix} ({type(module).__name__}): {error}") from None
                 break
 
@@ -153,6 +162,17 @@ def declared_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Native]
     for prefix, module in model.named_modules():
         for name, native in module.__dict__.get(_DECLARED, {}).items():
             yield prefix, module, name, native
+
+
+def undescribed_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(prefix, module, reason) of every layer into which no slices can be written."""
+    for prefix, module in model.named_modules():
+        if reason := module.__dict__.get(_UNDESCRIBED):
+            yield prefix, module, reason
+        for name, native in module.__dict__.get(_DECLARED, {}).items():
+            if native.stored != "as loaded":
+                yield prefix, module, f"{name} is {native.stored}"
+                break
 
 
 def is_declared(model: nn.Module) -> bool:

@@ -3,10 +3,14 @@
 A fused parameter is no shard of one global tensor, but each of its parts is: q, k and v lie one after the other in
 every rank's qkv. So the target's tensors are those of the Hugging Face checkpoint, each a contiguous piece of the
 live parameter, with the layout that the layer's spec says. Experts stand by themselves, as in the checkpoint.
+
+A layer that cannot be written slice by slice (quantized, or repacked for a kernel) gets the checkpoint's tensors whole
+on every worker, and vLLM's own layerwise reload makes of them what it keeps.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from titan_bridge.engine import native_specs
 from titan_bridge.engine.native_specs import Native, Part
@@ -27,6 +34,8 @@ from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.receiver import Target
 
+logger = logging.getLogger(f"vllm.{__name__}")
+
 EXPERTS = ("w13_weight", "w2_weight")
 
 
@@ -34,7 +43,7 @@ def native_target(model: nn.Module, vllm_config: VllmConfig, place: Mapping[str,
     """What a worker with vLLM's own model receives into.
 
     Raises:
-        BridgeError: No specs, or a parameter that a kernel keeps in another order.
+        BridgeError: No specs, or a layer that cannot be described of a model whose tensors are not known.
     """
     if not native_specs.is_declared(model):
         raise BridgeError(
@@ -47,7 +56,11 @@ def native_target(model: nn.Module, vllm_config: VllmConfig, place: Mapping[str,
         f"{prefix}.{name}": (module, native)
         for prefix, module, name, native in native_specs.declared_in(model)
     }
+    others = {prefix: module for prefix, module, _ in native_specs.undescribed_in(model)}
+    inside = tuple(f"{prefix}." for prefix in others)
     for fqn, tensor in model.named_parameters():
+        if fqn.startswith(inside):
+            continue
         module, native = declared.get(fqn, (None, None))
         if native is None:  # a parameter without a spec is whole on every rank
             whole = ShardingSpec(mesh=DENSE, placements=(Replicate(),) * 3)
@@ -58,13 +71,49 @@ def native_target(model: nn.Module, vllm_config: VllmConfig, place: Mapping[str,
     def views() -> Sequence[View]:
         return family_for(hf).views(hf)
 
+    if others:
+        claims = tuple(_claims(model, prefix, module) for prefix, module in others.items())
+        builder.take_whole(views(), claims, vllm_config.model_config.dtype)
+        for prefix, module, reason in native_specs.undescribed_in(model):
+            logger.info("%s (%s) is updated through load_weights: %s", prefix, type(module).__name__, reason)
+    logger.info("weight transfer: %s", builder.coverage())
     return Target(
+        whole=builder.whole,
+        load=_Reload(model, tuple(others.values()), vllm_config.model_config),
         tensors=lambda: builder.tensors,
         layout=Layout(meshes=builder.meshes, params=builder.params),
         views=views,
         unpadded=builder.unpadded,
         **place,
     )
+
+
+def _claims(model: nn.Module, prefix: str, module: Any) -> tuple[str, ...]:
+    """How the checkpoint's names of a layer's tensors begin."""
+    if isinstance(module, RoutedExperts):
+        return (f"{module.layer_name}.",)
+    parent, _, last = prefix.rpartition(".")
+    parts = (getattr(model, "packed_modules_mapping", None) or {}).get(last, ())
+    return tuple(f"{parent}.{part}." for part in parts) or (f"{prefix}.",)
+
+
+class _Reload:
+    """Loads whole tensors of the checkpoint into a few layers, in place, as vLLM's own backends do."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], config: ModelConfig) -> None:
+        self._model, self._layers, self._config = model, layers, config
+
+    @torch.no_grad()
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for layer in self._layers:
+            initialize_layerwise_reload(layer)
+            if current_platform.is_cpu() and isinstance(layer, RoutedExperts):
+                # vLLM 0.32 packs experts for its CPU kernel only where it makes the kernel, too, so not in a reload
+                # (`unquantized_fused_moe_method.py`, `_setup_kernel`): their weights would stay unpacked.
+                layer.quant_method.moe_kernel = None
+        self._model.load_weights(tensors.items())  # type: ignore[operator]
+        for layer in self._layers:
+            finalize_layerwise_reload(layer, self._config)
 
 
 class _Builder:
@@ -74,14 +123,33 @@ class _Builder:
         self.params: dict[str, ParamLayout] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self.unpadded: dict[str, tuple[int, ...]] = {}
+        self.whole: dict[str, torch.dtype] = {}
+
+    def take_whole(
+        self, views: Sequence[View], claims: Sequence[tuple[str, ...]], dtype: torch.dtype
+    ) -> None:
+        """Enter the checkpoint's tensors whose names begin with one of the claims, whole on every worker."""
+        mesh = describe(DENSE, self._sizes, rank=dist.get_rank())
+        self.meshes["whole"] = MeshLayout.make(mesh.axes, mesh.shape, mesh.flat_ranks())
+        spec = ShardingSpec(mesh="whole", placements=(Replicate(),) * len(mesh.axes))
+        for claim in claims:
+            found = [view for view in views if view.name.startswith(claim)]
+            if not found:
+                raise BridgeError(f"no tensor of the checkpoint is known for {claim[0].rstrip('.')}")
+            for view in found:
+                self.whole[view.name] = dtype
+                name = str(dtype).removeprefix("torch.")
+                self.params[view.name] = ParamLayout(spec=spec, shape=view.shape, dtype=name)
+
+    def coverage(self) -> str:
+        """What an update brings to this worker, in bytes."""
+        slices = sum(tensor.nbytes for tensor in self.tensors.values())
+        whole = sum(math.prod(self.params[name].shape) * dtype.itemsize for name, dtype in self.whole.items())
+        share = 100 * slices / max(slices + whole, 1)
+        return f"{slices} bytes in slices, {whole} bytes of whole tensors through load_weights ({share:.1f} % slices)"
 
     def add(self, fqn: str, tensor: torch.Tensor, native: Native, module: Any) -> None:
         """Enter the checkpoint's tensors that `tensor` is made of."""
-        if native.stored != "as loaded":
-            raise BridgeError(
-                f"{fqn} is {native.stored} by vLLM, so slices cannot be written into it; serve with "
-                "model_impl='torchtitan'"
-            )
         tensor = tensor.detach()
         for part, piece, size in self._parts(tensor, native):
             shape = (*native.shape[: native.dim], size, *native.shape[native.dim + 1 :])

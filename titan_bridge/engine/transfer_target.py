@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
+from vllm.platforms import current_platform
 
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.receiver import Target
@@ -55,11 +57,25 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
     def views() -> Sequence[View]:
         return plan.family.views(plan.hf, padded_vocab=padded)
 
-    def changed(names: Iterable[str]) -> None:
-        params = dict(model.model.named_parameters(remove_duplicate=False))
-        model.weights_changed([params[name] for name in names if name in params])
+    def params() -> dict[str, torch.Tensor]:
+        inner = model.model
+        return dict(inner.named_buffers()) | dict(inner.named_parameters(remove_duplicate=False))
 
+    def changed(names: Iterable[str]) -> None:
+        known = params()
+        model.weights_changed([known[name] for name in names if name in known])
+
+    def swap(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        param = params()[name]
+        before, param.data = param.data, tensor
+        model.live[name].data = tensor  # what loads checkpoints writes there
+        return before
+
+    # On a GPU a graph may hold addresses; under FSDP a parameter is not always the tensor that holds the weights.
+    plain = not any(isinstance(tensor, DTensor) for tensor in params().values())
+    swaps = current_platform.is_cpu() and plain and not plan.sharded
     return Target(
+        swap=swap if swaps else None,
         tensors=_Live(model),
         layout=model.layout,
         on_change=changed,

@@ -2,8 +2,8 @@
 
 Memory beside the tensors themselves: a sender has two buckets, one being packed while the other travels; a
 window that is contiguous and of the wire's dtype already is sent from where it lies. A receiver has its staging,
-which is as large as the update's share of the rank: buckets arrive in it directly and it is copied once, into
-the live tensors, when the update is taken.
+which is as large as the update's share of the rank. When the update is taken it is copied into the live tensors, or,
+where a target allows it, takes their place: then their old memory is the staging of the next update.
 """
 
 from __future__ import annotations
@@ -110,56 +110,104 @@ def _rotated(lanes: Sequence[Lane], rank: int) -> list[tuple[int, int, Bucket]]:
 
 
 class Staged(NamedTuple):
-    """One bucket that has arrived."""
+    """One update that has arrived: buckets to copy, and whole local tensors to take over as they are."""
 
-    bucket: Bucket
-    data: torch.Tensor
+    buckets: list[tuple[Bucket, torch.Tensor]]
+    shadows: dict[str, torch.Tensor]
+    """Local tensors by name; whoever takes one over puts another of its size in its place, for the next update."""
 
 
 class DenseReceiver:
     """Stages the lanes of one worker; keeps the staging for the next update unless told otherwise."""
 
-    def __init__(self, transport: Transport, lanes: Sequence[Lane]) -> None:
+    def __init__(
+        self, transport: Transport, lanes: Sequence[Lane], whole: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """`whole`: live local tensors whose memory may be exchanged; they get a shadow where every message lies in it
+        as it travels."""
         self._transport = transport
         self._order = [(lane.peer, tag, bucket) for lane in lanes for tag, bucket in enumerate(lane.buckets)]
-        self._staging: list[torch.Tensor] | None = None
+        self._shadowed = _shadowed([bucket for _, _, bucket in self._order], whole or {})
+        self._buckets: list[torch.Tensor | None] | None = None
+        self._shadows: dict[str, torch.Tensor] = {}
 
     @property
     def staging_bytes(self) -> int:
         """Memory of the staging, now."""
-        return sum(part.nbytes for part in self._staging or ())
+        parts = [*(self._buckets or ()), *self._shadows.values()]
+        return sum(part.nbytes for part in parts if part is not None)
 
-    def receive(self, deadline: Deadline) -> list[Staged]:
-        """All buckets of one update.
+    def receive(self, deadline: Deadline) -> Staged:
+        """All of one update.
 
         Raises:
             TransferError: A sender is gone, or the time is over. Nothing live was touched.
         """
-        if self._staging is None:
-            self._staging = [
-                torch.empty(bucket.elements, dtype=bucket.dtype, device=self._transport.device)
-                for _, _, bucket in self._order
-            ]
+        if self._buckets is None:
+            self._allocate()
+        assert self._buckets is not None
+        places = [
+            self._in_shadow(bucket) if own is None else own
+            for (_, _, bucket), own in zip(self._order, self._buckets, strict=True)
+        ]
         works = [
             (peer, self._transport.receive(data, peer, tag=tag))
-            for (peer, tag, _), data in zip(self._order, self._staging, strict=True)
+            for (peer, tag, _), data in zip(self._order, places, strict=True)
         ]
         try:
             for peer, work in works:
                 self._transport.wait(work, seconds=deadline.left, what=f"receiving weights from rank {peer}")
         except TransferError:
-            self._staging = None  # late bytes may still arrive there
+            self.release()  # late bytes may still arrive there
             raise
-        return [Staged(bucket, data) for (_, _, bucket), data in zip(self._order, self._staging, strict=True)]
+        buckets = [
+            (bucket, own)
+            for (_, _, bucket), own in zip(self._order, self._buckets, strict=True)
+            if own is not None
+        ]
+        return Staged(buckets, self._shadows)
+
+    def _allocate(self) -> None:
+        device = self._transport.device
+        self._shadows = {
+            name: torch.empty(like.shape, dtype=like.dtype, device=device)
+            for name, like in self._shadowed.items()
+        }
+        self._buckets = [
+            None
+            if bucket.slices[0].name in self._shadows
+            else torch.empty(bucket.elements, dtype=bucket.dtype, device=device)
+            for _, _, bucket in self._order
+        ]
+
+    def _in_shadow(self, bucket: Bucket) -> torch.Tensor:
+        (only,) = bucket.slices
+        return only.of(self._shadows[only.name]).view(-1)
 
     def release(self) -> None:
         """Give the staging back."""
-        self._staging = None
+        self._buckets, self._shadows = None, {}
 
 
-def apply_dense(staged: Sequence[Staged], live: Mapping[str, torch.Tensor]) -> set[str]:
+def _shadowed(buckets: Sequence[Bucket], whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of `whole`, as meta tensors, of which every element comes in a message that is laid out like them."""
+    metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in whole.items()}
+    arriving = dict.fromkeys(metas, 0)
+    for bucket in buckets:
+        for part in bucket.slices:
+            meta = metas.get(part.name)
+            if meta is None:
+                continue
+            if len(bucket.slices) > 1 or bucket.dtype != meta.dtype or not part.of(meta).is_contiguous():
+                del metas[part.name]
+            else:
+                arriving[part.name] += part.elements
+    return {name: meta for name, meta in metas.items() if arriving[name] == meta.numel()}
+
+
+def apply_dense(staged: Staged, live: Mapping[str, torch.Tensor]) -> set[str]:
     """Copy staged buckets into the live local tensors; returns the names that were written."""
-    for bucket, data in staged:
+    for bucket, data in staged.buckets:
         for part in bucket.slices:
             part.of(live[part.name]).copy_(data[part.at : part.at + part.elements].view(part.window.size))
-    return {part.name for bucket, _ in staged for part in bucket.slices}
+    return {part.name for bucket, _ in staged.buckets for part in bucket.slices}

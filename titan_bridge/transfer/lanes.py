@@ -19,7 +19,8 @@ from titan_bridge.sharding.plan import Plan
 
 BUCKET_BYTES = 64 * 2**20
 ALONE_BYTES = 2**20
-"""A copy of this size is a message of its own: where it is contiguous it then travels without being packed."""
+"""A copy of this size, or of a quarter of a bucket, is a message of its own: where it is contiguous, it then leaves
+and arrives where it belongs, without being packed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,7 @@ def cut(window: Window, most: int) -> Iterator[Window]:
 
 def _packed(parts: list[tuple[str, Window, int]], dtype: str, most: int) -> Iterator[Bucket]:
     torch_dtype = getattr(torch, dtype)
-    alone = max(1, ALONE_BYTES // torch_dtype.itemsize)
+    alone = max(1, min(ALONE_BYTES // torch_dtype.itemsize, most // 4))
     slices: list[Slice] = []
     at = 0
     for name, window, elements in parts:

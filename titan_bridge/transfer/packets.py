@@ -91,6 +91,10 @@ def receive_sparse(
         (count,) = reader.read(1, torch.int64).tolist()
         header = reader.read(2 * count, torch.int64).view(-1, 2).tolist()
         tensors = [(names[at], n) for at, n in header]
+        if other := [name for name, _ in tensors if name not in local]:
+            raise BridgeError(
+                f"{other[0]} cannot be patched: vLLM holds it in another form; send all weights"
+            )
         positions = reader.split([(n, index_dtype(math.prod(local[name]))) for name, n in tensors])
         values = reader.split([(n, getattr(torch, layout.params[name].dtype)) for name, n in tensors])
         for (name, _), p, v in zip(tensors, positions, values, strict=True):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without impor
 
 UNKNOWN_VERSION = "default"
 """What vLLM, too, calls the weights that an engine was started with."""
+BROKEN_VERSION = "broken"
+"""After a dense update that a loader of vLLM's could not finish."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,13 +66,20 @@ class Target:
     """Hugging Face names as slices of the tensors, or the reverse."""
     unpadded: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Shape without padding rows, of tensors that have some."""
+    whole: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    """Tensors of the layout that have no live tensor here: all of them arrive whole and go to `load`."""
+    load: Callable[[Mapping[str, torch.Tensor]], None] = lambda tensors: None
+    """Makes live what the whole tensors say; called with all of them, after a dense update only."""
+    swap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    """Gives a live tensor other memory, of the same shape and dtype, and returns the one that it had: saves a copy
+    where nobody holds on to addresses."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Round:
     number: int
     version: str
-    dense: list[Staged] | None = None
+    dense: Staged | None = None
     sparse: list[Arrived] | None = None
 
 
@@ -172,7 +182,8 @@ class Receiver:
         rank = sides.rank_of((terms.engine, target.index))
         device = next(iter(live.values())).device
         self._link = Link(board=board, terms=terms, sides=sides, rank=rank, device=device)
-        self._dense = DenseReceiver(self._link.transport, self._link.lanes)
+        whole = _unshared(live) if target.swap is not None and self._link.device == device else {}
+        self._dense = DenseReceiver(self._link.transport, self._link.lanes, whole)
         if len(sides.workers) > 1:
             self._peers = make_group(
                 board.store(f"{terms.prefix}/workers"),
@@ -303,14 +314,40 @@ class Receiver:
             self._fail("the update was not taken: not all workers have it, or the trainer is gone")
             self._tell(link.board, applied, self.error)
             return
-        live = self.target.tensors()
-        names = apply_dense(staged.dense, live) if staged.dense is not None else set()
-        names |= apply_sparse(staged.sparse, live) if staged.sparse is not None else set()
-        self.target.on_change(sorted(names))
+        try:
+            self._apply(staged)
+        except Exception as error:
+            # vLLM's loaders may raise anything, and the weights are then neither the old ones nor the new.
+            self.version = BROKEN_VERSION
+            self._fail(
+                f"worker {self.target.index} has broken weights until the next dense update: {error!r}"
+            )
+            self._tell(link.board, applied, self.error)
+            return
         self.version = staged.version
         if not self._keep and self._dense is not None:
             self._dense.release()
         self._tell(link.board, applied, None)
+
+    def _apply(self, staged: _Round) -> None:
+        live = self.target.tensors()
+        if staged.dense is not None:
+            params, device = self.target.layout.params, next(iter(live.values())).device
+            whole = {
+                name: torch.empty(params[name].shape, dtype=dtype, device=device)
+                for name, dtype in self.target.whole.items()
+            }
+            names = apply_dense(staged.dense, {**live, **whole})
+            if whole:
+                self.target.load(whole)
+            for name, shadow in staged.dense.shadows.items():
+                assert self.target.swap is not None
+                staged.dense.shadows[name] = self.target.swap(name, shadow)
+                names.add(name)
+        else:
+            assert staged.sparse is not None
+            names = apply_sparse(staged.sparse, live)
+        self.target.on_change(sorted(names & live.keys()))
 
     def _decided(self, link: Link, staged: _Round) -> bool:
         # The trainer posts its decision before it calls finish: a second is for somebody who calls it out of order.
@@ -366,6 +403,12 @@ class Receiver:
             board.post(key, value)
         except TransferError as error:
             logger.error("%s", error)
+
+
+def _unshared(live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that are alone in their memory: tied ones must go on to share theirs."""
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in live.values())
+    return {name: t for name, t in live.items() if users[t.untyped_storage().data_ptr()] == 1}
 
 
 def _signature(tensor: torch.Tensor) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def sample_locals(layout: Layout, rank: int, version: int) -> dict[str, torch.Te
     return result
 
 
-def sample_dtensors(layout: Layout, rank: int, version: int) -> dict[str, torch.Tensor]:
-    """The same as DTensors, on meshes made of the default process group; every rank of it has to call this."""
+def as_dtensors(locals_: Mapping[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
+    """Local tensors as DTensors, on meshes made of the default process group; every rank of it has to call this."""
     meshes = {
         name: DeviceMesh("cpu", torch.tensor(mesh.array), mesh_dim_names=mesh.axes)
         for name, mesh in layout.meshes.items()
@@ -56,15 +57,25 @@ def sample_dtensors(layout: Layout, rank: int, version: int) -> dict[str, torch.
             shape=torch.Size(layout.params[name].shape),
             stride=torch.empty(layout.params[name].shape, device="meta").stride(),
         )
-        for name, local in sample_locals(layout, rank, version).items()
+        for name, local in locals_.items()
     }
+
+
+def sample_dtensors(layout: Layout, rank: int, version: int) -> dict[str, torch.Tensor]:
+    """`sample_locals` as DTensors; see `as_dtensors`."""
+    return as_dtensors(sample_locals(layout, rank, version), layout)
 
 
 def sample_target(layout: dict[str, Any], rank: int, index: int, count: int, version: int) -> Target:
     """A worker's live tensors, filled; `layout` as JSON so that it can be sent to a process."""
     read = Layout.from_json(layout)
     live = sample_locals(read, rank, version)
-    return Target(tensors=lambda: live, layout=read, rank=rank, index=index, count=count)
+
+    def swap(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        before, live[name] = live[name], tensor
+        return before
+
+    return Target(tensors=lambda: live, layout=read, rank=rank, index=index, count=count, swap=swap)
 
 
 def differences(receiver: Receiver, version: int) -> list[str]:
