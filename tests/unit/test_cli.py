@@ -71,7 +71,7 @@ def test_help_imports_nothing_heavy():
         (["sevre", "m"], "unknown command 'sevre'; did you mean serve? allowed: "),
         (["generate", "none/here"], "none/here does not exist; give the directory of a model"),
         (["serve", "none.toml"], "none.toml does not exist; give a TOML file that does"),
-        (["config"], "nothing to show; give a .toml file, or --schema"),
+        (["config"], "nothing to show; give a .toml file, --schema or --table"),
         (["generate", "m", "--tp", "2", "--ep", "3"], "the command line, --tp, --ep: ep=3 does not divide"),
         (["generate", "m", "--tp", "0"], "--tp: parallel.tp = 0 (int) is not allowed"),
         (["generate", "m", "--dtype", "fp8"], "it must be 'auto', 'float32', 'bfloat16' or 'float16'"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import typing
 from pathlib import Path
 
 import pytest
 
+from titan_bridge import cli
 from titan_bridge.commands.infer import format_vllm_options, parse_vllm_options
+from titan_bridge.config.kinds import KINDS
 from titan_bridge.config.reader import json_schema, parse_set, resolve
 from titan_bridge.config.schema import SCHEMAS, InferConfig
+from titan_bridge.config.table import BEGIN, END, key_rows
 from titan_bridge.errors import BridgeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,6 +202,40 @@ def test_json_schema_has_every_field_with_its_description(kind):
             assert part["properties"][name]["description"], f"{cls.__name__}.{name} has no docstring"
             if dataclasses.is_dataclass(hint):
                 classes.append(hint)
+
+
+def test_the_readme_has_the_table_of_keys_that_the_command_prints(capsys):
+    assert cli.main(["config", "--table"]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith(BEGIN)
+    assert printed.endswith(END)
+    assert printed in (ROOT / "README.md").read_text(), (
+        f"put what `titan-bridge config --table` prints between {BEGIN} and {END} in README.md"
+    )
+
+
+SMALLEST = {
+    "infer": ["model=m"],
+    "train": [
+        "model.family=llama3",
+        *(f"model.sizes.{key}=4" for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")),
+        "data.seed=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_has_exactly_the_keys_that_a_file_may_set_with_their_defaults(kind):
+    resolved = resolve(KINDS[kind], sets=SMALLEST[kind]).table()
+    rows = {key.strip("`"): (default, meaning) for key, _, default, meaning in key_rows(KINDS[kind])}
+    assert rows.keys() == {key for key, _, _ in resolved}
+    assert all(meaning for _, meaning in rows.values())
+    for key, value, origin in resolved:
+        shown = {None: "none", "{}": "empty"}.get(
+            value if value is None else str(value), f"`{json.dumps(value)}`"
+        )
+        if origin == "default":
+            assert rows[key][0] == shown, key
 
 
 def test_one_file_reads_toml():

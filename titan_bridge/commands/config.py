@@ -13,7 +13,7 @@ from titan_bridge.errors import BridgeError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Print the values of a TOML file and where each comes from, or the JSON Schema of the files.
+    """Print the values of a TOML file and where each comes from, or what the files may say.
 
     Example: titan-bridge config configs/infer/qwen3_moe_tp2_ep2.toml --set parallel.tp=4
     """
@@ -24,6 +24,8 @@ class Config:
     """Set one key, for instance --set parallel.tp=2; may be repeated."""
     schema: bool = False
     """Print the JSON Schema of each kind of file, by kind."""
+    table: bool = False
+    """Print the keys of each kind of file as Markdown tables (they are in the README)."""
     json: bool = False
     """Print JSON."""
 
@@ -34,8 +36,13 @@ class Config:
         if self.schema:
             print(json.dumps({kind: reader.json_schema(schema) for kind, schema in KINDS.items()}, indent=2))
             return 0
+        if self.table:
+            from titan_bridge.config.table import markdown
+
+            print(markdown(KINDS))
+            return 0
         if self.file is None:
-            raise BridgeError("nothing to show; give a .toml file, or --schema")
+            raise BridgeError("nothing to show; give a .toml file, --schema or --table")
         rows = reader.resolve(KINDS[kind_of(self.file)], file=self.file, sets=self.set).table()
         if self.json:
             print(json.dumps({key: {"value": value, "origin": origin} for key, value, origin in rows}))

@@ -120,8 +120,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise BridgeError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _fields(schema: Any) -> dict[str, Any] | None:
-    """Field name -> resolved type of a config class; None where `schema` is not one."""
+def fields_of(schema: Any) -> dict[str, Any] | None:
+    """Field name -> resolved type (None left out of it) of a config class; None where `schema` is not one."""
     if not dataclasses.is_dataclass(schema):
         return None
     hints = typing.get_type_hints(schema, include_extras=False)
@@ -136,7 +136,7 @@ def _without_none(hint: Any) -> Any:
 
 
 def _check_keys(schema: Any, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    fields = _fields(schema)
+    fields = fields_of(schema)
     if fields is None:
         return
     for key, value in values.items():
