@@ -1,0 +1,74 @@
+"""What the tests of interrupted, damaged and refused conversions share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint.execute import Executor
+from titan_bridge.checkpoint.reshard import Options
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+NORM = "model.norm.weight"
+
+
+def options(source: Path, target: Path, **more) -> Options:
+    return Options(
+        source=source, target=target, **{"to": "dcp", "max_shard_size": 40_000, "workers": 1, **more}
+    )
+
+
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    a, b = contents(one), contents(other)
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def changed(source: Path, target: Path, change) -> Path:
+    state = contents(source)
+    change(state)
+    target.mkdir()
+    save_file(state, target / "model.safetensors")
+    shutil.copy(source / "config.json", target)
+    return target
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_after(monkeypatch, parts: int) -> None:
+    """The run dies in the middle of a part, after this many were finished."""
+    real = Executor._write_strip
+    finished: set[str] = set()
+
+    def write(self, opened, strip):
+        finished.add(opened.part.name)
+        if len(finished) > parts:
+            raise Killed
+        real(self, opened, strip)
+
+    monkeypatch.setattr(Executor, "_write_strip", write)

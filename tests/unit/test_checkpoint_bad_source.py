@@ -1,0 +1,79 @@
+"""A source that does not fit: an error of ours that names what is wrong, before anything is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from tests.unit.checkpoint_samples import NORM, changed, contents, options
+from titan_bridge.checkpoint.reshard import prepare
+from titan_bridge.cli import main
+from titan_bridge.errors import BridgeError
+
+
+@pytest.mark.parametrize("kind", ["hf", "dcp"])
+def test_a_truncated_file_is_refused_before_anything_is_written(source, dcp_source, tmp_path, kind):
+    copy = tmp_path / "copy"
+    shutil.copytree(source if kind == "hf" else dcp_source, copy)
+    file = sorted(copy.glob("*.safetensors" if kind == "hf" else "*.distcp"))[1]
+    for size in (file.stat().st_size - 1, 100, 5, 0):
+        os.truncate(file, size)
+        with pytest.raises(BridgeError, match=file.name):
+            prepare(options(copy, tmp_path / "out", to="engine"))
+    file.unlink()
+    with pytest.raises(BridgeError, match=file.name):
+        prepare(options(copy, tmp_path / "out", to="engine"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(NORM), f"missing: {NORM}"),
+        (lambda state: state.update(extra=torch.zeros(3)), r"unexpected: extra \(3,\)"),
+        (
+            lambda state: state.update({NORM: torch.zeros(7)}),
+            r"model.norm.weight has shape \(7,\), config.json says",
+        ),
+        (
+            lambda state: state.update({NORM: state[NORM].to(torch.int8)}),
+            "dtype torch.int8; weights are floating",
+        ),
+    ],
+)
+@pytest.mark.parametrize("to", ["dcp", "engine"])
+def test_tensors_that_do_not_fit_are_named(source, tmp_path, change, message, to):
+    copy = changed(source, tmp_path / "copy", change)
+    with pytest.raises(BridgeError, match=message):
+        prepare(options(copy, tmp_path / "out", to=to))
+
+
+def test_all_problems_are_in_one_line(source, tmp_path):
+    def change(state):
+        state.pop(NORM)
+        state["what"] = torch.zeros(1)
+
+    with pytest.raises(BridgeError, match=r"(?s)missing: .*unexpected: what"):
+        prepare(options(changed(source, tmp_path / "copy", change), tmp_path / "out"))
+
+
+def test_mixed_dtypes_ask_for_one(source, tmp_path):
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    copy = changed(source, tmp_path / "copy", lambda state: state.update({name: state[name].half()}))
+    with pytest.raises(BridgeError, match="--dtype"):
+        prepare(options(copy, tmp_path / "out"))
+    prepare(options(copy, tmp_path / "out", dtype=torch.bfloat16)).run()
+    # Between the same names nothing is put together, so each keeps its own.
+    prepare(options(copy, tmp_path / "hf", to="hf")).run()
+    assert contents(tmp_path / "hf")[name].dtype == torch.float16
+
+
+def test_nan_makes_the_exit_code_1(source, tmp_path, capsys):
+    copy = changed(source, tmp_path / "nan", lambda state: state[NORM].fill_(float("nan")))
+    arguments = ["reshard", str(copy), str(tmp_path / "x"), "--to", "dcp"]
+    assert main(arguments) == 1
+    assert "32 weights are NaN: norm.weight (32)" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--allow-nan"]) == 0

@@ -1,0 +1,149 @@
+"""A run that stops in the middle: nothing half-written is taken for whole, and `--resume` goes on."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.unit.checkpoint_samples import Killed, assert_equal, options, stop_after
+from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint.reshard import prepare
+from titan_bridge.checkpoint.staging import PART, Staging
+from titan_bridge.errors import BridgeError
+
+
+def test_resume_keeps_what_is_finished(source, dcp_source, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Killed):
+            prepare(options(source, target)).run()
+    staging = Staging(target).path
+    assert not target.exists()
+    assert len(list(staging.glob(f"*{PART}"))) == 1
+    done = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.distcp")}
+    assert len(done) == 3
+    # Another run without --resume would start again; with other options it may not resume.
+    with pytest.raises(BridgeError, match="other options"):
+        prepare(options(source, target, resume=True, max_shard_size=10**9)).run()
+    with pytest.raises(BridgeError, match="other options"):
+        prepare(options(source, target, resume=True, dtype=torch.bfloat16)).run()
+    outcome = prepare(options(source, target, resume=True, verify=True)).run()
+    assert outcome.resumed_parts == 3
+    assert {
+        path.name: path.stat().st_mtime_ns for path in target.glob("*.distcp") if path.name in done
+    } == done
+    assert_equal(target, dcp_source)
+    assert not staging.exists()
+    assert not list(target.glob("*.part")) + list(target.glob("*.json*l"))
+
+
+def test_without_resume_everything_is_done_again(source, dcp_source, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Killed):
+            prepare(options(source, target)).run()
+    assert prepare(options(source, target)).run().resumed_parts == 0
+    assert_equal(target, dcp_source)
+
+
+def test_resume_notices_that_the_source_changed(source, tmp_path, monkeypatch):
+    copy = tmp_path / "hf"
+    shutil.copytree(source, copy)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Killed):
+            prepare(options(copy, tmp_path / "out")).run()
+    os.utime(next(copy.glob("*.safetensors")), ns=(1, 1))
+    with pytest.raises(BridgeError, match="another source"):
+        prepare(options(copy, tmp_path / "out", resume=True)).run()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_kill_9_leaves_nothing_that_looks_whole(dcp_source, source, tmp_path, delay):
+    target = tmp_path / "out"
+    # Slow enough to be killed in the middle: a pause before each strip.
+    script = (
+        "import sys, time\n"
+        "from titan_bridge.checkpoint.execute import Executor\n"
+        "real = Executor._write_strip\n"
+        "def slow(self, *a):\n"
+        "    print('strip', flush=True); time.sleep(0.05); real(self, *a)\n"
+        "Executor._write_strip = slow\n"
+        "from titan_bridge.cli import main\n"
+        f"sys.exit(main(['reshard', {str(source)!r}, {str(target)!r}, '--to', 'dcp', '--max-shard-size', '40KB']))\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline().startswith(b"strip")  # two threads print
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert not target.exists()
+    with pytest.raises(BridgeError, match="does not exist"):
+        open_checkpoint(target)
+    kept = len(list(Staging(target).path.glob("*.distcp")))
+    workers = min(4, len(os.sched_getaffinity(0)))
+    outcome = prepare(options(source, target, resume=True, workers=workers)).run()
+    assert outcome.resumed_parts == kept
+    assert_equal(target, dcp_source)
+
+
+def test_killed_between_the_two_renames_of_an_overwrite(source, dcp_source, tmp_path):
+    target = tmp_path / "out"
+    shutil.copytree(dcp_source, target)
+    target.rename(tmp_path / ".out.old")
+    prepare(options(source, target, overwrite=True)).run()
+    assert_equal(target, dcp_source)
+    assert not (tmp_path / ".out.old").exists()
+
+
+def limited(size: int):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    return limit
+
+
+def test_a_full_disk_is_named_and_nothing_is_published(source, dcp_source, tmp_path):
+    """A limit on the size of files stands for the disk: a write in the middle of a file fails."""
+    target = tmp_path / "out"
+    command = [sys.executable, "-m", "titan_bridge.cli", "reshard", source, target, "--to", "dcp"]
+    found = subprocess.run([*map(str, command)], preexec_fn=limited(100_000), capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "the disk is full" in found.stderr
+    assert "--resume" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not target.exists()
+    prepare(options(source, target)).run()
+    assert_equal(target, dcp_source)
+
+
+def test_too_little_space_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(BridgeError, match="GB free"):
+        prepare(options(source, tmp_path / "out")).run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_shrinks_during_the_run_is_an_error(source, tmp_path):
+    copy = tmp_path / "hf"
+    shutil.copytree(source, copy)
+    job = prepare(options(copy, tmp_path / "out", workers=2))
+    for file in copy.glob("*.safetensors"):
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(BridgeError, match="truncated"):
+        job.run()
+    assert not (tmp_path / "out").exists()
