@@ -133,9 +133,7 @@ def environment(
         added[BIND] = value
     if SHARED not in given and shares_cores({**given, **added}):
         added[SHARED] = "1"
-    sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"} & set(
-        options or {}
-    )
+    sized = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & set(options or {})
     if KV_CACHE_GIB not in given and not sized:
         added[KV_CACHE_GIB] = str(kv_cache_gib(workers, available_memory()))
     return added

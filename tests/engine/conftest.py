@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ import httpx
 import pytest
 
 START_SECONDS = 240
+TITAN_BRIDGE = (sys.executable, "-m", "titan_bridge.cli", "serve")
 
 
 @contextlib.contextmanager
-def _serve(model: Path, log: Path, *options: str, **environment: str) -> Iterator[str]:
+def _serve(
+    model: Path | str, log: Path, *options: str, by: Sequence[str] = TITAN_BRIDGE, **environment: str
+) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "titan_bridge.cli", "serve", str(model), "--port", str(port), *options]
+    command = [*by, str(model), "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w") as output:
         server = subprocess.Popen(
             command,
@@ -55,5 +58,5 @@ def _serve(model: Path, log: Path, *options: str, **environment: str) -> Iterato
 
 @pytest.fixture(scope="session")
 def serve() -> Callable[..., Any]:
-    """`with serve(model, log, *options, **environment) as url`: `titan-bridge serve`, up and answering."""
+    """`with serve(model, log, *options, **environment) as url`: `titan-bridge serve` (or `by`), up and answering."""
     return _serve

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -34,43 +32,19 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., Any]) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("http")
     model = str(make_checkpoint(folder / "moe", "qwen3_moe"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = folder / "server.log"
-    command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", model, "--model-impl", "torchtitan",
-        "--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", "2", "--enable-expert-parallel",
+    options = (
+        "--model-impl", "torchtitan", "--tensor-parallel-size", "2", "--enable-expert-parallel",
         "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--served-model-name", "moe",
-    ]  # fmt: skip
-    environment = {**os.environ, **cpu.environment(2, given=os.environ)}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.5)
+    )  # fmt: skip
+    vllm = (str(Path(sys.executable).parent / "vllm"), "serve")
+    log = folder / "server.log"
+    with serve(model, log, *options, by=vllm, **cpu.environment(2, given=os.environ)) as url:
         yield Server(
             model=model, url=url, client=openai.OpenAI(base_url=f"{url}/v1", api_key="none"), log=log
         )
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def test_our_class_serves(server: Server) -> None:

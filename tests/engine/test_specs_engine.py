@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -52,51 +46,16 @@ def from_python(model):
 
 
 @pytest.fixture(scope="module")
-def url(model, tmp_path_factory) -> Iterator[str]:
+def url(model, tmp_path_factory, serve) -> Iterator[str]:
     """A real server whose VLLM_PLUGINS names the plugin."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        sys.executable,
-        "-m",
-        "titan_bridge.cli",
-        "serve",
-        model,
-        "--port",
-        str(port),
-        "--tp",
-        "2",
-        "--ep",
-        "2",
-    ]
-    command += ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager", "--max-num-seqs", "2"]
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "VLLM_PLUGINS": "titan_bridge"},
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert server.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    options = (
+        "--tp", "2", "--ep", "2", "--dtype", "float32", "--max-model-len", "64", "--enforce-eager",
+        "--max-num-seqs", "2",
+    )  # fmt: skip
+    with serve(
+        model, tmp_path_factory.mktemp("server") / "log", *options, VLLM_PLUGINS="titan_bridge"
+    ) as url:
+        yield url
 
 
 def test_the_three_answers_are_equal(model, from_python, url, capsys):
