@@ -19,9 +19,10 @@ from titan_bridge.transfer.control import MARGIN
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, PlainRanks, free_port, plain_ranks, plain_workers
-from titan_bridge.transfer.receiver import Receiver, Target
+from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.samples import differences, sample_dtensors, sample_locals, sample_target
 from titan_bridge.transfer.source import TensorSource
+from titan_bridge.transfer.target import Target
 from titan_bridge.transfer.trainer import Trainer
 
 pytestmark = pytest.mark.distributed

@@ -156,7 +156,7 @@ class TitanTrainerInitInfo(TrainerInitInfo):
     workers: int | None = None
     """Workers of each engine, for dense models with vLLM's data parallelism, whose workers cannot know."""
     pause: PauseMode | None = "keep"
-    """vLLM's pause mode for requests in flight, where the client can pause."""
+    """vLLM's pause mode for requests in flight while an update becomes live, where the client can pause."""
 
 
 class TitanTrainerWeightTransferEngine(TrainerWeightTransferEngine[TitanTrainerInitInfo]):

@@ -32,7 +32,7 @@ from titan_bridge.models import family_for
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
-from titan_bridge.transfer.receiver import Target
+from titan_bridge.transfer.target import Target
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from vllm.platforms import current_platform
 
 from titan_bridge.sharding.view import View
-from titan_bridge.transfer.receiver import Target
 from titan_bridge.transfer.source import local_of
+from titan_bridge.transfer.target import Target
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

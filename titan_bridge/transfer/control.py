@@ -75,7 +75,7 @@ class Control:
             if end.over:
                 raise TransferError(f"waited for {key}: no answer within the time limit")
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.02)
+            pause = min(pause * 1.5, 0.003)
         return self._board.read(key, seconds=MARGIN)
 
     # Around new weights

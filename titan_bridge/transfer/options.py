@@ -38,7 +38,7 @@ class Options:
     workers: int | None = None
     """Workers of each engine where these cannot know: dense models with vLLM's data parallelism."""
     pause: PauseMode | None = "keep"
-    """vLLM's pause mode for requests in flight, if the client can pause; None: do not."""
+    """vLLM's pause mode for requests in flight while an update becomes live, if the client can pause; None: do not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from titan_bridge.transfer.receiver import Receiver, Target
+from titan_bridge.transfer.receiver import Receiver
+from titan_bridge.transfer.target import Target
 
 _METHODS = {
     "init_weight_transfer_engine": "connect",

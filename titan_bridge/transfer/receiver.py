@@ -20,22 +20,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.layout import Layout
-from titan_bridge.sharding.view import View
 from titan_bridge.transfer.board import Board
 from titan_bridge.transfer.dense import Deadline, DenseReceiver, Staged, apply_dense
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.exchange import Sides
 from titan_bridge.transfer.link import VERSION, Link, Terms
 from titan_bridge.transfer.packets import Arrived, apply_sparse, receive_sparse
+from titan_bridge.transfer.target import Target, signature, unshared
 from titan_bridge.transfer.transport import make_group
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
@@ -44,35 +42,6 @@ UNKNOWN_VERSION = "default"
 """What vLLM, too, calls the weights that an engine was started with."""
 BROKEN_VERSION = "broken"
 """After a dense update that a loader of vLLM's could not finish."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """The live weights of one worker."""
-
-    tensors: Callable[[], Mapping[str, torch.Tensor]]
-    """The live local tensors by name, as they are now."""
-    layout: Layout
-    """Of the worker's own world (one engine's ranks)."""
-    rank: int
-    """In `layout`."""
-    index: int
-    """Of this worker among all workers of the engine, its data-parallel groups included."""
-    count: int
-    """How many they are."""
-    on_change: Callable[[Iterable[str]], None] = lambda names: None
-    """Called with the names of the live tensors that were written."""
-    views: Callable[[], Sequence[View]] = lambda: ()
-    """Hugging Face names as slices of the tensors, or the reverse."""
-    unpadded: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    """Shape without padding rows, of tensors that have some."""
-    whole: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
-    """Tensors of the layout that have no live tensor here: all of them arrive whole and go to `load`."""
-    load: Callable[[Mapping[str, torch.Tensor]], None] = lambda tensors: None
-    """Makes live what the whole tensors say; called with all of them, after a dense update only."""
-    swap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
-    """Gives a live tensor other memory, of the same shape and dtype, and returns the one that it had: saves a copy
-    where nobody holds on to addresses."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -155,7 +124,7 @@ class Receiver:
         target = self.target
         limit = Deadline(terms.seconds)
         live = target.tensors()
-        self._expected = {name: _signature(tensor) for name, tensor in live.items()}
+        self._expected = {name: signature(tensor) for name, tensor in live.items()}
         for name, tensor in live.items():
             if name in target.layout.params:
                 self._check(name, tensor)
@@ -182,7 +151,7 @@ class Receiver:
         rank = sides.rank_of((terms.engine, target.index))
         device = next(iter(live.values())).device
         self._link = Link(board=board, terms=terms, sides=sides, rank=rank, device=device)
-        whole = _unshared(live) if target.swap is not None and self._link.device == device else {}
+        whole = unshared(live) if target.swap is not None and self._link.device == device else {}
         self._dense = DenseReceiver(self._link.transport, self._link.lanes, whole)
         if len(sides.workers) > 1:
             self._peers = make_group(
@@ -273,8 +242,8 @@ class Receiver:
             )
         live = self.target.tensors()
         for name, expected in self._expected.items():
-            if name not in live or _signature(live[name]) != expected:
-                now = _signature(live[name]) if name in live else "gone"
+            if name not in live or signature(live[name]) != expected:
+                now = signature(live[name]) if name in live else "gone"
                 raise TransferError(
                     f"{name} on worker {self.target.index} is {now}; the plan was made for {expected}. "
                     "Call trainer_init again"
@@ -403,13 +372,3 @@ class Receiver:
             board.post(key, value)
         except TransferError as error:
             logger.error("%s", error)
-
-
-def _unshared(live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that are alone in their memory: tied ones must go on to share theirs."""
-    users = Counter(tensor.untyped_storage().data_ptr() for tensor in live.values())
-    return {name: t for name, t in live.items() if users[t.untyped_storage().data_ptr()] == 1}
-
-
-def _signature(tensor: torch.Tensor) -> tuple:
-    return str(tensor.dtype), tuple(tensor.shape), tensor.is_contiguous()

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.transfer.receiver import Receiver, Target
+from titan_bridge.transfer.receiver import Receiver
+from titan_bridge.transfer.target import Target
 
 
 def sample(

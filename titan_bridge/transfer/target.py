@@ -1,0 +1,52 @@
+"""What a worker receives into: its live weights, and what has to happen when they change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.view import View
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """The live weights of one worker."""
+
+    tensors: Callable[[], Mapping[str, torch.Tensor]]
+    """The live local tensors by name, as they are now."""
+    layout: Layout
+    """Of the worker's own world (one engine's ranks)."""
+    rank: int
+    """In `layout`."""
+    index: int
+    """Of this worker among all workers of the engine, its data-parallel groups included."""
+    count: int
+    """How many they are."""
+    on_change: Callable[[Iterable[str]], None] = lambda names: None
+    """Called with the names of the live tensors that were written."""
+    views: Callable[[], Sequence[View]] = lambda: ()
+    """Hugging Face names as slices of the tensors, or the reverse."""
+    unpadded: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Shape without padding rows, of tensors that have some."""
+    whole: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    """Tensors of the layout that have no live tensor here: all of them arrive whole and go to `load`."""
+    load: Callable[[Mapping[str, torch.Tensor]], None] = lambda tensors: None
+    """Makes live what the whole tensors say; called with all of them, after a dense update only."""
+    swap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    """Gives a live tensor other memory, of the same shape and dtype, and returns the one that it had: saves a copy
+    where nobody holds on to addresses."""
+
+
+def unshared(live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that are alone in their memory: tied ones must go on to share theirs."""
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in live.values())
+    return {name: t for name, t in live.items() if users[t.untyped_storage().data_ptr()] == 1}
+
+
+def signature(tensor: torch.Tensor) -> tuple:
+    """What must not change between the plan and an update."""
+    return str(tensor.dtype), tuple(tensor.shape), tensor.is_contiguous()
