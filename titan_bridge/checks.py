@@ -91,7 +91,7 @@ def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any]) -> N
             "step-N folders of a training run"
         )
     family = family_for(hf_config)
-    layers = range(hf_config["num_hidden_layers"] if has_expert_bias(model) else 0)
+    layers = range(hf_config["num_hidden_layers"] if has_expert_bias(model, step) else 0)
     check_weights(directory, family, hf_config, {f"layers.{i}.moe.expert_bias_E": None for i in layers})
 
 

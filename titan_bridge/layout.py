@@ -52,6 +52,7 @@ def specs(
     dense: Dense = "replicate",
     *,
     dtype: torch.dtype | None = None,
+    expert_bias: bool = False,
 ) -> dict[str, ParamSpec]:
     """FQN to layout of every parameter and persistent buffer, in the model's order.
 
@@ -62,6 +63,8 @@ def specs(
         dense: ``"replicate"``: every dp rank holds all of its tp or ep slice, as in serving. ``"shard"``: the
             fsdp and efsdp axes shard, too, as in training.
         dtype: Of the parameters; else the dtype that config.json states, else float32.
+        expert_bias: With TorchTitan's load-balancing buffers, which config.json does not know; a config tree says
+            for itself whether it has them.
 
     Returns:
         A tied head is not listed: its one parameter is ``tok_embeddings.weight``.
@@ -74,10 +77,10 @@ def specs(
         raise BridgeError(f"dense={dense!r} is not a layout; allowed: replicate, shard")
     if isinstance(model, Mapping):
         family = family_for(model)
-        config = family.model_config(model)
+        config = family.model_config(model, expert_bias=expert_bias)
         rows = padded_vocab(config.vocab_size, sizes)
         if rows != config.vocab_size:
-            config = family.model_config(model, padded_vocab=rows)
+            config = family.model_config(model, padded_vocab=rows, expert_bias=expert_bias)
         dtype = dtype or stated_dtype(model)
     else:
         family, config = family_of(model), copy.deepcopy(model)
@@ -93,9 +96,10 @@ def layout(
     dense: Dense = "replicate",
     *,
     dtype: torch.dtype | None = None,
+    expert_bias: bool = False,
 ) -> Layout:
     """`specs` with the meshes that they name: what `titan-bridge inspect --json` prints."""
-    return as_layout(specs(model, sizes, dense, dtype=dtype), sizes)
+    return as_layout(specs(model, sizes, dense, dtype=dtype, expert_bias=expert_bias), sizes)
 
 
 def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:

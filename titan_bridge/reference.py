@@ -79,11 +79,12 @@ def load_reference(
     model_dir, own_step = model_and_step(str(model_dir))
     hf = load_hf_config(model_dir)
     family = family_for(hf)
-    config = family.model_config(hf, expert_bias=has_expert_bias(model_dir))
+    step = own_step if step is None else step
+    config = family.model_config(hf, expert_bias=has_expert_bias(model_dir, step))
     keep_expert_dtype(config)
     use_plain_attention(family, hf, config)
     model = materialize(build_on_meta(config, dtype=dtype), device).eval().requires_grad_(False)
-    directory = weights_directory(model_dir, own_step if step is None else step)
+    directory = weights_directory(model_dir, step)
     if directory is None:
         raise BridgeError(f"{model_dir} holds no weights; give a directory with a checkpoint")
     where = layout(config, Sizes(), dtype=dtype)

@@ -229,7 +229,7 @@ class Job:
             rows = {
                 tensor.name: _rows(tensor, self.tensors.empty[tensor.name])
                 for tensor in self.tensors.tensors
-                if tensor.name in self.tensors.empty
+                if tensor.name in self.tensors.empty and tensor.name not in self.tensors.buffers
             }
             files = engine_files.EngineIndex(
                 sizes={"dp": options.dp, "tp": options.tp, "ep": options.ep},
@@ -241,7 +241,7 @@ class Job:
             writers[engine_files.LAYOUT] = self.layout.write
         if self.hf is not None:
             config = dict(self.hf)
-            dtypes = {dtype_name(t.dtype) for t in self.tensors.tensors if t.name not in self.tensors.empty}
+            dtypes = {dtype_name(t.dtype) for t in self.tensors.tensors if t.name not in self.tensors.buffers}
             if len(dtypes) == 1:
                 config["dtype"] = dtypes.pop()
                 if "torch_dtype" in config:

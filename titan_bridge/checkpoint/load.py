@@ -56,8 +56,9 @@ def load_into(
             anything is written; a file that ends early.
     """
     check_source(checkpoint, family, hf, buffers)
+    # No buffers: what is the same on both sides needs no view.
     mapping = make_mapping(
-        checkpoint, family, hf, "engine", dtype=None, buffers=buffers, padded_vocab=padded_vocab
+        checkpoint, family, hf, "engine", dtype=None, buffers={}, padded_vocab=padded_vocab
     )
     # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
     work = plan(checkpoint.held(), layout, mapping.views, allow_missing=True)

@@ -34,6 +34,8 @@ class TensorMap:
     biases that Hugging Face does not know."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """DCP: further names of tied tensors."""
+    buffers: frozenset[str] = frozenset()
+    """Tensors of the destination that keep their own dtype whatever the weights have (expert biases)."""
     dropped: tuple[str, ...] = ()
     """Source tensors that the destination has no place for."""
 
@@ -141,7 +143,8 @@ def make_mapping(
         if form != "hf" and lacking > 0:
             empty[name] = lacking
     dropped = [name for name in source.tensors if name in buffers]
-    if form == "dcp":
+    kept = buffers if form == "dcp" or (form == "engine" and dropped) else {}
+    if kept:
         for fqn, spec in buffers.items():
             if fqn in source.tensors:
                 dropped.remove(fqn)
@@ -149,7 +152,12 @@ def make_mapping(
                 empty[fqn] = math.prod(spec.shape)
             tensors.append(Wanted(name=fqn, shape=spec.shape, dtype=spec.dtype))
     return TensorMap(
-        tensors=tuple(tensors), views=views, empty=empty, aliases=aliases, dropped=tuple(dropped)
+        tensors=tuple(tensors),
+        views=views,
+        empty=empty,
+        aliases=aliases,
+        buffers=frozenset(kept),
+        dropped=tuple(dropped),
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_bridge.checkpoint.dcp import is_dcp
+from titan_bridge.checkpoint.engine_files import is_engine
 from titan_bridge.checkpoint.mapping import check_source
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
 from titan_bridge.errors import BridgeError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 LOAD_FORMAT = "titan"
 """vLLM's `load_format` for weights that we read."""
+_EXPERT_BIAS = ".expert_bias_E"
+"""TorchTitan's name of the buffer."""
 
 
 def weights_directory(model: str, step: int | None = None) -> Path | None:
@@ -48,10 +52,23 @@ def weights_directory(model: str, step: int | None = None) -> Path | None:
     return folder / f"step-{steps[-1]}" if steps else None
 
 
-def has_expert_bias(model: str) -> bool:
-    """Whether the weights were trained with TorchTitan's load-balancing bias, which routes in serving, too."""
+def has_expert_bias(model: str, step: int | None = None) -> bool:
+    """Whether the weights come with TorchTitan's load-balancing bias, which routes in serving, too.
+
+    Args:
+        model, step: As for `weights_directory`.
+
+    Raises:
+        BridgeError: A checkpoint that is damaged, or `step` is not there.
+    """
     folder = Path(model)
-    return (folder / RECORD).is_file() and Record.read(folder).expert_bias
+    if (folder / RECORD).is_file():
+        return Record.read(folder).expert_bias
+    directory = weights_directory(model, step)
+    if directory is None or not (is_dcp(directory) or is_engine(directory)):
+        return False  # Hugging Face has no name for it
+    with open_checkpoint(directory) as checkpoint:
+        return any(name.endswith(_EXPERT_BIAS) for name in checkpoint.tensors)
 
 
 def check_weights(directory: Path, family: Family, hf: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:

@@ -183,7 +183,7 @@ def _between(
     )
     if options.to != "engine":
         return made, None
-    found = layout(config, sizes, options.dense)
+    found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers))
     dtypes = {tensor.name: dtype_name(tensor.dtype) for tensor in made.tensors}
     assert dtypes.keys() == found.params.keys(), dtypes.keys() ^ found.params.keys()
     params = {

@@ -115,7 +115,7 @@ def plan_from(vllm_config: VllmConfig, *, dp: int) -> Plan:
         options=options,
         padded_vocab=padded_vocab(hf["vocab_size"], sizes),
         max_model_len=vllm_config.model_config.max_model_len,
-        expert_bias=has_expert_bias(vllm_config.model_config.model),
+        expert_bias=has_expert_bias(vllm_config.model_config.model, options.step),
     )
 
 

@@ -1,0 +1,80 @@
+"""TorchTitan's load-balancing bias of routers, a float32 buffer that Hugging Face has no name for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.unit.checkpoint_samples import SMALL, contents
+from titan_bridge.checkpoint.engine_files import map_rank
+from titan_bridge.checkpoint.model_dir import has_expert_bias
+from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
+from titan_bridge.checks import weights_fit
+from titan_bridge.models import load_hf_config
+from titan_bridge.sharding import Layout
+from titan_bridge.testing import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("bias") / "hf", "qwen3_moe", tokenizer=False, **SMALL)
+
+
+def reshard(source: Path, target: Path, to: str, **options) -> Outcome:
+    return prepare(Options(source=source, target=target, to=to, **options)).run()
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_an_expert_bias_that_is_not_zero_is_reported(hf, tmp_path):
+    reshard(hf, tmp_path / "zero", "dcp")
+    assert reshard(tmp_path / "zero", tmp_path / "hf", "hf").lost == {}
+    state = contents(tmp_path / "zero")
+    state["layers.1.moe.expert_bias_E"][2] = 0.5
+    dcp.save(state, checkpoint_id=tmp_path / "biased", no_dist=True)
+    outcome = reshard(tmp_path / "biased", tmp_path / "hf2", "hf", config=hf)
+    assert outcome.lost == {"layers.1.moe.expert_bias_E": 1}
+    again = reshard(tmp_path / "biased", tmp_path / "again", "dcp")
+    assert again.lost == {}
+    assert_same(contents(tmp_path / "again"), state)
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2, "ep": 2}, {"dp": 2, "tp": 2, "ep": 4, "dense": "shard"}])
+def test_an_expert_bias_reaches_the_engine_and_comes_back(hf, tmp_path, sizes):
+    """Trained in bfloat16 with a routing bias in float32; every rank holds all of it, and so does a DCP made of it."""
+    reshard(hf, tmp_path / "zero", "dcp", dtype=torch.bfloat16)
+    state = contents(tmp_path / "zero")
+    biases = [name for name in state if name.endswith("expert_bias_E")]
+    assert biases
+    for number, name in enumerate(biases, start=1):
+        state[name][:] = torch.arange(len(state[name])) * 0.01 + number
+    dcp.save(state, checkpoint_id=tmp_path / "biased", no_dist=True)
+    shutil.copy(hf / "config.json", tmp_path / "biased")
+    outcome = reshard(tmp_path / "biased", tmp_path / "engine", "engine", **sizes)
+    assert outcome.lost == {}
+    assert json.loads((tmp_path / "engine/config.json").read_text())["dtype"] == "bfloat16"
+    for rank in range(len(Layout.read(tmp_path / "engine/layout.json").ranks)):
+        held = dict(map_rank(tmp_path / "engine", rank))
+        for name in biases:
+            assert held[name].dtype == torch.float32
+            assert torch.equal(held[name], state[name])
+    reshard(tmp_path / "engine", tmp_path / "back", "dcp")
+    assert_same(contents(tmp_path / "back"), state)
+    # Who serves builds routers with the bias, and the preflight expects it.
+    config = load_hf_config(hf)
+    for directory in ("zero", "biased", "engine", "back"):
+        assert has_expert_bias(str(tmp_path / directory))
+        weights_fit(str(tmp_path / directory), None, config)
+    assert not has_expert_bias(str(hf))
+    reshard(hf, tmp_path / "plain", "engine", **sizes)
+    assert not has_expert_bias(str(tmp_path / "plain"))
