@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import subprocess
 import typing
 from pathlib import Path
@@ -17,6 +18,7 @@ from titan_bridge.config.reader import json_schema, parse_set, resolve
 from titan_bridge.config.schema import SCHEMAS, InferConfig
 from titan_bridge.config.table import BEGIN, END, key_rows
 from titan_bridge.errors import BridgeError
+from titan_bridge.testing import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/infer").glob("*.toml"))
@@ -42,6 +44,40 @@ def test_shipped_files_are_accepted_and_named_for_their_sizes(path):
 
 def test_there_are_shipped_files():
     assert len(SHIPPED) >= 5
+
+
+def sizes_of_trained(name: str) -> dict[str, int]:
+    """Model sizes of the file in configs/train/ with that name; none where there is no such file."""
+    file = ROOT / f"configs/train/{name}.toml"
+    if not file.is_file():
+        return {}
+    sizes = dataclasses.asdict(resolve(KINDS["train"], file=file).config.model.sizes)
+    return {key: value for key, value in sizes.items() if value is not None}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_describe_and_serve_the_models_that_they_name(path, tmp_path, monkeypatch, capsys):
+    """Each file as it is, with a model of the right sizes where it looks for one; no engine is started."""
+    monkeypatch.chdir(tmp_path)
+    config = resolve(InferConfig, file=path).config
+    family = next(name for name in ("llama3", "qwen3_moe", "qwen3") if path.stem.startswith(name))
+    model, sizes = tmp_path / config.model, sizes_of_trained(Path(config.model).name)
+    make_checkpoint(model, family, tokenizer=False, **({"head_dim": None} | sizes if sizes else {}))
+
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    layout = json.loads(capsys.readouterr().out)
+    parallel = config.parallel
+    assert layout["meshes"]["dense"]["shape"] == [1, parallel.dp, parallel.tp]
+    if parallel.ep > 1:
+        assert layout["meshes"]["sparse"]["shape"][-1] == parallel.ep
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert cli.main(["serve", str(path), "--dry-run", "--port", str(port)]) == 0
+    command = capsys.readouterr().out
+    assert f"--tensor-parallel-size {parallel.tp} " in command
+    for option in config.vllm:
+        assert f"--{option.replace('_', '-')}" in command
 
 
 def test_defaults_then_file_then_set_then_flag(write):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
+import logging
 import typing
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.trainer import Trainer
 
+from titan_bridge import cli
 from titan_bridge.config import reader
 from titan_bridge.config.kinds import KINDS, kind_of
 from titan_bridge.config.train_schema import TrainConfig
@@ -34,6 +35,13 @@ num_hidden_layers = 2
 num_attention_heads = 4
 num_key_value_heads = 2
 """
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """The command silences warnings for its whole process."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
@@ -252,19 +260,34 @@ def test_refused_files(job, tmp_path, text, message):
     assert message in str(caught.value)
 
 
-def test_the_command_says_missing_files_and_shows_configs(bin_dir, tmp_path):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([bin_dir / "titan-bridge", "train", *arguments], capture_output=True, text=True)
-
-    missing = run(str(tmp_path / "none.toml"))
-    assert missing.returncode == 2
-    assert "does not exist; give a TOML file that does" in missing.stderr
-    shown = run(str(SHIPPED[0]), "--print-config", "--json", "--out", str(tmp_path / "o"))
-    assert shown.returncode == 0, shown.stderr
-    values = json.loads(shown.stdout)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_command_shows_shipped_files_and_writes_nothing(path, tmp_path, capsys):
+    options = ["--print-config", "--json", "--out", str(tmp_path / "o"), "--set", "lr=0.5"]
+    assert cli.main(["train", str(path), *options]) == 0
+    values = json.loads(capsys.readouterr().out)
     assert values["out"] == {"value": str(tmp_path / "o"), "origin": "--out"}
-    assert values["trainer.training.steps"]["origin"] == str(SHIPPED[0])
+    assert values["lr"] == {"value": 0.5, "origin": "--set"}
+    assert values["trainer.training.steps"]["origin"] == str(path)
     assert not (tmp_path / "o").exists()
+
+
+def test_the_command_refuses_in_one_line_before_anything_is_written(tmp_path, capsys):
+    file, out = str(SHIPPED[0]), str(tmp_path / "o")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in {
+        (str(tmp_path / "none.toml"),): "does not exist; give a TOML file that does",
+        (file, "--nproc", "3"): "nproc=3 is not the product of the degrees",
+        (file, "--set", "data.path=/nowhere"): "data.path = '/nowhere' does not exist",
+        (file, "--set", f"data.path={tmp_path / 'empty'}"): "holds no text in files named *",
+        (file, "--set", "parallel.tp=3"): "tp=3 does not divide n_heads=8, n_kv_heads=4",
+        (file, "--set", "model.family=lama"): "did you mean llama3?",
+    }.items():
+        assert cli.main(["train", *arguments, "--out", out]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert printed.err.startswith("titan-bridge: ")
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
+        assert not Path(out).exists()
 
 
 def test_json_schema_of_training_describes_every_field():
