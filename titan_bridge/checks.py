@@ -198,7 +198,7 @@ def port_free(host: str, port: int) -> None:
         ) from None
 
 
-def experts_in(hf_config: dict[str, Any]) -> bool:
+def experts_in(hf_config: Mapping[str, Any]) -> bool:
     """Whether the config is of a mixture-of-experts model, told as vLLM tells it."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return any(isinstance(hf_config.get(name), int) and hf_config[name] > 0 for name in names)
