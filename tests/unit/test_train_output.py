@@ -144,8 +144,10 @@ def test_a_lock_ends_with_its_holder(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
+        started = time.monotonic()
         with pytest.raises(BridgeError, match="another run trains in"):
-            lock(tmp_path, wait=0.3)
+            lock(tmp_path, wait=60)  # no waiting for a run that lives
+        assert time.monotonic() - started < 5
     finally:
         holder.kill()
         holder.communicate()

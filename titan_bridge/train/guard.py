@@ -23,7 +23,7 @@ def die_with_parent(with_signal: int = signal.SIGKILL) -> None:
 def lock(folder: Path, *, wait: float = 15.0) -> int:
     """Take an output folder for this process and the children that inherit the descriptor.
 
-    Waits a little, since ranks of a run that was killed may still be ending.
+    Waits a little where the process that took it is gone, since ranks of a run that was killed may still be ending.
 
     Returns:
         The descriptor; the lock is free once every process that has it ended.
@@ -38,7 +38,7 @@ def lock(folder: Path, *, wait: float = 15.0) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            if time.monotonic() > deadline:
+            if _runs(os.pread(descriptor, 20, 0)) or time.monotonic() > deadline:
                 os.close(descriptor)
                 raise BridgeError(
                     f"another run trains in {folder}; wait for it, or choose another out"
@@ -46,4 +46,16 @@ def lock(folder: Path, *, wait: float = 15.0) -> int:
             time.sleep(0.2)
         else:
             os.set_inheritable(descriptor, True)
+            os.pwrite(descriptor, b"%-19d\n" % os.getpid(), 0)
             return descriptor
+
+
+def _runs(holder: bytes) -> bool:
+    """Whether the process whose id is in the lock file lives on this machine."""
+    try:
+        os.kill(int(holder), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
