@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol, cast
-
-from torchtitan.models.common.decoder import Decoder
+from typing import TYPE_CHECKING, Protocol, cast
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import ShardPlacement, Sizes
-from titan_bridge.models import Family
+
+if TYPE_CHECKING:
+    from torchtitan.models.common.decoder import Decoder
+
+    from titan_bridge.mesh import ShardPlacement, Sizes
+    from titan_bridge.models import Family
 
 
 class Plan(Protocol):

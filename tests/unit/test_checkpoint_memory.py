@@ -28,25 +28,25 @@ def peak():
         if line.startswith('VmHWM'):
             return int(line.split()[1]) * 1024
 from titan_bridge.checkpoint.reshard import Options, prepare
-from titan_bridge.models import families
-families()
-import titan_bridge.layout
 from pathlib import Path
-before = peak()
 source, target, to, options = json.loads(sys.argv[1])
+if to == 'engine':
+    import titan_bridge.layout, titan_bridge.models.parts, torchtitan.models.llama3.model
+before = peak()
 outcome = prepare(Options(source=Path(source), target=Path(target), to=to, workers=2, **options)).run()
-print(json.dumps([peak() - before, outcome.bytes_written, [m for m in ('vllm', 'transformers') if m in sys.modules]]))
+heavy = [m for m in ('vllm', 'transformers', 'torchtitan') if m in sys.modules]
+print(json.dumps([peak() - before, outcome.bytes_written, heavy]))
 """
 
 
 def measure(source: Path, target: Path, to: str, **options) -> tuple[int, int]:
-    """(peak memory over the imports, bytes written)."""
+    """(peak memory over the imports, bytes written). Only layouts of engine files need TorchTitan."""
     argument = json.dumps([str(source), str(target), to, options])
     out = subprocess.run(
         [sys.executable, "-c", _MEASURE, argument], capture_output=True, text=True, check=True
     ).stdout
     used, written, loaded = json.loads(out)
-    assert loaded == []
+    assert loaded == (["torchtitan"] if to == "engine" else [])
     return used, written
 
 
@@ -68,6 +68,12 @@ def test_four_times_the_model_needs_no_more_memory(tmp_path, to):
         assert large_bytes > 3.8 * small_bytes
         assert large < 1e9
         assert large - small < STRIP_BYTES
+
+
+def test_neither_vllm_nor_transformers_nor_torchtitan_is_imported(tmp_path):
+    source = make_checkpoint(tmp_path / "moe", "qwen3_moe", tokenizer=False)
+    measure(source, tmp_path / "dcp", "dcp")
+    measure(tmp_path / "dcp", tmp_path / "hf", "hf")
 
 
 def test_the_command_is_imported_in_no_time():

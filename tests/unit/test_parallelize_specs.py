@@ -176,6 +176,13 @@ def test_a_vocabulary_that_tp_does_not_divide_is_padded() -> None:
     assert computed["lm_head.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_expert_biases_that_a_family_names_are_the_buffers_of_its_model(name: str) -> None:
+    family, hf = family_for(MODELS[name]), MODELS[name]
+    computed = specs(family.model_config(hf, expert_bias=True), Sizes())
+    assert family.expert_biases(hf) == {fqn: spec.shape for fqn, spec in computed.items() if spec.is_buffer}
+
+
 def test_the_expert_bias_is_replicated_in_float32_also_where_parameters_are_sharded() -> None:
     config = family_for(MODELS["qwen3-moe"]).model_config(MODELS["qwen3-moe"], expert_bias=True)
     bias = specs(config, Sizes(dp=2, tp=2, ep=4), "shard", dtype=torch.bfloat16)["layers.0.moe.expert_bias_E"]

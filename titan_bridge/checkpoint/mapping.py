@@ -103,7 +103,7 @@ def make_mapping(
     form: Format,
     *,
     dtype: torch.dtype | None,
-    buffers: Mapping[str, Any],
+    buffers: Mapping[str, tuple[int, ...]],
     padded_vocab: int | None = None,
 ) -> TensorMap:
     """Between different formats, or to engine files of other sizes.
@@ -112,7 +112,7 @@ def make_mapping(
         source: What `check_source` accepted.
         form: Of the destination.
         dtype: Of the destination's weights; else they keep their own.
-        buffers: FQN to `ParamSpec` of the buffers that TorchTitan checkpoints may have and others have not.
+        buffers: FQN to shape of the float32 buffers that TorchTitan checkpoints may have and others have not.
         padded_vocab: Rows of the embedding in engine files.
     """
     views: tuple[View, ...]
@@ -145,12 +145,12 @@ def make_mapping(
     dropped = [name for name in source.tensors if name in buffers]
     kept = buffers if form == "dcp" or (form == "engine" and dropped) else {}
     if kept:
-        for fqn, spec in buffers.items():
+        for fqn, shape in buffers.items():
             if fqn in source.tensors:
                 dropped.remove(fqn)
             else:
-                empty[fqn] = math.prod(spec.shape)
-            tensors.append(Wanted(name=fqn, shape=spec.shape, dtype=spec.dtype))
+                empty[fqn] = math.prod(shape)
+            tensors.append(Wanted(name=fqn, shape=shape, dtype=torch.float32))
     return TensorMap(
         tensors=tuple(tensors),
         views=views,

@@ -25,6 +25,8 @@ from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import Sizes, padded_vocab
+from titan_bridge.models import families, family_for, family_of
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.plan import plan
 
@@ -136,9 +138,6 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
     """config.json for one of the models that TorchTitan has by name."""
-    # Two seconds, as below.
-    from titan_bridge.models import families, family_of  # noqa: PLC0415
-
     known = [family.name for family in families()]
     if name not in known:
         raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
@@ -160,16 +159,8 @@ def _between(
             f"{source.path} has no config.json, which names the model; give one with --config "
             "(a directory with config.json, or the file)"
         )
-    # TorchTitan takes two seconds to import, which DCP to DCP does without.
-    from titan_bridge.layout import layout, specs  # noqa: PLC0415
-    from titan_bridge.mesh import Sizes, padded_vocab  # noqa: PLC0415
-    from titan_bridge.models import family_for  # noqa: PLC0415
-
     family = family_for(config)
-    tree = family.model_config(config, expert_bias=True)
-    buffers = {}
-    if any(layer.moe is not None for layer in tree.layers):
-        buffers = {fqn: spec for fqn, spec in specs(tree, Sizes()).items() if spec.is_buffer}
+    buffers = family.expert_biases(config)
     check_source(source, family, config, buffers)
     sizes = Sizes(dp=options.dp, tp=options.tp, ep=options.ep)
     made = make_mapping(
@@ -183,6 +174,9 @@ def _between(
     )
     if options.to != "engine":
         return made, None
+    # TorchTitan takes two seconds to import, which the other formats do without.
+    from titan_bridge.layout import layout  # noqa: PLC0415
+
     found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers))
     dtypes = {tensor.name: dtype_name(tensor.dtype) for tensor in made.tensors}
     assert dtypes.keys() == found.params.keys(), dtypes.keys() ^ found.params.keys()

@@ -6,14 +6,15 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torchtitan.models.common.decoder import Decoder
-
-from titan_bridge.device import use_cpu_if_no_accelerator
+from titan_bridge import parallelize
 from titan_bridge.errors import BridgeError
 from titan_bridge.models.family import Family, load_hf_config
 from titan_bridge.models.fields import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torchtitan.models.common.decoder import Decoder
 
 __all__ = [
     "Family",
@@ -27,11 +28,9 @@ __all__ = [
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family: the ``FAMILY`` of each module in this package that has one, by name."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    use_cpu_if_no_accelerator()
-    found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
-    return tuple(sorted(found, key=lambda family: family.name))
+    """Every family, by name: the ``FAMILY`` of each module here that has a twin in ``parallelize/``."""
+    names = sorted(info.name for info in pkgutil.iter_modules(parallelize.__path__))
+    return tuple(importlib.import_module(f"{__name__}.{name}").FAMILY for name in names)
 
 
 def family_for(hf: Mapping[str, Any]) -> Family:

@@ -1,4 +1,6 @@
-"""What the families share: one reading of the common config fields, TorchTitan config parts and their views.
+"""What the families share: one reading of the common config fields, and the views of the common tensors.
+
+Nothing here needs TorchTitan; `parts` has the config trees.
 
 Dims: V vocabulary, D model, N query heads, n kv heads, H head; R = N/n + 2 is one kv head's queries, key and
 value.
@@ -6,24 +8,12 @@ value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-from torch import nn
-from torchtitan.models.common import Embedding, Linear, RMSNorm, RoPE
-from torchtitan.models.common.attention import GQAttention
-from torchtitan.models.common.config_utils import get_attention_config, make_ffn_config, make_gqa_config
-from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.feed_forward import FeedForward
-from torchtitan.models.common.param_init import skip_param_init
 
 from titan_bridge.models import rope
 from titan_bridge.models.fields import Fields
 from titan_bridge.sharding.view import View
-
-Init = dict[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +36,6 @@ class DecoderDims:
     @property
     def heads_per_kv(self) -> int:
         return self.heads // self.kv_heads
-
-    @property
-    def weight_init(self) -> Init:
-        return {"weight": partial(nn.init.normal_, std=self.init_std), "bias": nn.init.zeros_}
 
 
 def read_dims(
@@ -92,58 +78,6 @@ def read_dims(
         init_std=fields.number("initializer_range", default=0.02),
         rope=rope.read(fields, rope_types=rope_types),
     )
-
-
-def norm_config(dim: int, eps: float) -> RMSNorm.Config:
-    return RMSNorm.Config(normalized_shape=dim, eps=eps, param_init={"weight": nn.init.ones_})
-
-
-def attention_config(dims: DecoderDims, kind: type[RoPE.Config], *, qk_norm: bool) -> GQAttention.Config:
-    """Grouped-query attention with fused qkv; a head size that the others imply is left unset."""
-    return make_gqa_config(
-        dim=dims.dim,
-        n_heads=dims.heads,
-        n_kv_heads=dims.kv_heads,
-        head_dim=None if dims.head_dim_is_implied and not qk_norm else dims.head_dim,
-        wqkv_param_init=dims.weight_init,
-        wo_param_init=dims.weight_init,
-        inner_attention=get_attention_config("flex"),
-        rope=dims.rope.config(kind, head_dim=dims.head_dim, max_seq_len=dims.max_seq_len),
-        fuse_qkv=True,
-        qk_norm=norm_config(dims.head_dim, dims.eps) if qk_norm else None,
-    )
-
-
-def ffn_config(dims: DecoderDims, hidden_dim: int) -> FeedForward.Config:
-    return make_ffn_config(
-        dim=dims.dim, hidden_dim=hidden_dim, w1_param_init=dims.weight_init, w2w3_param_init=dims.weight_init
-    )
-
-
-def root_fields(dims: DecoderDims, padded_vocab: int | None) -> dict[str, Any]:
-    """Keyword arguments of a ``Decoder.Config`` but its layers.
-
-    Raises:
-        ValueError: ``padded_vocab`` is smaller than the checkpoint's vocabulary.
-    """
-    rows = dims.vocab if padded_vocab is None else padded_vocab
-    if rows < dims.vocab:
-        raise ValueError(
-            f"padded_vocab={rows} is smaller than vocab_size={dims.vocab}; give at least that many rows"
-        )
-    embedding_init: Init = (
-        {"weight": skip_param_init} if dims.tied else {"weight": dims.weight_init["weight"]}
-    )
-    return {
-        "dim": dims.dim,
-        "vocab_size": rows,
-        "norm": norm_config(dims.dim, dims.eps),
-        "tok_embeddings": Embedding.Config(
-            num_embeddings=rows, embedding_dim=dims.dim, param_init=embedding_init
-        ),
-        "lm_head": Linear.Config(in_features=dims.dim, out_features=rows, param_init=dims.weight_init),
-        "enable_weight_tying": dims.tied,
-    }
 
 
 def vocab_view(name: str, fqn: str, dims: DecoderDims, padded_vocab: int | None) -> View:
@@ -215,31 +149,6 @@ def attention_views(
             yield View.identity(
                 f"{hf}.{letter}_norm.weight", f"{titan}.{letter}_norm.weight", (dims.head_dim,)
             )
-
-
-def hf_root(config: Decoder.Config, *, architecture: str, model_type: str, dtype: str) -> dict[str, Any]:
-    """The part of config.json that every decoder shares, from a TorchTitan config tree."""
-    attention = config.layers[0].attention
-    heads = attention.n_heads
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "dtype": dtype,
-        # Older readers know the dtype by this name only.
-        "torch_dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": heads,
-        "num_key_value_heads": attention.n_kv_heads or heads,
-        "head_dim": attention.head_dim or config.dim // heads,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": config.norm.eps,
-        "max_position_embeddings": config.max_seq_len,
-        "rope_parameters": rope.to_hf(attention.rope),
-        "tie_word_embeddings": config.enable_weight_tying,
-    }
 
 
 def tied_head_views(dims: DecoderDims, padded_vocab: int | None) -> tuple[View, ...]:

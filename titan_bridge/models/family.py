@@ -2,6 +2,8 @@
 
 A family is one file in this package that defines ``FAMILY``, and one of the same name in ``parallelize/``.
 Nothing else lists families.
+Importing it must not import TorchTitan, which takes two seconds: what only names tensors does without. So a family
+imports TorchTitan where it makes a config tree.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torchtitan.models.common.decoder import Decoder
+from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.view import View
+
+if TYPE_CHECKING:
+    from torchtitan.models.common.decoder import Decoder
 
 
 class Family(ABC):
@@ -30,8 +33,11 @@ class Family(ABC):
     """Family name, also the name of its file in ``parallelize/``, e.g. ``"qwen3"``."""
     architectures: tuple[str, ...]
     """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
-    model_class: type[Decoder]
-    """TorchTitan's model, e.g. ``Llama3Model``."""
+
+    @property
+    @abstractmethod
+    def model_class(self) -> type[Decoder]:
+        """TorchTitan's model, e.g. ``Llama3Model``."""
 
     @abstractmethod
     def model_config(
@@ -71,6 +77,10 @@ class Family(ABC):
     def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
         """FQNs that are another name of one parameter, e.g. ``{"lm_head.weight":
         "tok_embeddings.weight"}``."""
+        return {}
+
+    def expert_biases(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """FQN and global shape of the float32 buffers of ``model_config(hf, expert_bias=True)``."""
         return {}
 
     def ignores(self, name: str) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from torchtitan.models.common import ComplexRoPE
-from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
+from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder
 from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields
 from titan_bridge.sharding.view import View
+
+if TYPE_CHECKING:
+    from torchtitan.models.common.decoder import Decoder
+    from torchtitan.models.llama3.model import Llama3Model
 
 
 def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
@@ -28,22 +28,32 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
 class Llama3(Family):
     name = "llama3"
     architectures = ("LlamaForCausalLM",)
-    model_class = Llama3Model
+
+    @property
+    def model_class(self) -> type[Llama3Model]:
+        from torchtitan.models.llama3.model import Llama3Model  # noqa: PLC0415  two seconds
+
+        return Llama3Model
 
     def model_config(
         self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, expert_bias: bool = False
     ) -> Llama3Model.Config:
+        from torchtitan.models.common import ComplexRoPE  # noqa: PLC0415  two seconds, and those below
+        from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock  # noqa: PLC0415
+
+        from titan_bridge.models import parts  # noqa: PLC0415
+
         dims, hidden_dim = _read(hf)
         layers = [
             Llama3TransformerBlock.Config(
-                attention_norm=decoder.norm_config(dims.dim, dims.eps),
-                ffn_norm=decoder.norm_config(dims.dim, dims.eps),
-                attention=decoder.attention_config(dims, ComplexRoPE.Config, qk_norm=False),
-                feed_forward=decoder.ffn_config(dims, hidden_dim),
+                attention_norm=parts.norm_config(dims.dim, dims.eps),
+                ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                attention=parts.attention_config(dims, ComplexRoPE.Config, qk_norm=False),
+                feed_forward=parts.ffn_config(dims, hidden_dim),
             )
             for _ in range(dims.layers)
         ]
-        return Llama3Model.Config(layers=layers, **decoder.root_fields(dims, padded_vocab))
+        return Llama3Model.Config(layers=layers, **parts.root_fields(dims, padded_vocab))
 
     def views(
         self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, fused_qkv: bool = True
@@ -66,7 +76,9 @@ class Llama3(Family):
         return decoder.tied_names(_read(hf)[0])
 
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
-        root = decoder.hf_root(config, architecture="LlamaForCausalLM", model_type="llama", dtype=dtype)
+        from titan_bridge.models import parts  # noqa: PLC0415  TorchTitan, two seconds
+
+        root = parts.hf_root(config, architecture="LlamaForCausalLM", model_type="llama", dtype=dtype)
         return root | {"intermediate_size": config.layers[0].feed_forward.w1.out_features, "mlp_bias": False}
 
 

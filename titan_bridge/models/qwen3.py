@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-from torch import nn
-from torchtitan.models.common import CosSinRoPE
-from torchtitan.models.common.config_utils import (
-    make_moe_config,
-    make_routed_experts_config,
-    make_router_config,
-)
-from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.moe import MoE
-from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
+from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder
 from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields, UnsupportedModelError
 from titan_bridge.sharding.view import View
+
+if TYPE_CHECKING:
+    from torchtitan.models.common.decoder import Decoder
+    from torchtitan.models.common.moe import MoE
+    from torchtitan.models.qwen3.model import Qwen3Model
 
 _DENSE, _SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -112,24 +105,34 @@ def _read_windows(fields: Fields, layers: int, *, moe: bool) -> tuple[int | None
 class Qwen3(Family):
     name = "qwen3"
     architectures = (_DENSE, _SPARSE)
-    model_class = Qwen3Model
+
+    @property
+    def model_class(self) -> type[Qwen3Model]:
+        from torchtitan.models.qwen3.model import Qwen3Model  # noqa: PLC0415  two seconds
+
+        return Qwen3Model
 
     def model_config(
         self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, expert_bias: bool = False
     ) -> Qwen3Model.Config:
+        from torchtitan.models.common import CosSinRoPE  # noqa: PLC0415  two seconds, and those below
+        from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock  # noqa: PLC0415
+
+        from titan_bridge.models import parts  # noqa: PLC0415
+
         model = _read(hf)
         dims = model.dims
         layers = [
             Qwen3TransformerBlock.Config(
-                attention_norm=decoder.norm_config(dims.dim, dims.eps),
-                ffn_norm=decoder.norm_config(dims.dim, dims.eps),
-                attention=decoder.attention_config(dims, CosSinRoPE.Config, qk_norm=True),
-                feed_forward=None if sparse else decoder.ffn_config(dims, model.hidden_dim),
+                attention_norm=parts.norm_config(dims.dim, dims.eps),
+                ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                attention=parts.attention_config(dims, CosSinRoPE.Config, qk_norm=True),
+                feed_forward=None if sparse else parts.ffn_config(dims, model.hidden_dim),
                 moe=_moe_config(dims, model.experts, expert_bias) if sparse and model.experts else None,
             )
             for sparse in model.sparse
         ]
-        return Qwen3Model.Config(layers=layers, **decoder.root_fields(dims, padded_vocab))
+        return Qwen3Model.Config(layers=layers, **parts.root_fields(dims, padded_vocab))
 
     def views(
         self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, fused_qkv: bool = True
@@ -154,40 +157,39 @@ class Qwen3(Family):
     def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
         return decoder.tied_names(_read(hf).dims)
 
+    def expert_biases(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        model = _read(hf)
+        sparse = [layer for layer, sparse in enumerate(model.sparse) if sparse]
+        return {
+            f"layers.{layer}.moe.expert_bias_E": (model.experts.count,) for layer in sparse if model.experts
+        }
+
     def sliding_window(self, hf: Mapping[str, Any], layer: int) -> int | None:
         return _read(hf).windows[layer]
 
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
+        from titan_bridge.models import parts  # noqa: PLC0415  TorchTitan, two seconds
+
         dense = [layer.feed_forward for layer in config.layers if layer.moe is None]
         sparse = [layer.moe for layer in config.layers if layer.moe is not None]
         hidden = {"intermediate_size": dense[0].w1.out_features} if dense else {}
         if not sparse:
-            return decoder.hf_root(config, architecture=_DENSE, model_type="qwen3", dtype=dtype) | hidden
-        root = decoder.hf_root(config, architecture=_SPARSE, model_type="qwen3_moe", dtype=dtype)
+            return parts.hf_root(config, architecture=_DENSE, model_type="qwen3", dtype=dtype) | hidden
+        root = parts.hf_root(config, architecture=_SPARSE, model_type="qwen3_moe", dtype=dtype)
         return root | hidden | _hf_experts(config, sparse[0])
 
 
 def _moe_config(dims: decoder.DecoderDims, experts: _Experts, expert_bias: bool) -> MoE.Config:
-    normal = partial(nn.init.normal_, std=dims.init_std)
-    return make_moe_config(
-        num_experts=experts.count,
-        router=make_router_config(
-            dim=dims.dim,
-            num_experts=experts.count,
-            gate_param_init=dims.weight_init,
-            top_k=experts.top_k,
-            score_func="softmax",
-            route_norm=experts.renormalise,
-        ),
-        routed_experts=make_routed_experts_config(
-            dim=dims.dim,
-            hidden_dim=experts.hidden_dim,
-            num_experts=experts.count,
-            top_k=experts.top_k,
-            param_init={"w1_EFD": normal, "w2_EDF": normal, "w3_EFD": normal},
-            comm_backend="standard",
-        ),
-        load_balance_coeff=1e-3 if expert_bias else None,
+    from titan_bridge.models import parts  # noqa: PLC0415  TorchTitan, two seconds
+
+    return parts.moe_config(
+        dims,
+        experts=experts.count,
+        hidden_dim=experts.hidden_dim,
+        top_k=experts.top_k,
+        score_func="softmax",
+        renormalise=experts.renormalise,
+        expert_bias=expert_bias,
     )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torchtitan.models.common.rope import RoPE
+from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models.fields import Fields
+
+if TYPE_CHECKING:
+    from torchtitan.models.common.rope import RoPE
 
 _LLAMA3_FIELDS = {
     "factor": "scaling_factor",
