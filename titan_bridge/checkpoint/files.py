@@ -17,8 +17,9 @@ import torch
 
 from titan_bridge.errors import BridgeError
 
-SCRATCH_BYTES = 32 << 20
-"""Most bytes read in one go where the destination does not lie as the source does; one buffer a thread."""
+SCRATCH_BYTES = 2 << 20
+"""Most bytes read in one go where the destination does not lie as the source does; one buffer a thread. What is cut
+out of it should still lie in a core's cache, and a large buffer's first use costs more than the calls it saves."""
 GAP_BYTES = 16 << 10
 """Unwanted bytes between wanted ones that are read along: another read costs as much."""
 _OPEN_FILES = 64

@@ -26,6 +26,7 @@ from titan_bridge.engine.fsdp import shard_dense
 from titan_bridge.engine.lower import lower, strip
 from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.engine.options import TitanOptions, titan_options
+from titan_bridge.engine.pages import zeros_like
 from titan_bridge.engine.rope import StepRopes
 from titan_bridge.layout import layout as layout_of
 from titan_bridge.mesh import (
@@ -217,7 +218,7 @@ def _materialise(model: Decoder, device: torch.device) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
-                    local = torch.zeros_like(tensor, device=device)
+                    local = zeros_like(tensor, device)
                     tensors[name] = (
                         nn.Parameter(local, requires_grad=False) if tensors is module._parameters else local
                     )
