@@ -214,6 +214,11 @@ REFUSED = {
     ("", "data.vocab_size=100"): "--set: data.vocab_size = 100 (int) is not allowed",
     ("", "model.sizes.vocab_size=300"): "the tokenizer has 1024 entries and the model's vocab_size is 300",
     ("", "model.sizes.num_experts=4"): "family llama3 has no mixture of experts; leave it out",
+    (
+        "",
+        "model.sizes.hidden_size=66",
+    ): "hidden_size=66 in [model.sizes] is not supported; allowed: a multiple of",
+    ("", "model.sizes.num_key_value_heads=3"): "allowed: a divisor of num_attention_heads: 1, 2, 4",
     ("", "model.sizes.head_dim=7"): "head_dim=7 in [model.sizes] is not supported; allowed: an even number",
 }
 
@@ -274,8 +279,15 @@ def test_the_command_shows_shipped_files_and_writes_nothing(path, tmp_path, caps
 def test_the_command_refuses_in_one_line_before_anything_is_written(tmp_path, capsys):
     file, out = str(SHIPPED[0]), str(tmp_path / "o")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.toml").write_bytes(b"lr = \xff")
+    (tmp_path / "syntax.toml").write_text("lr = 1\n[model\n")
     for arguments, message in {
         (str(tmp_path / "none.toml"),): "does not exist; give a TOML file that does",
+        (str(tmp_path / "empty"),): "empty cannot be read: Is a directory",
+        (str(tmp_path / "binary.toml"),): "binary.toml is not UTF-8 text (byte 5)",
+        (str(tmp_path / "syntax.toml"),): "syntax.toml:2:7: TOML syntax: ",
+        (str(ROOT / "configs/infer/llama3_tp2.toml"),): "unknown key dtype; allowed in the top level: data",
+        (file, "--set", "data.path=/proc/self/mem"): "/proc/self/mem cannot be read",
         (file, "--nproc", "3"): "nproc=3 is not the product of the degrees",
         (file, "--set", "data.path=/nowhere"): "data.path = '/nowhere' does not exist",
         (file, "--set", f"data.path={tmp_path / 'empty'}"): "holds no text in files named *",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import resource
 import subprocess
 import sys
 import time
@@ -119,6 +121,32 @@ def test_checkpoints_without_a_record_and_tensors_of_another_model_are_refused(j
     (trained / output.RECORD).unlink()
     with pytest.raises(BridgeError, match=r"holds checkpoints without titan_bridge\.json"):
         launch.train(job())
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """A limit on the size of a file fails a write as a full disk does, and needs no mount."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_before_the_first_step_harms_no_checkpoint(job, trained, tmp_path):
+    record = (trained / output.RECORD).read_bytes()
+    with files_of_at_most(1000), pytest.raises(BridgeError, match="out cannot be written: File too large"):
+        launch.train(job())
+    assert output.whole_steps(trained) == (2, 4)
+    assert (trained / output.RECORD).read_bytes() == record
+    assert output.find(trained).step == 4
+
+    (tmp_path / "a.txt").write_text("a few words\n" * 20)  # its list fits, its tokenizer does not
+    new = job(f"out={tmp_path / 'new'}", f"data.path={tmp_path / 'a.txt'}")
+    with files_of_at_most(1000), pytest.raises(BridgeError, match="new cannot be written: File too large"):
+        launch.train(new)
+    assert (tmp_path / "new" / output.DOCUMENTS).is_file()
 
 
 def test_longer_training_and_another_tp_may_go_on(job, trained):

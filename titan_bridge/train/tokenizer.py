@@ -84,7 +84,8 @@ def make(data: Data, texts: Iterable[str], folder: Path, *, max_length: int) -> 
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts if data.tokenizer == "train" else (), trainer=trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not tokenizer.save: its error on a full disk is no OSError.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
