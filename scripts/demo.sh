@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The whole story, from nothing: set-up; TorchTitan trains a Llama 3 and a Qwen3-MoE on the standard library's sources
 # (two ranks each, FSDP and expert parallel) and saves DCP; vLLM serves those folders as they lie, at tp=2 and at
-# tp=2 with expert parallelism; the engine's log-probabilities are held against TorchTitan's own forward pass, and for
-# a checkpoint in Hugging Face format against transformers, too. Exit code 0 only if all parity holds.
+# tp=2 with expert parallelism, and writes what they learned; the engine's log-probabilities are held against
+# TorchTitan's own forward pass on the same weights. Exit code 0 only if all parity holds.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 bridge() { "$PYTHON" -m titan_bridge.cli "$@"; }
-out=out/demo
+out=out/demo # configs/infer/*.toml name the folders in it
 mkdir -p "$out"
 
 for run in llama3_fsdp2 qwen3_moe_ep2; do
@@ -18,21 +18,19 @@ for run in llama3_fsdp2 qwen3_moe_ep2; do
         touch "$out/$run.trained"
     fi
 done
-if [ ! -f "$out/qwen3_moe/config.json" ]; then
-    titan_say "making a random Qwen3-MoE in Hugging Face format in $out/qwen3_moe"
-    rm -rf "$out/qwen3_moe.part"
-    "$PYTHON" -c "from titan_bridge.testing import make_checkpoint; make_checkpoint('$out/qwen3_moe.part', 'qwen3_moe')"
-    mv "$out/qwen3_moe.part" "$out/qwen3_moe"
+
+if [ ! -f "$out/qwen3_moe/config.json" ]; then # it appears when it is complete
+    titan_say "a copy of the second in Hugging Face format for transformers and others: $out/qwen3_moe"
+    bridge reshard "$out/qwen3_moe_ep2" "$out/qwen3_moe" --to hf
 fi
 
-titan_say "what they learned to write: vLLM on the trainer's checkpoints, tp=2, the MoE with expert parallelism (ep=2)"
-prompts=(--prompt "def __init__(self" --prompt "import " --max-tokens 48 --enforce-eager)
-bridge generate "$out/llama3_fsdp2" --tp 2 "${prompts[@]}"
-bridge generate "$out/qwen3_moe_ep2" --tp 2 --ep 2 "${prompts[@]}"
+for file in llama3_tp2 qwen3_moe_tp2_ep2; do
+    titan_say "what it learned to write: titan-bridge serve configs/infer/$file.toml"
+    "$PYTHON" scripts/ask.py "configs/infer/$file.toml" --log "$out/$file.log"
+done
 
-titan_say "parity in float32: the engine against TorchTitan's own forward on the same weights"
-bridge parity "$out/llama3_fsdp2" --tp 2 --tolerance 1e-5
-bridge parity "$out/qwen3_moe_ep2" --tp 2 --ep 2 --tolerance 1e-5
-titan_say "parity in float32: the same for Hugging Face files, against transformers, too"
-bridge parity "$out/qwen3_moe" --tp 2 --ep 2
+titan_say "parity in float32: the engine against TorchTitan's own forward on the trainer's checkpoints"
+bridge parity configs/infer/llama3_tp2.toml --tolerance 1e-5
+bridge parity configs/infer/qwen3_moe_tp2_ep2.toml --tolerance 1e-5
+
 titan_say "parity holds"

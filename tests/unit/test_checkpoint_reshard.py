@@ -24,6 +24,7 @@ from titan_bridge.models import family_for, load_hf_config
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.sharding import Layout
 from titan_bridge.testing import make_checkpoint
+from titan_bridge.train.output import RECORD
 
 KINDS = {
     "llama3": ("llama3", {}),
@@ -362,3 +363,6 @@ def test_a_training_run_stands_for_its_last_whole_step(made, tmp_path):
     assert (tmp_path / "last/tokenizer.json").is_file()
     reshard(run / "step-5", tmp_path / "first", "hf")
     assert_same(contents(tmp_path / "first"), {name: -tensor for name, tensor in contents(source).items()})
+    (run / RECORD).write_text("{}")
+    reshard(run.parent, tmp_path / "whole", "hf")  # the folder that `titan-bridge train --out` names
+    assert_same(contents(tmp_path / "whole"), contents(source))

@@ -29,6 +29,7 @@ from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.models import families, family_for, family_of
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.plan import plan
+from titan_bridge.train.output import model_and_step
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
 
@@ -40,8 +41,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         BridgeError: The first thing that is wrong; all tensors that do not fit the model are in one line.
     """
     team = team or Team()
-    # The folder of a training run stands for its last whole step.
-    found = weights_directory(str(options.source)) or options.source
+    # The output folder of a training run, and its checkpoint folder, stand for the last whole step.
+    found = weights_directory(*model_and_step(str(options.source))) or options.source
     _check_paths(options, found)
     extra = options.with_optimizer
     source = open_checkpoint(found, extra=extra)
