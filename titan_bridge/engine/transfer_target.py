@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from vllm.platforms import current_platform
 
+from titan_bridge.engine.pages import zeros_like
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.source import local_of
 from titan_bridge.transfer.target import Target
@@ -76,6 +77,7 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
     swaps = current_platform.is_cpu() and plain and not plan.sharded
     return Target(
         swap=swap if swaps else None,
+        memory=zeros_like,  # as the live weights' own
         tensors=_Live(model),
         layout=model.layout,
         on_change=changed,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,10 +121,15 @@ class DenseReceiver:
     """Stages the lanes of one worker; keeps the staging for the next update unless told otherwise."""
 
     def __init__(
-        self, transport: Transport, lanes: Sequence[Lane], whole: Mapping[str, torch.Tensor] | None = None
+        self,
+        transport: Transport,
+        lanes: Sequence[Lane],
+        whole: Mapping[str, torch.Tensor] | None = None,
+        memory: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None,
     ) -> None:
         """`whole`: live local tensors whose memory may be exchanged; they get a shadow where every message lies in it
-        as it travels."""
+        as it travels. `memory(like, device)` makes one."""
+        self._memory = memory
         self._transport = transport
         self._order = [(lane.peer, tag, bucket) for lane in lanes for tag, bucket in enumerate(lane.buckets)]
         self._shadowed = _shadowed([bucket for _, _, bucket in self._order], whole or {})
@@ -170,7 +175,9 @@ class DenseReceiver:
     def _allocate(self) -> None:
         device = self._transport.device
         self._shadows = {
-            name: torch.empty(like.shape, dtype=like.dtype, device=device)
+            name: torch.empty_like(like, device=device)
+            if self._memory is None
+            else self._memory(like, device)
             for name, like in self._shadowed.items()
         }
         self._buckets = [

@@ -152,7 +152,7 @@ class Receiver:
         device = next(iter(live.values())).device
         self._link = Link(board=board, terms=terms, sides=sides, rank=rank, device=device)
         whole = unshared(live) if target.swap is not None and self._link.device == device else {}
-        self._dense = DenseReceiver(self._link.transport, self._link.lanes, whole)
+        self._dense = DenseReceiver(self._link.transport, self._link.lanes, whole, target.memory)
         if len(sides.workers) > 1:
             self._peers = make_group(
                 board.store(f"{terms.prefix}/workers"),

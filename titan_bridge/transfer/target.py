@@ -39,6 +39,8 @@ class Target:
     swap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     """Gives a live tensor other memory, of the same shape and dtype, and returns the one that it had: saves a copy
     where nobody holds on to addresses."""
+    memory: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None
+    """Makes what `swap` is given, like a tensor on meta; None: `torch.empty_like`."""
 
 
 def unshared(live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
