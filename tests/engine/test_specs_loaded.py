@@ -58,6 +58,8 @@ TITAN = {
     "titan_moe_dp_ep": ("moe", OURS | DP | EP, Sizes(dp=2, ep=2)),
     "titan_moe_dp_shard": ("moe", SHARD | DP, Sizes(dp=2)),
     "titan_moe_dp_ep_shard": ("moe", SHARD | DP | EP, Sizes(dp=2, ep=2)),
+    "titan_qwen3_dp_shard": ("qwen3", SHARD | DP, Sizes(dp=2)),
+    "titan_llama_dp_tp_shard": ("llama", SHARD | DP | TP, Sizes(dp=2, tp=2)),
     "titan_moe_dp_tp_ep": ("moe", OURS | DP | TP | EP, Sizes(dp=2, tp=2, ep=4)),
     "titan_moe_dp_tp_ep_shard": ("moe", SHARD | DP | TP | EP, Sizes(dp=2, tp=2, ep=4)),
     "titan_moe_dp_tp_shard": ("moe", SHARD | DP | TP, Sizes(dp=2, tp=2)),
