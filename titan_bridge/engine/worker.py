@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch.distributed.tensor import DTensor
@@ -13,14 +14,16 @@ class BridgeWorker:
     """Mixed into vLLM's worker class; adds methods only, and answers in plain types, so that RPC can carry them."""
 
     def bridge_report(self) -> dict[str, Any]:
-        """What this worker serves: rank, class, sizes, parameters and bytes that it holds.
+        """What this worker serves: rank, class, sizes, parameters and bytes that it holds, bytes that it read.
 
-        `model_class` is the class that vLLM loaded, `inner_class` the TorchTitan module inside it (None for
-        vLLM's own models), `sizes` the parallel degrees (None for vLLM's own).
+        `model_class` is the class that vLLM loaded, `inner_class` the TorchTitan module inside it, `sizes` the
+        parallel degrees, `loaded` the fields of `checkpoint.load.Loaded` (None where our loader did not read the
+        weights); all three are None for vLLM's own models.
         """
         model = self.get_model()  # type: ignore[attr-defined]  # the worker's
         plan = getattr(model, "plan", None)
         inner = getattr(model, "model", None) if plan is not None else None
+        loaded = getattr(model, "loaded", None) if plan is not None else None
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
         return {
             "rank": self.rank,  # type: ignore[attr-defined]
@@ -28,6 +31,7 @@ class BridgeWorker:
             "inner_class": None if inner is None else _name(type(inner)),
             "sizes": None if plan is None else _sizes(plan.sizes),
             "local_parameters": sum(p.numel() for p in parameters),
+            "loaded": None if loaded is None else dataclasses.asdict(loaded),
             "local_bytes": sum(p.numel() * p.element_size() for p in parameters),
         }
 
