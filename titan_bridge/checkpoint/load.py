@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,9 @@ from titan_bridge.sharding.plan import plan
 
 if TYPE_CHECKING:
     from titan_bridge.models import Family
+
+_THREADS = 8
+"""Most files or parts that one rank reads at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +69,18 @@ def load_into(
     work = plan(checkpoint.held(), layout, mapping.views, allow_missing=True)
     copies = sorted(work.copies(destination=rank), key=lambda copy: _place(checkpoint, copy))
     before = checkpoint.pool.bytes_wanted, checkpoint.pool.bytes_read
-    for copy in copies:
+
+    def fetch(copy: Copy) -> None:
         checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
+
+    count = min(_THREADS, len(os.sched_getaffinity(0)))
+    if count == 1:  # a worker of the CPU backend, bound to its first core
+        for copy in copies:
+            fetch(copy)
+    else:  # one thread does not keep a disk busy, nor touch new memory as fast as a file is read
+        with ThreadPoolExecutor(count, "load") as threads:
+            for done in [threads.submit(fetch, copy) for copy in copies]:
+                done.result()
     return Loaded(
         bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
         bytes_wanted=checkpoint.pool.bytes_wanted - before[0],

@@ -12,7 +12,9 @@ import itertools
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
@@ -20,29 +22,63 @@ from vllm.platforms import current_platform
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
 
+class _Packed:
+    """A weight in oneDNN's layout; `pointer` is one tensor for good, which a compiled graph may hold."""
+
+    def __init__(self) -> None:
+        self.pointer: torch.Tensor | None = None
+
+    def set(self, weight_FD: torch.Tensor) -> None:
+        """Pack `weight_FD`, `(out_features, in_features)` bfloat16, in the place of what was packed before."""
+        handle = ops.create_onednn_mm(weight_FD.t(), 32)
+        assert handle.handler_tensor is not None
+        if self.pointer is None:
+            self.pointer = handle.handler_tensor.clone()
+        else:
+            self.pointer.copy_(handle.handler_tensor)
+        self._handle = handle  # owns the packed copy, and frees the one before
+
+
+def _product(x: torch.Tensor, out_features: int, pointer: torch.Tensor) -> torch.Tensor:
+    """`(..., in_features)` times the packed weight: `(..., out_features)`."""
+    out = x.new_empty((*x.shape[:-1], out_features))
+    torch.ops._C.onednn_mm(out.view(-1, out_features), x.reshape(-1, x.shape[-1]), None, pointer)
+    return out
+
+
 class PackedLinear(Linear):
     """TorchTitan's `Linear` with a packed copy of its weight; the same parameter under the same name."""
 
     def pack(self) -> None:
         """Make the packed copy from the weight as it is now."""
-        handle = ops.create_onednn_mm(self.weight.data.t(), 32)
-        assert handle.handler_tensor is not None
-        if (pointer := self.__dict__.get("_pointer")) is None:
-            self.__dict__["_pointer"] = handle.handler_tensor.clone()
-        else:  # in place: a compiled graph holds this very tensor
-            pointer.copy_(handle.handler_tensor)
-        self.__dict__["_handle"] = handle  # owns the packed copy, and frees the one before
+        self.__dict__.setdefault("_packed", _Packed()).set(self.weight.data)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        pointer = self.__dict__.get("_pointer")
-        if pointer is None:
+        packed = self.__dict__.get("_packed")
+        if packed is None:
             return super().forward(input)
-        out = input.new_empty((*input.shape[:-1], self.weight.shape[0]))
-        torch.ops._C.onednn_mm(
-            out.view(-1, out.shape[-1]), input.reshape(-1, input.shape[-1]), self.bias, pointer
-        )
-        return out
+        return _product(input, self.weight.shape[0], packed.pointer)
+
+
+class PackedFeedForward(FeedForward):
+    """TorchTitan's `FeedForward` with one product for `w1` and `w3`; the same parameters under the same names."""
+
+    def pack(self) -> None:
+        """Make the packed copy of `w1` and `w3` from the weights as they are now; `w2` has its own."""
+        # Their own forwards are not called, so they must have no collective to run.
+        assert "forward" not in self.w1.__dict__
+        assert "forward" not in self.w3.__dict__
+        packed = self.__dict__.setdefault("_packed", _Packed())
+        packed.set(torch.cat([self.w1.weight.data, self.w3.weight.data]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., D)` to `(..., D)`."""
+        packed = self.__dict__.get("_packed")
+        if packed is None:
+            return super().forward(x)
+        gate, up = _product(x, 2 * self.w1.weight.shape[0], packed.pointer).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)  # vLLM's operator for it is scalar code on the CPU
 
 
 class PackedExperts(KeepDtypeGroupedExperts):
@@ -68,14 +104,14 @@ class PackedExperts(KeepDtypeGroupedExperts):
             return super().forward(x_RD, num_tokens_per_expert_E)
         given, x_RD = x_RD, x_RD.to(self.w1_EFD.dtype)
         wide_RF2 = x_RD.new_empty(x_RD.shape[0], 2 * self.w1_EFD.shape[1])
-        h_RF = x_RD.new_empty(x_RD.shape[0], self.w1_EFD.shape[1])
         out_RD = torch.empty_like(x_RD)
         counts = num_tokens_per_expert_E.tolist()
         edges = [0, *itertools.accumulate(counts)]
         spans = [(e, slice(edges[e], edges[e + 1])) for e, count in enumerate(counts) if count]
         for e, rows in spans:
             torch.ops._C.onednn_mm(wide_RF2[rows], x_RD[rows], None, handles[e][0].handler_tensor)
-        torch.ops._C.silu_and_mul(h_RF, wide_RF2)
+        gate_RF, up_RF = wide_RF2.chunk(2, dim=-1)
+        h_RF = F.silu(gate_RF) * up_RF
         for e, rows in spans:
             torch.ops._C.onednn_mm(out_RD[rows], h_RF[rows], None, handles[e][1].handler_tensor)
         return out_RD.type_as(given)
@@ -85,8 +121,12 @@ def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Make TorchTitan's plain linears and routed experts of `model` packed ones; nothing on GPUs and in float32."""
     if not current_platform.is_cpu() or dtype != torch.bfloat16 or not hasattr(torch.ops._C, "onednn_mm"):
         return
-    for module in model.modules():
-        if type(module) is Linear and module.bias is None:
+    merged = set()
+    for module in model.modules():  # parents first
+        if type(module) is FeedForward and module.w1.bias is None and module.w3.bias is None:
+            module.__class__ = PackedFeedForward
+            merged |= {module.w1, module.w3}
+        elif type(module) is Linear and module.bias is None and module not in merged:
             module.__class__ = PackedLinear
         elif type(module) is KeepDtypeGroupedExperts:
             module.__class__ = PackedExperts
@@ -96,7 +136,11 @@ def refresh(model: nn.Module, changed: Iterable[torch.Tensor] | None = None) -> 
     """Pack again after weights changed; `changed` are live parameters, None means all."""
     wanted = None if changed is None else {id(tensor) for tensor in changed}
     for module in model.modules():
-        if isinstance(module, PackedLinear | PackedExperts) and (
-            wanted is None or any(id(param) in wanted for param in module.parameters(recurse=False))
-        ):
+        if isinstance(module, PackedFeedForward):
+            sources = [module.w1.weight, module.w3.weight]
+        elif isinstance(module, PackedLinear | PackedExperts):
+            sources = list(module.parameters(recurse=False))
+        else:
+            continue
+        if wanted is None or any(id(param) in wanted for param in sources):
             module.pack()

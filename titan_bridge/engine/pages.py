@@ -1,29 +1,21 @@
-"""Memory for live weights on the CPU: in huge pages where Linux has them.
-
-The first touch of a gigabyte in pages of 4 KiB is 260,000 faults, which take as long as reading the weights.
-"""
+"""Memory for live weights: zeros that cost nothing until weights are read into them."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
+import numpy as np
 import torch
 
-_HUGE = 2 << 20
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_ALIGNMENT = 64  # bytes, as torch's own allocator
 
 
 def zeros_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Contiguous zeros of `tensor`'s shape and dtype (it may be on meta)."""
-    made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if made.device.type == "cpu" and advice is not None:
-        page = mmap.PAGESIZE
-        first = -(-made.data_ptr() // page) * page
-        length = (made.data_ptr() + made.nbytes) // page * page - first
-        if length >= _HUGE:
-            # Before the first touch. It is advice: a kernel without huge pages refuses, and nothing is lost.
-            _libc.madvise(first, length, advice)
-    return made.zero_()
+    """Contiguous zeros of `tensor`'s shape and dtype (it may be on meta).
+
+    On the CPU they are pages that the kernel hands out zeroed at the first touch: `torch.zeros` would touch all of them
+    now, and loading once more.
+    """
+    if device.type != "cpu":
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+    raw = torch.from_numpy(np.zeros(tensor.nbytes + _ALIGNMENT, dtype=np.uint8))
+    first = -raw.data_ptr() % _ALIGNMENT
+    return raw[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

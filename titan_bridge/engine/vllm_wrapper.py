@@ -7,6 +7,7 @@ each declared boundary, and rotary tables gathered once a step instead of once a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,14 +53,6 @@ class TitanForCausalLM(nn.Module):
         self.layout = built.layout
         self.vocab_size = plan.hf["vocab_size"]
         self.live = built.live()
-        self.loader = WeightLoader(
-            self.live,
-            built.layout,
-            dist.get_rank(),
-            plan.family.views(plan.hf, padded_vocab=plan.padded_vocab),
-            plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab),
-            plan.family.ignores,
-        )
         self._tp = plan.sizes.tp
         self._gather = (
             tensor_model_parallel_all_gather
@@ -99,9 +92,21 @@ class TitanForCausalLM(nn.Module):
             logits_TV = self._gather(logits_TV)
         return None if logits_TV is None else logits_TV[..., : self.vocab_size]
 
+    @functools.cached_property
+    def _loader(self) -> WeightLoader:
+        plan = self.plan
+        return WeightLoader(
+            self.live,
+            self.layout,
+            dist.get_rank(),
+            plan.family.views(plan.hf, padded_vocab=plan.padded_vocab),
+            plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab),
+            plan.family.ignores,
+        )
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy this rank's slices of Hugging Face tensors into the live parameters; may be called again."""
-        loaded = self.loader.load(weights)
+        loaded = self._loader.load(weights)
         self.weights_changed()
         return loaded
 
