@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.engine.offline import Outcome, generate
+from titan_bridge.engine.ranks import Outcome, generate
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]

@@ -13,7 +13,7 @@ import torch
 
 from titan_bridge import cli, parity
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.engine.offline import generate
+from titan_bridge.engine.ranks import generate
 from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
 from titan_bridge.sharding.layout import Layout

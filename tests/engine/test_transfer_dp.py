@@ -62,7 +62,7 @@ def serve(model: str, address: str, dense: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainClient, Path]]:
     from titan_bridge import cpu
-    from titan_bridge.engine.offline import _end_group, _rank_environment
+    from titan_bridge.engine.ranks import end_group, rank_environment
     from titan_bridge.layout import layout
     from titan_bridge.mesh import Sizes
     from titan_bridge.models import load_hf_config
@@ -82,7 +82,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainClien
     started: list[Any] = []
     try:
         for rank, address in enumerate(addresses):
-            environment = {**common, **_rank_environment(common, rank, DP, 1, port, lockstep=True)}
+            environment = {**common, **rank_environment(common, rank, DP, 1, port, lockstep=True)}
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-c", code, str(folder / "a"), address, "shard"],
@@ -97,7 +97,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainClien
         yield PlainClient(addresses), folder
     finally:
         for process in started:
-            _end_group(process)
+            end_group(process)
 
 
 def sharded(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ class Generate(InferCommand):
 
         check(config)
         with quiet(f"loading {config.model} and generating", verbose=self.verbose):
-            from titan_bridge.engine.offline import generate  # vLLM's import prints, too
+            from titan_bridge.engine.ranks import generate  # vLLM's import prints, too
 
             outcome = generate(config)
         if self.json:

@@ -49,7 +49,7 @@ class Parity(InferCommand):
         config = dataclasses.replace(config, max_model_len=limit)
         prompts, sampling = parity.rounds(parity.prompts(hf["vocab_size"], max_model_len=limit))
         with quiet(f"running {config.model} in vLLM", verbose=self.verbose):
-            from titan_bridge.engine.offline import generate
+            from titan_bridge.engine.ranks import generate
 
             outcome = generate(config, prompts, sampling)
         completions = [dataclasses.asdict(completion) for completion in outcome.completions]

@@ -136,11 +136,9 @@ def refresh(model: nn.Module, changed: Iterable[torch.Tensor] | None = None) -> 
     """Pack again after weights changed; `changed` are live parameters, None means all."""
     wanted = None if changed is None else {id(tensor) for tensor in changed}
     for module in model.modules():
-        if isinstance(module, PackedFeedForward):
-            sources = [module.w1.weight, module.w3.weight]
-        elif isinstance(module, PackedLinear | PackedExperts):
-            sources = list(module.parameters(recurse=False))
-        else:
+        if not isinstance(module, PackedLinear | PackedFeedForward | PackedExperts):
             continue
+        whole = isinstance(module, PackedFeedForward)
+        sources = [module.w1.weight, module.w3.weight] if whole else list(module.parameters(recurse=False))
         if wanted is None or any(id(param) in wanted for param in sources):
             module.pack()

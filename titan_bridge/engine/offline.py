@@ -1,11 +1,7 @@
-"""Generate with vLLM's offline engine, one process a dp rank, so that whatever happens there ends with this one.
+"""vLLM's offline engine in this process, with the class that it loaded checked.
 
-The outcome of a run names the class that every worker loaded. When `model_impl` is "torchtitan" and a worker loaded
-anything else, the run fails: vLLM on its own would serve its own model without a word.
-
-Data parallel ranks of a mixture of experts, or of a model whose weights are sharded over them, step in lockstep, so
-none may leave while another still generates: a rank that is done waits until all are, and only then shuts its engine
-down. Other ranks share nothing, and vLLM has no offline dp for them: they run as engines of their own.
+When `model_impl` is "torchtitan" and a worker loaded anything else, the run fails: vLLM on its own would serve its own
+model without a word.
 """
 
 from __future__ import annotations
@@ -13,25 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from titan_bridge import cpu
-from titan_bridge.checks import experts_in, model_directory
-from titan_bridge.config.reader import from_dict
 from titan_bridge.config.schema import InferConfig
 from titan_bridge.engine.worker import WORKER_EXTENSION
 from titan_bridge.errors import BridgeError
@@ -43,9 +28,6 @@ Prompt = str | Sequence[int]
 """Text, or token ids."""
 Sampling = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """Keyword arguments of vLLM's `SamplingParams`, for all prompts or one mapping for each."""
-
-EXIT_SECONDS = 60
-"""How long a dp rank may take to shut down after all ranks are done."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,62 +45,6 @@ class Completion:
     """One for each of `prompt_token_ids`, the first None, if sampling asked for prompt_logprobs."""
     cached_tokens: int = 0
     """Tokens of the prompt that came out of the prefix cache."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run gave, in the order of the prompts, and what served it."""
-
-    completions: tuple[Completion, ...]
-    workers: tuple[Mapping[str, Any], ...]
-    """`BridgeWorker.bridge_report` of every worker, with its `dp_rank`."""
-    load_seconds: float
-    """From nothing to an engine that takes requests; the slowest rank's."""
-    generate_seconds: float
-    """From the first request to the last answer; the slowest rank's."""
-    killed_ranks: tuple[int, ...] = ()
-    """dp ranks that answered but did not end by themselves."""
-
-    @property
-    def model_class(self) -> str:
-        """The class that all workers loaded; `check_class` has made sure that it is one."""
-        return self.workers[0]["model_class"]
-
-
-def generate(
-    config: InferConfig, prompts: Sequence[Prompt] | None = None, sampling: Sampling | None = None
-) -> Outcome:
-    """Load the model and continue the prompts.
-
-    Args:
-        config: what to serve and how; `config.generate` is used where the next two are None.
-        prompts: texts or lists of token ids; dealt out to the dp ranks in turn.
-        sampling: of all prompts, or one for each.
-
-    Raises:
-        BridgeError: bad model directory, sizes, options, or a class that is not ours.
-        RuntimeError: a rank died; the message is the last error that it printed.
-    """
-    hf_config = model_directory(config.model)
-    prompts = config.generate.prompts if prompts is None else prompts
-    sampling = sampling_of(config) if sampling is None else sampling
-    lockstep = experts_in(hf_config) or (
-        config.model_impl == "torchtitan" and config.parallel.dense == "shard"
-    )
-    return _launch(config, prompts, sampling, lockstep=lockstep)
-
-
-def sampling_of(config: InferConfig) -> dict[str, Any]:
-    """`SamplingParams` keyword arguments of the config's [generate]."""
-    ours = config.generate
-    return {
-        "max_tokens": ours.max_tokens,
-        "temperature": ours.temperature,
-        "top_p": ours.top_p,
-        "top_k": ours.top_k,
-        "seed": ours.seed,
-        "ignore_eos": ours.ignore_eos,
-    }
 
 
 @contextlib.contextmanager
@@ -163,7 +89,8 @@ def check_class(model_impl: str, workers: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _generate(llm: LLM, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[list[Completion], float]:
+def complete(llm: LLM, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[list[Completion], float]:
+    """Continue the prompts; also the seconds from the first request to the last answer."""
     from vllm import SamplingParams  # noqa: PLC0415  as in engine()
 
     inputs: list[Any] = [p if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts]
@@ -199,162 +126,6 @@ def _chosen(table: Any, token_ids: Sequence[int]) -> tuple[float | None, ...] | 
     )
 
 
-# One process a dp rank. Parent and rank share a folder; the rank's standard input says "all ranks are done" with
-# a line, and "the parent is gone" with its end.
-
-
-def _launch(config: InferConfig, prompts: Sequence[Prompt], sampling: Sampling, *, lockstep: bool) -> Outcome:
-    dp, tp = config.parallel.dp, config.parallel.tp
-    common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
-    port = _free_port()
-    with tempfile.TemporaryDirectory(prefix="titan-bridge-") as folder:
-        ranks: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(dp):
-                job = {
-                    "config": dataclasses.asdict(config),
-                    "prompts": [p if isinstance(p, str) else list(p) for p in prompts[rank::dp]],
-                    "sampling": dict(sampling) if isinstance(sampling, Mapping) else list(sampling[rank::dp]),
-                    "lockstep": lockstep,
-                    "answer": f"{folder}/{rank}.json",
-                }
-                Path(folder, f"job{rank}.json").write_text(json.dumps(job))
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "titan_bridge.engine.offline", f"{folder}/job{rank}.json"],
-                        stdin=subprocess.PIPE,
-                        env={**common, **_rank_environment(common, rank, dp, tp, port, lockstep)},
-                        start_new_session=True,  # so that its engine and workers can be ended with it
-                    )
-                )
-            answers = _wait(ranks, [Path(folder, f"{rank}.json") for rank in range(dp)])
-            killed = _release(ranks)
-        finally:
-            for process in ranks:
-                _end_group(process)
-    return _merge(answers, len(prompts), killed)
-
-
-def _rank_environment(
-    common: Mapping[str, str], rank: int, dp: int, tp: int, port: int, lockstep: bool
-) -> dict[str, str]:
-    if lockstep:
-        return {
-            "VLLM_DP_RANK": str(rank),
-            "VLLM_DP_RANK_LOCAL": str(rank),
-            "VLLM_DP_SIZE": str(dp),
-            "VLLM_DP_MASTER_IP": "127.0.0.1",
-            "VLLM_DP_MASTER_PORT": str(port),
-        }
-    if cpu.BIND not in common:
-        return {}
-    cores = common[cpu.BIND].split("|")
-    return {cpu.BIND: "|".join(cores[rank * tp : (rank + 1) * tp])} if len(cores) == dp * tp else {}
-
-
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], files: Sequence[Path]) -> list[dict[str, Any]]:
-    answers: dict[int, dict[str, Any]] = {}
-    while len(answers) < len(ranks):
-        for rank in sorted(set(range(len(ranks))) - set(answers)):
-            ended = ranks[rank].poll()  # before looking for the answer, which a rank writes before it ends
-            if files[rank].exists():
-                answers[rank] = _read(rank, files[rank])
-            elif ended is not None:
-                raise RuntimeError(f"dp rank {rank} ended with exit code {ended} before it answered")
-        time.sleep(0.05)
-    return [answers[rank] for rank in range(len(ranks))]
-
-
-def _read(rank: int, file: Path) -> dict[str, Any]:
-    answer = json.loads(file.read_text())
-    if error := answer.get("error"):
-        raise BridgeError(error)
-    if failure := answer.get("failure"):
-        raise RuntimeError(f"dp rank {rank}: {failure}")
-    return answer
-
-
-def _release(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, ...]:
-    """Let the ranks shut down; returns those that had to be killed."""
-    for process in ranks:
-        with contextlib.suppress(BrokenPipeError):
-            assert process.stdin is not None
-            process.stdin.write(b"all done\n")
-            process.stdin.flush()
-    deadline = time.monotonic() + EXIT_SECONDS
-    killed = []
-    for rank, process in enumerate(ranks):
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            killed.append(rank)
-    return tuple(killed)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    if process.stdin is not None:
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-    with contextlib.suppress(ProcessLookupError):  # nothing left, as it should be
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _merge(answers: Sequence[Mapping[str, Any]], prompts: int, killed: tuple[int, ...]) -> Outcome:
-    dp = len(answers)
-    completions = [answers[i % dp]["completions"][i // dp] for i in range(prompts)]
-    return Outcome(
-        completions=tuple(Completion(**{k: _frozen(v) for k, v in c.items()}) for c in completions),
-        workers=tuple({"dp_rank": rank, **w} for rank, a in enumerate(answers) for w in a["workers"]),
-        load_seconds=max(a["load_seconds"] for a in answers),
-        generate_seconds=max(a["generate_seconds"] for a in answers),
-        killed_ranks=killed,
-    )
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _run_rank(job_file: str) -> int:
-    """Body of one dp rank's process."""
-    job = json.loads(Path(job_file).read_text())
-    config = from_dict(InferConfig, job["config"])
-    released = threading.Event()
-
-    def listen() -> None:
-        if sys.stdin.readline():
-            released.set()
-        else:  # the parent is gone: end this rank, its engine and its workers
-            os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=listen, daemon=True).start()
-    # A rank with nothing to do must still take part in lockstep; its answer is dropped.
-    prompts, sampling = (job["prompts"], job["sampling"]) if job["prompts"] else (["."], {"max_tokens": 1})
-    try:
-        with engine(config) as (llm, workers, load_seconds):
-            completions, seconds = _generate(llm, prompts, sampling)
-            answer = {
-                "completions": [dataclasses.asdict(c) for c in completions] if job["prompts"] else [],
-                "workers": workers,
-                "load_seconds": load_seconds,
-                "generate_seconds": seconds,
-            }
-            _write(job["answer"], answer)
-            released.wait()
-    except Exception as error:
-        traceback.print_exc()
-        _write(job["answer"], {"error": users_mistake(error), "failure": f"{type(error).__name__}: {error}"})
-        return 1
-    return 0
-
-
 def users_mistake(error: BaseException) -> str | None:
     """The message of the BridgeError behind `error`, also where pydantic has wrapped it; None if there is none."""
     chain: BaseException | None = error
@@ -368,12 +139,3 @@ def users_mistake(error: BaseException) -> str | None:
             return f"{'.'.join(map(str, first['loc']))} = {first['input']!r} is not allowed: {first['msg']}"
         chain = chain.__cause__ or chain.__context__
     return None
-
-
-def _write(path: str, answer: Mapping[str, Any]) -> None:
-    Path(f"{path}.part").write_text(json.dumps(answer))
-    os.replace(f"{path}.part", path)
-
-
-if __name__ == "__main__":
-    sys.exit(_run_rank(sys.argv[1]))
