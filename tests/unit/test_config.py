@@ -161,6 +161,30 @@ def test_refused_with_file_key_and_remedy_in_one_line(write, text):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("command", "file", "message"),
+    [
+        (
+            "inspect",
+            "configs/train/llama3_fsdp2.toml",
+            "is a file for `titan-bridge train`, by its keys data, ",
+        ),
+        (
+            "train",
+            "configs/infer/llama3_tp2.toml",
+            "is a file for `titan-bridge serve, generate, parity or inspect`",
+        ),
+    ],
+)
+def test_a_file_of_the_other_kind_is_called_one(command, file, message, capsys):
+    path = ROOT / file
+    assert cli.main([command, str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} {message}" in said
+    assert "allowed here: " in said
+    assert said.count("\n") == 1
+
+
 SYNTAX = {
     'model = "m"\ndtype = ': ":2:9: ",
     'model = "m\n': ":1:11: ",

@@ -278,6 +278,7 @@ def test_the_command_shows_shipped_files_and_writes_nothing(path, tmp_path, caps
 
 def test_the_command_refuses_in_one_line_before_anything_is_written(tmp_path, capsys):
     file, out = str(SHIPPED[0]), str(tmp_path / "o")
+    other_kind = str(ROOT / "configs/infer/llama3_tp2.toml")
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.toml").write_bytes(b"lr = \xff")
     (tmp_path / "syntax.toml").write_text("lr = 1\n[model\n")
@@ -286,7 +287,7 @@ def test_the_command_refuses_in_one_line_before_anything_is_written(tmp_path, ca
         (str(tmp_path / "empty"),): "empty cannot be read: Is a directory",
         (str(tmp_path / "binary.toml"),): "binary.toml is not UTF-8 text (byte 5)",
         (str(tmp_path / "syntax.toml"),): "syntax.toml:2:7: TOML syntax: ",
-        (str(ROOT / "configs/infer/llama3_tp2.toml"),): "unknown key dtype; allowed in the top level: data",
+        (other_kind,): "by its keys dtype, generate, vllm; allowed here: data",
         (file, "--set", "data.path=/proc/self/mem"): "/proc/self/mem cannot be read",
         (file, "--nproc", "3"): "nproc=3 is not the product of the degrees",
         (file, "--set", "data.path=/nowhere"): "data.path = '/nowhere' does not exist",

@@ -44,6 +44,7 @@ class InferCommand:
         """
         from titan_bridge.config.reader import resolve  # pydantic and tomli, not needed for --help
         from titan_bridge.config.schema import InferConfig
+        from titan_bridge.config.train_schema import TrainConfig
         from titan_bridge.train.output import model_and_step
 
         is_file = self.model.endswith(".toml")
@@ -61,6 +62,7 @@ class InferCommand:
                 "max_model_len": self.max_model_len,
                 **(flags or {}),
             },
+            others={"titan-bridge train": TrainConfig},
         )
         config = resolved.config
         model, step = model_and_step(config.model)

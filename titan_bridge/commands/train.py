@@ -36,10 +36,15 @@ class Train:
 
     def run(self) -> int:
         from titan_bridge.config import reader  # pydantic and tomli, not needed for --help
+        from titan_bridge.config.schema import InferConfig
         from titan_bridge.config.train_schema import TrainConfig
 
         resolved = reader.resolve(
-            TrainConfig, file=self.file, sets=self.set, flags={"nproc": self.nproc, "out": self.out}
+            TrainConfig,
+            file=self.file,
+            sets=self.set,
+            flags={"nproc": self.nproc, "out": self.out},
+            others={"titan-bridge serve, generate, parity or inspect": InferConfig},
         )
         # TorchTitan's configs warn when they are made, also of what is no concern of this run.
         logging.disable(logging.WARNING)

@@ -43,6 +43,7 @@ def resolve(
     file: str | Path | None = None,
     sets: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
+    others: Mapping[str, type[Any]] | None = None,
 ) -> Resolved[T]:
     """Merge the sources and check the result.
 
@@ -51,6 +52,7 @@ def resolve(
         file: TOML file; None for none.
         sets: `key=value` texts, the key dotted, the value TOML (a bare word is a string).
         flags: dotted key -> value of explicit command-line flags; a None value means that it was not given.
+        others: commands that read another kind of file -> its class, so that a mix-up is called one.
 
     Raises:
         BridgeError: unreadable file, TOML syntax, unknown key, wrong type or value, all in one line.
@@ -60,6 +62,7 @@ def resolve(
     if file is not None:
         name = str(file)
         values = _read(Path(file))
+        _check_kind(schema, values, name, others or {})
         _check_keys(schema, values, name)
         origin.update({key: name for key, _ in _walk(values)})
     for text in sets:
@@ -144,6 +147,16 @@ def _check_keys(schema: Any, values: Mapping[str, Any], source: str, prefix: str
             raise BridgeError(_unknown_key(f"{source}: unknown key {prefix}{key}", key, fields, prefix))
         if isinstance(value, Mapping):
             _check_keys(fields[key], value, source, f"{prefix}{key}.")
+
+
+def _check_kind(schema: Any, values: Mapping[str, Any], file: str, others: Mapping[str, type[Any]]) -> None:
+    keys, here = set(values), set(fields_of(schema) or ())
+    for command, other in others.items():
+        if keys - here and keys <= set(fields_of(other) or ()):
+            odd = ", ".join(sorted(keys - here))
+            raise BridgeError(
+                f"{file} is a file for `{command}`, by its keys {odd}; allowed here: {', '.join(sorted(here))}"
+            )
 
 
 def _unknown_key(what: str, key: str, fields: Mapping[str, Any], prefix: str) -> str:
