@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.changes import Snapshot, changed
 from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.http import HTTPClient
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, PlainRanks, door, free_port, plain_ranks
 from titan_bridge.transfer.samples import as_dtensors, local_part
@@ -216,8 +217,6 @@ class Server:
     """A running server that was started from checkpoint b."""
 
     def __init__(self, url: str) -> None:
-        from titan_bridge.engine.transfer import HTTPClient
-
         self.url, self.client = url, HTTPClient(url)
         self.fresh = self.answers()
 

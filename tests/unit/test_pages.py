@@ -1,4 +1,4 @@
-"""Live weights start as zeros, in huge pages where the machine has them."""
+"""Live weights start as zeros that take no memory until something is written."""
 
 from __future__ import annotations
 
@@ -10,18 +10,10 @@ import torch
 from titan_bridge.engine.pages import zeros_like
 
 
-def flags_at(address: int) -> list[str]:
-    """Linux's flags of the mapping that holds an address."""
-    inside = False
-    with open("/proc/self/smaps") as file:
-        for line in file:
-            head = line.split(maxsplit=1)[0]
-            if "-" in head and not head.endswith(":"):
-                low, high = (int(part, 16) for part in head.split("-"))
-                inside = low <= address < high
-            elif inside and head == "VmFlags:":
-                return line.split()[1:]
-    raise AssertionError("no such mapping")
+def resident() -> int:
+    """Bytes of this process in memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (1000, 4096)])
@@ -30,12 +22,14 @@ def test_zeros_of_the_shape_and_dtype(shape, dtype):
     made = zeros_like(torch.empty(shape, dtype=dtype, device="meta"), torch.device("cpu"))
     assert (made.shape, made.dtype, made.device.type) == (torch.Size(shape), dtype, "cpu")
     assert made.is_contiguous()
+    assert made.data_ptr() % 64 == 0
     assert not made.any()
 
 
-def test_large_tensors_are_advised_and_their_neighbours_are_not():
-    large = zeros_like(torch.empty(8 << 20, dtype=torch.uint8, device="meta"), torch.device("cpu"))
-    small = zeros_like(torch.empty(1 << 10, dtype=torch.uint8, device="meta"), torch.device("cpu"))
-    supported = Path("/sys/kernel/mm/transparent_hugepage").is_dir()
-    assert ("hg" in flags_at(large.data_ptr() + (4 << 20))) == supported
-    assert "hg" not in flags_at(small.data_ptr())
+def test_memory_is_taken_when_it_is_written():
+    size = 256 << 20
+    before = resident()
+    made = zeros_like(torch.empty(size // 2, dtype=torch.bfloat16, device="meta"), torch.device("cpu"))
+    assert resident() - before < size // 8
+    made.fill_(1)
+    assert resident() - before > size // 8 * 7

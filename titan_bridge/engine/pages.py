@@ -12,7 +12,7 @@ def zeros_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Contiguous zeros of `tensor`'s shape and dtype (it may be on meta).
 
     On the CPU they are pages that the kernel hands out zeroed at the first touch: `torch.zeros` would touch all of them
-    now, and loading once more.
+    now, and loading once more. numpy also asks for huge pages.
     """
     if device.type != "cpu":
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)

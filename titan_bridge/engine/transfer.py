@@ -1,11 +1,12 @@
 """Weight transfer backend "titan" for vLLM's framework: `weight_transfer_config={"backend": "titan"}`.
 
 Both halves are thin: what happens is in `titan_bridge.transfer`. The worker's half never raises (see
-`transfer.receiver`); the trainer's half raises TransferError with what a worker said.
+`transfer.receiver`); the trainer's half raises TransferError with what a worker said. Without vLLM on the trainer's
+side, `titan_bridge.transfer` does the same.
 
     engine = WeightTransferTrainerFactory.trainer_init(
         TitanTrainerInitInfo(rank=rank, world=2, master_address="10.0.0.1", master_port=29600),
-        client=HTTPClient("http://engine:8000"),
+        client=titan_bridge.transfer.HTTPClient("http://engine:8000"),
         source=TitanWeightSource(model, rank=rank),
     )
     engine.send_weights()        # on every trainer rank, after every step
@@ -18,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import requests
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -34,7 +34,6 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
     materialize_full_tensor,
 )
-from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 
 from titan_bridge.engine.transfer_target import target_of
 from titan_bridge.errors import BridgeError
@@ -252,28 +251,3 @@ class LLMClient:
 
     def reset_prefix_cache(self) -> None:
         self._llm.reset_prefix_cache(reset_running_requests=True)
-
-
-class HTTPClient(HTTPVLLMWeightSyncClient):
-    """A vLLM server that was started with `VLLM_SERVER_DEV_MODE=1`, which has the routes."""
-
-    def pause_generation(self, mode: PauseMode) -> None:
-        """Freeze ("keep"), finish ("wait") or end ("abort") the requests in flight."""
-        self._post(f"pause?mode={mode}")
-
-    def resume_generation(self) -> None:
-        self._post("resume")
-
-    def reset_prefix_cache(self) -> None:
-        """Frozen requests start over on the new weights: vLLM resets nothing while they hold blocks."""
-        self._post("reset_prefix_cache?reset_running_requests=true")
-
-    def update_weight_version(self, version: str) -> None:
-        self._post("update_weight_version", {"new_version": version})
-
-    def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
-        # Not the base's, which forgets the server's reason.
-        response = requests.post(f"{self.base_url}/{path}", json=json, timeout=self.timeout)
-        if not response.ok:
-            hint = "; start the server with VLLM_SERVER_DEV_MODE=1" if response.status_code == 404 else ""
-            raise RuntimeError(f"POST /{path}: {response.status_code} {response.text[:500]}{hint}")

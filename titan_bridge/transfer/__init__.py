@@ -3,6 +3,7 @@
 from titan_bridge.transfer.changes import Snapshot, changed
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.fanout import FanOutClient
+from titan_bridge.transfer.http import HTTPClient
 from titan_bridge.transfer.options import Options, Report
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.sparse import Patch
@@ -10,6 +11,7 @@ from titan_bridge.transfer.trainer import Trainer
 
 __all__ = [
     "FanOutClient",
+    "HTTPClient",
     "Options",
     "Patch",
     "Report",
