@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
+import contextlib
+import mmap
+
 import torch
 
-_ALIGNMENT = 64  # bytes, as torch's own allocator
+_SMALL = 1 << 20  # bytes: not worth pages of its own
 
 
 def zeros_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Contiguous zeros of `tensor`'s shape and dtype (it may be on meta).
 
-    On the CPU they are pages that the kernel hands out zeroed at the first touch: `torch.zeros` would touch all of them
-    now, and loading once more. numpy also asks for huge pages.
+    On the CPU they are pages that the kernel hands out zeroed at the first touch, huge ones where it can: `torch.zeros`
+    would touch all of them now, and loading once more; an allocator may have used pages, and would clear them.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or tensor.nbytes < _SMALL:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-    raw = torch.from_numpy(np.zeros(tensor.nbytes + _ALIGNMENT, dtype=np.uint8))
-    first = -raw.data_ptr() % _ALIGNMENT
-    return raw[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
