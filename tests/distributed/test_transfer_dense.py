@@ -64,7 +64,8 @@ def workers() -> Iterator[PlainClient]:
         yield client
 
 
-def three_updates(rank: int, world: int, port: int, layout: dict, client: PlainClient) -> None:
+def three_updates(rank: int, world: int, port: int, layout: dict, client: PlainClient) -> list[int]:
+    """Returns the buffers of the workers, in bytes."""
     told = Layout.from_json(layout)
     held = sample_dtensors(told, rank, 1)
     options = Options(port=port, seconds=30, bucket_bytes=BUCKET)
@@ -83,7 +84,9 @@ def three_updates(rank: int, world: int, port: int, layout: dict, client: PlainC
         sent = torch.tensor([sum(report.sent.values())])
         dist.all_reduce(sent)
         assert sent.item() == report.lower_bound
+    buffers = client.call(through)
     trainer.shutdown()
+    return buffers
 
 
 def memory(receiver: Receiver) -> tuple[int, int]:
@@ -119,4 +122,26 @@ def test_every_worker_gets_its_slices_and_nothing_else(
     told = layout(MOE, source, dense, dtype=torch.float32)
     served = layout(MOE, target, target_dense, dtype=wire).to_json()
     workers.call(retarget, sample_target, [(served, rank, rank, target.world, 0) for rank in range(2)])
-    trainers.run(three_updates, free_port(), told.to_json(), workers, world=source.world)
+    buffers = trainers.run(three_updates, free_port(), told.to_json(), workers, world=source.world)
+    assert buffers[0] == [0, 0]
+
+
+def bounce(receiver: Receiver, rows: list[tuple]) -> None:
+    receiver.shutdown()
+    receiver.__init__(sample_target(*rows[receiver.target.index]), bounce=True)
+
+
+def through(receiver: Receiver) -> int:
+    return receiver.buffer_bytes
+
+
+@pytest.mark.parametrize("source", [Sizes(dp=2, tp=2), Sizes()], ids=["fsdp 2 x tp 2", "1"])
+def test_messages_that_land_elsewhere_pass_through_two_buckets(trainers, workers, source):
+    """As they do on a GPU, whose memory the KV cache has."""
+    from titan_bridge.layout import layout  # here: the processes that are started need no torchtitan
+
+    told = layout(MOE, source, "shard" if source.dp > 1 else "replicate", dtype=torch.float32)
+    served = layout(MOE, Sizes(tp=2, ep=2), "replicate", dtype=torch.bfloat16).to_json()
+    workers.call(bounce, [(served, rank, rank, 2, 0) for rank in range(2)])
+    buffers = trainers.run(three_updates, free_port(), told.to_json(), workers, world=source.world)
+    assert all(0 < nbytes <= 2 * BUCKET for nbytes in buffers[0])

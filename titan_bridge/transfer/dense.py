@@ -2,22 +2,25 @@
 
 Memory beside the tensors themselves: a sender has two buckets, one being packed while the other travels; a
 window that is contiguous and of the wire's dtype already is sent from where it lies. A receiver has its staging,
-which is as large as the update's share of the rank. When the update is taken it is copied into the live tensors, or,
-where a target allows it, takes their place: then their old memory is the staging of the next update.
+which is as large as the update's share of the rank and lies in the host's memory: a GPU whose free memory is the KV
+cache's spares two buckets, through which messages go to the host. When the update is taken it is copied into the live
+tensors, or, where a target allows it, takes their place: then their old memory is the staging of the next update.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from titan_bridge.sharding.show import human
 from titan_bridge.transfer.errors import TransferError
-from titan_bridge.transfer.lanes import Bucket, Lane
+from titan_bridge.transfer.lanes import Bucket, Message
 from titan_bridge.transfer.transport import Transport
 
 IN_FLIGHT = 2
@@ -41,18 +44,17 @@ class Deadline:
 
 
 class DenseSender:
-    """Sends the lanes of one trainer rank, again and again; keeps its two buffers."""
+    """Sends the messages of one trainer rank, again and again; keeps its two buffers."""
 
-    def __init__(self, transport: Transport, lanes: Sequence[Lane]) -> None:
+    def __init__(self, transport: Transport, messages: Sequence[Message]) -> None:
         self._transport = transport
-        self._order = _rotated(lanes, transport.rank)
-        self._buffers: list[torch.Tensor | None] = [None] * IN_FLIGHT
-        self._largest = max((bucket.nbytes for lane in lanes for bucket in lane.buckets), default=0)
+        self._messages = messages
+        self._ring = _Ring(transport, messages)
 
     @property
     def buffer_bytes(self) -> int:
         """Memory held beside the tensors: at most two buckets."""
-        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
+        return self._ring.nbytes
 
     def send(self, local: Mapping[str, torch.Tensor], deadline: Deadline) -> None:
         """Send this rank's share of `local` (local tensors by name).
@@ -60,30 +62,26 @@ class DenseSender:
         Raises:
             TransferError: A receiver is gone, or the time is over.
         """
-        flying: list[tuple[dist.Work, int, torch.Tensor] | None] = [None] * IN_FLIGHT
-        for slot, (peer, tag, bucket) in zip(itertools.cycle(range(IN_FLIGHT)), self._order, strict=False):
-            self._land(flying[slot], deadline)
-            message = self._message(bucket, local, slot)
-            flying[slot] = (self._transport.send(message, peer, tag=tag), peer, message)
+        flying: deque[tuple[dist.Work, int, torch.Tensor]] = deque()
+        for slot, message in zip(itertools.cycle(range(IN_FLIGHT)), self._messages, strict=False):
+            if len(flying) == IN_FLIGHT:
+                self._land(flying.popleft(), deadline)
+            data = self._packed(message.bucket, local, slot)
+            flying.append((self._transport.send(data, message.peer, tag=message.tag), message.peer, data))
         for each in flying:
             self._land(each, deadline)
 
-    def _land(self, flight: tuple[dist.Work, int, torch.Tensor] | None, deadline: Deadline) -> None:
+    def _land(self, flight: tuple[dist.Work, int, torch.Tensor], deadline: Deadline) -> None:
         """Wait for a message that is under way; it keeps its memory until then."""
-        if flight is not None:
-            work, peer, _ = flight
-            self._transport.wait(work, seconds=deadline.left, what=f"sending weights to rank {peer}")
+        work, peer, _ = flight
+        self._transport.wait(work, seconds=deadline.left, what=f"sending weights to rank {peer}")
 
-    def _message(self, bucket: Bucket, local: Mapping[str, torch.Tensor], slot: int) -> torch.Tensor:
+    def _packed(self, bucket: Bucket, local: Mapping[str, torch.Tensor], slot: int) -> torch.Tensor:
         if len(bucket.slices) == 1:
             only = bucket.slices[0].of(_contiguous(local[bucket.slices[0].name]))
             if only.dtype == bucket.dtype and only.is_contiguous() and only.device == self._transport.device:
                 return only.view(-1)
-        buffer = self._buffers[slot]
-        if buffer is None:
-            buffer = torch.empty(self._largest, dtype=torch.uint8, device=self._transport.device)
-            self._buffers[slot] = buffer
-        message = buffer[: bucket.nbytes].view(bucket.dtype)
+        message = self._ring.of(bucket, slot)
         for part in bucket.slices:
             window = part.of(_contiguous(local[part.name]))
             message[part.at : part.at + part.elements].view(part.window.size).copy_(window)
@@ -96,17 +94,25 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _rotated(lanes: Sequence[Lane], rank: int) -> list[tuple[int, int, Bucket]]:
-    """(peer, tag, bucket): one bucket a peer in turn, each sender beginning with another peer."""
-    first = rank % len(lanes) if lanes else 0
-    turned = [*lanes[first:], *lanes[:first]]
-    longest = max((len(lane.buckets) for lane in lanes), default=0)
-    return [
-        (lane.peer, tag, lane.buckets[tag])
-        for tag in range(longest)
-        for lane in turned
-        if tag < len(lane.buckets)
-    ]
+class _Ring:
+    """Buffers where messages lie for the transport, made when they are needed; each takes the largest one."""
+
+    def __init__(self, transport: Transport, messages: Sequence[Message]) -> None:
+        self._device = transport.device
+        self._largest = max((message.bucket.nbytes for message in messages), default=0)
+        self._buffers: list[torch.Tensor | None] = [None] * IN_FLIGHT
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
+
+    def of(self, bucket: Bucket, slot: int) -> torch.Tensor:
+        """Memory for this message, flat."""
+        buffer = self._buffers[slot]
+        if buffer is None:
+            buffer = torch.empty(self._largest, dtype=torch.uint8, device=self._device)
+            self._buffers[slot] = buffer
+        return buffer[: bucket.nbytes].view(bucket.dtype)
 
 
 class Staged(NamedTuple):
@@ -118,29 +124,73 @@ class Staged(NamedTuple):
 
 
 class DenseReceiver:
-    """Stages the lanes of one worker; keeps the staging for the next update unless told otherwise."""
+    """Stages the messages of one worker; keeps the staging for the next update unless told otherwise."""
 
     def __init__(
         self,
         transport: Transport,
-        lanes: Sequence[Lane],
+        messages: Sequence[Message],
         whole: Mapping[str, torch.Tensor] | None = None,
         memory: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None,
+        *,
+        bounce: bool = False,
     ) -> None:
-        """`whole`: live local tensors whose memory may be exchanged; they get a shadow where every message lies in it
-        as it travels. `memory(like, device)` makes one."""
+        """
+        Args:
+            whole: Live local tensors whose memory may be exchanged; they get a shadow where every message lies in it
+                as it travels.
+            memory: `memory(like, device)` makes a shadow.
+            bounce: Let messages arrive in two buckets where the transport wants them, and keep them elsewhere, in the
+                host's memory. Always so if the transport wants them on a GPU.
+        """
         self._memory = memory
         self._transport = transport
-        self._order = [(lane.peer, tag, bucket) for lane in lanes for tag, bucket in enumerate(lane.buckets)]
-        self._shadowed = _shadowed([bucket for _, _, bucket in self._order], whole or {})
+        self._messages = messages
+        self._shadowed = _shadowed([message.bucket for message in messages], whole or {})
+        self._ring = _Ring(transport, messages) if bounce or transport.device.type != "cpu" else None
         self._buckets: list[torch.Tensor | None] | None = None
         self._shadows: dict[str, torch.Tensor] = {}
 
     @property
     def staging_bytes(self) -> int:
-        """Memory of the staging, now."""
+        """Memory of the staging, now; the host's."""
         parts = [*(self._buckets or ()), *self._shadows.values()]
         return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory beside the staging: two buckets on a GPU, none where messages arrive in the staging."""
+        return self._ring.nbytes if self._ring is not None else 0
+
+    def prepare(self) -> None:
+        """Make the staging, if it is not there.
+
+        Raises:
+            TransferError: There is no memory for it.
+        """
+        if self._buckets is not None:
+            return
+        device = torch.device("cpu")
+        pin = self._transport.device.type != "cpu"
+        try:
+            self._shadows = {
+                name: torch.empty_like(like, device=device)
+                if self._memory is None
+                else self._memory(like, device)
+                for name, like in self._shadowed.items()
+            }
+            self._buckets = [
+                None
+                if message.bucket.slices[0].name in self._shadows
+                else torch.empty(message.bucket.elements, dtype=message.bucket.dtype, pin_memory=pin)
+                for message in self._messages
+            ]
+        except (RuntimeError, MemoryError, OSError) as error:
+            self.release()
+            size = human(sum(message.bucket.nbytes for message in self._messages))
+            raise TransferError(
+                f"no memory on the host for {size} of new weights beside the live ones: {error}"
+            ) from None
 
     def receive(self, deadline: Deadline) -> Staged:
         """All of one update.
@@ -148,44 +198,61 @@ class DenseReceiver:
         Raises:
             TransferError: A sender is gone, or the time is over. Nothing live was touched.
         """
-        if self._buckets is None:
-            self._allocate()
+        self.prepare()
         assert self._buckets is not None
         places = [
-            self._in_shadow(bucket) if own is None else own
-            for (_, _, bucket), own in zip(self._order, self._buckets, strict=True)
-        ]
-        works = [
-            (peer, self._transport.receive(data, peer, tag=tag))
-            for (peer, tag, _), data in zip(self._order, places, strict=True)
+            self._in_shadow(message.bucket) if own is None else own
+            for message, own in zip(self._messages, self._buckets, strict=True)
         ]
         try:
-            for peer, work in works:
-                self._transport.wait(work, seconds=deadline.left, what=f"receiving weights from rank {peer}")
+            if self._ring is None:
+                self._receive_in_place(places, deadline)
+            else:
+                self._receive_through(self._ring, places, deadline)
         except TransferError:
             self.release()  # late bytes may still arrive there
             raise
         buckets = [
-            (bucket, own)
-            for (_, _, bucket), own in zip(self._order, self._buckets, strict=True)
+            (message.bucket, own)
+            for message, own in zip(self._messages, self._buckets, strict=True)
             if own is not None
         ]
         return Staged(buckets, self._shadows)
 
-    def _allocate(self) -> None:
-        device = self._transport.device
-        self._shadows = {
-            name: torch.empty_like(like, device=device)
-            if self._memory is None
-            else self._memory(like, device)
-            for name, like in self._shadowed.items()
-        }
-        self._buckets = [
-            None
-            if bucket.slices[0].name in self._shadows
-            else torch.empty(bucket.elements, dtype=bucket.dtype, device=device)
-            for _, _, bucket in self._order
+    def _receive_in_place(self, places: Sequence[torch.Tensor], deadline: Deadline) -> None:
+        works = [
+            self._transport.receive(place, message.peer, tag=message.tag)
+            for message, place in zip(self._messages, places, strict=True)
         ]
+        for work, message in zip(works, self._messages, strict=True):
+            self._wait(work, message, deadline)
+
+    def _receive_through(self, ring: _Ring, places: Sequence[torch.Tensor], deadline: Deadline) -> None:
+        flying: deque[tuple[dist.Work, Message, torch.Tensor, torch.Tensor]] = deque()
+
+        def unload() -> None:
+            work, message, data, place = flying.popleft()
+            self._wait(work, message, deadline)
+            place.copy_(
+                data, non_blocking=True
+            )  # the next message into this buffer comes after it in the stream
+
+        slots = itertools.cycle(range(IN_FLIGHT))
+        for slot, message, place in zip(slots, self._messages, places, strict=False):
+            if len(flying) == IN_FLIGHT:
+                unload()
+            data = ring.of(message.bucket, slot)
+            flying.append(
+                (self._transport.receive(data, message.peer, tag=message.tag), message, data, place)
+            )
+        while flying:
+            unload()
+        if self._transport.device.type != "cpu":
+            torch.accelerator.current_stream(self._transport.device).synchronize()
+
+    def _wait(self, work: dist.Work, message: Message, deadline: Deadline) -> None:
+        what = f"receiving weights from rank {message.peer}"
+        self._transport.wait(work, seconds=deadline.left, what=what)
 
     def _in_shadow(self, bucket: Bucket) -> torch.Tensor:
         (only,) = bucket.slices

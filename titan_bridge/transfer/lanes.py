@@ -8,7 +8,7 @@ their outer dims.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,38 @@ class Lane:
     @property
     def nbytes(self) -> int:
         return sum(bucket.nbytes for bucket in self.buckets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """A bucket on its way."""
+
+    peer: int
+    tag: int
+    bucket: Bucket
+
+
+def in_turn(lanes: Sequence[Lane], *, rank: int, trainers: int, workers: int) -> tuple[Message, ...]:
+    """All messages of one rank in the order of one list that all ranks share.
+
+    Two ranks may then have as few messages under way as they like and never wait for each other in a circle: the first
+    message of the list that has not arrived is the next of both its ends. And one message a peer in turn, each trainer
+    beginning with another worker, so that they do not all send to the same one.
+
+    Args:
+        rank: In the group: `trainers` come first, then `workers`.
+    """
+
+    def place(message: Message) -> tuple[int, int, int]:
+        trainer, worker = sorted((rank, message.peer))
+        return message.tag, (worker - trainers - trainer) % workers, trainer
+
+    messages = (
+        Message(peer=lane.peer, tag=tag, bucket=bucket)
+        for lane in lanes
+        for tag, bucket in enumerate(lane.buckets)
+    )
+    return tuple(sorted(messages, key=place))
 
 
 def lanes(

@@ -11,7 +11,7 @@ import torch
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.transfer.board import Board
 from titan_bridge.transfer.exchange import Sides
-from titan_bridge.transfer.lanes import BUCKET_BYTES, Lane, lanes
+from titan_bridge.transfer.lanes import BUCKET_BYTES, Message, in_turn, lanes
 from titan_bridge.transfer.sparse import Router
 from titan_bridge.transfer.transport import Backend, Transport, make_group
 
@@ -74,7 +74,13 @@ class Link:
         self.is_trainer = rank < sides.trainers
         dtypes = {name: param.dtype for name, param in sides.destination.params.items()}
         end = {"sender": rank} if self.is_trainer else {"receiver": rank}
-        self.lanes: tuple[Lane, ...] = lanes(self.plan, dtypes, bucket_bytes=terms.bucket_bytes, **end)
+        self.messages: tuple[Message, ...] = in_turn(
+            lanes(self.plan, dtypes, bucket_bytes=terms.bucket_bytes, **end),
+            rank=rank,
+            trainers=sides.trainers,
+            workers=sides.size - sides.trainers,
+        )
+        """Of a dense update."""
         self.planned: int = (self.plan.sent if self.is_trainer else self.plan.received).get(rank, 0)
         """Bytes that this rank sends or receives in a dense update."""
         self.device = device if terms.backend == "nccl" and device is not None else torch.device("cpu")

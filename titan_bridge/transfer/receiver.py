@@ -28,13 +28,12 @@ import torch.distributed as dist
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.board import Board
-from titan_bridge.transfer.dense import Deadline, DenseReceiver, Staged, apply_dense
+from titan_bridge.transfer.dense import Deadline, Staged, apply_dense
 from titan_bridge.transfer.errors import TransferError
-from titan_bridge.transfer.exchange import Sides
-from titan_bridge.transfer.link import VERSION, Link, Terms
+from titan_bridge.transfer.joining import Connection, join, refusal
+from titan_bridge.transfer.link import Link, Terms
 from titan_bridge.transfer.packets import Arrived, apply_sparse, receive_sparse
-from titan_bridge.transfer.target import Target, signature, unshared
-from titan_bridge.transfer.transport import make_group
+from titan_bridge.transfer.target import Target, signature
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
 
@@ -55,18 +54,19 @@ class _Round:
 class Receiver:
     """One worker: `connect`, then for every update `begin`, `update`, `finish`."""
 
-    def __init__(self, target: Target, *, keep_staging: bool = True) -> None:
-        """`keep_staging`: hold the memory of the staging between updates instead of asking for it again."""
+    def __init__(self, target: Target, *, keep_staging: bool = True, bounce: bool = False) -> None:
+        """
+        Args:
+            keep_staging: Hold the memory of the staging between updates instead of asking for it again.
+            bounce: See `DenseReceiver`.
+        """
         self.target = target
         self.version = UNKNOWN_VERSION
         """Of the weights that are live."""
         self.error: str | None = None
         """Why the last call did nothing, for logs and tests."""
-        self._keep = keep_staging
-        self._link: Link | None = None
-        self._peers: Any = None
-        self._dense: DenseReceiver | None = None
-        self._expected: dict[str, tuple] = {}
+        self._keep, self._bounce = keep_staging, bounce
+        self._connection: Connection | None = None
         self._open = False
         self._round: _Round | None = None
 
@@ -83,18 +83,20 @@ class Receiver:
         board: Board | None = None
         try:
             board = Board.join(terms.host, terms.port, seconds=terms.seconds)
-            if refusal := self._refusal(terms):
-                board.post(terms.hello(terms.engine, self.target.index), {"refused": refusal})
-                self._fail(refusal)
+            if why := refusal(terms, self._connection):
+                board.post(terms.hello(terms.engine, self.target.index), {"refused": why})
+                self._fail(why)
                 return
             self._drop()
-            self._meet(board, terms)
+            self._connection = join(
+                board, terms, self.target, version=self.version, session=self._open, bounce=self._bounce
+            )
             board.post(self._joined(terms), None)
-        except (TransferError, BridgeError, ValueError) as error:
+        except Exception as error:
             self._drop()
-            self._fail(str(error))
+            self._fail(_text(error))
             if board is not None:
-                self._tell_why(board, terms, str(error))
+                self._tell_why(board, terms, _text(error))
 
     def _tell_why(self, board: Board, terms: Terms, why: str) -> None:
         hello = terms.hello(terms.engine, self.target.index)
@@ -107,70 +109,6 @@ class Receiver:
 
     def _joined(self, terms: Terms) -> str:
         return f"{terms.prefix}/joined/{terms.engine}.{self.target.index}"
-
-    def _refusal(self, terms: Terms) -> str | None:
-        if terms.version != VERSION:
-            return (
-                f"the trainer speaks version {terms.version} of this protocol, the engine version {VERSION}"
-            )
-        if self._link is None or self._link.broken or self._link.terms.trainer == terms.trainer:
-            return None
-        if not self._link.board.alive():
-            return None
-        theirs = self._link.terms
-        return f"the engine is connected with another trainer, at {theirs.host}:{theirs.port}; shut that one down first"
-
-    def _meet(self, board: Board, terms: Terms) -> None:
-        target = self.target
-        limit = Deadline(terms.seconds)
-        live = target.tensors()
-        self._expected = {name: signature(tensor) for name, tensor in live.items()}
-        for name, tensor in live.items():
-            if name in target.layout.params:
-                self._check(name, tensor)
-        board.post(
-            terms.hello(terms.engine, target.index),
-            {
-                "count": terms.workers or target.count,
-                "rank": target.rank,
-                "layout": target.layout.to_json(),
-                "unpadded": {name: list(shape) for name, shape in target.unpadded.items()},
-                "version": self.version,
-                "open": self._open,
-            },
-        )
-        if (terms.engine, target.index) == (0, 0) and board.read(
-            f"{terms.prefix}/ask", seconds=limit.left
-        ) == "views":
-            views = [dataclasses.asdict(view) for view in target.views()]
-            board.post(f"{terms.prefix}/views", views)
-        note = board.read(f"{terms.prefix}/sides", seconds=limit.left)
-        if "refused" in note:
-            raise TransferError(note["refused"])
-        sides = Sides.from_json(note)
-        rank = sides.rank_of((terms.engine, target.index))
-        device = next(iter(live.values())).device
-        self._link = Link(board=board, terms=terms, sides=sides, rank=rank, device=device)
-        whole = unshared(live) if target.swap is not None and self._link.device == device else {}
-        self._dense = DenseReceiver(self._link.transport, self._link.lanes, whole, target.memory)
-        if len(sides.workers) > 1:
-            self._peers = make_group(
-                board.store(f"{terms.prefix}/workers"),
-                rank=rank - sides.trainers,
-                size=len(sides.workers),
-                backend="gloo",
-                seconds=terms.seconds,
-            )
-
-    def _check(self, name: str, tensor: torch.Tensor) -> None:
-        want = self.target.layout.local_shape(name, self.target.rank)
-        dtype = self.target.layout.params[name].dtype
-        if tuple(tensor.shape) != want or f"torch.{dtype}" != str(tensor.dtype):
-            raise TransferError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} here, its spec says {dtype} {want}"
-            )
-        if not tensor.is_contiguous():
-            raise TransferError(f"{name} is not contiguous on worker {self.target.index}")
 
     # One update
 
@@ -185,18 +123,18 @@ class Receiver:
         "sparse").
         """
         self.error, self._round = None, None
-        link = self._link
-        if (
-            link is None
-            or link.broken
-            or (info["trainer"], info["epoch"]) != (link.terms.trainer, link.terms.epoch)
-        ):
+        now = self._connection
+        caller = (info["trainer"], info["epoch"])
+        if now is None or now.link.broken or caller != (now.link.terms.trainer, now.link.terms.epoch):
             self._refuse_stranger(info)
             return
+        link = now.link
         deadline = Deadline(link.terms.seconds)
         ready = link.note(info["round"], f"ready/{link.rank}")
         try:
-            self._verify(info)
+            self._verify(info, now.expected)
+            if info["kind"] == "dense":
+                now.dense.prepare()
         except TransferError as error:
             self._fail(str(error))
             self._tell(link.board, ready, str(error))
@@ -205,23 +143,28 @@ class Receiver:
             link.board.post(ready, None)
             if (stop := link.board.read(link.note(info["round"], "go"), seconds=deadline.left)) is not None:
                 raise TransferError(stop)
-            self._round = self._stage(info, link, deadline)
-        except (TransferError, BridgeError) as error:
-            self._fail(str(error))
+            self._round = self._stage(info, now, deadline)
+        except Exception as error:
+            self._fail(_text(error))
             link.close()
-            self._tell(link.board, link.note(info["round"], f"got/{link.rank}"), {"error": str(error)})
+            self._tell(link.board, link.note(info["round"], f"got/{link.rank}"), {"error": _text(error)})
             return
         self._tell(link.board, link.note(info["round"], f"got/{link.rank}"), {"bytes": self.bytes_received})
 
     @property
     def bytes_received(self) -> int:
         """In the last update, counted at the transport."""
-        return sum(self._link.transport.received.values()) if self._link is not None else 0
+        return sum(self._connection.link.transport.received.values()) if self._connection else 0
 
     @property
     def staging_bytes(self) -> int:
-        """Memory that the staging of dense updates holds now."""
-        return self._dense.staging_bytes if self._dense is not None else 0
+        """Memory of the host that the staging of dense updates holds now."""
+        return self._connection.dense.staging_bytes if self._connection else 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that messages of dense updates pass through on their way to the staging: at most two buckets."""
+        return self._connection.dense.buffer_bytes if self._connection else 0
 
     def _refuse_stranger(self, info: Mapping[str, Any]) -> None:
         text = f"worker {self.target.index} is not connected with this trainer; call trainer_init again"
@@ -232,7 +175,7 @@ class Receiver:
         except TransferError as error:
             logger.error("%s", error)
 
-    def _verify(self, info: Mapping[str, Any]) -> None:
+    def _verify(self, info: Mapping[str, Any], live_then: Mapping[str, tuple]) -> None:
         """Before a byte moves: the order, the base and the live tensors are what the plan was made for."""
         if not self._open:
             raise TransferError("an update without start_weight_update")
@@ -241,7 +184,7 @@ class Receiver:
                 f"patches for version {info['base']!r}, but worker {self.target.index} has {self.version!r}"
             )
         live = self.target.tensors()
-        for name, expected in self._expected.items():
+        for name, expected in live_then.items():
             if name not in live or signature(live[name]) != expected:
                 now = signature(live[name]) if name in live else "gone"
                 raise TransferError(
@@ -249,12 +192,12 @@ class Receiver:
                     "Call trainer_init again"
                 )
 
-    def _stage(self, info: Mapping[str, Any], link: Link, deadline: Deadline) -> _Round:
+    def _stage(self, info: Mapping[str, Any], now: Connection, deadline: Deadline) -> _Round:
+        link = now.link
         link.transport.reset_counters()
         staged = _Round(number=info["round"], version=info["version"])
         if info["kind"] == "dense":
-            assert self._dense is not None
-            staged.dense = self._dense.receive(deadline)
+            staged.dense = now.dense.receive(deadline)
             got = self.bytes_received
             assert got == link.planned, f"{got} bytes came, the plan says {link.planned}"
         else:
@@ -273,13 +216,15 @@ class Receiver:
     def finish(self) -> None:
         """`finish_weight_update`: take the staged update on all workers, or drop it on all."""
         staged, self._round, self._open = self._round, None, False
-        link = self._link
-        if staged is None or link is None or link.broken:
-            if self._peers is not None:  # the others may have it, and wait for this one's word
-                self._agree(False)
+        now = self._connection
+        if now is None:
+            return
+        link = now.link
+        if staged is None or link.broken:
+            self._agree(now, False)  # the others may have it, and wait for this one's word
             return
         applied = link.note(staged.number, f"applied/{link.rank}")
-        if not self._agree(self._decided(link, staged)):
+        if not self._agree(now, self._decided(link, staged)):
             self._fail("the update was not taken: not all workers have it, or the trainer is gone")
             self._tell(link.board, applied, self.error)
             return
@@ -294,8 +239,8 @@ class Receiver:
             self._tell(link.board, applied, self.error)
             return
         self.version = staged.version
-        if not self._keep and self._dense is not None:
-            self._dense.release()
+        if not self._keep:
+            now.dense.release()
         self._tell(link.board, applied, None)
 
     def _apply(self, staged: _Round) -> None:
@@ -325,19 +270,19 @@ class Receiver:
         except TransferError:
             return False
 
-    def _agree(self, mine: bool) -> bool:
+    @staticmethod
+    def _agree(now: Connection, mine: bool) -> bool:
         """True when every worker takes part and one of them knows that the update is to be taken."""
-        if self._peers is None:
+        if now.peers is None:
             return mine
         seen = torch.tensor([int(mine)])
         try:
             options = dist.AllreduceOptions()
             options.reduceOp = dist.ReduceOp.MAX
-            self._peers.allreduce([seen], options).wait()
+            now.peers.allreduce([seen], options).wait()
         except RuntimeError as error:
             logger.error("workers lost each other: %s", error)
-            if self._link is not None:
-                self._link.close()
+            now.link.close()
             return False
         return bool(seen.item())
 
@@ -351,15 +296,15 @@ class Receiver:
         """Version and layout, in plain types."""
         return {
             "version": self.version,
-            "connected": self._link is not None and not self._link.broken,
+            "connected": self._connection is not None and not self._connection.link.broken,
             "error": self.error,
             "layout": json.loads(json.dumps(self.target.layout.to_json())),
         }
 
     def _drop(self) -> None:
-        if self._link is not None:
-            self._link.close()
-        self._link, self._peers, self._dense, self._round = None, None, None, None
+        if self._connection is not None:
+            self._connection.link.close()
+        self._connection, self._round = None, None
 
     def _fail(self, text: str) -> None:
         self.error = text
@@ -372,3 +317,11 @@ class Receiver:
             board.post(key, value)
         except TransferError as error:
             logger.error("%s", error)
+
+
+def _text(error: Exception) -> str:
+    """What is told of an error: whatever it is, the others must hear of it now and not wait for this worker."""
+    if isinstance(error, BridgeError | TransferError):
+        return str(error)
+    logger.exception("weight transfer")
+    return f"{type(error).__name__}: {error}"

@@ -124,7 +124,7 @@ class Trainer:
         sides = Sides.from_json(note)
         plan = self._plan(sides)
         self._link = Link(board=self._board, terms=terms, sides=sides, rank=self.rank, plan=plan)
-        self._sender = DenseSender(self._link.transport, self._link.lanes)
+        self._sender = DenseSender(self._link.transport, self._link.messages)
         outcome = f"{terms.prefix}/connected"
         if self.rank == 0:
             assert call is not None

@@ -1,0 +1,88 @@
+"""Two trainer ranks and two workers for the tests of what goes wrong in a transfer; conftest.py starts them."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.spec import ShardingSpec
+from titan_bridge.transfer.control import MARGIN
+from titan_bridge.transfer.options import Options
+from titan_bridge.transfer.plain import PlainClient, PlainRanks, free_port
+from titan_bridge.transfer.receiver import Receiver
+from titan_bridge.transfer.samples import differences, sample_dtensors, sample_target
+from titan_bridge.transfer.source import TensorSource
+from titan_bridge.transfer.trainer import Trainer
+
+LIMIT = 4.0
+SLACK = 5 * MARGIN
+"""What the slowest step of giving up may take beyond the limit."""
+BUCKET = 4096
+OLD, NEW, NEXT = 7, 8, 9
+
+
+def layout(ranks: int, dim: int) -> dict:
+    def param(*shape: int, placement: object) -> ParamLayout:
+        return ParamLayout(spec=ShardingSpec(mesh="m", placements=(placement,)), shape=shape, dtype="float32")
+
+    return Layout(
+        meshes={"m": MeshLayout.make(("axis",), (ranks,))},
+        params={
+            **{f"layer{i}": param(64, 48, placement=Shard(dim)) for i in range(6)},
+            "norm": param(48, placement=Replicate()),
+        },
+    ).to_json()
+
+
+def begin_anew(receiver: Receiver, told: dict) -> None:
+    receiver.shutdown()
+    at = receiver.target.index
+    receiver.__init__(sample_target(told, at, at, 2, OLD))
+
+
+class Trap(dict):
+    """Local tensors; `act` happens when the n-th is taken for sending."""
+
+    def __init__(self, tensors: dict, act, n: int) -> None:
+        super().__init__(tensors)
+        self._act, self._n = act, n
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._n -= 1
+        if self._n == 0:
+            self._act()
+        return super().__getitem__(name)
+
+
+class Source(TensorSource):
+    """A source with a trap in it."""
+
+    act = None
+
+    def local(self):
+        tensors, act, self.act = super().local(), self.act, None
+        return tensors if act is None else Trap(tensors, act, 4)
+
+
+def make(rank: int, world: int, port: int, client: PlainClient, version: int) -> tuple[Trainer, dict]:
+    held = sample_dtensors(Layout.from_json(layout(world, 0)), rank, version)
+    options = Options(port=port, seconds=LIMIT, bucket_bytes=BUCKET)
+    trainer = Trainer(Source(lambda: held, rank=rank), client, rank=rank, world=world, options=options)
+    trainer.connect()
+    return trainer, held
+
+
+def good(rank: int, world: int, port: int, client: PlainClient, version: int) -> None:
+    trainer, _ = make(rank, world, port, client, version)
+    trainer.send_weights()
+    trainer.shutdown()
+
+
+def takes_the_next_good_update(trainers: PlainRanks, workers: PlainClient) -> None:
+    trainers.run(good, free_port(), workers, NEXT)
+    assert workers.call(differences, NEXT) == [[], []]
+
+
+def have(workers: PlainClient, version: int) -> bool:
+    return workers.call(differences, version) == [[], []]
