@@ -7,8 +7,8 @@
 
 Every row is a process of its own, so that peak memory is its own and the imports count. "cold": the source was
 dropped from the page cache; "warm": it was read before. "raw copy" is `cp` of the source's weight files; it starts
-after the same imports, because a virtual machine gives free memory back to its host within seconds, and a copy that
-starts right after files were removed finds theirs and is up to eight times as fast. TorchTitan's
+after the same imports. A virtual machine gives free memory back to its host within seconds, and what starts right after
+files were removed finds theirs and is up to eight times as fast: hence a pause before every run. TorchTitan's
 conversions are the calls of its scripts/checkpoint_conversion, which the package does not ship: build the model, fill
 its state dict, run the adapter, save. What is written is compared tensor by tensor, bit for bit.
 """
@@ -32,6 +32,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+SETTLE_SECONDS = 5
 WIDTH = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
@@ -144,6 +145,7 @@ def set_cache(directory: Path, cache: str) -> None:
             else:
                 while opened.read(8 << 20):
                     pass
+    time.sleep(SETTLE_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)

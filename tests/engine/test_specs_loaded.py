@@ -18,7 +18,8 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed.tensor import Replicate, Shard
 
-from titan_bridge.engine.native_specs import Native, Part, cut
+from titan_bridge.engine.native_layers import Native, Part
+from titan_bridge.engine.native_specs import cut
 from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import load_hf_config

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_bridge.checkpoint.execute import STRIP_BYTES
+from titan_bridge.checkpoint.strips import STRIP_BYTES
 from titan_bridge.testing import make_checkpoint
 
 SHAPE = {

@@ -225,9 +225,9 @@ def test_a_small_strip_gives_the_same_files(made, tmp_path, monkeypatch):
     source = made("qwen3_moe")
     reshard(source, tmp_path / "a", "dcp")
     reshard(tmp_path / "a", tmp_path / "b", "engine", dp=2, tp=2, ep=4)
-    import titan_bridge.checkpoint.execute as execute
+    import titan_bridge.checkpoint.strips as strips
 
-    monkeypatch.setattr(execute.strips_of, "__defaults__", (100,))
+    monkeypatch.setattr(strips.strips_of, "__defaults__", (100,))
     job = prepare(Options(source=source, target=tmp_path / "c", to="dcp", workers=3))
     assert sum(map(len, job.strips.values())) > 1000
     job.run()

@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from tests.unit.checkpoint_samples import Killed, assert_equal, contents, options, snapshot, stop_after
-from titan_bridge.checkpoint.execute import verify
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.checkpoint.staging import PART, Staging
+from titan_bridge.checkpoint.verify import verify
 from titan_bridge.cli import main
 from titan_bridge.errors import BridgeError
 

@@ -23,63 +23,15 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint, contiguous_stride
 from titan_bridge.checkpoint.crc import combine
 from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
 from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging
-from titan_bridge.checkpoint.target import OutFile, Part, Unit, rows_of
+from titan_bridge.checkpoint.strips import STRIP_BYTES, Strip
+from titan_bridge.checkpoint.target import OutFile, Part
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.holders import BoxHolders, Held
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan
 
-STRIP_BYTES = 16 << 20
-"""Of the destination's dtype."""
 WORKER_BYTES = 2 * STRIP_BYTES + SCRATCH_BYTES
 """Memory of one worker: a strip, what is cut out of it, and the read buffer."""
 _BLOB_BYTES = 4 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strip:
-    """One step of the work."""
-
-    unit: Unit
-    box: Box
-    """In the global tensor; inside the unit's box."""
-    chunk: int
-    """Its number among the strips of the tensor, which is how the plan knows it."""
-
-
-def strips_of(parts: Sequence[Part], strip_bytes: int = STRIP_BYTES) -> dict[str, list[Strip]]:
-    """The strips of each part, in the order in which they are written."""
-    result: dict[str, list[Strip]] = {}
-    counts: dict[str, int] = {}
-    for part in parts:
-        strips = result.setdefault(part.name, [])
-        for unit in part.units:
-            tensor = unit.tensor
-            for box in rows_of(unit.box, tensor.dtype.itemsize, strip_bytes, tensor.align):
-                chunk = counts.get(tensor.name, 0)
-                strips.append(Strip(unit=unit, box=box, chunk=chunk))
-                counts[tensor.name] = chunk + 1
-    return result
-
-
-def held_strips(strips: Mapping[str, Sequence[Strip]]) -> list[Held]:
-    """All strips as the destination of a plan: a part is a holder, a strip a chunk."""
-    chunks: dict[str, list[tuple[str, Box]]] = {}
-    tensors = {}
-    for part, own in strips.items():
-        for strip in own:
-            chunks.setdefault(strip.unit.tensor.name, []).append((part, strip.box))
-            tensors[strip.unit.tensor.name] = strip.unit.tensor
-    return [
-        Held(
-            name=name,
-            shape=tensor.shape,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            by=BoxHolders(chunks=tuple(chunks[name])),
-        )
-        for name, tensor in tensors.items()
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,39 +246,6 @@ class Executor:
         if count > self._buffers.strip.numel():  # one row that cannot be cut
             return torch.empty(count, dtype=torch.uint8)
         return self._buffers.strip[:count]
-
-
-def verify(
-    directory: Path, results: Sequence[PartResult], advance: Callable[[int], None] = lambda count: None
-) -> None:
-    """Read files again from the disk and compare them with the checksums of what was written.
-
-    Raises:
-        BridgeError: The first file and byte where they differ.
-    """
-    buffer = bytearray(STRIP_BYTES)
-    for result in results:
-        for name, spans in result.spans.items():
-            path = directory / name
-            with path.open("rb", buffering=0) as file:
-                os.fsync(file.fileno())  # pages that are not on the disk yet would be read from memory
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                for span in spans:
-                    crc, at = 0, 0
-                    while at < span.length:
-                        view = memoryview(buffer)[: min(len(buffer), span.length - at)]
-                        count = os.preadv(file.fileno(), [view], span.offset + at)
-                        if not count:
-                            raise BridgeError(
-                                f"{path} ends at byte {span.offset + at}; it was written longer"
-                            )
-                        crc, at = zlib.crc32(view[:count], crc), at + count
-                    if crc != span.crc:
-                        raise BridgeError(
-                            f"{path}: bytes {span.offset} to {span.offset + span.length} are not what was written; "
-                            "the disk or the memory is at fault"
-                        )
-                    advance(span.length)
 
 
 def _write_all(descriptor: int, offset: int, data: memoryview) -> None:

@@ -16,19 +16,15 @@ import torch
 from titan_bridge.checkpoint import engine_files, hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
 from titan_bridge.checkpoint.dcp import METADATA, write_metadata
-from titan_bridge.checkpoint.execute import (
-    WORKER_BYTES,
-    Executor,
-    Strip,
-    Work,
-    verify,
-)
+from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.staging import PartResult, Staging
+from titan_bridge.checkpoint.strips import Strip
 from titan_bridge.checkpoint.target import Part, Target, Wanted
 from titan_bridge.checkpoint.team import Team
+from titan_bridge.checkpoint.verify import verify
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.plan import Plan

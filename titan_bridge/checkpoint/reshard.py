@@ -16,12 +16,12 @@ from typing import Any
 
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
-from titan_bridge.checkpoint.execute import held_strips, strips_of
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.staging import Staging
+from titan_bridge.checkpoint.strips import held_strips, strips_of
 from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from titan_bridge.engine import native_specs
 from titan_bridge.engine.checkpoint_tensors import CheckpointTensors
-from titan_bridge.engine.native_specs import Native
+from titan_bridge.engine.native_layers import Native
 from titan_bridge.errors import BridgeError
 from titan_bridge.layout import ParamSpec, as_layout
 from titan_bridge.mesh import DENSE, MESH_AXES, Sizes, describe, get_device_meshes, sizes_of

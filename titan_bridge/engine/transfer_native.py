@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from titan_bridge.engine import native_specs
-from titan_bridge.engine.native_specs import Native, Part
+from titan_bridge.engine.native_layers import Native, Part
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import DENSE, Sizes, describe, sizes_of
 from titan_bridge.models import family_for
