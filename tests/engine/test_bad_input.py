@@ -164,3 +164,43 @@ def test_every_way_in_says_the_same_line(tmp_path: Path, no_orphans: None) -> No
             if door != "titan-bridge" and line.strip() not in text
         ]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+UNSUPPORTED = """
+import json, sys
+from vllm import EngineArgs
+
+
+def answer(options):
+    try:
+        EngineArgs(model=sys.argv[1], model_impl="torchtitan", **options).create_engine_config()
+    except Exception as error:
+        return str(error)
+    return "taken"
+
+
+print(json.dumps([answer(options) for options in json.loads(sys.stdin.read())]))
+"""
+
+
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "qwen3", "qwen3")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported with model_impl='torchtitan'"),
+        ({"enable_lora": True}, "LoRA is not supported with model_impl='torchtitan'"),
+        ({"quantization": "fp8"}, "quantization=fp8 is not supported with model_impl='torchtitan'"),
+        ({"enable_prompt_embeds": True}, "prompt embeddings are not supported with model_impl='torchtitan'"),
+        ({"enable_expert_parallel": True}, "enable_expert_parallel is set, but"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", UNSUPPORTED, str(model)],
+        input=json.dumps([options for options, _ in cases]),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    wrong = [(text, answer) for (_, text), answer in zip(cases, answers, strict=True) if text not in answer]
+    assert not wrong, "\n".join(map(str, wrong))

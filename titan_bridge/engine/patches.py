@@ -50,6 +50,7 @@ def install() -> None:
     wait_without_spinning()
     complete_model_config()
     read_all_replies()
+    reload_any_checkpoint()
     register_weight_transfer()
 
 
@@ -292,6 +293,37 @@ def _in_step(module: Any) -> None:
         return init_executor
 
     _wrap(module.MultiprocExecutor, "_init_executor", ["self"], wrap)
+
+
+def reload_any_checkpoint() -> None:
+    """Let `collective_rpc("reload_weights")` read what `load_format="titan"` reads, into TorchTitan's classes.
+
+    What: wraps the function `reload_weights` of vLLM's loaders. Why: it knows loaders that turn a directory into a
+    stream of Hugging Face tensors only, and takes the parameters away from the model while that is read. Other models
+    come to vLLM's own. Version: vllm 0.32 (`vllm/model_executor/model_loader/reload/inplace.py`, which says itself
+    that it is to be generalized to all loaders). Delete when: a loader can say how it reloads.
+    """
+    _after_import("vllm.model_executor.model_loader.reload.inplace", _reload_ours)
+
+
+def _reload_ours(module: Any) -> None:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def reload_weights(
+            vllm_config: Any,
+            model: Any,
+            weights_iterator: Any,
+            weights_path: str | None,
+            is_checkpoint_format: bool,
+        ) -> None:
+            ours = vllm_config.model_config.model_impl == "torchtitan"
+            reload = importlib.import_module("titan_bridge.engine.reload").reload if ours else original
+            reload(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
+
+        return reload_weights
+
+    parameters = ["vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format"]
+    _wrap(module, "reload_weights", parameters, wrap)
 
 
 def _after_import(name: str, then: Callable[[ModuleType], Any]) -> None:

@@ -33,6 +33,10 @@ def check(vllm_config: VllmConfig) -> None:
             "model_impl='torchtitan'; leave it out"
         )
     model = vllm_config.model_config
+    if model.enable_prompt_embeds:
+        raise BridgeError(
+            "prompt embeddings are not supported with model_impl='torchtitan'; leave enable_prompt_embeds off"
+        )
     plan = plan_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
     if parallel.enable_expert_parallel and not experts_in(plan.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
