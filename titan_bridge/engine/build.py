@@ -17,6 +17,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 from torchtitan.protocols.module import Module
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
@@ -188,7 +189,19 @@ def _localise(model: nn.Module) -> None:
             module._buffers[name] = _local(buffer)
 
 
+def captures_experts(plan: Plan, dtype: torch.dtype) -> bool:
+    """Whether a CUDA graph can hold the routed experts: nothing in them asks the host.
+
+    An all-to-all asks how many tokens travel, and `torch._grouped_mm` where the tokens of each expert end, unless it
+    has a kernel of its own: for bfloat16, on Hopper and on Blackwell with compute capability 10.
+    """
+    capability = current_platform.get_device_capability()
+    grouped = dtype == torch.bfloat16 and capability is not None and capability.major in (9, 10)
+    return grouped and not plan.spread
+
+
 def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
+    captures = captures_experts(plan, vllm_config.model_config.dtype)
     for index, layer in enumerate(model.layers.values()):
         moe = getattr(layer, "moe", None)
         if not isinstance(moe, MoE):
@@ -207,7 +220,9 @@ def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
         moe.routed_experts = ServedExperts(
             experts,
             name=f"model.layers.{index}.mlp.experts",
+            layer_id=index,
             spread=plan.spread,
+            splits=plan.spread or (current_platform.support_static_graph_mode() and not captures),
             compilation=vllm_config.compilation_config,
         )
 

@@ -16,6 +16,7 @@ N = T * K routed tokens, R routed tokens on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,18 +77,29 @@ class ServedExperts(nn.Module):
     """Runs a TorchTitan `RoutedExperts` through the opaque operator `torch.ops.vllm.titan_routed_experts`.
 
     Output on each tp rank is a partial sum (`P` on tp), which the MoE block's declared boundary reduces.
+
+    It is a `RoutedExpertsCaptureSource` of vLLM's: `enable_return_routed_experts` finds it by `layer_id` and
+    `capture_fn`, and a trainer that replays the routing gets the experts that TorchTitan's router chose here.
     """
 
     def __init__(
-        self, experts: RoutedExperts, *, name: str, spread: bool, compilation: CompilationConfig
+        self,
+        experts: RoutedExperts,
+        *,
+        name: str,
+        layer_id: int,
+        spread: bool,
+        splits: bool,
+        compilation: CompilationConfig,
     ) -> None:
-        """`name` is unique in the model; `spread` takes the all-to-all way."""
+        """`name` is unique in the model; `spread` takes the all-to-all way; `splits` keeps it out of CUDA graphs."""
         super().__init__()
-        self.name, self.spread = name, spread
+        self.name, self.layer_id, self.spread = name, layer_id, spread
+        self.capture_fn: Callable[[torch.Tensor], None] | None = None
         self.inner_experts = experts.inner_experts
         self.token_dispatcher = experts.token_dispatcher
         compilation.static_forward_context[name] = self
-        if spread and compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
+        if splits and compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
             compilation.splitting_ops.append(OP)
 
     def forward(
@@ -108,6 +120,8 @@ class ServedExperts(nn.Module):
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
         """The body of the operator; returns this rank's part of the sum, `(T, D)`."""
+        if self.capture_fn is not None:
+            self.capture_fn(ids_TK)
         if not self.spread:
             return self._compute(x_TD, scores_TK, ids_TK, count_E)
         tp, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()

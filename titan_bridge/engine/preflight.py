@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
-from titan_bridge.engine.build import model_config, plan_from
+from titan_bridge.engine.build import Plan, captures_experts, model_config, plan_from
 from titan_bridge.errors import BridgeError
 from titan_bridge.layout import layout
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -24,6 +27,10 @@ def check(vllm_config: VllmConfig) -> None:
         raise BridgeError(
             f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported with "
             "model_impl='torchtitan'; allowed: 1"
+        )
+    if parallel.enable_eplb:
+        raise BridgeError(
+            "expert load balancing is not supported with model_impl='torchtitan'; leave enable_eplb off"
         )
     if vllm_config.lora_config is not None:
         raise BridgeError("LoRA is not supported with model_impl='torchtitan'; leave enable_lora off")
@@ -41,6 +48,7 @@ def check(vllm_config: VllmConfig) -> None:
     if parallel.enable_expert_parallel and not experts_in(plan.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
+    limit_graphs(vllm_config.compilation_config, plan, captures=captures_experts(plan, model.dtype))
     load = vllm_config.load_config
     if load.load_format not in ("auto", LOAD_FORMAT):
         return
@@ -52,3 +60,21 @@ def check(vllm_config: VllmConfig) -> None:
     load.load_format = LOAD_FORMAT
     buffers = plan.buffers(layout(model_config(plan), plan.sizes))
     check_weights(directory, plan.family, plan.hf, buffers)
+
+
+def limit_graphs(compilation: CompilationConfig, plan: Plan, *, captures: bool) -> None:
+    """Leave out of CUDA graphs what they cannot hold; vLLM would find out while it captures.
+
+    Routed experts that ask the host (`captures` is false) stand between two graphs. Dense weights that are gathered
+    layer by layer come in hooks, which no graph replays.
+    """
+    asked: CUDAGraphMode | None = compilation.cudagraph_mode  # None: vLLM decides later, for full graphs
+    if plan.sharded:
+        allowed, why = CUDAGraphMode.NONE, "additional_config.titan.dense = 'shard' gathers weights in hooks"
+    elif experts_in(plan.hf) and not captures and (asked is None or asked.has_full_cudagraphs()):
+        allowed, why = CUDAGraphMode.PIECEWISE, "routed experts ask the host how many tokens they get"
+    else:
+        return
+    if asked is not None and asked != allowed:
+        logger.warning("cudagraph_mode %s becomes %s: %s", asked.name, allowed.name, why)
+    compilation.cudagraph_mode = allowed

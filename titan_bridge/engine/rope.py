@@ -8,6 +8,8 @@ positions; the rotation itself stays TorchTitan's.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -29,12 +31,13 @@ class _Rotate(nn.Module):
         return self._apply_rotary(query, key, rows[self._table])
 
 
-class StepRopes:
-    """The distinct rope tables of a model."""
+class StepRopes(nn.Module):
+    """The distinct rope tables of a model; buffers, which vLLM keeps while weights sleep."""
 
     def __init__(self, model: Decoder) -> None:
         """Moves every layer's rope out of `model`, which must still be on meta."""
-        self._ropes: list[RoPE] = []
+        super().__init__()
+        ropes: list[RoPE] = []
         known: dict[str, int] = {}
         for layer in model.layers.values():
             rope = layer.attention.rope
@@ -42,16 +45,17 @@ class StepRopes:
                 f"{type(rope).__qualname__} {json.dumps(rope.config.to_dict(), sort_keys=True, default=str)}"
             )
             if key not in known:
-                known[key] = len(self._ropes)
-                self._ropes.append(rope)
+                known[key] = len(ropes)
+                ropes.append(rope)
             layer.attention.rope = _Rotate(rope, known[key])
+        self._ropes = nn.ModuleList(ropes)
 
     def fill(self, device: torch.device) -> None:
         """Compute the tables (float32 or complex64) on `device`, whatever the model's dtype."""
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            for rope in self._ropes:
+            for rope in self._tables():
                 rope._init_self_buffers(buffer_device=device)
         finally:
             torch.set_default_dtype(dtype)
@@ -66,5 +70,8 @@ class StepRopes:
             rope._reshape_cache(
                 rope.cache.new_empty((1, tokens, 1, rope.config.dim)), positions_T.unsqueeze(0)
             )
-            for rope in self._ropes
+            for rope in self._tables()
         )
+
+    def _tables(self) -> Iterable[RoPE]:
+        return cast("Iterable[RoPE]", self._ropes)

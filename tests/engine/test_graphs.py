@@ -1,0 +1,82 @@
+"""What CUDA graphs may hold: decided from the config, before a GPU is there to find out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(200)]
+
+EP2 = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+SPREAD = {"data_parallel_size": 2, "enable_expert_parallel": True}
+SHARD = {"data_parallel_size": 2, "additional_config": {"titan": {"dense": "shard"}}}
+CASES = [
+    # engine options, whether the grouped matmul asks nothing, mode asked for, mode that is left
+    ("qwen3", {}, False, None, None),
+    ("qwen3", {}, False, "FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"),
+    ("qwen3", SHARD, False, None, "NONE"),
+    ("qwen3", SHARD, False, "FULL_DECODE_ONLY", "NONE"),
+    ("qwen3_moe", EP2, True, None, None),
+    ("qwen3_moe", EP2, True, "FULL", "FULL"),
+    ("qwen3_moe", EP2, False, None, "PIECEWISE"),
+    ("qwen3_moe", SPREAD, False, "FULL_AND_PIECEWISE", "PIECEWISE"),
+    ("qwen3_moe", SPREAD, False, "NONE", "NONE"),
+    ("qwen3_moe", SHARD, True, "PIECEWISE", "NONE"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_checkpoint(folder / name, name, tokenizer=False) for name in ("qwen3", "qwen3_moe")}
+
+
+def engine_config(model: Path, options: dict[str, Any]) -> Any:
+    from vllm import EngineArgs
+
+    return EngineArgs(
+        model=str(model), model_impl="torchtitan", skip_tokenizer_init=True, **options
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(("model", "options", "captures", "asked", "left"), CASES)
+def test_graphs_hold_what_they_can(
+    models: dict[str, Path],
+    model: str,
+    options: dict[str, Any],
+    captures: bool,
+    asked: str | None,
+    left: str | None,
+) -> None:
+    from vllm.config import CompilationConfig, CUDAGraphMode
+
+    from titan_bridge.engine.build import plan_from
+    from titan_bridge.engine.preflight import limit_graphs
+
+    plan = plan_from(engine_config(models[model], options), dp=options.get("data_parallel_size", 1))
+    compilation = CompilationConfig()
+    if asked is not None:
+        compilation.cudagraph_mode = CUDAGraphMode[asked]
+    limit_graphs(compilation, plan, captures=captures)
+    assert compilation.cudagraph_mode == (None if left is None else CUDAGraphMode[left])
+
+
+def test_without_a_gpu_there_are_none(models: dict[str, Path]) -> None:
+    from vllm.config import CUDAGraphMode
+
+    config = engine_config(models["qwen3_moe"], SPREAD)
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+
+def test_an_all_to_all_is_never_captured(models: dict[str, Path]) -> None:
+    import torch
+
+    from titan_bridge.engine.build import captures_experts, plan_from
+
+    plan = plan_from(engine_config(models["qwen3_moe"], SPREAD), dp=2)
+    assert plan.spread
+    assert not captures_experts(plan, torch.bfloat16)

@@ -1,0 +1,142 @@
+"""What a trainer asks of an engine that runs: other weights in place, and which experts saw a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from titan_bridge.checkpoint.job import Options
+from titan_bridge.checkpoint.reshard import prepare
+from titan_bridge.config.schema import InferConfig, Parallel
+from titan_bridge.reference import load_reference
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
+
+PROMPT = list(range(5, 45))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two checkpoints of one mixture of experts, with a dense layer; the second one as engine files, too."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"num_hidden_layers": 3, "mlp_only_layers": [1], "tokenizer": False}
+    made = {name: make_checkpoint(folder / name, "qwen3_moe", seed=i, **sizes) for i, name in enumerate("ab")}
+    prepare(Options(source=made["b"], target=folder / "engine", to="engine", tp=2, ep=2)).run()
+    return made | {"engine": folder / "engine"}
+
+
+@pytest.fixture(scope="module")
+def llm(models: dict[str, Path]) -> Iterator[Any]:
+    """An engine that serves checkpoint a."""
+    from titan_bridge.engine.offline import engine
+
+    config = InferConfig(
+        model=str(models["a"]),
+        dtype="float32",
+        parallel=Parallel(tp=2, ep=2),
+        max_model_len=128,
+        vllm={"enforce_eager": True, "skip_tokenizer_init": True},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function to the workers
+        with engine(config) as (started, workers, _):
+            assert workers[0]["model_class"] == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+            yield started
+
+
+def answers(llm: Any) -> list[float]:
+    """Log-probabilities of the tokens of a prompt."""
+    from vllm import SamplingParams
+
+    given = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    llm.reset_prefix_cache()
+    (output,) = llm.generate([{"prompt_token_ids": PROMPT}], given, use_tqdm=False)
+    return [next(iter(row.values())).logprob for row in output.prompt_logprobs[1:]]
+
+
+def capture(worker: Any) -> None:
+    """On a worker: what vLLM does for `enable_return_routed_experts`, which its runner for CPUs does not."""
+    from vllm.model_executor.layers.fused_moe import routed_experts_capturer as vllm
+
+    runner = worker.model_runner
+    runner.capturer = vllm.RoutedExpertsCapturer(256, runner.vllm_config)
+    vllm.bind_routed_experts_capturer(runner.model, runner.capturer)
+
+
+def captured(worker: Any) -> list[list[list[int]]]:
+    return worker.model_runner.capturer.snapshot_routing_data(len(PROMPT)).tolist()
+
+
+def test_the_engine_says_which_experts_saw_a_token(models: dict[str, Path], llm: Any) -> None:
+    llm.collective_rpc(capture)
+    answers(llm)
+    first, second = (torch.tensor(ids_TLK) for ids_TLK in llm.collective_rpc(captured))
+    assert torch.equal(first, second)
+    reference = load_reference(models["a"])
+    chosen: dict[str, torch.Tensor] = {}
+    for name, layer in reference.model.layers.items():
+        if hasattr(layer, "moe"):
+            layer.moe.router.register_forward_hook(
+                lambda _, __, out, name=name: chosen.update({name: out[1][0]})
+            )
+    reference.logits(PROMPT)
+    assert sorted(chosen) == ["0", "2"]
+    for name, ids_TK in chosen.items():
+        assert torch.equal(first[:, int(name)].sort().values, ids_TK.sort().values), name
+    assert len(first[:, 0].unique()) > 4  # of 8 experts
+
+
+def discard(worker: Any) -> list[str]:
+    """On a worker: what sleeping at level 2 loses, and what vLLM keeps and brings back when it wakes the engine."""
+    model = worker.model_runner.model
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(7)
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(kept[name])
+    return list(kept)
+
+
+def test_weights_that_slept_come_back_with_a_reload(llm: Any) -> None:
+    before = answers(llm)
+    for kept in llm.collective_rpc(discard):
+        assert any("rope" in name and name.endswith("cache") for name in kept), kept
+    assert answers(llm) != before
+    llm.collective_rpc("reload_weights")
+    assert answers(llm) == before
+
+
+def stream(worker: Any, file: str) -> None:
+    """On a worker: tensors instead of a directory."""
+    worker.reload_weights(weights_iterator=iter(load_file(file).items()))
+
+
+def test_other_weights_of_any_format_come_in_place(models: dict[str, Path], llm: Any, tmp_path: Path) -> None:
+    def reload(**kwargs: Any) -> list[float]:
+        llm.collective_rpc("reload_weights", kwargs=kwargs)
+        return answers(llm)
+
+    of_a = answers(llm)
+    of_b = reload(weights_path=str(models["b"]))
+    assert of_b != of_a
+    assert reload(weights_path=str(models["a"])) == of_a
+    assert reload(weights_path=str(models["engine"])) == of_b
+    llm.collective_rpc(stream, args=(str(models["a"] / "model.safetensors"),))
+    assert answers(llm) == of_a
+    assert reload() == of_b  # the directory that was given last
+
+    broken = load_file(models["b"] / "model.safetensors")
+    broken["model.norm.weight"] = broken["model.norm.weight"][:7].clone()
+    (tmp_path / "c").mkdir()
+    save_file(broken, tmp_path / "c" / "model.safetensors")
+    for path, reason in (("c", r"model\.norm\.weight"), ("nowhere", "holds no weights")):
+        with pytest.raises(Exception, match=reason):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / path)})
+        assert answers(llm) == of_b
+    assert reload() == of_b
