@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,9 @@ def server(engine: Engine, serve: Any) -> Iterator[Server]:
     options += ["--weight-transfer-config", json.dumps({"backend": "titan"})]
     plugins = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": "titan_bridge"}
     with serve(engine.folder / "b", engine.folder / "server.log", *options, **plugins) as url:
-        yield Server(url)
+        running = Server(url)
+        yield running
+        running.client.close()
 
 
 TOKENS = 250
@@ -341,5 +344,35 @@ def test_a_trainer_that_is_killed_leaves_a_server_that_answers(engine, server, t
         assert request.result() == (TOKENS, "length")
         assert server.answers() == before
         assert server.get("/weight_info") == version
+        trainers.run(dense_there_and_back, free_port(), client, engine.folder)
+    assert server.answers() == engine.fresh
+
+
+class DyingClient(HTTPClient):
+    """Kills the trainer while the server is paused."""
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        assert httpx.get(f"{self.base_url}/is_paused", timeout=60).json() == {"is_paused": True}
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_while_the_server_is_paused(rank: int, world: int, url: str, folder: Path) -> None:
+    held = load_file(folder / "b" / "model.safetensors")
+    source = TensorSource(lambda: held, rank=0)
+    trainer = Trainer(source, DyingClient(url), rank=0, world=1, options=Options(seconds=60))
+    trainer.connect()
+    trainer.send_weights()
+
+
+def test_a_trainer_that_is_killed_while_the_server_is_paused_leaves_it_answering(engine, server, trainers):
+    before = server.answers()
+    with plain_ranks(1) as mortal, pytest.raises(RuntimeError, match="rank 0: died"):
+        mortal.run(dies_while_the_server_is_paused, server.url, engine.folder)
+    limit = time.monotonic() + 30
+    while server.get("/is_paused")["is_paused"]:
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    assert server.answers() == before
+    with door(server.client, str(engine.folder / "http")) as client:
         trainers.run(dense_there_and_back, free_port(), client, engine.folder)
     assert server.answers() == engine.fresh

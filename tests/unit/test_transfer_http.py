@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -33,7 +35,42 @@ def test_a_server_without_the_routes_gets_a_hint():
         client = HTTPClient(f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(RuntimeError, match=r"(?s)^POST /pause\?mode=keep: 404 .*VLLM_SERVER_DEV_MODE=1$"):
             client.pause_generation("keep")
+        client.close()
         server.shutdown()
+
+
+class Recorder(http.server.BaseHTTPRequestHandler):
+    """Says yes, and remembers what it was asked."""
+
+    asked: list[str]
+
+    def do_POST(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_trainer_that_ends_leaves_no_server_paused(how, paused):
+    handler = type("Handler", (Recorder,), {"asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        lines = ["import os, signal, sys", "from titan_bridge.transfer.http import HTTPClient"]
+        lines += [f"client = HTTPClient({url!r})", "client.pause_generation('keep')"]
+        lines += [] if paused else ["client.resume_generation()"]
+        lines += ["print(client._guard._process.pid, flush=True)"]
+        lines += ["os.kill(os.getpid(), signal.SIGKILL)"] if how == "killed" else []
+        done = subprocess.run([sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, check=False)
+        assert done.returncode == (-signal.SIGKILL if how == "killed" else 0)
+        os.waitpid(int(done.stdout), 0)  # the guard is ours now: see conftest.py
+        server.shutdown()
+    resumed = ["/reset_prefix_cache?reset_running_requests=true", "/resume"]
+    assert handler.asked == ["/pause?mode=keep", *(resumed if paused else ["/resume"])]
 
 
 def test_a_trainer_needs_no_vllm():

@@ -6,19 +6,22 @@ from typing import Any
 
 import httpx
 
+from titan_bridge.transfer.guard import Guard
 from titan_bridge.transfer.options import PauseMode
 
 
 class HTTPClient:
     """The control routes of a server that was started with `VLLM_SERVER_DEV_MODE=1`.
 
-    Every call raises RuntimeError with what the server said, or that it cannot be reached.
+    Every call raises RuntimeError with what the server said, or that it cannot be reached. A server that is paused when
+    this process ends, however it ends, is resumed by a `Guard`.
     """
 
     def __init__(self, base_url: str, timeout: float = 300) -> None:
         """`base_url`: for instance "http://engine:8000". `timeout`: seconds that one call may take."""
         self.base_url = base_url.rstrip("/")
         # Updates are far apart: a kept connection would mostly be one that the server has closed.
+        self._guard = Guard(self.base_url)
         self._http = httpx.Client(timeout=timeout, limits=httpx.Limits(max_keepalive_connections=0))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -40,10 +43,12 @@ class HTTPClient:
 
     def pause_generation(self, mode: PauseMode) -> None:
         """Freeze ("keep"), finish ("wait") or end ("abort") the requests in flight."""
+        self._guard.paused()
         self._post(f"pause?mode={mode}")
 
     def resume_generation(self) -> None:
         self._post("resume")
+        self._guard.resumed()
 
     def reset_prefix_cache(self) -> None:
         """Frozen requests start over on the new weights: vLLM resets nothing while they hold blocks."""
@@ -51,6 +56,11 @@ class HTTPClient:
 
     def update_weight_version(self, version: str) -> None:
         self._post("update_weight_version", {"new_version": version})
+
+    def close(self) -> None:
+        """Close what this client holds; a server that it has paused is resumed."""
+        self._guard.close()
+        self._http.close()
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
         try:

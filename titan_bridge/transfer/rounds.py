@@ -3,8 +3,9 @@
 start_weight_update; update_weights, which keeps the workers busy receiving while all trainer ranks send; when every
 worker has said that it has everything, the engine pauses and the decision is posted; finish_weight_update, and the
 workers' word that the update is live; then the engine goes on. Since bytes wait in staging, requests are paused for
-the last part only, and a trainer that dies while it sends leaves an engine that serves. One that dies in the last part,
-a few milliseconds, leaves it paused up to the next update, or until somebody resumes it.
+the last part only, and a trainer that dies while it sends leaves an engine that serves. For one that dies in the last
+part, a few milliseconds, `HTTPClient` has a guard that resumes the engine; with another client it is paused up to the
+next update, or until somebody resumes it.
 """
 
 from __future__ import annotations
