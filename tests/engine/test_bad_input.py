@@ -68,6 +68,20 @@ print(json.dumps(found))
 '''
 
 
+def answers_of(program: str, job: Any, *arguments: str) -> Any:
+    """What a Python program prints last, as JSON, when it reads `job` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def folder_with(
     model: Path,
     folder: Path,
@@ -143,16 +157,7 @@ def test_every_way_in_says_the_same_line(tmp_path: Path, no_orphans: None) -> No
         name: [[model, *arguments], {"model": model, **options}]
         for name, (model, arguments, options, _) in cases.items()
     }
-    done = subprocess.run(
-        [sys.executable, "-c", DOORS],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = answers_of(DOORS, job)
     wrong = []
     for name, (*_, expected) in cases.items():
         code, _, line = found[name]["titan-bridge"].partition(": titan-bridge: ")
@@ -192,15 +197,6 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
         ({"enable_prompt_embeds": True}, "prompt embeddings are not supported with model_impl='torchtitan'"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel is set, but"),
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", UNSUPPORTED, str(model)],
-        input=json.dumps([options for options, _ in cases]),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
+    answers = answers_of(UNSUPPORTED, [options for options, _ in cases], str(model))
     wrong = [(text, answer) for (_, text), answer in zip(cases, answers, strict=True) if text not in answer]
     assert not wrong, "\n".join(map(str, wrong))

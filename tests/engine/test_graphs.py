@@ -72,11 +72,30 @@ def test_without_a_gpu_there_are_none(models: dict[str, Path]) -> None:
     assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
 
 
-def test_an_all_to_all_is_never_captured(models: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("options", "dtype", "capability", "captures"),
+    [
+        (EP2, "bfloat16", (9, 0), True),
+        (EP2, "bfloat16", (10, 0), True),
+        (EP2, "bfloat16", (8, 0), False),
+        (EP2, "bfloat16", (12, 0), False),
+        (EP2, "float32", (9, 0), False),
+        (EP2, "bfloat16", None, False),
+        (SPREAD, "bfloat16", (9, 0), False),
+    ],
+)
+def test_a_graph_holds_experts_that_ask_the_host_nothing(
+    models: dict[str, Path],
+    options: dict[str, Any],
+    dtype: str,
+    capability: tuple[int, int] | None,
+    captures: bool,
+) -> None:
     import torch
+    from vllm.platforms.interface import DeviceCapability
 
     from titan_bridge.engine.build import captures_experts, plan_from
 
-    plan = plan_from(engine_config(models["qwen3_moe"], SPREAD), dp=2)
-    assert plan.spread
-    assert not captures_experts(plan, torch.bfloat16)
+    plan = plan_from(engine_config(models["qwen3_moe"], options), dp=options.get("data_parallel_size", 1))
+    gpu = DeviceCapability(*capability) if capability else None
+    assert captures_experts(plan, getattr(torch, dtype), gpu) == captures

@@ -18,6 +18,7 @@ from torchtitan.protocols.module import Module
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
@@ -189,19 +190,19 @@ def _localise(model: nn.Module) -> None:
             module._buffers[name] = _local(buffer)
 
 
-def captures_experts(plan: Plan, dtype: torch.dtype) -> bool:
+def captures_experts(plan: Plan, dtype: torch.dtype, capability: DeviceCapability | None) -> bool:
     """Whether a CUDA graph can hold the routed experts: nothing in them asks the host.
 
     An all-to-all asks how many tokens travel, and `torch._grouped_mm` where the tokens of each expert end, unless it
     has a kernel of its own: for bfloat16, on Hopper and on Blackwell with compute capability 10.
     """
-    capability = current_platform.get_device_capability()
     grouped = dtype == torch.bfloat16 and capability is not None and capability.major in (9, 10)
     return grouped and not plan.spread
 
 
 def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
-    captures = captures_experts(plan, vllm_config.model_config.dtype)
+    capability = current_platform.get_device_capability()
+    captures = captures_experts(plan, vllm_config.model_config.dtype, capability)
     for index, layer in enumerate(model.layers.values()):
         moe = getattr(layer, "moe", None)
         if not isinstance(moe, MoE):

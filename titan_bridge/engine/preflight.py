@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
@@ -48,7 +49,8 @@ def check(vllm_config: VllmConfig) -> None:
     if parallel.enable_expert_parallel and not experts_in(plan.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
-    limit_graphs(vllm_config.compilation_config, plan, captures=captures_experts(plan, model.dtype))
+    captures = captures_experts(plan, model.dtype, current_platform.get_device_capability())
+    limit_graphs(vllm_config.compilation_config, plan, captures=captures)
     load = vllm_config.load_config
     if load.load_format not in ("auto", LOAD_FORMAT):
         return

@@ -193,13 +193,12 @@ class DenseReceiver:
             ) from None
 
     def receive(self, deadline: Deadline) -> Staged:
-        """All of one update.
+        """All of one update, after `prepare`.
 
         Raises:
             TransferError: A sender is gone, or the time is over. Nothing live was touched.
         """
-        self.prepare()
-        assert self._buckets is not None
+        assert self._buckets is not None, "prepare() comes first"
         places = [
             self._in_shadow(message.bucket) if own is None else own
             for message, own in zip(self._messages, self._buckets, strict=True)

@@ -16,8 +16,8 @@ import urllib.request
 _PAUSED, _RESUMED = b"p", b"r"
 _LOOK_SECONDS = 0.5
 _CALL_SECONDS = 60
-_CALLS = ("reset_prefix_cache?reset_running_requests=true", "resume")
-"""The trainer may have died after new weights were taken, and before the prefixes of the old ones were dropped."""
+RESET, RESUME = "reset_prefix_cache?reset_running_requests=true", "resume"
+"""Routes of the server. Without the reset vLLM keeps the prefixes of frozen requests, which hold blocks."""
 
 
 class Guard:
@@ -65,9 +65,10 @@ def watch(trainer: int, url: str) -> None:
         elif os.getppid() != trainer:
             break
     if last == _PAUSED:
-        for call in _CALLS:
+        # The trainer may have died after new weights were taken, and before the prefixes of the old ones were dropped.
+        for route in (RESET, RESUME):
             with contextlib.suppress(OSError):
-                request = urllib.request.Request(f"{url}/{call}", method="POST")
+                request = urllib.request.Request(f"{url}/{route}", method="POST")
                 urllib.request.urlopen(request, timeout=_CALL_SECONDS).close()
 
 

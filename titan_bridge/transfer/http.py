@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from titan_bridge.transfer.guard import Guard
+from titan_bridge.transfer.guard import RESET, RESUME, Guard
 from titan_bridge.transfer.options import PauseMode
 
 
@@ -20,8 +20,8 @@ class HTTPClient:
     def __init__(self, base_url: str, timeout: float = 300) -> None:
         """`base_url`: for instance "http://engine:8000". `timeout`: seconds that one call may take."""
         self.base_url = base_url.rstrip("/")
-        # Updates are far apart: a kept connection would mostly be one that the server has closed.
         self._guard = Guard(self.base_url)
+        # Updates are far apart: a kept connection would mostly be one that the server has closed.
         self._http = httpx.Client(timeout=timeout, limits=httpx.Limits(max_keepalive_connections=0))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -47,12 +47,12 @@ class HTTPClient:
         self._post(f"pause?mode={mode}")
 
     def resume_generation(self) -> None:
-        self._post("resume")
+        self._post(RESUME)
         self._guard.resumed()
 
     def reset_prefix_cache(self) -> None:
-        """Frozen requests start over on the new weights: vLLM resets nothing while they hold blocks."""
-        self._post("reset_prefix_cache?reset_running_requests=true")
+        """Frozen requests start over on the new weights."""
+        self._post(RESET)
 
     def update_weight_version(self, version: str) -> None:
         self._post("update_weight_version", {"new_version": version})

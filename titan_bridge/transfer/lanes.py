@@ -61,10 +61,6 @@ class Lane:
     peer: int
     buckets: tuple[Bucket, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(bucket.nbytes for bucket in self.buckets)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Message:

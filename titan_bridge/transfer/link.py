@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -111,8 +109,3 @@ class Link:
         """Leave; everybody who waits for this rank fails at once."""
         self.broken = True
         self.transport.close()
-
-
-def terms_from(info: Mapping[str, Any]) -> Terms:
-    """The terms in an init info. Raises TypeError for fields that this release does not know."""
-    return Terms(**info)
