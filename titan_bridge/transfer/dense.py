@@ -232,9 +232,8 @@ class DenseReceiver:
         def unload() -> None:
             work, message, data, place = flying.popleft()
             self._wait(work, message, deadline)
-            place.copy_(
-                data, non_blocking=True
-            )  # the next message into this buffer comes after it in the stream
+            # The next message into this buffer comes after the copy in the stream.
+            place.copy_(data, non_blocking=True)
 
         slots = itertools.cycle(range(IN_FLIGHT))
         for slot, message, place in zip(slots, self._messages, places, strict=False):
