@@ -61,6 +61,21 @@ def cores() -> tuple[Core, ...]:
     return tuple(sorted(seen.values()))
 
 
+def unbound_cpus() -> frozenset[int]:
+    """Logical CPUs for work that vLLM's binding of this process is not meant for, such as reading weights.
+
+    A worker of the CPU backend, and every thread that it starts, is bound to the cores that it computes on, which may
+    be one; the process that started it is not, and keeps to what the user allows.
+    """
+    own = os.sched_getaffinity(0)
+    if len(own) > 1:
+        return frozenset(own)
+    try:
+        return frozenset(own | os.sched_getaffinity(os.getppid()))
+    except OSError:  # the parent has ended, or is not ours to look at
+        return frozenset(own)
+
+
 def parse_cpus(text: str) -> tuple[int, ...]:
     """`"0-2,5"` -> `(0, 1, 2, 5)`."""
     found: list[int] = []

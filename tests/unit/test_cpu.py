@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -62,6 +65,24 @@ def test_cores_of_this_machine_are_ones_we_may_use():
     found = cpu.cores()
     assert found
     assert {core.cpu for core in found} <= os.sched_getaffinity(0)
+
+
+_BOUND = """
+import os, sys
+from titan_bridge import cpu
+os.sched_setaffinity(0, {int(sys.argv[1])})
+print(*sorted(cpu.unbound_cpus()))
+"""
+
+
+def test_a_bound_process_knows_the_cpus_of_the_one_that_started_it():
+    allowed = os.sched_getaffinity(0)
+    child = [sys.executable, "-c", _BOUND, str(min(allowed))]
+    found = subprocess.run(child, capture_output=True, text=True, check=True).stdout.split()
+    assert {int(number) for number in found} == allowed
+    bound = ["taskset", "-c", str(min(allowed)), "sh", "-c", shlex.join(child) + "; true"]
+    found = subprocess.run(bound, capture_output=True, text=True, check=True).stdout.split()
+    assert [int(number) for number in found] == [min(allowed)]
 
 
 def test_what_the_user_set_stays():

@@ -12,6 +12,7 @@ import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.mapping import check_source, make_mapping
+from titan_bridge.cpu import unbound_cpus
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import plan
@@ -73,14 +74,13 @@ def load_into(
     def fetch(copy: Copy) -> None:
         checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
 
-    count = min(_THREADS, len(os.sched_getaffinity(0)))
-    if count == 1:  # a worker of the CPU backend, bound to its first core
-        for copy in copies:
-            fetch(copy)
-    else:  # one thread does not keep a disk busy, nor touch new memory as fast as a file is read
-        with ThreadPoolExecutor(count, "load") as threads:
-            for done in [threads.submit(fetch, copy) for copy in copies]:
-                done.result()
+    # One thread does not keep a disk busy, nor touch new memory as fast as a file is read.
+    cpus = unbound_cpus()
+    with ThreadPoolExecutor(
+        min(_THREADS, len(cpus)), "load", initializer=os.sched_setaffinity, initargs=(0, cpus)
+    ) as threads:
+        for done in [threads.submit(fetch, copy) for copy in copies]:
+            done.result()
     return Loaded(
         bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
         bytes_wanted=checkpoint.pool.bytes_wanted - before[0],
