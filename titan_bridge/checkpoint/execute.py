@@ -8,7 +8,6 @@ model, and both sides see large accesses.
 from __future__ import annotations
 
 import errno
-import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,15 +21,17 @@ import torch
 from titan_bridge.checkpoint.checkpoint import Checkpoint, contiguous_stride
 from titan_bridge.checkpoint.crc import combine
 from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
+from titan_bridge.checkpoint.output import PAGE, PIECE_BYTES, OutputFile, Pace, aligned
 from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging
 from titan_bridge.checkpoint.strips import STRIP_BYTES, Strip
-from titan_bridge.checkpoint.target import OutFile, Part
+from titan_bridge.checkpoint.target import OutFile, Part, Place
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan
 
-WORKER_BYTES = 2 * STRIP_BYTES + SCRATCH_BYTES
-"""Memory of one worker: a strip, what is cut out of it, and the read buffer."""
+WORKER_BYTES = 2 * STRIP_BYTES + SCRATCH_BYTES + PIECE_BYTES
+"""Memory of one worker: a strip, what is cut out of it, and the buffers of reads and writes."""
 _BLOB_BYTES = 4 << 20
 
 
@@ -54,8 +55,7 @@ class _Open:
     part: Part
     copies: dict[tuple[str, int], list[Copy]]
     left: int
-    files: dict[str, int] = field(default_factory=dict)
-    """Descriptors."""
+    files: dict[str, OutputFile] = field(default_factory=dict)
     spans: dict[str, list[Span]] = field(default_factory=dict)
     nan: dict[str, int] = field(default_factory=dict)
     inf: dict[str, int] = field(default_factory=dict)
@@ -84,6 +84,7 @@ class Executor:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._buffers = threading.local()
+        self._pace = Pace()
         self._stack = ExitStack()
         self._results: list[PartResult] = []
 
@@ -150,34 +151,26 @@ class Executor:
             raise
 
     def _create(self, opened: _Open, file: OutFile) -> None:
-        path = self._staging.path / (file.name + PART)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self._stack.callback(_close, opened.files, file.name)
-        opened.files[file.name] = descriptor
+        output = OutputFile(self._staging.path / (file.name + PART), file.size, self._pace)
+        self._stack.callback(output.close)
+        opened.files[file.name] = output
         opened.spans[file.name] = []
-        if file.size:
-            # A full disk shows now, not after hours; and blocks that are there already are cheaper to write to.
-            os.posix_fallocate(descriptor, 0, file.size)
 
     def _write_strip(self, opened: _Open, strip: Strip) -> None:
         tensor = strip.unit.tensor
-        buffer = self._buffer(strip.box.numel * tensor.dtype.itemsize).view(tensor.dtype)
+        first = _places(strip)[0][1]
+        shift = first % PAGE if first % tensor.dtype.itemsize == 0 else 0
+        buffer = self._buffer(strip.box.numel * tensor.dtype.itemsize, shift).view(tensor.dtype)
         if tensor.name in self._work.empty:
             buffer.zero_()
         for copy in opened.copies.get((tensor.name, strip.chunk), ()):
             self._work.source.fetch(copy, copy.destination_window.of(buffer))
         self._count(opened, tensor.name, buffer)
         whole = buffer.view(strip.box.shape)
-        for place in strip.unit.places:
-            common = place.box.intersect(strip.box)
-            if common is None:
-                continue
-            stride = contiguous_stride(place.box.shape)
-            local = common.relative_to(place.box.start)
-            first = sum(a * s for a, s in zip(local.start, stride, strict=True))
+        for place, offset, common in _places(strip):
             # Strips span whole rows, so what they have in common with a place is one run of it.
             cut = whole[common.relative_to(strip.box.start).slices].contiguous()
-            self._write(opened, place.file, place.offset + first * tensor.dtype.itemsize, bytes_of(cut))
+            self._write(opened, place.file, offset, bytes_of(cut))
 
     def _count(self, opened: _Open, name: str, values: torch.Tensor) -> None:
         """NaN and infinity."""
@@ -204,7 +197,7 @@ class Executor:
     def _write(self, opened: _Open, file: str, offset: int, data: memoryview) -> None:
         if not data.nbytes:
             return
-        _write_all(opened.files[file], offset, data)
+        opened.files[file].write(offset, data)
         span = Span(offset=offset, length=data.nbytes, crc=zlib.crc32(data))
         with self._lock:
             opened.spans[file].append(span)
@@ -212,10 +205,8 @@ class Executor:
 
     def _finish(self, opened: _Open) -> None:
         for file in opened.part.files:
-            descriptor, spans = (
-                opened.files[file.name],
-                sorted(opened.spans[file.name], key=lambda s: s.offset),
-            )
+            output = opened.files[file.name]
+            spans = sorted(opened.spans[file.name], key=lambda span: span.offset)
             frames = list(file.fixed)
             for start, archive in file.archives:
                 first = start + archive.head_bytes
@@ -225,10 +216,10 @@ class Executor:
                         crc = combine(crc, span.crc, span.length)
                 frames += [(start, archive.head(crc)), (first + archive.data_bytes, archive.tail(crc))]
             for offset, data in frames:
-                _write_all(descriptor, offset, memoryview(data))
+                output.write(offset, memoryview(data))
                 spans.append(Span(offset=offset, length=len(data), crc=zlib.crc32(data)))
             opened.spans[file.name] = spans
-            _close(opened.files, file.name)
+            output.close()
         result = PartResult(
             part=opened.part.name,
             spans={file: tuple(spans) for file, spans in opened.spans.items()},
@@ -239,25 +230,27 @@ class Executor:
             self._staging.finish(result, self._rank, fsync=self._fsync)
             self._results.append(result)
 
-    def _buffer(self, count: int) -> torch.Tensor:
-        """`count` bytes of this thread's strip buffer."""
+    def _buffer(self, count: int, shift: int) -> torch.Tensor:
+        """`count` bytes of this thread's strip buffer, `shift` bytes behind the start of a page."""
         if not hasattr(self._buffers, "strip"):
-            self._buffers.strip = torch.empty(STRIP_BYTES, dtype=torch.uint8)
-        if count > self._buffers.strip.numel():  # one row that cannot be cut
-            return torch.empty(count, dtype=torch.uint8)
-        return self._buffers.strip[:count]
+            self._buffers.strip = aligned(STRIP_BYTES + PAGE)
+        if count > STRIP_BYTES:  # one row that cannot be cut
+            return aligned(count + shift)[shift:]
+        return self._buffers.strip[shift : shift + count]
 
 
-def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
-    done = 0
-    while done < data.nbytes:
-        done += os.pwrite(descriptor, data[done:], offset + done)
-
-
-def _close(files: dict[str, int], name: str) -> None:
-    descriptor = files.pop(name, None)
-    if descriptor is not None:
-        os.close(descriptor)
+def _places(strip: Strip) -> list[tuple[Place, int, Box]]:
+    """Where a strip goes: the place, the byte of its file where the strip's part of it starts, and that part."""
+    found = []
+    for place in strip.unit.places:
+        common = place.box.intersect(strip.box)
+        if common is None:
+            continue
+        stride = contiguous_stride(place.box.shape)
+        local = common.relative_to(place.box.start)
+        first = sum(a * s for a, s in zip(local.start, stride, strict=True))
+        found.append((place, place.offset + first * strip.unit.tensor.dtype.itemsize, common))
+    return found
 
 
 def _disk_error(error: OSError, where: Path) -> BridgeError:

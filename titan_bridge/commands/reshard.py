@@ -56,7 +56,8 @@ class Reshard:
     with_optimizer: bool = False
     """dcp to dcp: carry optimizer state and everything else that is no model weight."""
     workers: int = 0
-    """Threads that read, cast and write; 0 means one for each core, at most 4."""
+    """Threads that read, cast and write; 0 means two for each core, at most 8: one waits for the disk while the other
+    computes."""
     dry_run: bool = False
     """Check everything, print the plan, the disk and the memory it needs, and write nothing."""
     verify: bool = False
@@ -90,7 +91,7 @@ class Reshard:
             dense=self.dense,
             max_shard_size=parse_size(self.max_shard_size),
             with_optimizer=self.with_optimizer,
-            workers=self.workers or min(4, len(os.sched_getaffinity(0))),
+            workers=self.workers or min(8, 2 * len(os.sched_getaffinity(0))),
             overwrite=self.overwrite,
             resume=self.resume,
             verify=self.verify,
