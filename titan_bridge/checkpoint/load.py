@@ -74,13 +74,17 @@ def load_into(
     def fetch(copy: Copy) -> None:
         checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
 
-    # One thread does not keep a disk busy, nor touch new memory as fast as a file is read.
-    cpus = unbound_cpus()
-    with ThreadPoolExecutor(
-        min(_THREADS, len(cpus)), "load", initializer=os.sched_setaffinity, initargs=(0, cpus)
-    ) as threads:
-        for done in [threads.submit(fetch, copy) for copy in copies]:
-            done.result()
+    own, cpus = os.sched_getaffinity(0), unbound_cpus()
+    count = min(_THREADS, len(own) if cpus == own else len(cpus) // len(layout.ranks))
+    if count <= 1:
+        for copy in copies:
+            fetch(copy)
+    else:  # one thread does not keep a disk busy, nor touch new memory as fast as a file is read
+        with ThreadPoolExecutor(
+            count, "load", initializer=os.sched_setaffinity, initargs=(0, cpus)
+        ) as threads:
+            for done in [threads.submit(fetch, copy) for copy in copies]:
+                done.result()
     return Loaded(
         bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
         bytes_wanted=checkpoint.pool.bytes_wanted - before[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -12,11 +13,12 @@ _SMALL = 1 << 20  # bytes: not worth pages of its own
 def zeros_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Contiguous zeros of `tensor`'s shape and dtype (it may be on meta).
 
-    On the CPU they are pages that the kernel hands out zeroed at the first touch: `torch.zeros` would touch all of them
-    now, and loading once more; an allocator may have used pages, and would clear them. Huge pages are not asked for:
-    each is cleared whole before it is read into, and a virtual machine may have to get it back from its host first.
+    On the CPU they are pages that the kernel hands out zeroed at the first touch, huge ones where it can: `torch.zeros`
+    would touch all of them now, and loading once more; an allocator may have used pages, and would clear them.
     """
     if device.type != "cpu" or tensor.nbytes < _SMALL:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
     pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
