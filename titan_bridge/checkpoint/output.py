@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 PAGE = mmap.PAGESIZE
@@ -133,7 +134,7 @@ class OutputFile:
 
     def _past_cache(self, offset: int, piece: memoryview) -> None:
         assert self._direct is not None
-        if torch.frombuffer(piece, dtype=torch.uint8).data_ptr() % PAGE:
+        if np.frombuffer(piece, np.uint8).ctypes.data % PAGE:
             if not hasattr(_bounce, "buffer"):
                 _bounce.buffer = memoryview(mmap.mmap(-1, PIECE_BYTES))
             _bounce.buffer[: piece.nbytes] = piece
