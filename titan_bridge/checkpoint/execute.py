@@ -158,8 +158,9 @@ class Executor:
 
     def _write_strip(self, opened: _Open, strip: Strip) -> None:
         tensor = strip.unit.tensor
-        first = _places(strip)[0][1]
-        shift = first % PAGE if first % tensor.dtype.itemsize == 0 else 0
+        places = _places(strip)
+        first = places[0][1]
+        shift = first % PAGE if first % tensor.dtype.itemsize == 0 else 0  # in memory as in the file
         buffer = self._buffer(strip.box.numel * tensor.dtype.itemsize, shift).view(tensor.dtype)
         if tensor.name in self._work.empty:
             buffer.zero_()
@@ -167,7 +168,7 @@ class Executor:
             self._work.source.fetch(copy, copy.destination_window.of(buffer))
         self._count(opened, tensor.name, buffer)
         whole = buffer.view(strip.box.shape)
-        for place, offset, common in _places(strip):
+        for place, offset, common in places:
             # Strips span whole rows, so what they have in common with a place is one run of it.
             cut = whole[common.relative_to(strip.box.start).slices].contiguous()
             self._write(opened, place.file, offset, bytes_of(cut))
