@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from titan_bridge import cpu, parity
+from titan_bridge.config.schema import InferConfig, Parallel
+from titan_bridge.models import load_hf_config
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -30,16 +36,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "moe": ("qwen3_moe", {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
     "moe plain scores": ("qwen3_moe", {"norm_topk_prob": False, "vocab_size": 777}),
 }
-CASES = [
-    ("llama3 scaled tied", ""),
-    ("llama3", "--tp 2"),
+HERE = [  # in this process, which imports vLLM once
+    ("llama3 scaled tied", {}),
+    ("llama3", {"tp": 2}),
+    ("qwen3 windows", {}),
+    ("qwen3 odd sizes", {"tp": 2}),
+    ("moe", {}),
+    ("moe plain scores", {"tp": 2}),
+]
+COMMANDS = [
     ("qwen3 tied", "--no-enforce-eager"),
-    ("qwen3 windows", ""),
-    ("qwen3 odd sizes", "--tp 2"),
-    ("moe", ""),
-    ("moe plain scores", "--tp 2"),
     ("moe", "--tp 2 --ep 2"),
-    ("moe", "--tp 2 --ep 2 --no-enforce-eager"),
     ("moe", "--dp 2"),
     ("moe plain scores", "--dp 2 --ep 2"),
     ("moe", "--dp 2 --tp 2 --ep 4"),
@@ -56,23 +63,86 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize(("model", "options"), CASES, ids=[f"{m}{o}".replace(" ", "_") for m, o in CASES])
+@pytest.mark.parametrize(("model", "parallel"), HERE, ids=str)
 def test_engine_has_the_numbers_of_both_references(
+    models: dict[str, Path],
+    model: str,
+    parallel: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    no_orphans: None,
+) -> None:
+    from titan_bridge.engine.offline import complete, engine
+
+    monkeypatch.setenv(
+        "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+    )  # the scheduler here; workers are processes anyway
+    monkeypatch.setenv(cpu.BIND, cpu.bind(parallel.get("tp", 1), cpu.cores()) or "auto")
+    config = InferConfig(
+        model=str(models[model]),
+        dtype="float32",
+        parallel=Parallel(**parallel),
+        max_model_len=parity.LONGEST,
+        vllm={**parity.ENGINE_OPTIONS, "enforce_eager": True, "distributed_executor_backend": "mp"},
+    )
+    vocab_size = load_hf_config(models[model])["vocab_size"]
+    with engine(config) as (llm, workers, _):
+        completions, _ = complete(llm, *parity.rounds(parity.prompts(vocab_size)))
+    assert len(workers) == parallel.get("tp", 1)
+    answers = [dataclasses.asdict(completion) for completion in completions]
+    check(
+        {
+            "model_class": workers[0]["model_class"],
+            "dtype": "float32",
+            "cached_tokens": sum(answer["cached_tokens"] for answer in answers),
+            "sizes": workers[0]["sizes"],
+            "references": [
+                dataclasses.asdict(parity.compare(answers, *each))
+                for each in parity.references(models[model])
+            ],
+        },
+        parallel,
+    )
+
+
+@pytest.mark.parametrize(("model", "options"), COMMANDS, ids=[f"{m} {o}" for m, o in COMMANDS])
+def test_the_command_finds_the_numbers_of_both_references(
     models: dict[str, Path], model: str, options: str, bin_dir: Path, no_orphans: None
 ) -> None:
-    command = [str(bin_dir / "titan-bridge"), "parity", str(models[model]), "--json", *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    check(*answer_of(bin_dir, models[model], options))
+
+
+def test_a_start_that_finds_compiled_graphs_on_disk_has_the_same_numbers(
+    models: dict[str, Path], bin_dir: Path, tmp_path: Path, no_orphans: None
+) -> None:
+    """Two ranks share the folder, their graphs differ, and torch has no key for a router's autocast."""
+    options = "--tp 2 --ep 2 --no-enforce-eager"
+    for start in ("first", "second"):
+        print(f"{start} start")
+        check(*answer_of(bin_dir, models["moe"], options, VLLM_CACHE_ROOT=str(tmp_path)))
+        assert list(tmp_path.glob("torch_compile_cache/torch_aot_compile/*/inductor_cache/aotautograd/*"))
+
+
+def answer_of(bin_dir: Path, model: Path, options: str, **environment: str) -> tuple[dict[str, Any], Any]:
+    """What `titan-bridge parity` says, and the sizes that it was asked for."""
+    command = [str(bin_dir / "titan-bridge"), "parity", str(model), "--json", *options.split()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    facts = json.loads(done.stdout.splitlines()[-1])
+    words = options.split()
+    asked = {word.removeprefix("--"): int(size) for word, size in pairwise(words) if size.isdigit()}
+    return json.loads(done.stdout.splitlines()[-1]), asked
+
+
+def check(facts: dict[str, Any], asked: dict[str, int]) -> None:
     assert facts["model_class"] == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
     assert facts["dtype"] == "float32"
     assert facts["cached_tokens"] > 0
-    wanted = dict(zip(options.split()[::2], options.split()[1::2], strict=False))
-    assert facts["sizes"]["tp"] == int(wanted.get("--tp", 1))
-    assert facts["sizes"]["ep"] == int(wanted.get("--ep", 1))
+    assert facts["sizes"]["tp"] == asked.get("tp", 1)
+    assert facts["sizes"]["ep"] == asked.get("ep", 1)
     assert [row["reference"] for row in facts["references"]] == ["transformers", "TorchTitan"]
     for row in facts["references"]:
-        print(f"{model} {options}: {row['reference']} max {row['max']:.1e} mean {row['mean']:.1e}")
+        print(f"{asked}: {row['reference']} max {row['max']:.1e} mean {row['mean']:.1e}")
         assert row["max"] <= 1e-4
         assert row["tokens"] > 1500
         assert row["diverged"] is None

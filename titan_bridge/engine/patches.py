@@ -13,7 +13,8 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +83,7 @@ def _route(result: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             found = getattr(self, result)(ARCHITECTURE)
             if result == "_try_load_model_cls":
                 answer_about_specs()
+                tell_compiled_graphs_apart()
             if found is None:  # vLLM logged why and would go on with its own model
                 raise BridgeError(
                     f"model_impl='torchtitan' was asked for, but {MODEL_CLASS} does not import; "
@@ -194,6 +196,30 @@ def answer_about_specs() -> None:
             setattr(base, name, getattr(live, name))
 
 
+def tell_compiled_graphs_apart() -> None:
+    """Never take another rank's, or another program's, compiled graph for one's own.
+
+    Called in the process that is about to build our model; vLLM's own models are compiled as ever.
+
+    What: wraps torch's `autograd_cache_key`, and replaces the keys that it makes up. Why: for a graph that torch
+    cannot give a key it takes `random.random()`, and vLLM seeds `random` alike in every worker: ranks that share a
+    cache on disk overwrite each other's graphs under one name, and the next start computes with whichever was last;
+    a router's autocast is enough. Version: torch 2.13 (`torch/_functorch/_aot_autograd/autograd_cache.py`).
+    Upstream: pytorch/pytorch issue 191323. Delete when: torch makes such keys from something that nobody seeds.
+    """
+    cache = importlib.import_module("torch._functorch._aot_autograd.autograd_cache")
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def autograd_cache_key(*args: Any, **kwargs: Any) -> tuple[str, list[str]]:
+            key, lines = original(*args, **kwargs)
+            return (key if key.startswith(cache.AOTAUTOGRAD_CACHE_PREFIX) else uuid.uuid4().hex), lines
+
+        return autograd_cache_key
+
+    _wrap(cache, "autograd_cache_key", ["mod", "example_inputs", "config", "compiler_config_extra"], wrap)
+
+
 def read_any_checkpoint() -> None:
     """Make vLLM's load format "titan" known where models are loaded.
 
@@ -210,14 +236,15 @@ def read_any_checkpoint() -> None:
 
 
 def wait_without_spinning() -> None:
-    """Let tp ranks that share a core wait for each other asleep.
+    """Let processes that share a core wait for each other asleep.
 
-    What: wraps `CpuCommunicator._all_group_ranks_share_shm_group_name`, whose "no" makes a tp group use gloo. Why:
-    vLLM's shared-memory all-reduce spins; with more workers than cores the one that waits keeps the core from the
-    one that it waits for, and a start that takes a minute takes more than five. Only for
+    What: wraps `CpuCommunicator._all_group_ranks_share_shm_group_name`, whose "no" makes a tp group use gloo, and, with
+    `read_all_replies`, the start of executor and worker, whose message queues sleep from then on. Why: vLLM's
+    shared-memory all-reduce and its queues spin; with more workers than cores the one that waits keeps the core from
+    the one that it waits for: a start that takes a minute takes more than five, a token three times as long. Only for
     `model_impl="torchtitan"` and only where workers share cores. Version: vllm 0.32
-    (`vllm/distributed/device_communicators/cpu_communicator.py`). Delete when: the shared-memory communicator
-    yields, or vLLM has a switch for it.
+    (`vllm/distributed/device_communicators/cpu_communicator.py`, `shm_broadcast.py` beside it,
+    `vllm/v1/executor/multiproc_executor.py`). Delete when: both yield, or vLLM has a switch for it.
     """
     if cpu.shares_cores(os.environ):
         _after_import("vllm.distributed.device_communicators.cpu_communicator", _use_gloo)
@@ -285,6 +312,7 @@ def _in_step(module: Any) -> None:
         def init_executor(self: Any) -> None:
             original(self)
             config = self.vllm_config
+            _sleep_in(self.response_mqs, config)
             transfer = getattr(config.weight_transfer_config, "backend", None)
             if config.model_config.model_impl == "torchtitan" or transfer == TRANSFER_BACKEND:
                 replies = importlib.import_module("titan_bridge.engine.replies")
@@ -293,6 +321,24 @@ def _in_step(module: Any) -> None:
         return init_executor
 
     _wrap(module.MultiprocExecutor, "_init_executor", ["self"], wrap)
+
+    def wrap_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def init_message_queues(self: Any, input_shm_handle: Any, vllm_config: Any) -> None:
+            original(self, input_shm_handle, vllm_config)
+            _sleep_in([self.rpc_broadcast_mq], vllm_config)
+
+        return init_message_queues
+
+    parameters = ["self", "input_shm_handle", "vllm_config"]
+    _wrap(module.WorkerProc, "_init_message_queues", parameters, wrap_worker)
+
+
+def _sleep_in(queues: Iterable[Any], vllm_config: Any) -> None:
+    if vllm_config.model_config.model_impl == "torchtitan" and cpu.shares_cores(os.environ):
+        waiting = importlib.import_module("titan_bridge.engine.waiting")
+        for queue in queues:
+            waiting.sleep_while_waiting(queue)
 
 
 def reload_any_checkpoint() -> None:
