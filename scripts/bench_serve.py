@@ -71,6 +71,7 @@ CASES = {
     "dense-eager-tp2": Case(model="dense", tp=2, eager=True),
     "dense-compiled-tp2": Case(model="dense", tp=2, eager=False),
     "moe-eager-tp2": Case(model="moe", tp=2, eager=True, batch=16),
+    "moe-compiled-tp2": Case(model="moe", tp=2, eager=False, batch=16),
     "moe-ep-against-tp": Case(
         model="moe", tp=2, eager=True, batch=16,
         ours=Side(impl="torchtitan", ep=True), theirs=Side(impl="torchtitan"),
