@@ -73,9 +73,8 @@ def test_engine_has_the_numbers_of_both_references(
 ) -> None:
     from titan_bridge.engine.offline import complete, engine
 
-    monkeypatch.setenv(
-        "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-    )  # the scheduler here; workers are processes anyway
+    # The scheduler runs here; workers are processes of their own anyway.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv(cpu.BIND, cpu.bind(parallel.get("tp", 1), cpu.cores()) or "auto")
     config = InferConfig(
         model=str(models[model]),
@@ -92,7 +91,7 @@ def test_engine_has_the_numbers_of_both_references(
     check(
         {
             "model_class": workers[0]["model_class"],
-            "dtype": "float32",
+            "dtype": config.dtype,
             "cached_tokens": sum(answer["cached_tokens"] for answer in answers),
             "sizes": workers[0]["sizes"],
             "references": [

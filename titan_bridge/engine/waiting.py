@@ -15,10 +15,8 @@ NAP_MS = 1
 
 def sleep_while_waiting(queue: Any) -> None:
     """Let the reader of a vLLM `MessageQueue` wait for its notification where it would give way and ask again."""
-    condition = queue._spin_condition
-    if (
-        condition is not None and condition.is_reader
-    ):  # None: the queue comes from another machine, by a socket
+    condition = queue._spin_condition  # None: the queue comes from another machine, by a socket
+    if condition is not None and condition.is_reader:
         condition.wait = functools.partial(_wait, condition, condition.wait)
 
 
