@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.config_utils import make_ffn_config
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
@@ -16,6 +17,7 @@ from titan_bridge.engine.cpu_packed import (
     PackedExperts,
     PackedFeedForward,
     PackedLinear,
+    PackedQKV,
     refresh,
     use_packed_weights,
 )
@@ -24,18 +26,26 @@ from titan_bridge.models.experts import KeepDtypeGroupedExperts
 pytestmark = pytest.mark.engine
 
 DIM, HIDDEN, EXPERTS = 64, 96, 5
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 COUNTS = (7, 0, 1, 30, 2)
 
 
 @pytest.fixture
 def model() -> nn.ModuleDict:
-    """One linear, one feed-forward and one MoE layer's experts in bfloat16."""
+    """One linear, one attention's projection, one feed-forward and one MoE layer's experts in bfloat16."""
     current_platform.import_kernels()
     torch.manual_seed(0)
     experts = KeepDtypeGroupedExperts.Config(dim=DIM, hidden_dim=HIDDEN, num_experts=EXPERTS).build()
     linear = Linear.Config(in_features=DIM, out_features=HIDDEN, bias=False).build()
     feed_forward = make_ffn_config(dim=DIM, hidden_dim=HIDDEN, w1_param_init={}, w2w3_param_init={}).build()
-    model = nn.ModuleDict({"linear": linear, "feed_forward": feed_forward, "experts": experts})
+    rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    qkv = FusedQKVLinear.Config(
+        head_dim=HEAD_DIM,
+        n_heads=HEADS,
+        n_kv_heads=KV_HEADS,
+        wqkv=Linear.Config(in_features=DIM, out_features=rows, bias=False),
+    ).build()
+    model = nn.ModuleDict({"linear": linear, "qkv": qkv, "feed_forward": feed_forward, "experts": experts})
     model.to(torch.bfloat16)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -44,7 +54,12 @@ def model() -> nn.ModuleDict:
 
 def _outputs(model: nn.ModuleDict, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     with torch.inference_mode():
-        return model["linear"](x), model["feed_forward"](x[None]), model["experts"](x, torch.tensor(COUNTS))
+        return (
+            model["linear"](x),
+            *model["qkv"](x[None]),
+            model["feed_forward"](x[None]),
+            model["experts"](x, torch.tensor(COUNTS)),
+        )
 
 
 def _error(model: nn.ModuleDict, referee: nn.ModuleDict) -> float:
@@ -61,6 +76,8 @@ def test_packed_weights_compute_what_plain_ones_do_and_follow_them(model: nn.Mod
     use_packed_weights(model, torch.bfloat16)
     refresh(model)
     assert type(model["linear"]) is PackedLinear
+    assert type(model["qkv"]) is PackedQKV
+    assert type(model["qkv"].get_submodule("wqkv")) is Linear
     assert type(model["feed_forward"]) is PackedFeedForward
     assert [type(model["feed_forward"].get_submodule(w)) for w in ("w1", "w2", "w3")] == [
         Linear,
@@ -74,6 +91,7 @@ def test_packed_weights_compute_what_plain_ones_do_and_follow_them(model: nn.Mod
     # Each with another one, whose copy is not made from it.
     for name, other in {
         "linear.weight": "experts.w2_EDF",
+        "qkv.wqkv.weight": "linear.weight",
         "feed_forward.w1.weight": "feed_forward.w2.weight",
         "feed_forward.w2.weight": "feed_forward.w3.weight",
         "experts.w3_EFD": "linear.weight",
@@ -91,5 +109,6 @@ def test_packed_weights_compute_what_plain_ones_do_and_follow_them(model: nn.Mod
 def test_float32_is_left_alone(model: nn.ModuleDict) -> None:
     use_packed_weights(model.float(), torch.float32)
     assert type(model["linear"]) is Linear
+    assert type(model["qkv"]) is FusedQKVLinear
     assert type(model["feed_forward"]) is FeedForward
     assert type(model["experts"]) is KeepDtypeGroupedExperts

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
 from vllm import _custom_ops as ops
@@ -41,13 +42,18 @@ class _Packed:
 
 def _product(x: torch.Tensor, out_features: int, pointer: torch.Tensor) -> torch.Tensor:
     """`(..., in_features)` times the packed weight: `(..., out_features)`."""
-    out = x.new_empty((*x.shape[:-1], out_features))
-    torch.ops._C.onednn_mm(out.view(-1, out_features), x.reshape(-1, x.shape[-1]), None, pointer)
-    return out
+    x_TD = x.reshape(-1, x.shape[-1])
+    out_TF = x.new_empty((x_TD.shape[0], out_features))
+    torch.ops._C.onednn_mm(out_TF, x_TD, None, pointer)
+    return out_TF.view(*x.shape[:-1], out_features)
 
 
 class PackedLinear(Linear):
     """TorchTitan's `Linear` with a packed copy of its weight; the same parameter under the same name."""
+
+    def packs(self) -> list[nn.Parameter]:
+        """The weights that the packed copy is made from."""
+        return [self.weight]
 
     def pack(self) -> None:
         """Make the packed copy from the weight as it is now."""
@@ -61,8 +67,43 @@ class PackedLinear(Linear):
         return _product(input, self.weight.shape[0], packed.pointer)
 
 
+class PackedQKV(FusedQKVLinear):
+    """TorchTitan's fused projection, packed with the rows of q before those of k and v; the same parameter, same name.
+
+    In TorchTitan's own order each group of heads has its k and v beside it, so that three copies sort the product.
+    """
+
+    def packs(self) -> list[nn.Parameter]:
+        """The weights that the packed copy is made from."""
+        return [self.wqkv.weight]
+
+    def pack(self) -> None:
+        """Make the packed copy from the weight as it is now."""
+        # Its own forward is not called, so it must have no collective to run.
+        assert "forward" not in self.wqkv.__dict__
+        rows_GRHD = self.wqkv.weight.data.unflatten(0, (-1, self.r_dim, self.head_dim))
+        parts = rows_GRHD.split([self.heads_per_kv, 1, 1], dim=1)
+        packed = self.__dict__.setdefault("_packed", _Packed())
+        packed.set(torch.cat([part.flatten(0, 2) for part in parts]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(B, L, D)` to q, k, v of `(B, L, heads, head_dim)`; views of one product."""
+        packed = self.__dict__.get("_packed")
+        if packed is None:
+            return super().forward(x)
+        out_features = self.wqkv.weight.shape[0]
+        kv = out_features // self.r_dim
+        qkv = _product(x, out_features, packed.pointer).split([self.heads_per_kv * kv, kv, kv], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        return q, k, v
+
+
 class PackedFeedForward(FeedForward):
     """TorchTitan's `FeedForward` with one product for `w1` and `w3`; the same parameters under the same names."""
+
+    def packs(self) -> list[nn.Parameter]:
+        """The weights that the packed copy is made from."""
+        return [self.w1.weight, self.w3.weight]
 
     def pack(self) -> None:
         """Make the packed copy of `w1` and `w3` from the weights as they are now; `w2` has its own."""
@@ -86,6 +127,10 @@ class PackedExperts(KeepDtypeGroupedExperts):
 
     Runs inside the opaque operator of routed experts only: it reads counts on the host.
     """
+
+    def packs(self) -> list[nn.Parameter]:
+        """The weights that the packed copies are made from."""
+        return [self.w1_EFD, self.w2_EDF, self.w3_EFD]
 
     def pack(self) -> None:
         """Make the packed copies from the weights as they are now; `w1` and `w3` become one product."""
@@ -126,6 +171,9 @@ def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:
         if type(module) is FeedForward and module.w1.bias is None and module.w3.bias is None:
             module.__class__ = PackedFeedForward
             merged |= {module.w1, module.w3}
+        elif type(module) is FusedQKVLinear and module.wqkv.bias is None:
+            module.__class__ = PackedQKV
+            merged.add(module.wqkv)
         elif type(module) is Linear and module.bias is None and module not in merged:
             module.__class__ = PackedLinear
         elif type(module) is KeepDtypeGroupedExperts:
@@ -136,9 +184,7 @@ def refresh(model: nn.Module, changed: Iterable[torch.Tensor] | None = None) -> 
     """Pack again after weights changed; `changed` are live parameters, None means all."""
     wanted = None if changed is None else {id(tensor) for tensor in changed}
     for module in model.modules():
-        if not isinstance(module, PackedLinear | PackedFeedForward | PackedExperts):
+        if not isinstance(module, PackedLinear | PackedQKV | PackedFeedForward | PackedExperts):
             continue
-        whole = isinstance(module, PackedFeedForward)
-        sources = [module.w1.weight, module.w3.weight] if whole else list(module.parameters(recurse=False))
-        if wanted is None or any(id(param) in wanted for param in sources):
+        if wanted is None or any(id(weight) in wanted for weight in module.packs()):
             module.pack()

@@ -78,7 +78,7 @@ def _move(module: Module, name: str, source: SpmdLayout | None, target: SpmdLayo
     if have == want or (have in _WHOLE and want in _WHOLE):
         return None
     if have == spmd.P and want in _WHOLE:
-        return tensor_model_parallel_all_reduce
+        return _all_reduce
     if isinstance(have, spmd.Shard) and want in _WHOLE:
         dim = have.dim
         return lambda x: tensor_model_parallel_all_gather(x, dim)
@@ -89,6 +89,11 @@ def _move(module: Module, name: str, source: SpmdLayout | None, target: SpmdLayo
         f"{type(module).__name__}.{name}: its sharding config goes from {have} to {want} on the tp axis, "
         "which serving does not know; allowed: P to R or I, S(dim) to R or I, R or I to S(dim)"
     )
+
+
+def _all_reduce(x: torch.Tensor) -> torch.Tensor:
+    # vLLM's tensors have two dims; with TorchTitan's three a compiled step makes a view of each product for it.
+    return tensor_model_parallel_all_reduce(x.flatten(end_dim=-2)).view(x.shape)
 
 
 def _on_tp(layout: SpmdLayout) -> Any:

@@ -14,7 +14,24 @@ from typing import cast
 import torch
 from torch import nn
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.rope import RoPE
+from torchtitan.models.common.rope import CosSinRoPE, RoPE
+
+
+def rotate_by_halves(
+    query_BLNH: torch.Tensor, key_BLNH: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`CosSinRoPE.apply_rotary_emb` with the same products and sums, hence the same bits.
+
+    It does not make the turned copies of query and key in float32, so that a compiler has one loop for both.
+    """
+    half = query_BLNH.shape[-1] // 2
+    cos, sin = rows[..., :half], rows[..., 2 * half : 3 * half]  # of (cos, cos, sin, sin)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([(a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x)], dim=-1)
+
+    return rotate(query_BLNH), rotate(key_BLNH)
 
 
 class _Rotate(nn.Module):
@@ -22,7 +39,7 @@ class _Rotate(nn.Module):
 
     def __init__(self, rope: RoPE, table: int) -> None:
         super().__init__()
-        self._apply_rotary = type(rope).apply_rotary_emb
+        self._apply_rotary = rotate_by_halves if type(rope) is CosSinRoPE else type(rope).apply_rotary_emb
         self._table = table
 
     def forward(
