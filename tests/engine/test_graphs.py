@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from titan_bridge.mesh import Sizes
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(200)]
@@ -99,3 +101,38 @@ def test_a_graph_holds_experts_that_ask_the_host_nothing(
     plan = plan_from(engine_config(models["qwen3_moe"], options), dp=options.get("data_parallel_size", 1))
     gpu = DeviceCapability(*capability) if capability else None
     assert captures_experts(plan, getattr(torch, dtype), gpu) == captures
+
+
+def test_a_compiled_step_is_named_by_what_it_was_made_from(models: dict[str, Path]) -> None:
+    from titan_bridge.engine.build import plan_from
+    from titan_bridge.engine.compiled import KEY, name_compiled_step
+
+    given = {"titan": {"cpu_pack": False}}
+    config = engine_config(models["qwen3_moe"], {"additional_config": given})
+    plan = plan_from(config, dp=1)
+    before = config.compute_hash()
+
+    def name(plan: Any) -> str:
+        config.additional_config = given
+        name_compiled_step(config, plan)
+        assert config.additional_config["titan"] == given["titan"]
+        assert config.compute_hash() != before
+        return config.additional_config[KEY]
+
+    others = [
+        replace(plan, expert_bias=True),  # a buffer that only the checkpoint knows of
+        replace(plan, hf={**plan.hf, "rms_norm_eps": 1e-3}),  # config.json, edited in its place
+        replace(plan, sizes=Sizes(dp=1, tp=2, ep=1)),
+    ]
+    names = {name(plan), *(name(other) for other in others)}
+    assert len(names) == 4
+    assert name(plan) in names
+
+
+def test_nothing_is_named_where_nothing_is_compiled(models: dict[str, Path]) -> None:
+    from titan_bridge.engine.build import plan_from
+    from titan_bridge.engine.compiled import name_compiled_step
+
+    config = engine_config(models["qwen3"], {"enforce_eager": True})
+    name_compiled_step(config, plan_from(config, dp=1))
+    assert not config.additional_config

@@ -8,7 +8,7 @@ import os
 import subprocess
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -71,36 +71,38 @@ def test_engine_has_the_numbers_of_both_references(
     monkeypatch: pytest.MonkeyPatch,
     no_orphans: None,
 ) -> None:
-    from titan_bridge.engine.offline import complete, engine
+    check(answer_here(models[model], parallel, monkeypatch), parallel)
 
-    # The scheduler runs here; workers are processes of their own anyway.
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv(cpu.BIND, cpu.bind(parallel.get("tp", 1), cpu.cores()) or "auto")
-    config = InferConfig(
-        model=str(models[model]),
-        dtype="float32",
-        parallel=Parallel(**parallel),
-        max_model_len=parity.LONGEST,
-        vllm={**parity.ENGINE_OPTIONS, "enforce_eager": True, "distributed_executor_backend": "mp"},
-    )
-    vocab_size = load_hf_config(models[model])["vocab_size"]
-    with engine(config) as (llm, workers, _):
-        completions, _ = complete(llm, *parity.rounds(parity.prompts(vocab_size)))
-    assert len(workers) == parallel.get("tp", 1)
-    answers = [dataclasses.asdict(completion) for completion in completions]
-    check(
-        {
-            "model_class": workers[0]["model_class"],
-            "dtype": config.dtype,
-            "cached_tokens": sum(answer["cached_tokens"] for answer in answers),
-            "sizes": workers[0]["sizes"],
-            "references": [
-                dataclasses.asdict(parity.compare(answers, *each))
-                for each in parity.references(models[model])
-            ],
-        },
-        parallel,
-    )
+
+def test_a_start_that_finds_compiled_graphs_on_disk_has_the_same_numbers(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
+) -> None:
+    """Two ranks share the folder, their graphs differ, and torch has no key for a router's autocast."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    parallel = {"tp": 2, "ep": 2}
+
+    def numbers_hold() -> None:
+        check(answer_here(models["moe"], parallel, monkeypatch, enforce_eager=False), parallel)
+
+    def whole_steps() -> dict[Path, int]:
+        files = tmp_path.glob("torch_compile_cache/torch_aot_compile/*/rank_*/model")
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    print("first start: compiles")
+    numbers_hold()
+    compiled = whole_steps()
+    assert len(compiled) == 2
+    print("second start: loads the whole step of each rank")
+    monkeypatch.setenv("VLLM_FORCE_AOT_LOAD", "1")
+    numbers_hold()
+    assert whole_steps() == compiled
+    print("third start: finds graphs, but no whole step")
+    monkeypatch.delenv("VLLM_FORCE_AOT_LOAD")
+    for file in compiled:
+        file.unlink()
+    assert list(tmp_path.glob("torch_compile_cache/torch_aot_compile/*/inductor_cache/aotautograd/*"))
+    numbers_hold()
+    assert whole_steps().keys() == compiled.keys()
 
 
 @pytest.mark.parametrize(("model", "options"), COMMANDS, ids=[f"{m} {o}" for m, o in COMMANDS])
@@ -110,15 +112,66 @@ def test_the_command_finds_the_numbers_of_both_references(
     check(*answer_of(bin_dir, models[model], options))
 
 
-def test_a_start_that_finds_compiled_graphs_on_disk_has_the_same_numbers(
-    models: dict[str, Path], bin_dir: Path, tmp_path: Path, no_orphans: None
+def answer_here(
+    model: Path, parallel: dict[str, int], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> dict[str, Any]:
+    """What `titan-bridge parity` would say, without the start of a process that imports vLLM."""
+    worker, answers = completions_here(model, parallel, monkeypatch, dtype="float32", **options)
+    return {
+        "model_class": worker["model_class"],
+        "dtype": "float32",
+        "cached_tokens": sum(answer["cached_tokens"] for answer in answers),
+        "sizes": worker["sizes"],
+        "references": [
+            dataclasses.asdict(parity.compare(answers, *each)) for each in parity.references(model)
+        ],
+    }
+
+
+def completions_here(
+    model: Path,
+    parallel: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    dtype: Literal["float32", "bfloat16"],
+    enforce_eager: bool = True,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the first worker says of itself, and the completions of the fixed prompts."""
+    from titan_bridge.engine.offline import complete, engine
+
+    # The scheduler runs here; workers are processes of their own anyway.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv(cpu.BIND, cpu.bind(parallel.get("tp", 1), cpu.cores()) or "auto")
+    config = InferConfig(
+        model=str(model),
+        dtype=dtype,
+        parallel=Parallel(**parallel),
+        max_model_len=parity.LONGEST,
+        vllm={
+            **parity.ENGINE_OPTIONS,
+            "enforce_eager": enforce_eager,
+            "distributed_executor_backend": "mp",
+        },
+    )
+    vocab_size = load_hf_config(model)["vocab_size"]
+    with engine(config) as (llm, workers, _):
+        completions, _ = complete(llm, *parity.rounds(parity.prompts(vocab_size)))
+    assert len(workers) == parallel.get("tp", 1)
+    assert workers[0]["model_class"] == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+    return workers[0], [dataclasses.asdict(completion) for completion in completions]
+
+
+def test_a_compiled_step_from_disk_takes_the_weights_that_are_packed_now(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
 ) -> None:
-    """Two ranks share the folder, their graphs differ, and torch has no key for a router's autocast."""
-    options = "--tp 2 --ep 2 --no-enforce-eager"
-    for start in ("first", "second"):
-        print(f"{start} start")
-        check(*answer_of(bin_dir, models["moe"], options, VLLM_CACHE_ROOT=str(tmp_path)))
-        assert list(tmp_path.glob("torch_compile_cache/torch_aot_compile/*/inductor_cache/aotautograd/*"))
+    """In bfloat16 the CPU's products read packed copies, whose places in memory each start has anew."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    options = {"dtype": "bfloat16", "enforce_eager": False}
+    first = completions_here(models["llama3"], {}, monkeypatch, **options)[1]
+    monkeypatch.setenv("VLLM_FORCE_AOT_LOAD", "1")
+    second = completions_here(models["llama3"], {}, monkeypatch, **options)[1]
+    assert [answer["logprobs"] for answer in second] == [answer["logprobs"] for answer in first]
+    assert len({logprob for answer in first for logprob in answer["logprobs"]}) > 100
 
 
 def answer_of(bin_dir: Path, model: Path, options: str, **environment: str) -> tuple[dict[str, Any], Any]:

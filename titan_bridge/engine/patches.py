@@ -84,6 +84,7 @@ def _route(result: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             if result == "_try_load_model_cls":
                 answer_about_specs()
                 tell_compiled_graphs_apart()
+                load_compiled_step()
             if found is None:  # vLLM logged why and would go on with its own model
                 raise BridgeError(
                     f"model_impl='torchtitan' was asked for, but {MODEL_CLASS} does not import; "
@@ -218,6 +219,32 @@ def tell_compiled_graphs_apart() -> None:
         return autograd_cache_key
 
     _wrap(cache, "autograd_cache_key", ["mod", "example_inputs", "config", "compiler_config_extra"], wrap)
+
+
+def load_compiled_step() -> None:
+    """Let a start use the step that an earlier one compiled, on the CPU, too.
+
+    Called in the process that is about to build our model.
+
+    What: wraps `torch.compiler.load_compiled_function`, and gives what it loads a `finalize_loading` that does nothing,
+    if it has none. Why: vLLM calls that on every function it loads, but only its own graph compiler's have it; on the
+    CPU, where the backend is inductor, the call fails, and each start compiles again. Version: vllm 0.32
+    (`_try_load_aot_compiled_fn` in `vllm/compilation/decorators.py`). Delete when: vLLM asks before it calls.
+    """
+    compiler = importlib.import_module("torch.compiler")
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def load_compiled_function(*args: Any, **kwargs: Any) -> Any:
+            loaded = original(*args, **kwargs)
+            step = loaded._artifacts.compiled_fn
+            if not hasattr(step, "finalize_loading"):
+                step.finalize_loading = lambda vllm_config: None
+            return loaded
+
+        return load_compiled_function
+
+    _wrap(compiler, "load_compiled_function", ["file", "f_globals", "external_data"], wrap)
 
 
 def read_any_checkpoint() -> None:

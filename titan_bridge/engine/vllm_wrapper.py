@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
 from titan_bridge.engine.build import build
+from titan_bridge.engine.compiled import name_compiled_step
 from titan_bridge.engine.cpu_packed import refresh
 from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
 from titan_bridge.engine.loader import WeightLoader
@@ -47,6 +48,7 @@ class TitanForCausalLM(nn.Module):
         super().__init__()
         built = build(vllm_config)
         plan = built.plan
+        name_compiled_step(vllm_config, plan)
         self.model = built.model
         self.ropes = built.ropes
         self.plan = plan
