@@ -11,6 +11,7 @@ from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.config_utils import make_ffn_config
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from vllm.platforms import current_platform
 
 from titan_bridge.engine.cpu_packed import (
@@ -18,6 +19,7 @@ from titan_bridge.engine.cpu_packed import (
     PackedFeedForward,
     PackedLinear,
     PackedQKV,
+    combine,
     refresh,
     use_packed_weights,
 )
@@ -112,3 +114,18 @@ def test_float32_is_left_alone(model: nn.ModuleDict) -> None:
     assert type(model["qkv"]) is FusedQKVLinear
     assert type(model["feed_forward"]) is FeedForward
     assert type(model["experts"]) is KeepDtypeGroupedExperts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [0, 1, 700])
+def test_rows_are_combined_with_the_bits_of_torchtitan(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    dispatcher = LocalTokenDispatcher(LocalTokenDispatcher.Config(num_experts=EXPERTS, top_k=3))
+    x_TD = torch.randn(tokens, DIM).to(dtype)
+    scores_TK, ids_TK = torch.rand(tokens, EXPERTS).topk(3)
+    rows_RD, _, metadata = dispatcher.dispatch(x_TD, scores_TK, ids_TK, torch.zeros(EXPERTS))
+    rows_RD = torch.randn_like(rows_RD)
+    wanted = dispatcher.combine(rows_RD, metadata, x_TD)
+    given = (metadata.topk_scores_experts_sorted_N, metadata.token_indices_experts_sorted_N, x_TD)
+    assert torch.equal(combine(rows_RD, *given), wanted)
+    assert not tokens or not torch.equal(wanted, torch.zeros_like(wanted))

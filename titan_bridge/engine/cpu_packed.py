@@ -8,7 +8,6 @@ and experts. float32 keeps torch's own product: it is the referee.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 
 import torch
@@ -151,15 +150,37 @@ class PackedExperts(KeepDtypeGroupedExperts):
         wide_RF2 = x_RD.new_empty(x_RD.shape[0], 2 * self.w1_EFD.shape[1])
         out_RD = torch.empty_like(x_RD)
         counts = num_tokens_per_expert_E.tolist()
-        edges = [0, *itertools.accumulate(counts)]
-        spans = [(e, slice(edges[e], edges[e + 1])) for e, count in enumerate(counts) if count]
-        for e, rows in spans:
-            torch.ops._C.onednn_mm(wide_RF2[rows], x_RD[rows], None, handles[e][0].handler_tensor)
+        counts.append(x_RD.shape[0] - sum(counts))  # rows of no expert
+        _products(wide_RF2.split(counts), x_RD.split(counts), (up for up, _ in handles))
         gate_RF, up_RF = wide_RF2.chunk(2, dim=-1)
         h_RF = F.silu(gate_RF) * up_RF
-        for e, rows in spans:
-            torch.ops._C.onednn_mm(out_RD[rows], h_RF[rows], None, handles[e][1].handler_tensor)
+        _products(out_RD.split(counts), h_RF.split(counts), (down for _, down in handles))
         return out_RD.type_as(given)
+
+
+def _products(
+    outs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], handles: Iterable[ops.CPUDNNLGEMMHandler]
+) -> None:
+    product = torch.ops._C.onednn_mm.default
+    for out, rows, handle in zip(outs, inputs, handles, strict=False):  # `handles` is the shortest
+        if rows.shape[0]:
+            product(out, rows, None, handle.handler_tensor)
+
+
+def combine(
+    out_RD: torch.Tensor, scores_R: torch.Tensor, tokens_R: torch.Tensor, x_TD: torch.Tensor
+) -> torch.Tensor:
+    """TorchTitan's `LocalTokenDispatcher.combine`, with its bits; `(T, D)`, and `out_RD` is used up.
+
+    Whole copies of a batch's rows in float32 would be fresh memory each time, which costs more than the products.
+    """
+    for rows, scores in zip(out_RD.split(_ROWS), scores_R.split(_ROWS), strict=True):
+        rows.copy_(rows.float() * scores.unsqueeze(1))
+    return torch.zeros_like(x_TD).index_add_(0, tokens_R, out_RD)
+
+
+_ROWS = 512
+"""Rows that `combine` scales at once: in float32 they stay in the cache."""
 
 
 def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -28,6 +28,8 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from titan_bridge.engine.cpu_packed import PackedExperts, combine
+
 
 @dataclass(frozen=True, kw_only=True)
 class _OwnMetadata:
@@ -138,6 +140,13 @@ class ServedExperts(nn.Module):
         routed_RD, count_e, metadata = self.token_dispatcher.dispatch(x_TD, scores_TK, ids_TK, count_E)
         # Called without a token, too: its weights may be gathered over efsdp, which every rank must join.
         out_RD = self.inner_experts(routed_RD, count_e)
+        if isinstance(self.inner_experts, PackedExperts) and not self.spread:
+            own = slice(int(metadata.n_own)) if isinstance(metadata, _OwnMetadata) else slice(None)
+            scores_N, tokens_N = (
+                metadata.topk_scores_experts_sorted_N,
+                metadata.token_indices_experts_sorted_N,
+            )
+            return combine(out_RD[own], scores_N[own], tokens_N[own], x_TD)
         return self.token_dispatcher.combine(out_RD, metadata, x_TD)
 
 
