@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from datetime import timedelta
 
 import pytest
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from titan_bridge.ports import free_port
 from titan_bridge.sharding import ShardingSpec, attach, get
 
 pytestmark = pytest.mark.distributed
@@ -127,7 +127,5 @@ def rank_main(rank: int, port: int) -> None:
 
 
 def test_four_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(rank_main, args=(port,), nprocs=WORLD)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from titan_bridge.mesh import DENSE, SPARSE, Sizes, get_device_meshes, to_parall
 from titan_bridge.models import family_for, load_hf_config
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.parallelize import plan_for
+from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -83,12 +83,6 @@ def on_rank(rank: int, port: int, kind: str, base: Path) -> None:
                 assert torch.equal(whole, checkpoint.read(name)), name
         dcp.save({**wrapper.state_dict(), "train_state": {"step": 3}}, checkpoint_id=base / "saved")
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from titan_bridge.mesh import Sizes
+from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import (
     PlainClient,
     PlainRanks,
-    free_port,
     plain_ranks,
     plain_workers,
     retarget,

@@ -20,9 +20,10 @@ from tests.distributed.transfer_parties import (
     make,
     takes_the_next_good_update,
 )
+from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.errors import TransferError
-from titan_bridge.transfer.plain import PlainClient, free_port
+from titan_bridge.transfer.plain import PlainClient
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.samples import differences, sample_dtensors
 

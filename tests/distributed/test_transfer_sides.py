@@ -7,12 +7,13 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.fanout import FanOutClient
 from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import PlainClient, free_port, plain_ranks, plain_workers
+from titan_bridge.transfer.plain import PlainClient, plain_ranks, plain_workers
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.samples import differences, sample, sample_locals, sample_target
 from titan_bridge.transfer.source import TensorSource

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.transfer.changes import Snapshot, changed
@@ -18,7 +19,6 @@ from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import (
     PlainClient,
     PlainRanks,
-    free_port,
     plain_ranks,
     plain_workers,
     retarget,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
+from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.transfer.control import MARGIN
 from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import PlainClient, PlainRanks, free_port
+from titan_bridge.transfer.plain import PlainClient, PlainRanks
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.samples import differences, sample_dtensors, sample_target
 from titan_bridge.transfer.source import TensorSource

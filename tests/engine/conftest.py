@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from titan_bridge.ports import free_port
+
 START_SECONDS = 240
 TITAN_BRIDGE = (sys.executable, "-m", "titan_bridge.cli", "serve")
 
@@ -24,9 +25,7 @@ TITAN_BRIDGE = (sys.executable, "-m", "titan_bridge.cli", "serve")
 def _serve(
     model: Path | str, log: Path, *options: str, by: Sequence[str] = TITAN_BRIDGE, **environment: str
 ) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [*by, str(model), "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w") as output:
         server = subprocess.Popen(

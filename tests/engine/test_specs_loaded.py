@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +22,7 @@ from titan_bridge.engine.native_specs import cut
 from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import load_hf_config
+from titan_bridge.ports import free_port
 from titan_bridge.sharding import Layout, ShardingSpec
 from titan_bridge.testing import make_checkpoint
 
@@ -135,9 +135,7 @@ def folder(tmp_path_factory):
 def answers(folder):
     """Case -> what each rank said."""
     for world in (2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         mp.spawn(rank_main, args=(world, port, str(folder)), nprocs=world)
     return {
         name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world_of(name))]

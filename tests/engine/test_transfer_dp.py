@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import PlainClient, free_port, plain_ranks
+from titan_bridge.transfer.plain import PlainClient, plain_ranks
 from titan_bridge.transfer.samples import as_dtensors, local_part
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer

@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.changes import Snapshot, changed
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.http import HTTPClient
 from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import PlainClient, PlainRanks, door, free_port, plain_ranks
+from titan_bridge.transfer.plain import PlainClient, PlainRanks, door, plain_ranks
 from titan_bridge.transfer.samples import as_dtensors, local_part
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer

@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
+from titan_bridge.ports import free_port
 from titan_bridge.transfer import HTTPClient
-from titan_bridge.transfer.plain import free_port
 
 
 def test_a_server_that_is_not_there_is_named():

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from titan_bridge.config.reader import from_dict
 from titan_bridge.config.schema import InferConfig
 from titan_bridge.engine.offline import Completion, Prompt, Sampling, complete, engine, users_mistake
 from titan_bridge.errors import BridgeError
+from titan_bridge.ports import free_port
 
 EXIT_SECONDS = 60
 """How long a dp rank may take to shut down after all ranks are done."""
@@ -96,7 +96,7 @@ def sampling_of(config: InferConfig) -> dict[str, Any]:
 def _launch(config: InferConfig, prompts: Sequence[Prompt], sampling: Sampling, *, lockstep: bool) -> Outcome:
     dp, tp = config.parallel.dp, config.parallel.tp
     common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="titan-bridge-") as folder:
         ranks: list[subprocess.Popen[bytes]] = []
         try:
@@ -206,12 +206,6 @@ def _merge(answers: Sequence[Mapping[str, Any]], prompts: int, killed: tuple[int
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _run_rank(job_file: str) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import tempfile
 import threading
 import traceback
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from titan_bridge.ports import free_port
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.target import Target
 
@@ -182,13 +182,6 @@ def door(target: Any, address: str) -> Iterator[PlainClient]:
         yield PlainClient([address])
     finally:
         listener.close()
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _rank(pipe: connection.Connection, rank: int, threads: int) -> None:
