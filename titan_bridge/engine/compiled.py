@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
@@ -48,10 +47,8 @@ def _digest(plan: Plan) -> str:
         # The loops of a compiled step are as wide as the vectors of the machine that compiled it.
         "device": repr(current_platform.get_device_capability()),
         "vectors": str(pick_vec_isa()) if current_platform.is_cpu() else None,
-        "gloo": cpu.shares_cores(
-            os.environ
-        ),  # which all-reduce was traced: see patches.wait_without_spinning
-        "torch": torch.__version__,
+        # Which all-reduce was traced: see patches.wait_without_spinning.
+        "gloo": cpu.shares_cores(os.environ),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for path in _sources():

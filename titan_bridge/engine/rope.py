@@ -2,7 +2,7 @@
 
 TorchTitan gives each layer its own table of all positions and looks the step's positions up in each. Serving
 keeps one table for each distinct rope config and hands every layer the rows of this step in place of the
-positions; the rotation itself stays TorchTitan's.
+positions; the rotation has the bits of TorchTitan's.
 """
 
 from __future__ import annotations
