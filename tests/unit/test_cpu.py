@@ -92,6 +92,47 @@ def test_what_the_user_set_stays():
     assert cpu.KV_CACHE_GIB not in cpu.environment(2, given={}, options={"gpu_memory_utilization": 0.2})
 
 
+STEPS = """
+import ctypes, resource, sys
+from titan_bridge import cpu
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
+kept = cpu.keep_freed_memory() if sys.argv[1] == "keep" else False
+for step in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(20 << 20) for _ in range(5)]
+    for block in blocks:
+        libc.memset(block, 1, 20 << 20)
+    for block in blocks:
+        libc.free(block)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Takes and frees 100 MiB as a step of a model does, four times; prints the page faults of the last."""
+
+
+def run_steps(how: str, **environment: str) -> tuple[str, int]:
+    command = [sys.executable, "-c", STEPS, how]
+    found = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    kept, faults = found.stdout.split()
+    return kept, int(faults)
+
+
+def test_memory_freed_by_one_step_is_kept_for_the_next():
+    pages = (100 << 20) // os.sysconf("SC_PAGE_SIZE")
+    kept, faults = run_steps("keep")
+    assert kept == "True"
+    assert faults < pages // 100
+    # Left alone, the kernel hands the pages out again; and the user's own choice stays.
+    assert run_steps("leave")[1] > pages // 2
+    kept, faults = run_steps("keep", MALLOC_TRIM_THRESHOLD_="131072")
+    assert kept == "False"
+    assert faults > pages // 2
+
+
 def test_workers_that_share_cores_are_noticed():
     for lists, shared in (
         ("0|1", False),

@@ -20,6 +20,7 @@ from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_para
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from titan_bridge import cpu
 from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
 from titan_bridge.engine.build import build
@@ -135,3 +136,5 @@ class TitanForCausalLM(nn.Module):
         if self.plan.sharded:
             drop_gathered(self.model)
         refresh(self.model, changed)
+        if current_platform.is_cpu():  # from here on: what loading used is given back
+            cpu.keep_freed_memory()
