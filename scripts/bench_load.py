@@ -96,7 +96,7 @@ def main() -> int:
         return _measure(json.loads(args.worker))
     model = _model(args.models, args.family)
     rows = [_row(model, tp, args) for tp in args.tp or (1, 2)]
-    Console().print(_table(rows))
+    Console(width=None if sys.stdout.isatty() else 140).print(_table(rows))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"cores": len(cpu.cores()), "rows": rows}, indent=1))

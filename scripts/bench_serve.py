@@ -96,12 +96,13 @@ def main() -> int:
     if args.worker:
         return _measure(json.loads(args.worker))
     rows = []
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for name in args.case or CASES:
         row = _case(name, CASES[name], args)
         rows.append(row)
-        Console().print(_table([row]))
+        console.print(_table([row]))
     if len(rows) > 1:
-        Console().print(_table(rows))
+        console.print(_table(rows))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1))

@@ -137,16 +137,17 @@ class ServedExperts(nn.Module):
     def _compute(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
-        routed_RD, count_e, metadata = self.token_dispatcher.dispatch(x_TD, scores_TK, ids_TK, count_E)
+        packed = isinstance(self.inner_experts, PackedExperts) and not self.spread
+        # Packed experts ask the host anyway, so rows can be gathered when it is known how many this rank needs.
+        given_TD = x_TD[:, :0] if packed else x_TD
+        routed_RD, count_e, metadata = self.token_dispatcher.dispatch(given_TD, scores_TK, ids_TK, count_E)
+        if packed:
+            own = slice(int(count_e.sum()))
+            tokens_R = metadata.token_indices_experts_sorted_N[own]
+            out_RD = self.inner_experts(x_TD[tokens_R], count_e)
+            return combine(out_RD, metadata.topk_scores_experts_sorted_N[own], tokens_R, x_TD)
         # Called without a token, too: its weights may be gathered over efsdp, which every rank must join.
         out_RD = self.inner_experts(routed_RD, count_e)
-        if isinstance(self.inner_experts, PackedExperts) and not self.spread:
-            own = slice(int(metadata.n_own)) if isinstance(metadata, _OwnMetadata) else slice(None)
-            scores_N, tokens_N = (
-                metadata.topk_scores_experts_sorted_N,
-                metadata.token_indices_experts_sorted_N,
-            )
-            return combine(out_RD[own], scores_N[own], tokens_N[own], x_TD)
         return self.token_dispatcher.combine(out_RD, metadata, x_TD)
 
 
