@@ -11,7 +11,9 @@ from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.config_utils import make_ffn_config
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import RoutedExperts
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+from vllm.config import CompilationConfig
 from vllm.platforms import current_platform
 
 from titan_bridge.engine.cpu_packed import (
@@ -23,6 +25,7 @@ from titan_bridge.engine.cpu_packed import (
     refresh,
     use_packed_weights,
 )
+from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
 pytestmark = pytest.mark.engine
@@ -129,3 +132,33 @@ def test_rows_are_combined_with_the_bits_of_torchtitan(tokens: int, dtype: torch
     given = (metadata.topk_scores_experts_sorted_N, metadata.token_indices_experts_sorted_N, x_TD)
     assert torch.equal(combine(rows_RD, *given), wanted)
     assert not tokens or not torch.equal(wanted, torch.zeros_like(wanted))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9, 600])
+@pytest.mark.parametrize("first", [None, 0, 2])
+def test_rows_of_own_experts_alone_give_the_bits_of_torchtitan(tokens: int, first: int | None) -> None:
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+    dispatcher = LocalTokenDispatcher.Config(num_experts=EXPERTS, top_k=2)
+    count = EXPERTS if first is None else 2
+    experts = KeepDtypeGroupedExperts.Config(dim=DIM, hidden_dim=HIDDEN, num_experts=count)
+    routed = RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher).build()
+    for parameter in routed.to(torch.bfloat16).parameters():
+        nn.init.normal_(parameter, std=0.1)
+    use_packed_weights(routed, torch.bfloat16)
+    refresh(routed)
+    if first is not None:
+        routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=first, count=count)
+    served = ServedExperts(
+        routed, name="a", layer_id=0, spread=False, splits=False, compilation=CompilationConfig()
+    )
+    x_TD = torch.randn(tokens, DIM).to(torch.bfloat16)
+    scores_TK, ids_TK = torch.rand(tokens, EXPERTS).topk(2)
+    count_E = torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
+    with torch.inference_mode():
+        # TorchTitan's forward on the same packed products, with every routed row.
+        wanted = routed(x_TD[None], scores_TK[None], ids_TK[None], count_E)[0]
+        found = served.run(x_TD, scores_TK, ids_TK, count_E)
+    assert torch.equal(found, wanted)
+    own = slice(None) if first is None else slice(first, first + count)
+    assert found.any() == (count_E[own].sum() > 0)  # a token may have none of its experts here
