@@ -139,7 +139,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees for its next step; returns whether it will.
 
     Left alone, glibc gives what a large step used back to the kernel, and the next step faults in each page
-    anew. Blocks over 32 MiB still come and go, and of more than 1 GiB at once the rest is given back. With another
+    anew. Blocks over 32 MiB still come and go, and the heap shrinks once over 1 GiB at its end is free. With another
     allocator in its place (vLLM loads tcmalloc where its package has it) this does nothing.
     """
     if any(name in os.environ for name in _MALLOC):
