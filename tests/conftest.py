@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def _backstop(test: str) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    left = [pid for pid in descendants() if "resource_tracker" not in _command(pid)]
+    left = [pid for pid in descendants() if not _stays(pid)]
     if left:
         names = ", ".join(f"{pid} ({_command(pid)[:80]})" for pid in left)
         os.write(_STDERR, f"\nended processes that tests left behind: {names}\n".encode())
@@ -93,6 +94,12 @@ def _command(pid: int) -> str:
         return "?"
 
 
+def _stays(pid: int) -> bool:
+    """Whether it is one of multiprocessing's own, which end with this process."""
+    own = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return pid == own or "resource_tracker" in _command(pid)
+
+
 def kill(pids: list[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -104,7 +111,7 @@ def no_orphans() -> Iterator[None]:
     """Fails the test if a process that it started is still alive at its end."""
     before = set(descendants())
     yield
-    left = [p for p in descendants() if p not in before and "resource_tracker" not in _command(p)]
+    left = [p for p in descendants() if p not in before and not _stays(p)]
     commands = [_command(pid) for pid in left]
     kill(left)
     assert not left, f"left alive: {commands}"

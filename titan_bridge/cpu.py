@@ -7,11 +7,14 @@ what the user has set is never changed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -149,6 +152,42 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
     return bool(mallopt(trim_threshold, 2**30)) and bool(mallopt(mmap_threshold, 2**25))
+
+
+def set_by_vllm(given: Mapping[str, str]) -> dict[str, str]:
+    """Variables that the CPU backend sets on its way to the first process it starts, and that matter when it imports.
+
+    As `CpuPlatform.check_and_update_config` of vllm 0.32 does (`vllm/platforms/cpu.py`): without torch's OpenMP loaded
+    first, threads that are bound would share one core.
+    """
+    found = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+    loaded = given.get("LD_PRELOAD", "")
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None or re.search("lib(g|i)?omp", loaded):
+        return found
+    package = Path(spec.origin).parent
+    folders = (package.parent / "torch.libs", package / "lib")
+    if openmp := [str(file) for folder in folders for file in folder.glob("libgomp*.so*")]:
+        found["LD_PRELOAD"] = ":".join(filter(None, (loaded, openmp[0])))
+    return found
+
+
+def openmp_cores(given: Mapping[str, str]) -> tuple[int, ...]:
+    """Logical CPUs that vLLM names for the OpenMP threads of the worker that it starts; empty where it names none."""
+    return tuple(int(cpu) for cpu in given.get("GOMP_CPU_AFFINITY", "").split())
+
+
+@contextlib.contextmanager
+def variables(added: Mapping[str, str]) -> Iterator[None]:
+    """Have these in the environment meanwhile; afterwards it is as it was, whatever else was set in between."""
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def environment(

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from titan_bridge import cpu
 from titan_bridge.ports import free_port
 
 START_SECONDS = 240
@@ -53,6 +54,13 @@ def _serve(
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
+
+
+@pytest.fixture(autouse=True)
+def environment_is_restored() -> Iterator[None]:
+    """vLLM sets variables in the process that starts an engine; the next test starts without them."""
+    with cpu.variables({}):
+        yield
 
 
 @pytest.fixture(scope="session")

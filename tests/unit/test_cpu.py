@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -152,3 +153,30 @@ def test_kv_cache_is_at_most_a_quarter_of_the_free_memory_once_that_is_a_gib_a_w
     size = cpu.kv_cache_gib(workers, available)
     assert 1 <= size <= 4
     assert size == 1 or size * workers * 2**30 <= available // 4
+
+
+def test_variables_are_there_meanwhile_and_whatever_else_was_set_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.setenv("CHANGED", "1")
+    before = dict(os.environ)
+    with cpu.variables({"ADDED": "1", "CHANGED": "2"}):
+        assert (os.environ["ADDED"], os.environ["CHANGED"], os.environ["KEPT"]) == ("1", "2", "1")
+        os.environ["SET_BY_OTHERS"] = "1"
+        del os.environ["KEPT"]
+    assert dict(os.environ) == before
+
+
+def test_openmp_is_loaded_first_once_and_beside_what_the_user_loads() -> None:
+    found = cpu.set_by_vllm({"LD_PRELOAD": "/lib/mine.so"})["LD_PRELOAD"]
+    mine, openmp = found.split(":")
+    assert mine == "/lib/mine.so"
+    assert Path(openmp).exists()
+    for loaded in (found, "/lib/libiomp5.so", "/lib/libomp.so"):
+        assert "LD_PRELOAD" not in cpu.set_by_vllm({"LD_PRELOAD": loaded})
+
+
+def test_the_cores_of_a_workers_threads() -> None:
+    assert cpu.openmp_cores({"GOMP_CPU_AFFINITY": "3 7"}) == (3, 7)
+    assert cpu.openmp_cores({}) == ()

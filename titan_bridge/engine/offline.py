@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from titan_bridge import cpu
 from titan_bridge.config.schema import InferConfig
+from titan_bridge.engine import forking
 from titan_bridge.engine.worker import WORKER_EXTENSION
 from titan_bridge.errors import BridgeError
 
@@ -51,27 +52,29 @@ class Completion:
 def engine(config: InferConfig) -> Iterator[tuple[LLM, list[dict[str, Any]], float]]:
     """vLLM's `LLM` for one dp rank in this process, with the workers' reports and the seconds that loading took.
 
-    Sets what the CPU backend needs in `os.environ`, checks the loaded class, and shuts the engine down at the end.
+    Sets what the CPU backend needs in `os.environ`, checks the loaded class, and at the end shuts the engine down and
+    leaves the environment as it was.
     """
     options = config.engine_options()
     if "worker_extension_cls" in options:
         raise BridgeError("vllm.worker_extension_cls is taken by titan-bridge here; leave it out")
-    os.environ.update(cpu.environment(config.parallel.tp, given=os.environ, options=config.vllm))
-    import vllm  # noqa: PLC0415  after the environment is set; a process that only launches dp ranks does without
+    with cpu.variables(cpu.environment(config.parallel.tp, given=os.environ, options=config.vllm)):
+        forking.start()  # before vLLM is imported, which takes as long
+        import vllm  # noqa: PLC0415  a process that only launches dp ranks does without
 
-    known = {field.name for field in dataclasses.fields(vllm.EngineArgs)}
-    if unknown := sorted(set(options) - known):
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise BridgeError(f"vLLM has no engine option {unknown[0]}; {hint}see `vllm serve --help=all`")
-    started = time.perf_counter()
-    llm = vllm.LLM(**options, worker_extension_cls=WORKER_EXTENSION)
-    try:
-        workers = llm.collective_rpc("bridge_report")
-        check_class(config.model_impl, workers)
-        yield llm, workers, time.perf_counter() - started
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+        known = {field.name for field in dataclasses.fields(vllm.EngineArgs)}
+        if unknown := sorted(set(options) - known):
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise BridgeError(f"vLLM has no engine option {unknown[0]}; {hint}see `vllm serve --help=all`")
+        started = time.perf_counter()
+        llm = vllm.LLM(**options, worker_extension_cls=WORKER_EXTENSION)
+        try:
+            workers = llm.collective_rpc("bridge_report")
+            check_class(config.model_impl, workers)
+            yield llm, workers, time.perf_counter() - started
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
 
 def check_class(model_impl: str, workers: Sequence[Mapping[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from titan_bridge import cpu
 from titan_bridge.checks import model_directory, rope_covers
+from titan_bridge.engine import forking
 from titan_bridge.engine.options import titan_options
 from titan_bridge.engine.plugin import (
     ARCHITECTURE,
@@ -53,6 +54,7 @@ def install() -> None:
     read_all_replies()
     reload_any_checkpoint()
     register_weight_transfer()
+    fork_processes()
 
 
 def route_model_impl(registry: Any) -> None:
@@ -273,8 +275,7 @@ def wait_without_spinning() -> None:
     (`vllm/distributed/device_communicators/cpu_communicator.py`, `shm_broadcast.py` beside it,
     `vllm/v1/executor/multiproc_executor.py`). Delete when: both yield, or vLLM has a switch for it.
     """
-    if cpu.shares_cores(os.environ):
-        _after_import("vllm.distributed.device_communicators.cpu_communicator", _use_gloo)
+    _after_import("vllm.distributed.device_communicators.cpu_communicator", _use_gloo)
 
 
 def _use_gloo(module: Any) -> None:
@@ -283,7 +284,7 @@ def _use_gloo(module: Any) -> None:
         def same_name(self: Any) -> bool:
             config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
             ours = getattr(getattr(config, "model_config", None), "model_impl", None) == "torchtitan"
-            return original(self) and not ours
+            return original(self) and not (ours and cpu.shares_cores(os.environ))
 
         return same_name
 
@@ -334,6 +335,8 @@ def read_all_replies() -> None:
 
 
 def _in_step(module: Any) -> None:
+    _fork(module)
+
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def init_executor(self: Any) -> None:
@@ -366,6 +369,29 @@ def _sleep_in(queues: Iterable[Any], vllm_config: Any) -> None:
         waiting = importlib.import_module("titan_bridge.engine.waiting")
         for queue in queues:
             waiting.sleep_while_waiting(queue)
+
+
+def fork_processes() -> None:
+    """Start engine and workers from the server of `engine/forking.py`, where the launcher has started one.
+
+    What: wraps `get_mp_context` where vLLM's modules have it, and answers for itself then; else vLLM's own answer. Why:
+    on a CPU vLLM starts every process as a new interpreter, and importing takes longer than all that follows. Version:
+    vllm 0.32 (`get_mp_context` in `vllm/utils/system_utils.py`). Delete when: vLLM's CPU platform leaves
+    VLLM_WORKER_MULTIPROC_METHOD alone and the variable allows "forkserver", with what to import there.
+    """
+    for name in ("vllm.v1.engine.utils", "vllm.v1.engine.coordinator"):  # and the executor, in `_in_step`
+        _after_import(name, _fork)
+
+
+def _fork(module: Any) -> None:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def get_mp_context() -> Any:
+            return forking.process_context() or original()
+
+        return get_mp_context
+
+    _wrap(module, "get_mp_context", [], wrap)
 
 
 def reload_any_checkpoint() -> None:

@@ -36,24 +36,30 @@ _METHODS = {
 
 
 _users = 0
+_started = False
 
 
 @contextmanager
 def _context() -> Iterator[Any]:
     """Processes forked from one that has torch imported and no threads: a new one starts at once.
 
-    Ends that process with its last user, since it would outlive them until the interpreter ends.
+    Ends that process with its last user, since it would outlive them until the interpreter ends. One that was there
+    before (an engine's, in this process) is used as it is, and left to whoever started it.
     """
-    global _users
+    global _users, _started
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["titan_bridge.transfer.samples"])
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if not _users and server._forkserver_pid is None:
+        context.set_forkserver_preload(["titan_bridge.transfer.samples"])
+        _started = True
     _users += 1
     try:
         yield context
     finally:
         _users -= 1
-        if not _users:
-            forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        if not _users and _started:
+            _started = False
+            server._stop()
 
 
 def retarget(receiver: Receiver, make: Callable[..., Target], rows: Sequence[tuple]) -> None:

@@ -1,0 +1,130 @@
+"""Fork vLLM's processes from one that has imported everything, on a CPU.
+
+On its CPU backend vLLM starts the engine and then each worker as a new interpreter, and every one spends some eight
+seconds of a core importing the same modules: most of what a small model takes to start. Here one process without
+threads (multiprocessing's fork server) imports them while the launcher imports its own, and the others are forked from
+it. They get what a new interpreter takes from its parent: environment, standard output and error.
+
+OpenMP reads its environment once, when it is loaded. A worker that computes on one core needs no more than to be bound
+to it; one whose threads are spread over several is started as vLLM starts it, and so are all if the environment was
+changed in a way that only a new process would notice. `VLLM_WORKER_MULTIPROC_METHOD=spawn` turns all of this off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Mapping
+from multiprocessing import context, forkserver, util
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+from titan_bridge import cpu
+
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+_PRELOAD = "titan_bridge.engine.preloaded"
+_NOTICED_ONCE = (
+    "LD_PRELOAD",
+    "GLIBC_",
+    "MALLOC_",
+    "KMP_",
+    "MKL_",
+    "PYTHON",
+    "TORCH_",
+    "TORCHDYNAMO_",
+    "VLLM_LOGGING_",
+)
+"""How the names of variables begin that a process reads when it starts, or when it imports."""
+
+_server: Any = forkserver._forkserver  # type: ignore[attr-defined]  # the one server that a process can have
+_ours: tuple[int, dict[str, str]] | None = None
+"""Our server's process id, and the variables that it has noticed; known in what is forked from it, too."""
+
+
+def start() -> None:
+    """Start the server, which goes on importing while this process does; nothing if it runs, or is not wanted.
+
+    To be called with the environment set, before vLLM is imported, by a process that will start an engine.
+    """
+    global _ours
+    if not cpu.is_cpu_backend():
+        return
+    if os.environ.get(METHOD) == "spawn":
+        stop()
+        return
+    ahead = cpu.set_by_vllm(os.environ)
+    noticed = _noticed({**os.environ, **ahead})
+    running = _server._forkserver_pid
+    if _ours == (running, noticed):
+        return
+    if running is not None:
+        if _ours is None or _ours[0] != running:
+            return  # somebody else's
+        stop()
+    with cpu.variables({**ahead, "OMP_NUM_THREADS": "1"}):  # a fork keeps no thread but its own
+        _server.set_forkserver_preload([_PRELOAD])
+        _server.ensure_running()
+    _ours = (_server._forkserver_pid, noticed)
+    util.Finalize(None, stop, exitpriority=-1)  # when this process ends, after it has ended its children
+
+
+def stop() -> None:
+    """End our server at once, imports or not; what was forked from it lives on."""
+    global _ours
+    if _ours is not None and _ours[0] == _server._forkserver_pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(_ours[0], signal.SIGKILL)
+        _server._stop()
+    _ours = None
+
+
+def process_context() -> context.BaseContext | None:
+    """What starts a process of vLLM's here, in place of vLLM's own choice; None to leave it that."""
+    ours = _ours is not None and _ours == (_server._forkserver_pid, _noticed(os.environ))
+    return _Context() if ours else None
+
+
+def server_pid() -> int | None:
+    """Process id of our server, if it was started."""
+    return None if _ours is None else _ours[0]
+
+
+class _Forked(context.ForkServerProcess):
+    """A process that is born with its parent's environment and output, as one that is spawned."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        handed_over = (dict(os.environ), DupFd(1), DupFd(2), _ours)
+        return _born, handed_over, self.__dict__
+
+
+class _Context(context.ForkServerContext):
+    def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        spread = len(cpu.openmp_cores(os.environ)) > 1
+        return (context.SpawnProcess if spread else _Forked)(*args, **kwargs)
+
+
+def _born(environ: Mapping[str, str], out: Any, err: Any, ours: tuple[int, dict[str, str]]) -> _Forked:
+    """First thing in a forked process; its target and arguments arrive after this."""
+    global _ours
+    os.environ.clear()
+    os.environ.update(environ)
+    for target, duplicate in ((1, out), (2, err)):
+        given = duplicate.detach()
+        os.dup2(given, target)
+        os.close(given)
+    # Its own children come from the same server. CPython (3.11 to 3.13) would start another one here.
+    _ours = ours
+    _server._forkserver_pid = ours[0]
+    _server.ensure_running = lambda: None
+    if cores := cpu.openmp_cores(environ):
+        import torch  # noqa: PLC0415  # it is there already
+
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
+    return _Forked.__new__(_Forked)
+
+
+def _noticed(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name.startswith(_NOTICED_ONCE)}
