@@ -1,4 +1,4 @@
-"""`titan-bridge serve`: check what can be checked, then become vLLM's server."""
+"""`titan-bridge serve`: check what can be checked, then be vLLM's server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import tyro
 
 from titan_bridge.commands.infer import InferCommand, format_vllm_options
+from titan_bridge.errors import BridgeError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,9 @@ class Serve(InferCommand):
 
         from titan_bridge import cpu
         from titan_bridge.checks import check, port_free
+        from titan_bridge.engine import forking
 
         port_free(self.host, self.port)
-        check(config)
         passed = {
             option.removeprefix("--").partition("=")[0].replace("-", "_") for option in self.vllm_options
         }
@@ -48,17 +49,24 @@ class Serve(InferCommand):
         options["data_parallel_size"] = parallel.dp
         if parallel.ep == 1:
             del options["enable_expert_parallel"]  # vLLM's default
-        command = [sys.executable, "-m", "titan_bridge.engine.server", "serve", options.pop("model")]
-        command += [
-            *format_vllm_options(options),
-            "--host",
-            self.host,
-            "--port",
-            str(self.port),
-            *self.vllm_options,
-        ]
+        arguments = ["serve", options.pop("model"), *format_vllm_options(options)]
+        arguments += ["--host", self.host, "--port", str(self.port), *self.vllm_options]
         if self.dry_run:
+            check(config)
+            command = [sys.executable, "-m", "titan_bridge.engine.server", *arguments]
             print(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in added.items()), shlex.join(command)]))
             return 0
-        sys.stdout.flush()
-        os.execve(sys.executable, command, {**os.environ, **added})  # so that signals reach vLLM itself
+        os.environ.update(added)
+        forking.start()  # it imports while this process does
+        check(config)
+
+        from titan_bridge.engine.offline import users_mistake
+        from titan_bridge.engine.server import main
+
+        try:
+            main(arguments)
+        except Exception as error:
+            if mistake := users_mistake(error):
+                raise BridgeError(mistake) from error
+            raise
+        return 0
