@@ -15,6 +15,7 @@ import pytest
 from titan_bridge import cli
 from titan_bridge.commands import doctor
 from titan_bridge.commands.quiet import last_error, quiet, user_error
+from titan_bridge.engine import forking
 from titan_bridge.errors import BridgeError
 from titan_bridge.testing import make_checkpoint
 
@@ -117,11 +118,14 @@ def test_bad_models_are_refused_in_one_line_before_an_engine_starts(case, comman
     (other / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
     arguments, expected = BAD_MODELS[case]
     names = {"folder": str(empty), "model": model, "other": str(other)}
+    environment = dict(os.environ)
     assert cli.main([command, *(argument.format(**names) for argument in arguments)]) == 2
     captured = capsys.readouterr()
     assert expected.format(**names) in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+    assert dict(os.environ) == environment
+    assert forking.server_pid() is None
 
 
 def test_a_busy_port_is_refused(model, busy_port):

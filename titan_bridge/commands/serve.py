@@ -56,17 +56,19 @@ class Serve(InferCommand):
             command = [sys.executable, "-m", "titan_bridge.engine.server", *arguments]
             print(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in added.items()), shlex.join(command)]))
             return 0
-        os.environ.update(added)
-        forking.start()  # it imports while this process does
-        check(config)
-
         from titan_bridge.engine.offline import users_mistake
-        from titan_bridge.engine.server import main
 
-        try:
-            main(arguments)
-        except Exception as error:
-            if mistake := users_mistake(error):
-                raise BridgeError(mistake) from error
-            raise
+        with cpu.variables(added):
+            forking.start()  # it imports while this process does
+            try:
+                check(config)
+                from titan_bridge.engine.server import main
+
+                main(arguments)
+            except Exception as error:
+                if mistake := users_mistake(error):
+                    raise BridgeError(mistake) from error
+                raise
+            finally:
+                forking.stop()
         return 0
