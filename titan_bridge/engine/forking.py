@@ -114,10 +114,10 @@ def _born(environ: Mapping[str, str], out: Any, err: Any, ours: tuple[int, dict[
         given = duplicate.detach()
         os.dup2(given, target)
         os.close(given)
-    # Its own children come from the same server. CPython (3.11 to 3.13) would start another one here.
     _ours = ours
-    _server._forkserver_pid = ours[0]
-    _server.ensure_running = lambda: None
+    from titan_bridge.engine import patches  # noqa: PLC0415  # it imports this module
+
+    patches.share_fork_server(_server, ours[0])
     if cores := cpu.openmp_cores(environ):
         import torch  # noqa: PLC0415  # it is there already
 

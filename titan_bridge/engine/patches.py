@@ -394,6 +394,17 @@ def _fork(module: Any) -> None:
     _wrap(module, "get_mp_context", [], wrap)
 
 
+def share_fork_server(server: Any, pid: int) -> None:
+    """Let what was forked from a server start its own processes from it, too. Called in the forked process.
+
+    What: replaces the method `ensure_running` of multiprocessing's `ForkServer` object, and tells it the server's
+    process id. Why: its documentation says that a child uses its parent's server; it starts a new one, which has
+    imported nothing. Version: CPython 3.11 to 3.13 (`multiprocessing/forkserver.py`). Delete when: it does.
+    """
+    server._forkserver_pid = pid
+    server.ensure_running = lambda: None
+
+
 def reload_any_checkpoint() -> None:
     """Let `collective_rpc("reload_weights")` read what `load_format="titan"` reads, into TorchTitan's classes.
 

@@ -10,10 +10,8 @@ import contextlib
 import gc
 import importlib
 
-with contextlib.suppress(Exception):
-    importlib.import_module(
-        "titan_bridge.engine.plugin"
-    ).register()  # some patches wait for the imports that follow
+with contextlib.suppress(Exception):  # first, since some patches wait for the imports that follow
+    importlib.import_module("titan_bridge.engine.plugin").register()
 
 for _name in (
     "vllm.v1.engine.core",
@@ -25,9 +23,9 @@ for _name in (
     with contextlib.suppress(Exception):
         importlib.import_module(_name)
 
-with contextlib.suppress(ImportError):  # vLLM names its processes where it is installed
-    importlib.import_module(
-        "setproctitle"
-    ).getproctitle()  # looks for its place while the environment is untouched
+with contextlib.suppress(
+    ImportError
+):  # with which vLLM names processes; it finds its place in a fresh one only
+    importlib.import_module("setproctitle").getproctitle()
 
 gc.freeze()  # so that collections in the forked processes do not copy these pages

@@ -10,17 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from titan_bridge.engine import forking
+from vllm.entrypoints.cli.serve import cmd_init
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse `serve ...` as vLLM does and serve until interrupted."""
-    forking.start()  # before the imports, which take as long as its own
-    from vllm.entrypoints.cli.serve import cmd_init  # noqa: PLC0415
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # noqa: PLC0415
-    from vllm.logger import configure_logging_from_args  # noqa: PLC0415
-    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
-
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="vllm")
     commands = parser.add_subparsers(required=True, dest="subparser")
