@@ -11,13 +11,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from titan_bridge.checkpoint.hf import is_hf
-from titan_bridge.checkpoint.model_dir import weights_directory
-from titan_bridge.reference import load_reference
+if TYPE_CHECKING:  # heavy, and imported below while the engine's processes start
+    import torch
 
 PROMPT_LENGTHS = (3, 17, 40, 65, 97, 128, 161, 190)
 """Tokens of the prompts; those longer than `SHARED` begin alike."""
@@ -35,7 +32,7 @@ room for all of them and no more: a cache of gigabytes takes ten seconds to clea
 LONGEST = max(PROMPT_LENGTHS) + NEW_TOKENS
 """Tokens of the longest sequence."""
 
-Logprobs = Callable[[Sequence[int]], torch.Tensor]
+Logprobs = Callable[[Sequence[int]], "torch.Tensor"]
 """Token ids of a sequence of L tokens -> float32 log-probabilities `(L, V)`; row i is about token i + 1."""
 
 
@@ -54,6 +51,8 @@ class Difference:
 
 def prompts(vocab_size: int, *, max_model_len: int | None = None) -> list[list[int]]:
     """The fixed prompts for a vocabulary, cut so that `NEW_TOKENS` more fit into `max_model_len`."""
+    import torch  # noqa: PLC0415
+
     generator = torch.Generator().manual_seed(20)
     shared = torch.randint(vocab_size, (SHARED,), generator=generator).tolist()
     room = (max_model_len or 10**9) - NEW_TOKENS
@@ -79,12 +78,18 @@ def references(model: str | os.PathLike[str], step: int | None = None) -> Iterat
 
     transformers reads Hugging Face checkpoints only; other formats have TorchTitan's own forward as referee.
     """
+    from titan_bridge.checkpoint.hf import is_hf  # noqa: PLC0415
+    from titan_bridge.checkpoint.model_dir import weights_directory  # noqa: PLC0415
+    from titan_bridge.reference import load_reference  # noqa: PLC0415
+
     if weights_directory(str(model), step) == Path(model) and is_hf(Path(model)):
         yield "transformers", _transformers(model)
     yield "TorchTitan", load_reference(model, step=step).logprobs
 
 
 def _transformers(model: str | os.PathLike[str]) -> Logprobs:
+    import torch  # noqa: PLC0415
+
     # A heavy import that the other reference does without.
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 

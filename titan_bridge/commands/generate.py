@@ -44,14 +44,16 @@ class Generate(InferCommand):
             }
         ).config
 
-        from titan_bridge.checks import check  # heavy imports only after the command line is known to be good
+        from titan_bridge.checks import check
         from titan_bridge.commands.quiet import quiet
 
-        check(config)
-        with quiet(f"loading {config.model} and generating", verbose=self.verbose):
-            from titan_bridge.engine.ranks import generate  # vLLM's import prints, too
+        with quiet(f"loading {config.model} and generating", verbose=self.verbose, hold=True) as show:
+            from titan_bridge.engine import ranks
 
-            outcome = generate(config)
+            with ranks.start(config) as started:
+                check(config)  # while they import vLLM
+                show()
+                outcome = started.generate()
         if self.json:
             print(json.dumps(dataclasses.asdict(outcome) | {"model_class": outcome.model_class}))
         else:

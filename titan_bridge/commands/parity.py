@@ -31,7 +31,7 @@ class Parity(InferCommand):
     vllm_options: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
-        from titan_bridge import parity  # torch, transformers and vLLM below, not needed for --help
+        from titan_bridge import parity
 
         options = {**parity.ENGINE_OPTIONS, "enforce_eager": True, **parse_vllm_options(self.vllm_options)}
         config = self.resolve({f"vllm.{key}": value for key, value in options.items()}).config
@@ -41,17 +41,20 @@ class Parity(InferCommand):
         if tolerance is None and config.dtype == "float32":
             tolerance = FLOAT32_TOLERANCE
 
-        from titan_bridge.checks import check
+        from titan_bridge.checks import check, model_directory
         from titan_bridge.commands.quiet import quiet
 
-        hf = check(config)
+        hf = model_directory(config.model)
         limit = min(config.max_model_len or 10**9, hf.get("max_position_embeddings") or 10**9, parity.LONGEST)
-        config = dataclasses.replace(config, max_model_len=limit)
-        prompts, sampling = parity.rounds(parity.prompts(hf["vocab_size"], max_model_len=limit))
-        with quiet(f"running {config.model} in vLLM", verbose=self.verbose):
-            from titan_bridge.engine.ranks import generate
+        asked, config = config, dataclasses.replace(config, max_model_len=limit)
+        with quiet(f"running {config.model} in vLLM", verbose=self.verbose, hold=True) as show:
+            from titan_bridge.engine import ranks
 
-            outcome = generate(config, prompts, sampling)
+            with ranks.start(config) as started:
+                check(asked)  # while they import vLLM
+                show()
+                prompts = parity.prompts(hf["vocab_size"], max_model_len=limit)
+                outcome = started.generate(*parity.rounds(prompts))
         completions = [dataclasses.asdict(completion) for completion in outcome.completions]
         with quiet("running the references", verbose=self.verbose):
             step = (config.additional_config().get("titan") or {}).get("step")

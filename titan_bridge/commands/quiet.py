@@ -9,14 +9,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from titan_bridge.errors import BridgeError
 
 
 @contextlib.contextmanager
-def quiet(what: str, *, verbose: bool = False) -> Iterator[None]:
+def quiet(what: str, *, verbose: bool = False, hold: bool = False) -> Iterator[Callable[[], None]]:
     """Send everything that this process and its children print to a file, show the time that passes, and if the body
     fails, raise one line: a user's mistake as BridgeError, anything else as RuntimeError that names the file.
 
@@ -25,6 +25,7 @@ def quiet(what: str, *, verbose: bool = False) -> Iterator[None]:
 
     Args:
         what: what is being done, for the progress line on stderr.
+        hold: show that line only once the function that this gives is called, so that an error before is alone.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -36,11 +37,16 @@ def quiet(what: str, *, verbose: bool = False) -> Iterator[None]:
         os.dup2(log, 2)
     done = threading.Event()
     progress = threading.Thread(target=_progress, args=(what, err, done), daemon=True)
-    if not verbose:
-        progress.start()
+
+    def show() -> None:
+        if not verbose and progress.ident is None:
+            progress.start()
+
+    if not hold:
+        show()
     failure: BaseException | None = None
     try:
-        yield
+        yield show
     except BaseException as error:
         failure = error
         raise
@@ -48,7 +54,7 @@ def quiet(what: str, *, verbose: bool = False) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         done.set()
-        if not verbose:
+        if progress.ident is not None:
             progress.join()
         os.dup2(out, 1)
         os.dup2(err, 2)

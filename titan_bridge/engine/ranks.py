@@ -4,16 +4,18 @@ Data parallel ranks of a mixture of experts, or of a model whose weights are sha
 none may leave while another still generates: a rank that is done waits until all are, and only then shuts its engine
 down. Other ranks share nothing, and vLLM has no offline dp for them: they run as engines of their own.
 
-Parent and rank share a folder; the rank's standard input says "all ranks are done" with a line, and "the parent is
-gone" with its end.
+Ranks import vLLM while the parent still checks the config. Parent and rank share a folder; the rank's standard input
+gives it its job with the first line, says "all ranks are done" with the second, and "the parent is gone" with its end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from titan_bridge import cpu
 from titan_bridge.checks import experts_in, model_directory
 from titan_bridge.config.reader import from_dict
 from titan_bridge.config.schema import InferConfig
+from titan_bridge.engine import forking
 from titan_bridge.engine.offline import Completion, Prompt, Sampling, complete, engine, users_mistake
 from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
@@ -71,13 +74,69 @@ def generate(
         BridgeError: bad model directory, sizes, options, or a class that is not ours.
         RuntimeError: a rank died; the message is the last error that it printed.
     """
-    hf_config = model_directory(config.model)
-    prompts = config.generate.prompts if prompts is None else prompts
-    sampling = sampling_of(config) if sampling is None else sampling
-    lockstep = experts_in(hf_config) or (
+    with start(config) as ranks:
+        return ranks.generate(prompts, sampling)
+
+
+@contextlib.contextmanager
+def start(config: InferConfig) -> Iterator[Ranks]:
+    """Start the dp ranks of `config`, which import vLLM while the caller does something else; they end with the body.
+
+    Raises:
+        BridgeError: no config.json.
+    """
+    lockstep = experts_in(model_directory(config.model)) or (
         config.model_impl == "torchtitan" and config.parallel.dense == "shard"
     )
-    return _launch(config, prompts, sampling, lockstep=lockstep)
+    dp, tp = config.parallel.dp, config.parallel.tp
+    common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
+    port = free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(dp):
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "titan_bridge.engine.ranks"],
+                    stdin=subprocess.PIPE,
+                    env={**common, **rank_environment(common, rank, dp, tp, port, lockstep)},
+                    start_new_session=True,  # so that its engine and workers can be ended with it
+                )
+            )
+        yield Ranks(config, processes, lockstep=lockstep)
+    finally:
+        for process in processes:
+            end_group(process)
+
+
+class Ranks:
+    """One process for each dp rank, for one run."""
+
+    def __init__(
+        self, config: InferConfig, processes: Sequence[subprocess.Popen[bytes]], *, lockstep: bool
+    ) -> None:
+        self._config = config
+        self._processes = processes
+        self._lockstep = lockstep
+
+    def generate(self, prompts: Sequence[Prompt] | None = None, sampling: Sampling | None = None) -> Outcome:
+        """Load the model and continue the prompts; see the function of this name."""
+        prompts = self._config.generate.prompts if prompts is None else prompts
+        sampling = sampling_of(self._config) if sampling is None else sampling
+        dp = len(self._processes)
+        with tempfile.TemporaryDirectory(prefix="titan-bridge-") as folder:
+            for rank, process in enumerate(self._processes):
+                job = {
+                    "config": dataclasses.asdict(self._config),
+                    "prompts": [p if isinstance(p, str) else list(p) for p in prompts[rank::dp]],
+                    "sampling": dict(sampling) if isinstance(sampling, Mapping) else list(sampling[rank::dp]),
+                    "lockstep": self._lockstep,
+                    "answer": f"{folder}/{rank}.json",
+                }
+                Path(folder, f"job{rank}.json").write_text(json.dumps(job))
+                _tell(process, f"{folder}/job{rank}.json")
+            answers = _wait(self._processes, [Path(folder, f"{rank}.json") for rank in range(dp)])
+            killed = _release(self._processes)
+        return _merge(answers, len(prompts), killed)
 
 
 def sampling_of(config: InferConfig) -> dict[str, Any]:
@@ -91,38 +150,6 @@ def sampling_of(config: InferConfig) -> dict[str, Any]:
         "seed": ours.seed,
         "ignore_eos": ours.ignore_eos,
     }
-
-
-def _launch(config: InferConfig, prompts: Sequence[Prompt], sampling: Sampling, *, lockstep: bool) -> Outcome:
-    dp, tp = config.parallel.dp, config.parallel.tp
-    common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="titan-bridge-") as folder:
-        ranks: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(dp):
-                job = {
-                    "config": dataclasses.asdict(config),
-                    "prompts": [p if isinstance(p, str) else list(p) for p in prompts[rank::dp]],
-                    "sampling": dict(sampling) if isinstance(sampling, Mapping) else list(sampling[rank::dp]),
-                    "lockstep": lockstep,
-                    "answer": f"{folder}/{rank}.json",
-                }
-                Path(folder, f"job{rank}.json").write_text(json.dumps(job))
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "titan_bridge.engine.ranks", f"{folder}/job{rank}.json"],
-                        stdin=subprocess.PIPE,
-                        env={**common, **rank_environment(common, rank, dp, tp, port, lockstep)},
-                        start_new_session=True,  # so that its engine and workers can be ended with it
-                    )
-                )
-            answers = _wait(ranks, [Path(folder, f"{rank}.json") for rank in range(dp)])
-            killed = _release(ranks)
-        finally:
-            for process in ranks:
-                end_group(process)
-    return _merge(answers, len(prompts), killed)
 
 
 def rank_environment(
@@ -168,10 +195,7 @@ def _read(rank: int, file: Path) -> dict[str, Any]:
 def _release(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, ...]:
     """Let the ranks shut down; returns those that had to be killed."""
     for process in ranks:
-        with contextlib.suppress(BrokenPipeError):
-            assert process.stdin is not None
-            process.stdin.write(b"all done\n")
-            process.stdin.flush()
+        _tell(process, "all done")
     deadline = time.monotonic() + EXIT_SECONDS
     killed = []
     for rank, process in enumerate(ranks):
@@ -180,6 +204,13 @@ def _release(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, ...]:
         except subprocess.TimeoutExpired:
             killed.append(rank)
     return tuple(killed)
+
+
+def _tell(rank: subprocess.Popen[bytes], line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has ended, which is found out elsewhere
+        assert rank.stdin is not None
+        rank.stdin.write(f"{line}\n".encode())
+        rank.stdin.flush()
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -208,19 +239,21 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _run_rank(job_file: str) -> int:
+def _run_rank() -> int:
     """Body of one dp rank's process."""
-    job = json.loads(Path(job_file).read_text())
-    config = from_dict(InferConfig, job["config"])
-    released = threading.Event()
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:
-        if sys.stdin.readline():
-            released.set()
-        else:  # the parent is gone: end this rank, its engine and its workers
-            os.killpg(0, signal.SIGKILL)
+        for line in sys.stdin:
+            told.put(line.rstrip("\n"))
+        os.killpg(0, signal.SIGKILL)  # the parent is gone: end this rank, its engine and its workers
 
     threading.Thread(target=listen, daemon=True).start()
+    forking.start()
+    with contextlib.suppress(Exception):  # raised again where it can be answered
+        _ = importlib.import_module("vllm").LLM
+    job = json.loads(Path(told.get()).read_text())
+    config = from_dict(InferConfig, job["config"])
     # A rank with nothing to do must still take part in lockstep; its answer is dropped.
     prompts, sampling = (job["prompts"], job["sampling"]) if job["prompts"] else (["."], {"max_tokens": 1})
     try:
@@ -233,7 +266,7 @@ def _run_rank(job_file: str) -> int:
                 "generate_seconds": seconds,
             }
             _write(job["answer"], answer)
-            released.wait()
+            told.get()
     except Exception as error:
         traceback.print_exc()
         _write(job["answer"], {"error": users_mistake(error), "failure": f"{type(error).__name__}: {error}"})
@@ -247,4 +280,4 @@ def _write(path: str, answer: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_run_rank(sys.argv[1]))
+    sys.exit(_run_rank())
