@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models.common.decoder import Decoder
+from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import SpmdLayout
 
 from titan_bridge.errors import BridgeError
@@ -130,14 +131,19 @@ def _mesh(name: str, sizes: Sizes) -> MeshLayout:
 def specs_of_module(
     model: nn.Module, plan: Plan, sizes: Sizes, dense: Dense = "replicate"
 ) -> dict[str, ParamSpec]:
-    """The same for a model that is built but not yet parallelised, so that its shapes are the global ones."""
+    """The same for a model that is built but not yet parallelised, so that its shapes are the global ones.
+
+    Buffers of modules that are not TorchTitan's, such as an engine's attention, are none of the model's.
+    """
     result: dict[str, ParamSpec] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         persistent = {
             name: tensor
             for name, tensor in module._buffers.items()
-            if tensor is not None and name not in module._non_persistent_buffers_set
+            if tensor is not None
+            and name not in module._non_persistent_buffers_set
+            and isinstance(module, Module)
         }
         tensors = {
             name: tensor for name, tensor in module._parameters.items() if tensor is not None

@@ -30,14 +30,16 @@ from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.engine.pages import zeros_like
 from titan_bridge.engine.rope import StepRopes
-from titan_bridge.layout import layout as layout_of
+from titan_bridge.layout import as_layout, specs_of_module
 from titan_bridge.mesh import (
     Sizes,
+    check_divides,
     get_device_meshes,
     padded_vocab,
     to_parallel_dims,
 )
 from titan_bridge.models import Family, family_for
+from titan_bridge.models.build import build_on_meta
 from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.parallelize import plan_for
 from titan_bridge.sharding.layout import Layout, ParamLayout
@@ -142,7 +144,7 @@ def build(vllm_config: VllmConfig) -> Built:
     tp = vllm_config.parallel_config.tensor_parallel_size
     plan = plan_from(vllm_config, dp=dist.get_world_size() // tp)
     config = model_config(plan)
-    layout = layout_of(config, plan.sizes, plan.options.dense, dtype=vllm_config.model_config.dtype)
+    check_divides(config, plan.sizes)
     for index, layer in enumerate(config.layers):
         attention = layer.attention
         heads, kv_heads = attention.n_heads, attention.n_kv_heads or attention.n_heads
@@ -153,9 +155,10 @@ def build(vllm_config: VllmConfig) -> Built:
             head_dim=attention.head_dim or config.dim // heads,
             sliding_window=plan.family.sliding_window(plan.hf, index),
         )
-    plan_for(plan.family).set_sharding(config, enable_ep=plan.sizes.ep > 1)
-    with torch.device("meta"):
-        model = config.build()
+    family_plan = plan_for(plan.family)
+    family_plan.set_sharding(config, enable_ep=plan.sizes.ep > 1)
+    model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
+    layout = as_layout(specs_of_module(model, family_plan, plan.sizes, plan.options.dense), plan.sizes)
     # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
     # token dispatcher asks at run time which backend is on, so it is set for the whole process.
     set_spmd_backend("partial_dtensor")
@@ -171,7 +174,7 @@ def build(vllm_config: VllmConfig) -> Built:
     ropes.fill(device)
     if plan.sharded:
         meshes = get_device_meshes(plan.sizes, device_type=device.type)
-        shard_dense(model, meshes, plan.sizes, plan_for(plan.family))
+        shard_dense(model, meshes, plan.sizes, family_plan)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
     return Built(plan=plan, model=model, ropes=ropes, layout=layout)
