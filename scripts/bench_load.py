@@ -8,14 +8,17 @@
 Each start is an engine of its own; the two take turns. The seconds are measured inside every worker, around the same
 two calls of vLLM on both sides, and the slowest worker counts. "load": the loader's `load_weights` without packing for
 the CPU; "ready": `load_weights` and vLLM's `process_weights_after_loading`, which pack on either side; "total": that
-and the model's construction. Ratios are ours / theirs: below 1, ours is faster.
+and the model's construction; "memory": the worker's own once the engine is up (RssAnon), with a KV cache of 64 MiB.
+Ratios are ours / theirs: below 1, ours is faster or smaller.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -23,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,9 @@ SIZES = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": False,
 }  # fmt: skip
 """0.52 B parameters, 1.04 GB in bfloat16."""
-FIGURES = ("load", "ready", "total")
+FIGURES = ("load", "ready", "total", "memory")
+"""Seconds, and of the last one GB."""
+_MAP_LOCKED = 0x2000  # of Linux; the module mmap does not name it
 SECONDS: defaultdict[str, float] = defaultdict(float)
 """Of this worker, by call."""
 
@@ -46,9 +51,12 @@ class LoadTimes:
     """Mixed into vLLM's worker through `worker_extension_cls`; importing this module in a worker starts the clocks."""
 
     def load_times(self) -> dict[str, Any]:
-        """Seconds of this worker, and the class that it serves."""
+        """Seconds and bytes of this worker, and the class that it serves."""
         model = self.get_model()  # type: ignore[attr-defined]  # the worker's
-        return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "seconds": dict(SECONDS)}
+        lines = Path("/proc/self/status").read_text().splitlines()
+        memory = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        return {"class": name, "seconds": dict(SECONDS), "memory": memory}
 
 
 def start_clocks() -> None:
@@ -56,14 +64,14 @@ def start_clocks() -> None:
     # Only workers import the engine.
     from vllm.model_executor.model_loader import base_loader, default_loader  # noqa: PLC0415
 
-    from titan_bridge.engine import model_loader, vllm_wrapper  # noqa: PLC0415
+    from titan_bridge.engine import model_loader, packing  # noqa: PLC0415
 
     for holder, name, figure in (
         (base_loader, "initialize_model", "build"),
         (base_loader, "process_weights_after_loading", "process"),
         (default_loader.DefaultModelLoader, "load_weights", "load_weights"),
         (model_loader.TitanModelLoader, "load_weights", "load_weights"),
-        (vllm_wrapper, "refresh", "pack"),
+        (packing.Packing, "_pack", "pack"),
     ):
         setattr(holder, name, _timed(getattr(holder, name), figure))
 
@@ -107,8 +115,8 @@ def _row(model: Path, tp: int, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[dict[str, float]]] = {"torchtitan": [], "vllm": []}
     for start in range(args.starts):
         for impl in ("torchtitan", "vllm") if start % 2 == 0 else ("vllm", "torchtitan"):
-            _set_cache(model, args.cache)
-            found[impl].append(_start(model, impl, tp))
+            with _cached(model, args.cache):
+                found[impl].append(_start(model, impl, tp))
             print(f"tp={tp} {args.cache} {impl}: {found[impl][-1]}", file=sys.stderr)
     row: dict[str, Any] = {"family": args.family, "tp": tp, "cache": args.cache, "starts": args.starts}
     row["bytes"] = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -122,14 +130,18 @@ def _row(model: Path, tp: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _start(model: Path, impl: str, tp: int) -> dict[str, float]:
-    """Start one engine in a process of its own; seconds of its slowest worker."""
+    """Start one engine in a process of its own; figures of its slowest, and of its largest worker."""
     options = {
         "model": str(model), "model_impl": impl, "tensor_parallel_size": tp, "dtype": "bfloat16", "enforce_eager": True,
         "max_model_len": 256, "max_num_seqs": 4, "worker_extension_cls": "bench_load.LoadTimes",
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": True, "kv_cache_memory_bytes": 64 << 20,
     }  # fmt: skip
     folder = Path(__file__).parent
-    environment = {**os.environ, **cpu.environment(tp, given=os.environ), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        **cpu.environment(tp, given=os.environ, options=options),
+        "HF_HUB_OFFLINE": "1",
+    }
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(folder), str(folder.parent), os.environ.get("PYTHONPATH")))
     )
@@ -146,14 +158,16 @@ def _start(model: Path, impl: str, tp: int) -> dict[str, float]:
         workers = json.loads(answer.read_text())
     ours = impl == "torchtitan"
     assert all(worker["class"].startswith("titan_bridge.") == ours for worker in workers), workers
-    return {figure: max(_figures(worker["seconds"])[figure] for worker in workers) for figure in FIGURES}
+    return {figure: max(_figures(worker)[figure] for worker in workers) for figure in FIGURES}
 
 
-def _figures(seconds: Mapping[str, float]) -> dict[str, float]:
+def _figures(worker: Mapping[str, Any]) -> dict[str, float]:
+    seconds = worker["seconds"]
     return {
         "load": seconds["load_weights"] - seconds.get("pack", 0.0),
         "ready": seconds["load_weights"] + seconds["process"],
         "total": seconds["build"] + seconds["load_weights"] + seconds["process"],
+        "memory": worker["memory"] / 1e9,
     }
 
 
@@ -176,22 +190,29 @@ def _model(folder: Path, family: Any) -> Path:
     return path
 
 
-def _set_cache(model: Path, cache: str) -> None:
+@contextlib.contextmanager
+def _cached(model: Path, cache: str) -> Iterator[None]:
+    """The files in the page cache meanwhile, locked there if the kernel lets us, or none of them at the beginning."""
     os.sync()
-    for file in model.glob("*.safetensors"):
-        with file.open("rb", buffering=0) as opened:
-            if cache == "cold":
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
+    with contextlib.ExitStack() as stack:
+        for file in model.glob("*.safetensors"):
+            with file.open("rb", buffering=0) as opened:
+                if cache == "cold":
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    continue
                 while opened.read(8 << 20):
                     pass
+                with contextlib.suppress(OSError):  # more than this user may lock
+                    flags = mmap.MAP_SHARED | _MAP_LOCKED
+                    stack.enter_context(mmap.mmap(opened.fileno(), 0, flags, mmap.PROT_READ))
+        yield
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     table = Table(
         title=f"{first['bytes'] / 1e9:.2f} GB of {first['family']} in bf16, {first['cache']} cache, {len(cpu.cores())} "
-        f"cores; seconds ours / theirs, medians of {first['starts']} starts",
+        f"cores; seconds and GB, ours / theirs, medians of {first['starts']} starts",
         title_justify="left",
     )
     table.add_column("tp")

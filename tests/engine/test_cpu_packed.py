@@ -1,4 +1,4 @@
-"""Packed weights compute what the plain ones do, and follow them when they change."""
+"""Packed weights compute what the plain ones do, and follow them when they change, or replace them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from titan_bridge.engine.cpu_packed import (
     PackedLinear,
     PackedQKV,
     combine,
-    refresh,
     use_packed_weights,
 )
 from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
+from titan_bridge.engine.packing import Packing
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
 pytestmark = pytest.mark.engine
@@ -57,6 +57,19 @@ def model() -> nn.ModuleDict:
     return model
 
 
+def _live(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in model.named_parameters(remove_duplicate=False)}
+
+
+def _packed(model: nn.Module, *, keep: bool) -> Packing:
+    """`model` with the weights that it has, packed."""
+    use_packed_weights(model, torch.bfloat16)
+    packing = Packing(model, _live(model), keep=keep)
+    with packing.loading():
+        pass
+    return packing
+
+
 def _outputs(model: nn.ModuleDict, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     with torch.inference_mode():
         return (
@@ -78,8 +91,7 @@ def test_packed_weights_compute_what_plain_ones_do_and_follow_them(model: nn.Mod
     referee = copy.deepcopy(model).float()
     plain = _error(model, referee)
     names = [name for name, _ in model.named_parameters()]
-    use_packed_weights(model, torch.bfloat16)
-    refresh(model)
+    packing = _packed(model, keep=True)
     assert type(model["linear"]) is PackedLinear
     assert type(model["qkv"]) is PackedQKV
     assert type(model["qkv"].get_submodule("wqkv")) is Linear
@@ -105,10 +117,81 @@ def test_packed_weights_compute_what_plain_ones_do_and_follow_them(model: nn.Mod
             for one in (model, referee):
                 one.get_parameter(name).mul_(-2)
         assert _error(model, referee) > 0.5  # nobody has said that it changed
-        refresh(model, [model.get_parameter(other)])
+        packing.refresh([model.get_parameter(other)])
         assert _error(model, referee) > 0.5
-        refresh(model, [model.get_parameter(name)])
+        packing.refresh([model.get_parameter(name)])
         assert _error(model, referee) <= 2 * plain
+
+
+def _is_hollow(weight: torch.Tensor) -> bool:
+    return weight.untyped_storage().nbytes() == weight.itemsize
+
+
+def test_plain_weights_are_gone_as_soon_as_their_module_is_packed(model: nn.ModuleDict) -> None:
+    wanted = {name: weight.clone() for name, weight in _live(model).items()}
+    plain = copy.deepcopy(model)
+    use_packed_weights(model, torch.bfloat16)
+    live = _live(model)
+    packing = Packing(model, live, keep=False)
+    gone: list[str] = []
+    with packing.loading() as arrived:
+        for name in wanted:
+            arrived(name)
+            gone += [other for other in wanted if _is_hollow(live[other]) and other not in gone]
+            assert name in gone or name.endswith(("w1.weight", "w1_EFD", "w2_EDF"))  # packed with a later one
+    assert sorted(gone) == sorted(wanted)
+    assert all(_is_hollow(weight) for weight in model.parameters())
+    assert {name: weight.shape for name, weight in model.named_parameters()} == {
+        name: weight.shape for name, weight in wanted.items()
+    }
+    assert model.get_parameter("linear.weight").isnan().all()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        live["linear.weight"].copy_(wanted["linear.weight"])
+    referee = plain.float()
+    assert _error(model, referee) < 0.02
+
+    with packing.unpacked():
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight, wanted[name]), name
+            assert torch.equal(live[name], wanted[name]), name
+    assert all(_is_hollow(weight) for weight in live.values())
+
+
+def test_new_weights_go_where_the_old_ones_were_dropped(model: nn.ModuleDict) -> None:
+    referee = copy.deepcopy(model).float()
+    use_packed_weights(model, torch.bfloat16)
+    live = _live(model)
+    old = {name: weight.clone() for name, weight in live.items()}
+    packing = Packing(model, live, keep=False)
+    with packing.loading():
+        pass
+    with packing.loading() as arrived:
+        for name, weight in live.items():
+            weight.copy_(-2 * old[name])
+            arrived(name)
+    with torch.no_grad():
+        for weight in referee.parameters():
+            weight.mul_(-2)
+    assert _error(model, referee) < 0.02
+    assert all(_is_hollow(weight) for weight in live.values())
+
+
+def test_after_an_error_modules_that_were_not_packed_go_on_with_what_they_had(model: nn.ModuleDict) -> None:
+    referee = copy.deepcopy(model).float()
+    packing = _packed(model, keep=False)
+    with pytest.raises(OSError, match="gone"), packing.loading():
+        raise OSError("the file is gone")
+    assert all(_is_hollow(weight) for weight in model.parameters())
+    assert _error(model, referee) < 0.02
+
+
+def test_a_tied_weight_stays(model: nn.ModuleDict) -> None:
+    model["embedding"] = nn.Embedding(HIDDEN, DIM, dtype=torch.bfloat16)
+    model["linear"].weight = model["embedding"].weight
+    x_TD = torch.randn(3, DIM).to(torch.bfloat16)
+    _packed(model, keep=False)
+    assert torch.allclose(model["linear"](x_TD), x_TD @ model["embedding"].weight.t(), rtol=0.02, atol=0.1)
+    assert _is_hollow(model.get_parameter("qkv.wqkv.weight"))
 
 
 def test_float32_is_left_alone(model: nn.ModuleDict) -> None:
@@ -145,8 +228,7 @@ def test_rows_of_own_experts_alone_give_the_bits_of_torchtitan(tokens: int, firs
     routed = RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher).build()
     for parameter in routed.to(torch.bfloat16).parameters():
         nn.init.normal_(parameter, std=0.1)
-    use_packed_weights(routed, torch.bfloat16)
-    refresh(routed)
+    _packed(routed, keep=False)
     if first is not None:
         routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=first, count=count)
     served = ServedExperts(

@@ -1,4 +1,7 @@
-"""What a trainer asks of an engine that runs: other weights in place, and which experts saw a token."""
+"""What a trainer asks of an engine that runs: other weights in place, and which experts saw a token.
+
+In bfloat16 the CPU backend computes with packed weights, beside which plain ones exist only while they are loaded.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made | {"engine": folder / "engine"}
 
 
-@pytest.fixture(scope="module")
-def llm(models: dict[str, Path]) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def llm(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[Any]:
     """An engine that serves checkpoint a."""
     from titan_bridge.engine.offline import engine
 
     config = InferConfig(
         model=str(models["a"]),
-        dtype="float32",
+        dtype=request.param,
         parallel=Parallel(tp=2, ep=2),
         max_model_len=128,
         vllm={"enforce_eager": True, "skip_tokenizer_init": True},
@@ -73,6 +76,7 @@ def captured(worker: Any) -> list[list[list[int]]]:
     return worker.model_runner.capturer.snapshot_routing_data(len(PROMPT)).tolist()
 
 
+@pytest.mark.parametrize("llm", ["float32"], indirect=True)
 def test_the_engine_says_which_experts_saw_a_token(models: dict[str, Path], llm: Any) -> None:
     llm.collective_rpc(capture)
     answers(llm)
@@ -90,6 +94,29 @@ def test_the_engine_says_which_experts_saw_a_token(models: dict[str, Path], llm:
     for name, ids_TK in chosen.items():
         assert torch.equal(first[:, int(name)].sort().values, ids_TK.sort().values), name
     assert len(first[:, 0].unique()) > 4  # of 8 experts
+
+
+def bytes_held(worker: Any) -> int:
+    """On a worker: memory of its parameters."""
+    return sum(
+        parameter.untyped_storage().nbytes() for parameter in worker.model_runner.model.model.parameters()
+    )
+
+
+def test_live_weights_are_those_of_the_checkpoint(models: dict[str, Path], llm: Any) -> None:
+    before, held = answers(llm), llm.collective_rpc(bytes_held)
+    for findings in llm.collective_rpc("titan_verify_specs", args=(str(models["a"]),)):
+        assert len(findings) > 20
+        assert [finding for finding in findings if not finding["equal"]] == []
+    for findings in llm.collective_rpc("titan_verify_specs", args=(str(models["b"]),)):
+        # Norms are ones in both.
+        assert sum(not finding["equal"] for finding in findings) > len(findings) / 2
+    assert (answers(llm), llm.collective_rpc(bytes_held)) == (before, held)
+    everything = [report["local_bytes"] for report in llm.collective_rpc("bridge_report")]
+    if str(llm.llm_engine.model_config.dtype) == "torch.bfloat16":
+        assert all(found < whole / 2 for found, whole in zip(held, everything, strict=True))
+    else:
+        assert held == everything
 
 
 def discard(worker: Any) -> list[str]:

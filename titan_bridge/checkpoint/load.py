@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _THREADS = 8
 """Most files or parts that one rank reads at the same time."""
+_AHEAD = 4
+"""Reads a thread that may be done or under way before what arrived first is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ def load_into(
     hf: Mapping[str, Any],
     padded_vocab: int,
     buffers: Mapping[str, Any],
+    arrived: Callable[[str], None] = lambda fqn: None,
 ) -> Loaded:
     """Fill `live` (this rank's local tensors by FQN of the live model, contiguous) in place.
 
@@ -56,6 +60,7 @@ def load_into(
         rank: This rank in the layout's meshes.
         family, hf, padded_vocab: What the checkpoint's names and shapes mean.
         buffers: FQNs among `live` that Hugging Face does not know (expert bias).
+        arrived: Told each FQN of which something is read, once all of it is in its place.
 
     Raises:
         BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, before
@@ -68,23 +73,36 @@ def load_into(
     )
     # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
     work = plan(checkpoint.held(), layout, mapping.views, allow_missing=True)
-    copies = sorted(work.copies(destination=rank), key=lambda copy: _place(checkpoint, copy))
+    copies = _in_order(checkpoint, work.copies(destination=rank))
     before = checkpoint.pool.bytes_wanted, checkpoint.pool.bytes_read
 
     def fetch(copy: Copy) -> None:
         checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
+
+    left = Counter(copy.destination_name for copy in copies)
+
+    def took(copy: Copy) -> None:
+        left[copy.destination_name] -= 1
+        if not left[copy.destination_name]:
+            arrived(copy.destination_name)
 
     own, cpus = os.sched_getaffinity(0), unbound_cpus()
     count = min(_THREADS, len(own) if cpus == own else len(cpus) // len(layout.ranks))
     if count <= 1:
         for copy in copies:
             fetch(copy)
+            took(copy)
     else:  # one thread does not keep a disk busy, nor touch new memory as fast as a file is read
         with ThreadPoolExecutor(
             count, "load", initializer=os.sched_setaffinity, initargs=(0, cpus)
         ) as threads:
-            for done in [threads.submit(fetch, copy) for copy in copies]:
-                done.result()
+            ahead: deque[tuple[Copy, Future[None]]] = deque()
+            for copy in copies:
+                if len(ahead) == _AHEAD * count:
+                    _take(ahead, took)
+                ahead.append((copy, threads.submit(fetch, copy)))
+            while ahead:
+                _take(ahead, took)
     return Loaded(
         bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
         bytes_wanted=checkpoint.pool.bytes_wanted - before[0],
@@ -93,8 +111,30 @@ def load_into(
     )
 
 
+def _take(ahead: deque[tuple[Copy, Future[None]]], took: Callable[[Copy], None]) -> None:
+    copy, done = ahead.popleft()
+    done.result()
+    took(copy)
+
+
+def _in_order(checkpoint: Checkpoint, copies: Iterable[Copy]) -> list[Copy]:
+    """As the files have them, to be read forwards; a weight that is spread over files is read where its first part is.
+
+    So each weight arrives soon after it was begun, also where every file holds a slice of everything, as a DCP does.
+    """
+    placed = [(_place(checkpoint, copy), copy) for copy in copies]
+    first: dict[str, tuple[str, int]] = {}
+    for place, copy in placed:
+        first[copy.destination_name] = min(place, first.get(copy.destination_name, place))
+
+    def turn(entry: tuple[tuple[str, int], Copy]) -> tuple[tuple[str, int], tuple[str, int]]:
+        place, begun = entry[0], first[entry[1].destination_name]
+        return place if place[0] == begun[0] else begun, place
+
+    return [copy for _, copy in sorted(placed, key=turn)]
+
+
 def _place(checkpoint: Checkpoint, copy: Copy) -> tuple[str, int]:
-    """In the order of the files, so that the disk is read forwards."""
     assert copy.source_chunk is not None
     chunk = checkpoint.tensor(copy.source_name).chunks[copy.source_chunk]
     return str(chunk.path), chunk.offset + copy.source_window.offset

@@ -1,9 +1,9 @@
 """The one place that knows about CPUs: bfloat16 products through oneDNN with weights packed beforehand.
 
 `torch.nn.functional.linear` and `torch._grouped_mm` lay a bfloat16 weight out anew at every call, which costs as much
-as the product itself at decode sizes; vLLM's own layers pack theirs once, and so do we. The plain weight stays the
-truth that loading, transfer and specs work on; the packed copy follows it (`refresh`) and doubles the memory of linears
-and experts. float32 keeps torch's own product: it is the referee.
+as the product itself at decode sizes; vLLM's own layers pack theirs once, and so do we. The packed copy follows the
+plain weight, which loading and transfer write; whether that stays is `packing`'s matter. float32 keeps torch's own
+product: it is the referee.
 """
 
 from __future__ import annotations
@@ -38,6 +38,22 @@ class _Packed:
             self.pointer.copy_(handle.handler_tensor)
         self._handle = handle  # owns the packed copy, and frees the one before
 
+    def get(self, out_features: int, in_features: int) -> torch.Tensor:
+        """What was packed, `(out_features, in_features)`."""
+        assert self.pointer is not None
+        return _plain(self.pointer, out_features, in_features)
+
+
+def _plain(pointer: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
+    """A packed weight as `(out_features, in_features)`: its product with the identity."""
+    plain_FD = torch.empty(out_features, in_features, dtype=torch.bfloat16)
+    for first in range(0, in_features, _ROWS):
+        columns = plain_FD[:, first : first + _ROWS]
+        unit_BD = torch.zeros(columns.shape[1], in_features, dtype=torch.bfloat16)
+        unit_BD.diagonal(first).fill_(1)
+        columns.copy_(_product(unit_BD, out_features, pointer).t())
+    return plain_FD
+
 
 def _product(x: torch.Tensor, out_features: int, pointer: torch.Tensor) -> torch.Tensor:
     """`(..., in_features)` times the packed weight: `(..., out_features)`."""
@@ -57,6 +73,10 @@ class PackedLinear(Linear):
     def pack(self) -> None:
         """Make the packed copy from the weight as it is now."""
         self.__dict__.setdefault("_packed", _Packed()).set(self.weight.data)
+
+    def unpack(self) -> None:
+        """Fill the weight from the packed copy, which does not tell -0 from 0; a row with an infinity becomes NaN."""
+        self.weight.data.copy_(self.__dict__["_packed"].get(*self.weight.shape))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -85,6 +105,15 @@ class PackedQKV(FusedQKVLinear):
         packed = self.__dict__.setdefault("_packed", _Packed())
         packed.set(torch.cat([part.flatten(0, 2) for part in parts]))
 
+    def unpack(self) -> None:
+        """Fill the weight from the packed copy; see `PackedLinear.unpack`."""
+        weight_FD = self.wqkv.weight.data
+        kv = weight_FD.shape[0] // self.r_dim
+        parts = self.__dict__["_packed"].get(*weight_FD.shape).split([self.heads_per_kv * kv, kv, kv])
+        groups = kv // self.head_dim
+        rows_GRHD = torch.cat([part.unflatten(0, (groups, -1, self.head_dim)) for part in parts], dim=1)
+        weight_FD.copy_(rows_GRHD.flatten(0, 2))
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`(B, L, D)` to q, k, v of `(B, L, heads, head_dim)`; views of one product."""
         packed = self.__dict__.get("_packed")
@@ -111,6 +140,13 @@ class PackedFeedForward(FeedForward):
         assert "forward" not in self.w3.__dict__
         packed = self.__dict__.setdefault("_packed", _Packed())
         packed.set(torch.cat([self.w1.weight.data, self.w3.weight.data]))
+
+    def unpack(self) -> None:
+        """Fill `w1` and `w3` from the packed copy; see `PackedLinear.unpack`."""
+        hidden, dim = self.w1.weight.shape
+        w1_FD, w3_FD = self.__dict__["_packed"].get(2 * hidden, dim).split(hidden)
+        self.w1.weight.data.copy_(w1_FD)
+        self.w3.weight.data.copy_(w3_FD)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., D)` to `(..., D)`."""
@@ -140,6 +176,15 @@ class PackedExperts(KeepDtypeGroupedExperts):
             )
             for w1_FD, w2_DF, w3_FD in zip(self.w1_EFD, self.w2_EDF, self.w3_EFD, strict=True)
         ]
+
+    def unpack(self) -> None:
+        """Fill the weights from the packed copies; see `PackedLinear.unpack`."""
+        _, hidden, dim = self.w1_EFD.shape
+        for expert, (up, down) in enumerate(self.__dict__["_handles"]):
+            w1_FD, w3_FD = _plain(up.handler_tensor, 2 * hidden, dim).split(hidden)
+            self.w1_EFD.data[expert] = w1_FD
+            self.w3_EFD.data[expert] = w3_FD
+            self.w2_EDF.data[expert] = _plain(down.handler_tensor, dim, hidden)
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         """`(R, D)` to `(R, D)`; rows beyond the sum of the counts get undefined values."""
@@ -180,7 +225,9 @@ def combine(
 
 
 _ROWS = 512
-"""Rows that `combine` scales at once: in float32 they stay in the cache."""
+"""Rows that are worked on at once: in float32 they stay in the cache."""
+
+Packed = PackedLinear | PackedQKV | PackedFeedForward | PackedExperts
 
 
 def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -199,13 +246,3 @@ def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:
             module.__class__ = PackedLinear
         elif type(module) is KeepDtypeGroupedExperts:
             module.__class__ = PackedExperts
-
-
-def refresh(model: nn.Module, changed: Iterable[torch.Tensor] | None = None) -> None:
-    """Pack again after weights changed; `changed` are live parameters, None means all."""
-    wanted = None if changed is None else {id(tensor) for tensor in changed}
-    for module in model.modules():
-        if not isinstance(module, PackedLinear | PackedQKV | PackedFeedForward | PackedExperts):
-            continue
-        if wanted is None or any(id(weight) in wanted for weight in module.packs()):
-            module.pack()

@@ -84,7 +84,8 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
     model, sizes = worker.get_model(), _sizes(worker)
     tensors = CheckpointTensors(checkpoint)
     if hasattr(model, "plan"):
-        return list(_verify_titan(model, sizes, tensors))
+        with model.packing.unpacked():
+            return list(_verify_titan(model, sizes, tensors))
     return list(_verify_native(model, sizes, tensors))
 
 

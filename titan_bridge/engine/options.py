@@ -22,7 +22,8 @@ class TitanOptions:
     step: int | None = None
     """Of a training run's folder, the checkpoint to serve; the last whole one if not given."""
     cpu_pack: bool = True
-    """On the CPU backend in bfloat16, keep a packed copy of linear weights: faster, twice their memory."""
+    """On the CPU backend in bfloat16, compute with packed copies of linear weights, which is faster. With weight
+    transfer the plain ones stay beside them: twice the memory."""
     attach_specs: bool = False
     """Declare ShardingSpecs on vLLM's own models too (`model_impl` other than `torchtitan`). On the CPU backend their
     linears then keep plain weights, which are slower than vLLM's packed ones."""

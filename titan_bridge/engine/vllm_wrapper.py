@@ -7,8 +7,9 @@ each declared boundary, and rotary tables gathered once a step instead of once a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
 from titan_bridge.engine.build import build
 from titan_bridge.engine.compiled import name_compiled_step
-from titan_bridge.engine.cpu_packed import refresh
 from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
 from titan_bridge.engine.loader import WeightLoader
 from titan_bridge.engine.options import titan_options
+from titan_bridge.engine.packing import Packing
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -56,6 +57,7 @@ class TitanForCausalLM(nn.Module):
         self.layout = built.layout
         self.vocab_size = plan.hf["vocab_size"]
         self.live = built.live()
+        self.packing = Packing(self.model, self.live, keep=vllm_config.weight_transfer_config is not None)
         self._tp = plan.sizes.tp
         self._gather = (
             tensor_model_parallel_all_gather
@@ -109,32 +111,39 @@ class TitanForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy this rank's slices of Hugging Face tensors into the live parameters; may be called again."""
-        loaded = self._loader.load(weights)
-        self.weights_changed()
-        return loaded
+        with self._loading():
+            return self._loader.load(weights)
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> Loaded:
         """Fill the live parameters from an open checkpoint of any format, reading only this rank's boxes."""
-        self.loaded = load_into(
-            checkpoint,
-            self.live,
-            self.layout,
-            dist.get_rank(),
-            family=self.plan.family,
-            hf=self.plan.hf,
-            padded_vocab=self.plan.padded_vocab,
-            buffers=self.plan.buffers(self.layout),
-        )
-        self.weights_changed()
+        with self._loading() as arrived:
+            self.loaded = load_into(
+                checkpoint,
+                self.live,
+                self.layout,
+                dist.get_rank(),
+                family=self.plan.family,
+                hf=self.plan.hf,
+                padded_vocab=self.plan.padded_vocab,
+                buffers=self.plan.buffers(self.layout),
+                arrived=arrived,
+            )
         return self.loaded
 
-    def weights_changed(self, changed: Iterable[torch.Tensor] | None = None) -> None:
-        """Bring everything that is derived from weights up to date; whoever writes into live parameters calls it.
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[Callable[[str], None]]:
+        with self.packing.loading() as arrived:
+            yield arrived
+        if self.plan.sharded:
+            drop_gathered(self.model)
+        if current_platform.is_cpu():  # from here on: what loading used is given back
+            cpu.keep_freed_memory()
 
-        `changed` are the live parameters that were written; None means all.
+    def weights_changed(self, changed: Iterable[torch.Tensor]) -> None:
+        """Bring everything that is derived from weights up to date; whoever writes into kept parameters calls it.
+
+        `changed` are the live parameters that were written.
         """
         if self.plan.sharded:
             drop_gathered(self.model)
-        refresh(self.model, changed)
-        if current_platform.is_cpu():  # from here on: what loading used is given back
-            cpu.keep_freed_memory()
+        self.packing.refresh(changed)

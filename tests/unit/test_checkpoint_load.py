@@ -1,0 +1,69 @@
+"""Checkpoints straight into live tensors: what is in its place when."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint.job import Options
+from titan_bridge.checkpoint.load import load_into
+from titan_bridge.checkpoint.reshard import prepare
+from titan_bridge.layout import layout
+from titan_bridge.mesh import Sizes
+from titan_bridge.models import family_for
+from titan_bridge.testing import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint in one file, in several, and in files two of which hold a slice of every sharded weight each."""
+    folder = tmp_path_factory.mktemp("load")
+    one = make_checkpoint(folder / "one", "llama3", num_hidden_layers=12, tokenizer=False)
+    found = {"one": one}
+    for name, more in {
+        "several": {"to": "hf", "max_shard_size": 300_000},
+        "slices": {"to": "engine", "tp": 2},
+    }.items():
+        prepare(Options(source=one, target=folder / name, **more)).run()
+        found[name] = folder / name
+    assert len(list(found["several"].glob("*.safetensors"))) > 3
+    assert len(list(found["slices"].glob("*.tp?.safetensors"))) == 2
+    return found
+
+
+@pytest.mark.parametrize("kind", ["one", "several", "slices"])
+def test_a_weight_is_told_of_once_it_is_whole_and_soon_after_it_was_begun(
+    sources: dict[str, Path], kind: str
+) -> None:
+    hf: dict[str, Any] = json.loads((sources["one"] / "config.json").read_text())
+    whole = layout(hf, Sizes())
+    live = {
+        fqn: torch.full(param.shape, torch.nan, dtype=getattr(torch, param.dtype))
+        for fqn, param in whole.params.items()
+    }
+    told: dict[str, torch.Tensor] = {}
+    most = 0
+
+    def arrived(fqn: str) -> None:
+        nonlocal most
+        assert fqn not in told
+        told[fqn] = live[fqn].clone()
+        begun = sum(not tensor.isnan().all() for name, tensor in live.items() if name not in told)
+        most = max(most, begun)
+
+    with open_checkpoint(sources[kind]) as checkpoint:
+        loaded = load_into(
+            checkpoint, live, whole, 0,
+            family=family_for(hf), hf=hf, padded_vocab=hf["vocab_size"], buffers={}, arrived=arrived,
+        )  # fmt: skip
+    assert loaded.bytes_wanted == loaded.bytes_planned == loaded.bytes_total
+    assert told.keys() == live.keys()
+    for fqn, tensor in live.items():
+        assert not tensor.isnan().any(), fqn
+        assert torch.equal(told[fqn], tensor), fqn
+    assert most < len(live) / 3
