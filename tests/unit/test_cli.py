@@ -109,9 +109,11 @@ BAD_MODELS = {
 }
 
 
-@pytest.mark.parametrize("command", ["serve", "generate"])
+@pytest.mark.parametrize("command", ["serve", "generate", "parity"])
 @pytest.mark.parametrize("case", BAD_MODELS)
-def test_bad_models_are_refused_in_one_line_before_an_engine_starts(case, command, tmp_path, model, capsys):
+def test_bad_models_are_refused_in_one_line_before_an_engine_starts(
+    case, command, tmp_path, model, capfd, no_orphans
+):
     other = tmp_path / "other"
     (empty := tmp_path / "empty").mkdir()
     other.mkdir()
@@ -120,7 +122,7 @@ def test_bad_models_are_refused_in_one_line_before_an_engine_starts(case, comman
     names = {"folder": str(empty), "model": model, "other": str(other)}
     environment = dict(os.environ)
     assert cli.main([command, *(argument.format(**names) for argument in arguments)]) == 2
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert expected.format(**names) in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""

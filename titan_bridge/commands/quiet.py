@@ -14,6 +14,8 @@ from pathlib import Path
 
 from titan_bridge.errors import BridgeError
 
+_COLOR = "VLLM_LOGGING_COLOR"
+
 
 @contextlib.contextmanager
 def quiet(what: str, *, verbose: bool = False, hold: bool = False) -> Iterator[Callable[[], None]]:
@@ -31,7 +33,9 @@ def quiet(what: str, *, verbose: bool = False, hold: bool = False) -> Iterator[C
     sys.stderr.flush()
     out, err = os.dup(1), os.dup(2)
     log, path = tempfile.mkstemp(prefix="titan-bridge-", suffix=".log")
-    os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
+    ours = _COLOR not in os.environ
+    if ours:
+        os.environ[_COLOR] = "0"
     os.dup2(err if verbose else log, 1)
     if not verbose:
         os.dup2(log, 2)
@@ -54,6 +58,8 @@ def quiet(what: str, *, verbose: bool = False, hold: bool = False) -> Iterator[C
         sys.stdout.flush()
         sys.stderr.flush()
         done.set()
+        if ours:
+            os.environ.pop(_COLOR, None)
         if progress.ident is not None:
             progress.join()
         os.dup2(out, 1)
