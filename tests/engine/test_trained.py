@@ -115,10 +115,8 @@ def test_a_dcp_is_served_as_it_lies_with_the_numbers_of_its_hugging_face_twin(
         rank = worker["dp_rank"] * sizes.tp + worker["rank"] % sizes.tp
         loaded = worker["loaded"]
         print(f"{family} {sizes} rank {rank}: {loaded}")
-        assert loaded["bytes_wanted"] == loaded["bytes_planned"] == local_bytes(served, rank)
+        assert loaded["bytes_read"] == loaded["bytes_planned"] == local_bytes(served, rank)
         assert loaded["bytes_total"] == local_bytes(whole, 0)
-        # Gaps of a few KB between slices are read along, and in a model this small most gaps are that small.
-        assert loaded["bytes_wanted"] <= loaded["bytes_read"] <= loaded["bytes_total"]
 
     completions = [dataclasses.asdict(completion) for completion in outcome.completions]
     assert sum(completion["cached_tokens"] for completion in completions) > 0

@@ -18,10 +18,13 @@ import torch
 from titan_bridge.errors import BridgeError
 
 SCRATCH_BYTES = 2 << 20
-"""Most bytes read in one go where the destination does not lie as the source does; one buffer a thread. What is cut
+"""Most bytes read in one go where the destination does not lie as the source does; one buffer a thread. What is copied
 out of it should still lie in a core's cache, and a large buffer's first use costs more than the calls it saves."""
-GAP_BYTES = 16 << 10
-"""Unwanted bytes between wanted ones that are read along: another read costs as much."""
+NEAR_BYTES = 128 << 10
+"""A gap between runs that a disk reads through faster than it finds the next one."""
+AHEAD_BYTES = 4 << 20
+"""What the kernel is then asked to bring at once: where runs skip pages it does not guess that more will follow."""
+_PAGE = 4096
 _OPEN_FILES = 64
 
 Window = tuple[tuple[int, ...], tuple[int, ...], int]
@@ -74,9 +77,7 @@ class FilePool:
         self._users: dict[Path, int] = {}
         self._scratch = threading.local()
         self.bytes_read = 0
-        """Bytes that came from the files so far, small gaps between wanted ones included."""
-        self.bytes_wanted = 0
-        """Bytes that were asked for."""
+        """Bytes that came from the files so far."""
 
     def close(self) -> None:
         """Close every file; the pool opens them again when it is used again."""
@@ -89,20 +90,24 @@ class FilePool:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
         descriptor = self._take(path)
         try:
-            done, length = 0, out.nbytes
-            while done < length:
-                count = os.preadv(descriptor, [out[done:]], offset + done)
-                if count == 0:
-                    raise BridgeError(
-                        f"{path} ends at byte {offset + done}; {offset + length} were expected: truncated?"
-                    )
-                done += count
+            self._read(descriptor, path, offset, out)
         except OSError as error:
             raise BridgeError(f"{path} cannot be read: {error}") from None
         finally:
             self._give_back(path)
         with self._lock:
             self.bytes_read += out.nbytes
+
+    @staticmethod
+    def _read(descriptor: int, path: Path, offset: int, out: memoryview) -> None:
+        done, length = 0, out.nbytes
+        while done < length:
+            count = os.preadv(descriptor, [out[done:]], offset + done)
+            if count == 0:
+                raise BridgeError(
+                    f"{path} ends at byte {offset + done}; {offset + length} were expected: truncated?"
+                )
+            done += count
 
     def fetch(self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor) -> None:
         """Copy a window of a contiguous tensor in a file into `out`, casting to its dtype.
@@ -114,21 +119,44 @@ class FilePool:
             out: As large as the window (`window.size`), any strides.
         """
         size, stride, offset = window
-        if not math.prod(size):
+        wanted, width = math.prod(size), dtype.itemsize
+        if not wanted:
             return
-        width = dtype.itemsize
+        as_it_lies = out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
+        if as_it_lies and _in_file_order(size, stride):
+            self._read_runs(path, base, width, window, bytes_of(out))
+            return
+        for part, index in _parts(size, stride, offset, SCRATCH_BYTES // width):
+            buffer = self._buffer()[: math.prod(part[0]) * width]
+            self._read_runs(path, base, width, part, bytes_of(buffer))
+            out[index].copy_(buffer.view(dtype).as_strided(part[0], _packed(part[0], part[1])))
+
+    def _read_runs(self, path: Path, base: int, width: int, window: Window, out: memoryview) -> None:
+        """Fill `out` with the window's elements in the order of the file, a read for each run of them."""
+        size, stride, offset = window
+        run = _run(size, stride)
+        if run * width == out.nbytes:
+            self.read_into(path, base + offset * width, out)
+            return
+        starts = _starts(size, stride, run).add_(offset).mul_(width).add_(base).tolist()
+        length, at = run * width, 0
+        gap = (starts[-1] - starts[0]) // (len(starts) - 1) - length
+        asked = starts[0] if _PAGE <= gap <= NEAR_BYTES else starts[-1] + length
+        descriptor = self._take(path)
+        try:
+            for start in starts:  # up to millions
+                if start >= asked:
+                    asked = min(start + AHEAD_BYTES, starts[-1] + length)
+                    os.posix_fadvise(descriptor, start, asked - start, os.POSIX_FADV_WILLNEED)
+                if os.preadv(descriptor, (out[at : at + length],), start) != length:
+                    self._read(descriptor, path, start, out[at : at + length])
+                at += length
+        except OSError as error:
+            raise BridgeError(f"{path} cannot be read: {error}") from None
+        finally:
+            self._give_back(path)
         with self._lock:
-            self.bytes_wanted += math.prod(size) * width
-        dense = _is_row_major(size, stride)
-        if dense and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu":
-            self.read_into(path, base + offset * width, bytes_of(out))
-            return
-        for part, index in _readable(size, stride, offset, SCRATCH_BYTES // width, GAP_BYTES // width):
-            low, length = part[2], _hull(part[0], part[1])
-            buffer = self._buffer()[: length * width]
-            self.read_into(path, base + low * width, bytes_of(buffer))
-            typed = buffer.view(dtype)
-            out[index].copy_(typed.as_strided(part[0], part[1]))
+            self.bytes_read += out.nbytes
 
     def _buffer(self) -> torch.Tensor:
         if not hasattr(self._scratch, "buffer"):
@@ -162,19 +190,19 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _hull(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last one of a window."""
-    return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+def _in_file_order(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether a row-major walk through the window goes forwards in the file."""
+    steps = [s for n, s in zip(size, stride, strict=True) if n > 1]
+    return steps == sorted(steps, reverse=True)
 
 
-def _is_row_major(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    step = 1
-    for n, s in zip(reversed(size), reversed(stride), strict=True):
-        if n != 1:
-            if s != step:
-                return False
-            step *= n
-    return True
+def _packed(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
+    """Strides of the window without its gaps: what `_read_runs` leaves."""
+    result, step = [0] * len(size), 1
+    for dim in sorted(range(len(size)), key=lambda d: stride[d]):
+        result[dim] = step
+        step *= size[dim]
+    return result
 
 
 def _run(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -188,26 +216,30 @@ def _run(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return step
 
 
-def _readable(
-    size: tuple[int, ...], stride: tuple[int, ...], offset: int, limit: int, gap: int
-) -> Iterator[tuple[Window, tuple[slice, ...]]]:
-    """The window in parts that are worth one read each, with their places in it.
+def _starts(size: tuple[int, ...], stride: tuple[int, ...], run: int) -> torch.Tensor:
+    """Where the runs of a window start, in elements, forwards."""
+    starts, inner = torch.zeros(1, dtype=torch.int64), 1
+    for s, n in sorted(zip(stride, size, strict=True)):
+        if n > 1 and inner >= run:
+            starts = (torch.arange(n)[:, None] * s + starts).view(-1)
+        inner *= n
+    return starts
 
-    A part has at most `limit` elements from end to end, and at most `gap` elements on average between the runs that
-    are wanted of it.
-    """
-    hull, wanted = _hull(size, stride), math.prod(size)
-    sparse = hull - wanted > gap * (wanted // _run(size, stride))
-    if hull <= limit and not sparse:
+
+def _parts(
+    size: tuple[int, ...], stride: tuple[int, ...], offset: int, limit: int
+) -> Iterator[tuple[Window, tuple[slice, ...]]]:
+    """The window in parts of at most `limit` elements, in the order of the file, with their places in it."""
+    wanted = math.prod(size)
+    if wanted <= max(limit, 1):
         yield (size, stride, offset), tuple(slice(0, n) for n in size)
         return
     widest = max((d for d in range(len(size)) if size[d] > 1), key=lambda d: stride[d])
-    inner = _hull((*size[:widest], 1, *size[widest + 1 :]), stride)
-    step = max(1, (limit - inner) // stride[widest]) if not sparse else 1
+    step = max(1, limit // (wanted // size[widest]))
     for first in range(0, size[widest], step):
         count = min(step, size[widest] - first)
         part = (*size[:widest], count, *size[widest + 1 :])
-        for window, index in _readable(part, stride, offset + first * stride[widest], limit, gap):
+        for window, index in _parts(part, stride, offset + first * stride[widest], limit):
             at = index[widest]
             moved = slice(first + at.start, first + at.stop)
             yield window, (*index[:widest], moved, *index[widest + 1 :])

@@ -33,10 +33,8 @@ class Loaded:
 
     bytes_planned: int
     """Bytes, in the checkpoint's dtypes, of the boxes that this rank holds."""
-    bytes_wanted: int
-    """Bytes that were asked of the files; equal to `bytes_planned`."""
     bytes_read: int
-    """Bytes that came from the files; more by small gaps that are cheaper to read than to skip."""
+    """Bytes that came from the files; equal to `bytes_planned`."""
     bytes_total: int
     """Bytes of the whole model in the checkpoint."""
 
@@ -74,7 +72,7 @@ def load_into(
     # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
     work = plan(checkpoint.held(), layout, mapping.views, allow_missing=True)
     copies = _in_order(checkpoint, work.copies(destination=rank))
-    before = checkpoint.pool.bytes_wanted, checkpoint.pool.bytes_read
+    before = checkpoint.bytes_read
 
     def fetch(copy: Copy) -> None:
         checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
@@ -105,8 +103,7 @@ def load_into(
                 _take(ahead, took)
     return Loaded(
         bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
-        bytes_wanted=checkpoint.pool.bytes_wanted - before[0],
-        bytes_read=checkpoint.pool.bytes_read - before[1],
+        bytes_read=checkpoint.bytes_read - before,
         bytes_total=checkpoint.nbytes,
     )
 

@@ -70,17 +70,16 @@ class WeightLoader:
         self.bytes_read = 0
         """Bytes that the last round copied out of the checkpoint on this rank."""
 
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False) -> set[str]:
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy this rank's slices; returns the FQNs that were written, as vLLM names them (`model.` first).
 
         Raises:
-            BridgeError: Missing (unless `partial`), unexpected, mis-shaped or wrongly typed tensors, all of them
-                in one line.
+            BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line.
         """
         seen = _Round()
         for name, tensor in weights:
             self._take(name, tensor, seen)
-        if not partial and (missing := self._views.keys() - seen.done):
+        if missing := self._views.keys() - seen.done:
             seen.problems.append(f"missing: {few(missing)}")
         if seen.problems:
             raise BridgeError("the checkpoint does not fit the model: " + "; ".join(seen.problems))
