@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import zlib
 from pathlib import Path
 
@@ -35,9 +36,12 @@ def boxes(draw, shape):
     data=st.data(),
     shape=SHAPES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
-    scratch=st.sampled_from([8, 64, 512]),
+    limits=st.tuples(
+        st.sampled_from([8, 64, 512]), st.sampled_from([8, 100, 10_000]), st.sampled_from([0, 20, 999])
+    ),
+    advice=st.sampled_from([files._POPULATE_READ, 999]),
 )
-def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, shape, dtype, scratch):
+def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, shape, dtype, limits, advice):
     tensor = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape).to(dtype)
     path = tmp_path_factory.mktemp("window") / "file"
     head = data.draw(st.integers(0, 9))
@@ -48,8 +52,10 @@ def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, sh
     window = (tuple(expected.shape), tuple(expected.stride()), expected.storage_offset())
     pool = FilePool()
     with pytest.MonkeyPatch.context() as patch:
-        # A small limit, so that windows are cut in every way.
-        patch.setattr(files, "SCRATCH_BYTES", scratch)
+        # Small limits, so that windows are cut in every way, and a kernel that does not know the advice.
+        for name, limit in zip(("SCRATCH_BYTES", "SPAN_BYTES", "NEAR_BYTES"), limits, strict=True):
+            patch.setattr(files, name, limit)
+        patch.setattr(files, "_POPULATE_READ", advice)
         for wanted in (dtype, torch.float32):
             out = torch.full(expected.shape, -1).to(wanted)
             pool.fetch(path, head, dtype, window, out)
@@ -116,22 +122,40 @@ def test_a_file_that_ends_between_runs_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # as in the file, and cast
-@pytest.mark.parametrize("columns", [1024, 16384])  # runs closer than a page, and farther apart
-def test_only_the_runs_of_a_slice_are_read(tmp_path, columns, dtype):
-    whole = torch.randn(64, columns).to(torch.bfloat16)
+def test_gaps_between_runs_are_not_read(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(files, "NEAR_BYTES", 0)
+    whole = torch.randn(64, 1024).to(torch.bfloat16)
     (tmp_path / "f").write_bytes(bytes(files.bytes_of(whole)))
-    out, pool = torch.empty(64, columns // 4, dtype=dtype), FilePool()
+    out, pool = torch.empty(64, 256, dtype=dtype), FilePool()
 
     def read_by_the_process() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])
 
     itself = -read_by_the_process() + read_by_the_process()
     before = read_by_the_process()
-    pool.fetch(tmp_path / "f", 0, torch.bfloat16, (tuple(out.shape), (columns, 1), columns // 4), out)
+    pool.fetch(tmp_path / "f", 0, torch.bfloat16, ((64, 256), (1024, 1), 256), out)
     told = read_by_the_process() - before - itself
     assert abs(told - pool.bytes_read) < 16  # the file of counters is longer when a number gets another digit
     assert pool.bytes_read == whole.nbytes // 4
-    assert torch.equal(out, whole[:, columns // 4 : columns // 2].to(dtype))
+    assert torch.equal(out, whole[:, 256:512].to(dtype))
+
+
+@pytest.mark.parametrize("columns", [1024, 16384])  # runs closer than a page, and farther apart
+def test_runs_that_lie_near_each_other_are_mapped_a_part_at_a_time(tmp_path, columns, monkeypatch):
+    seen, real = [], mmap.mmap
+    monkeypatch.setattr(files, "SCRATCH_BYTES", 100_000)
+    monkeypatch.setattr(
+        files.mmap, "mmap", lambda fd, length, **how: seen.append(length) or real(fd, length, **how)
+    )
+    whole = torch.randn(256, columns).to(torch.bfloat16)
+    (tmp_path / "f").write_bytes(b"12" + bytes(files.bytes_of(whole)))
+    out, pool = torch.empty(256, columns // 2, dtype=torch.bfloat16), FilePool()
+    window = ((256, columns // 2), (columns, 1), columns // 2)
+    pool.fetch(tmp_path / "f", 2, torch.bfloat16, window, out)
+    assert torch.equal(out, whole[:, columns // 2 :])
+    assert pool.bytes_read == whole.nbytes // 2
+    assert len(seen) == -(-256 // (100_000 // columns))
+    assert max(seen) <= 200_000 + mmap.ALLOCATIONGRANULARITY
 
 
 def test_many_files_stay_within_the_limit_of_open_ones(tmp_path):

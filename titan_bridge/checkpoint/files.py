@@ -1,12 +1,15 @@
 """Reading parts of files: names that must stay inside a directory, and positioned reads into bounded buffers.
 
 Files are read with pread, not mapped: a file that shrinks under a mapping kills the process, and mapped pages
-count as memory of the process. Here it is a short read and an error.
+count as memory of the process. Here it is a short read and an error. Many short runs that lie near each other, as the
+rows of a column slice do, are the exception, where a call each costs more than the bytes: a few megabytes are mapped
+for the moment in which they are copied, after the kernel said that it has all of them.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -21,10 +24,11 @@ SCRATCH_BYTES = 2 << 20
 """Most bytes read in one go where the destination does not lie as the source does; one buffer a thread. What is copied
 out of it should still lie in a core's cache, and a large buffer's first use costs more than the calls it saves."""
 NEAR_BYTES = 128 << 10
-"""A gap between runs that a disk reads through faster than it finds the next one."""
-AHEAD_BYTES = 4 << 20
-"""What the kernel is then asked to bring at once: where runs skip pages it does not guess that more will follow."""
-_PAGE = 4096
+"""Most bytes between runs that are mapped together: a disk reads through such a gap faster than it finds its end."""
+SPAN_BYTES = 32 << 20
+"""Most bytes from the first to the last one of what is read in one go: pages that are mapped count as memory."""
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ (Linux 5.14): fails where a page cannot be had, instead of killing whoever touches it."""
 _OPEN_FILES = 64
 
 Window = tuple[tuple[int, ...], tuple[int, ...], int]
@@ -119,38 +123,58 @@ class FilePool:
             out: As large as the window (`window.size`), any strides.
         """
         size, stride, offset = window
-        wanted, width = math.prod(size), dtype.itemsize
-        if not wanted:
+        width = dtype.itemsize
+        if not math.prod(size):
             return
         as_it_lies = out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
-        if as_it_lies and _in_file_order(size, stride):
-            self._read_runs(path, base, width, window, bytes_of(out))
+        if as_it_lies and _is_row_major(size, stride):
+            self.read_into(path, base + offset * width, bytes_of(out))
             return
-        for part, index in _parts(size, stride, offset, SCRATCH_BYTES // width):
+        for part, index in _parts(size, stride, offset, SCRATCH_BYTES // width, SPAN_BYTES // width):
+            if self._copy_mapped(path, base, dtype, part, out[index]):
+                continue
             buffer = self._buffer()[: math.prod(part[0]) * width]
             self._read_runs(path, base, width, part, bytes_of(buffer))
             out[index].copy_(buffer.view(dtype).as_strided(part[0], _packed(part[0], part[1])))
+
+    def _copy_mapped(
+        self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor
+    ) -> bool:
+        """Copy a window of several runs that lie near each other; False where it is not one, or cannot be mapped."""
+        (size, stride, offset), width = window, dtype.itemsize
+        hull, wanted = _hull(size, stride), math.prod(size)
+        gaps = wanted // _run(size, stride) - 1
+        if not gaps or (hull - wanted) * width > gaps * NEAR_BYTES or base % width:
+            return False
+        first = base + offset * width
+        ahead = first % mmap.ALLOCATIONGRANULARITY
+        descriptor = self._take(path)
+        try:
+            # Writable, since torch warns of memory that is not; private, so that nothing could be written.
+            mapped = mmap.mmap(
+                descriptor, ahead + hull * width, access=mmap.ACCESS_COPY, offset=first - ahead
+            )
+            mapped.madvise(_POPULATE_READ)
+        except (OSError, ValueError):  # an older kernel, or a file that ends early: a read says which
+            return False
+        finally:
+            self._give_back(path)
+        flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=ahead, count=hull * width).view(dtype)
+        out.copy_(flat.as_strided(size, stride))
+        with self._lock:
+            self.bytes_read += wanted * width
+        return True
 
     def _read_runs(self, path: Path, base: int, width: int, window: Window, out: memoryview) -> None:
         """Fill `out` with the window's elements in the order of the file, a read for each run of them."""
         size, stride, offset = window
         run = _run(size, stride)
-        if run * width == out.nbytes:
-            self.read_into(path, base + offset * width, out)
-            return
         starts = _starts(size, stride, run).add_(offset).mul_(width).add_(base).tolist()
-        length, at = run * width, 0
-        gap = (starts[-1] - starts[0]) // (len(starts) - 1) - length
-        asked = starts[0] if _PAGE <= gap <= NEAR_BYTES else starts[-1] + length
         descriptor = self._take(path)
         try:
-            for start in starts:  # up to millions
-                if start >= asked:
-                    asked = min(start + AHEAD_BYTES, starts[-1] + length)
-                    os.posix_fadvise(descriptor, start, asked - start, os.POSIX_FADV_WILLNEED)
-                if os.preadv(descriptor, (out[at : at + length],), start) != length:
-                    self._read(descriptor, path, start, out[at : at + length])
-                at += length
+            for at, start in enumerate(starts):
+                part = out[at * run * width : (at + 1) * run * width]
+                self._read(descriptor, path, start, part)
         except OSError as error:
             raise BridgeError(f"{path} cannot be read: {error}") from None
         finally:
@@ -190,10 +214,19 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _in_file_order(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether a row-major walk through the window goes forwards in the file."""
-    steps = [s for n, s in zip(size, stride, strict=True) if n > 1]
-    return steps == sorted(steps, reverse=True)
+def _hull(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last one of a window."""
+    return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+
+
+def _is_row_major(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    step = 1
+    for n, s in zip(reversed(size), reversed(stride), strict=True):
+        if n != 1:
+            if s != step:
+                return False
+            step *= n
+    return True
 
 
 def _packed(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
@@ -227,19 +260,19 @@ def _starts(size: tuple[int, ...], stride: tuple[int, ...], run: int) -> torch.T
 
 
 def _parts(
-    size: tuple[int, ...], stride: tuple[int, ...], offset: int, limit: int
+    size: tuple[int, ...], stride: tuple[int, ...], offset: int, limit: int, span: int
 ) -> Iterator[tuple[Window, tuple[slice, ...]]]:
-    """The window in parts of at most `limit` elements, in the order of the file, with their places in it."""
+    """The window in parts of at most `limit` elements that lie within `span`, forwards, with their places in it."""
     wanted = math.prod(size)
-    if wanted <= max(limit, 1):
+    if wanted == 1 or (wanted <= limit and _hull(size, stride) <= span):
         yield (size, stride, offset), tuple(slice(0, n) for n in size)
         return
     widest = max((d for d in range(len(size)) if size[d] > 1), key=lambda d: stride[d])
-    step = max(1, limit // (wanted // size[widest]))
+    step = max(1, min(limit // (wanted // size[widest]), span // stride[widest]))
     for first in range(0, size[widest], step):
         count = min(step, size[widest] - first)
         part = (*size[:widest], count, *size[widest + 1 :])
-        for window, index in _parts(part, stride, offset + first * stride[widest], limit):
+        for window, index in _parts(part, stride, offset + first * stride[widest], limit, span):
             at = index[widest]
             moved = slice(first + at.start, first + at.stop)
             yield window, (*index[:widest], moved, *index[widest + 1 :])
