@@ -198,7 +198,7 @@ def trainer_rank(
     ours, floor, gather = [], [], []
     received = [0] * workers
     for turn in range(repeats):
-        ours.append(trainer.send_weights())
+        ours += [trainer.send_weights() for _ in range(2)]
         floor += alongside(
             rank, client, (floor_worker, ports[1 + 2 * turn], traffic, 2),
             lambda port: floor_trainer(rank, port, traffic, 2),

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.moves import row_major
 
 SCRATCH_BYTES = 2 << 20
 """Most bytes read in one go where the destination does not lie as the source does; one buffer a thread. What is copied
@@ -127,7 +128,7 @@ class FilePool:
         if not math.prod(size):
             return
         as_it_lies = out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
-        if as_it_lies and _is_row_major(size, stride):
+        if as_it_lies and row_major(size, stride):
             self.read_into(path, base + offset * width, bytes_of(out))
             return
         for part, index in _parts(size, stride, offset, SCRATCH_BYTES // width, SPAN_BYTES // width):
@@ -217,16 +218,6 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def _hull(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first to the last one of a window."""
     return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-
-
-def _is_row_major(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    step = 1
-    for n, s in zip(reversed(size), reversed(stride), strict=True):
-        if n != 1:
-            if s != step:
-                return False
-            step *= n
-    return True
 
 
 def _packed(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:

@@ -30,6 +30,22 @@ class Window:
         """The window of a contiguous tensor, sharing its memory."""
         return local.as_strided(self.size, self.stride, local.storage_offset() + self.offset)
 
+    @property
+    def is_run(self) -> bool:
+        """Whether it is one run of the tensor's elements, in their order."""
+        return row_major(self.size, self.stride)
+
+
+def row_major(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements of these sizes and strides lie one after the other, as in a contiguous tensor."""
+    step = 1
+    for n, s in zip(reversed(size), reversed(stride), strict=True):
+        if n != 1:
+            if s != step:
+                return False
+            step *= n
+    return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:

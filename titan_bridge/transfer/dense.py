@@ -21,7 +21,7 @@ import torch.distributed as dist
 from titan_bridge.sharding.show import human
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.lanes import Bucket, Message
-from titan_bridge.transfer.transport import Transport
+from titan_bridge.transfer.transport import Transport, flat_bytes
 
 IN_FLIGHT = 2
 """Buckets of a sender that are packed or travel at a time."""
@@ -62,25 +62,38 @@ class DenseSender:
         Raises:
             TransferError: A receiver is gone, or the time is over.
         """
-        flying: deque[tuple[dist.Work, int, torch.Tensor]] = deque()
+        flat: dict[str, torch.Tensor] = {}
+        flying: deque[_Flight] = deque()
         for slot, message in zip(itertools.cycle(range(IN_FLIGHT)), self._messages, strict=False):
             if len(flying) == IN_FLIGHT:
                 self._land(flying.popleft(), deadline)
-            data = self._packed(message.bucket, local, slot)
-            flying.append((self._transport.send(data, message.peer, tag=message.tag), message.peer, data))
+            data = self._as_it_lies(message.bucket, local, flat)
+            if data is None:
+                data = self._packed(message.bucket, local, slot)
+            work = self._transport.send(data, message.peer, tag=message.tag)
+            flying.append(_Flight(work, message.peer, data))
         for each in flying:
             self._land(each, deadline)
 
-    def _land(self, flight: tuple[dist.Work, int, torch.Tensor], deadline: Deadline) -> None:
-        """Wait for a message that is under way; it keeps its memory until then."""
-        work, peer, _ = flight
-        self._transport.wait(work, seconds=deadline.left, what=f"sending weights to rank {peer}")
+    def _land(self, flight: _Flight, deadline: Deadline) -> None:
+        what = f"sending weights to rank {flight.peer}"
+        self._transport.wait(flight.work, seconds=deadline.left, what=what)
+
+    def _as_it_lies(
+        self, bucket: Bucket, local: Mapping[str, torch.Tensor], flat: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The message without a copy; `flat` keeps the bytes of tensors for their next ones."""
+        name = bucket.slices[0].name
+        tensor = local[name]
+        if bucket.run is None or tensor.dtype != bucket.dtype or tensor.device != self._transport.device:
+            return None
+        if name not in flat:
+            if not tensor.is_contiguous():
+                return None
+            flat[name] = flat_bytes(tensor)
+        return flat[name][bucket.run]
 
     def _packed(self, bucket: Bucket, local: Mapping[str, torch.Tensor], slot: int) -> torch.Tensor:
-        if len(bucket.slices) == 1:
-            only = bucket.slices[0].of(_contiguous(local[bucket.slices[0].name]))
-            if only.dtype == bucket.dtype and only.is_contiguous() and only.device == self._transport.device:
-                return only.view(-1)
         message = self._ring.of(bucket, slot)
         for part in bucket.slices:
             window = part.of(_contiguous(local[part.name]))
@@ -88,6 +101,14 @@ class DenseSender:
         if self._transport.backend == "gloo" and message.device.type != "cpu":
             torch.accelerator.synchronize()
         return message
+
+
+class _Flight(NamedTuple):
+    """A message that is under way; keeps its memory until it has landed."""
+
+    work: dist.Work
+    peer: int
+    data: torch.Tensor
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,8 +220,9 @@ class DenseReceiver:
             TransferError: A sender is gone, or the time is over. Nothing live was touched.
         """
         assert self._buckets is not None, "prepare() comes first"
+        shadows = {name: flat_bytes(shadow) for name, shadow in self._shadows.items()}
         places = [
-            self._in_shadow(message.bucket) if own is None else own
+            flat_bytes(own) if own is not None else shadows[message.bucket.slices[0].name][message.bucket.run]
             for message, own in zip(self._messages, self._buckets, strict=True)
         ]
         try:
@@ -239,7 +261,7 @@ class DenseReceiver:
         for slot, message, place in zip(slots, self._messages, places, strict=False):
             if len(flying) == IN_FLIGHT:
                 unload()
-            data = ring.of(message.bucket, slot)
+            data = flat_bytes(ring.of(message.bucket, slot))
             flying.append(
                 (self._transport.receive(data, message.peer, tag=message.tag), message, data, place)
             )
@@ -251,10 +273,6 @@ class DenseReceiver:
     def _wait(self, work: dist.Work, message: Message, deadline: Deadline) -> None:
         what = f"receiving weights from rank {message.peer}"
         self._transport.wait(work, seconds=deadline.left, what=what)
-
-    def _in_shadow(self, bucket: Bucket) -> torch.Tensor:
-        (only,) = bucket.slices
-        return only.of(self._shadows[only.name]).view(-1)
 
     def release(self) -> None:
         """Give the staging back."""
@@ -270,7 +288,7 @@ def _shadowed(buckets: Sequence[Bucket], whole: Mapping[str, torch.Tensor]) -> d
             meta = metas.get(part.name)
             if meta is None:
                 continue
-            if len(bucket.slices) > 1 or bucket.dtype != meta.dtype or not part.of(meta).is_contiguous():
+            if bucket.run is None or bucket.dtype != meta.dtype:
                 del metas[part.name]
             else:
                 arriving[part.name] += part.elements

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -18,7 +19,7 @@ from titan_bridge.sharding.moves import Window
 from titan_bridge.sharding.plan import Plan
 
 BUCKET_BYTES = 64 * 2**20
-ALONE_BYTES = 2**20
+ALONE_BYTES = 2**19
 """A copy of this size, or of a quarter of a bucket, is a message of its own: where it is contiguous, it then leaves
 and arrives where it belongs, without being packed."""
 
@@ -52,6 +53,15 @@ class Bucket:
     @property
     def nbytes(self) -> int:
         return self.elements * self.dtype.itemsize
+
+    @cached_property
+    def run(self) -> slice | None:
+        """Which bytes of a local tensor, if it has this dtype, are the message as it travels; None if it is packed."""
+        window = self.slices[0].window
+        if len(self.slices) > 1 or not window.is_run:
+            return None
+        start = window.offset * self.dtype.itemsize
+        return slice(start, start + self.nbytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,9 @@ class TensorSource:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part, detached; shares memory with the parameter."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # A DTensor's own detach goes through its dispatch, for each parameter of each update.
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def module_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

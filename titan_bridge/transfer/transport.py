@@ -7,8 +7,6 @@ everybody who waits for it fails at once: that is how a fault spreads before any
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -53,20 +51,26 @@ class Transport:
         """Start to send a contiguous tensor, which must not change until the work is waited for."""
         raw = self._bytes(message)
         self.sent[to] = self.sent.get(to, 0) + raw.nbytes
-        with self._explained(f"cannot send to rank {to}"):
+        try:
             return self._group.send([raw], to, tag)
+        except RuntimeError as error:
+            raise _explained(f"cannot send to rank {to}", error) from None
 
     def receive(self, into: torch.Tensor, source: int, *, tag: int = 0) -> dist.Work:
         """Start to receive into a contiguous tensor of the right size."""
         raw = self._bytes(into)
         self.received[source] = self.received.get(source, 0) + raw.nbytes
-        with self._explained(f"cannot receive from rank {source}"):
+        try:
             return self._group.recv([raw], source, tag)
+        except RuntimeError as error:
+            raise _explained(f"cannot receive from rank {source}", error) from None
 
     def wait(self, work: dist.Work, *, seconds: float, what: str) -> None:
         """Wait for one message. Raises TransferError after the time, or when the other end is gone."""
-        with self._explained(what):
+        try:
             work.wait(timedelta(seconds=max(seconds, 0.001)))
+        except RuntimeError as error:
+            raise _explained(what, error) from None
 
     def close(self) -> None:
         """Leave the group; whoever waits for this rank fails now."""
@@ -76,16 +80,16 @@ class Transport:
         if self._group is None:
             raise TransferError("the connection is closed")
         assert tensor.is_contiguous(), "a message is contiguous"
-        return tensor.view(-1).view(torch.uint8)
+        return flat_bytes(tensor)
 
-    @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except TransferError:
-            raise
-        except RuntimeError as error:
-            raise TransferError(f"{what}: {_first(error)}") from None
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as bytes in one dim, shared."""
+    return tensor if tensor.dtype == torch.uint8 and tensor.ndim == 1 else tensor.view(-1).view(torch.uint8)
+
+
+def _explained(what: str, error: RuntimeError) -> TransferError:
+    return TransferError(f"{what}: {_first(error)}")
 
 
 def _first(error: Exception) -> str:
