@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint import load, open_checkpoint
 from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare
@@ -36,10 +36,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["one", "several", "slices"])
 def test_a_weight_is_told_of_once_it_is_whole_and_soon_after_it_was_begun(
-    sources: dict[str, Path], kind: str
+    sources: dict[str, Path], kind: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(load, "_threads", lambda cpus, ranks: threads)
     hf: dict[str, Any] = json.loads((sources["one"] / "config.json").read_text())
     whole = layout(hf, Sizes())
     live = {

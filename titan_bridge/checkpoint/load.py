@@ -84,8 +84,8 @@ def load_into(
         if not left[copy.destination_name]:
             arrived(copy.destination_name)
 
-    own, cpus = os.sched_getaffinity(0), unbound_cpus()
-    count = min(_THREADS, len(own) if cpus == own else len(cpus) // len(layout.ranks))
+    cpus = unbound_cpus()
+    count = _threads(cpus, len(layout.ranks))
     if count <= 1:
         for copy in copies:
             fetch(copy)
@@ -106,6 +106,12 @@ def load_into(
         bytes_read=checkpoint.bytes_read - before,
         bytes_total=checkpoint.nbytes,
     )
+
+
+def _threads(cpus: frozenset[int], ranks: int) -> int:
+    """How many read at a time; a core is left to whoever is told what arrived, and packs it meanwhile."""
+    own = len(cpus) if cpus == os.sched_getaffinity(0) else len(cpus) // ranks
+    return min(_THREADS, own - 1)
 
 
 def _take(ahead: deque[tuple[Copy, Future[None]]], took: Callable[[Copy], None]) -> None:
