@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -93,26 +93,21 @@ class FilePool:
 
     def read_into(self, path: Path, offset: int, out: memoryview) -> None:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
+        self._read_each(path, [offset], out)
+
+    def _read_each(self, path: Path, starts: Sequence[int], out: memoryview) -> None:
+        """Fill `out` with as many bytes from each of `starts`, one after the other."""
+        length = out.nbytes // len(starts)
         descriptor = self._take(path)
         try:
-            self._read(descriptor, path, offset, out)
+            for at, start in enumerate(starts):
+                _read(descriptor, path, start, out[at * length : (at + 1) * length])
         except OSError as error:
             raise BridgeError(f"{path} cannot be read: {error}") from None
         finally:
             self._give_back(path)
         with self._lock:
             self.bytes_read += out.nbytes
-
-    @staticmethod
-    def _read(descriptor: int, path: Path, offset: int, out: memoryview) -> None:
-        done, length = 0, out.nbytes
-        while done < length:
-            count = os.preadv(descriptor, [out[done:]], offset + done)
-            if count == 0:
-                raise BridgeError(
-                    f"{path} ends at byte {offset + done}; {offset + length} were expected: truncated?"
-                )
-            done += count
 
     def fetch(self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor) -> None:
         """Copy a window of a contiguous tensor in a file into `out`, casting to its dtype.
@@ -135,7 +130,8 @@ class FilePool:
             if self._copy_mapped(path, base, dtype, part, out[index]):
                 continue
             buffer = self._buffer()[: math.prod(part[0]) * width]
-            self._read_runs(path, base, width, part, bytes_of(buffer))
+            starts = _starts(*part).mul_(width).add_(base).tolist()
+            self._read_each(path, starts, bytes_of(buffer))
             out[index].copy_(buffer.view(dtype).as_strided(part[0], _packed(part[0], part[1])))
 
     def _copy_mapped(
@@ -166,23 +162,6 @@ class FilePool:
             self.bytes_read += wanted * width
         return True
 
-    def _read_runs(self, path: Path, base: int, width: int, window: Window, out: memoryview) -> None:
-        """Fill `out` with the window's elements in the order of the file, a read for each run of them."""
-        size, stride, offset = window
-        run = _run(size, stride)
-        starts = _starts(size, stride, run).add_(offset).mul_(width).add_(base).tolist()
-        descriptor = self._take(path)
-        try:
-            for at, start in enumerate(starts):
-                part = out[at * run * width : (at + 1) * run * width]
-                self._read(descriptor, path, start, part)
-        except OSError as error:
-            raise BridgeError(f"{path} cannot be read: {error}") from None
-        finally:
-            self._give_back(path)
-        with self._lock:
-            self.bytes_read += out.nbytes
-
     def _buffer(self) -> torch.Tensor:
         if not hasattr(self._scratch, "buffer"):
             self._scratch.buffer = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
@@ -210,6 +189,17 @@ class FilePool:
                 del self._users[path]
 
 
+def _read(descriptor: int, path: Path, offset: int, out: memoryview) -> None:
+    done, length = 0, out.nbytes
+    while done < length:
+        count = os.preadv(descriptor, [out[done:]], offset + done)
+        if count == 0:
+            raise BridgeError(
+                f"{path} ends at byte {offset + done}; {offset + length} were expected: truncated?"
+            )
+        done += count
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes, shared."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
@@ -221,7 +211,7 @@ def _hull(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def _packed(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
-    """Strides of the window without its gaps: what `_read_runs` leaves."""
+    """Strides of the window without its gaps, its runs one after the other."""
     result, step = [0] * len(size), 1
     for dim in sorted(range(len(size)), key=lambda d: stride[d]):
         result[dim] = step
@@ -240,9 +230,10 @@ def _run(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return step
 
 
-def _starts(size: tuple[int, ...], stride: tuple[int, ...], run: int) -> torch.Tensor:
+def _starts(size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
     """Where the runs of a window start, in elements, forwards."""
-    starts, inner = torch.zeros(1, dtype=torch.int64), 1
+    run = _run(size, stride)
+    starts, inner = torch.tensor([offset]), 1
     for s, n in sorted(zip(stride, size, strict=True)):
         if n > 1 and inner >= run:
             starts = (torch.arange(n)[:, None] * s + starts).view(-1)
