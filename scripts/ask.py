@@ -44,7 +44,8 @@ def main() -> int:
             [*command, "--served-model-name", "demo"],
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its workers can be ended with it
+            stdin=subprocess.DEVNULL,
+            process_group=0,  # so that its workers can be ended with it
         )
     try:
         url = f"http://127.0.0.1:{port}"

@@ -33,7 +33,10 @@ def _serve(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            # Not a session of its own: Linux may schedule sessions as groups ("autogroup"), and on few cores a busy
+            # server then keeps the trainer that runs in a test waiting for seconds.
+            process_group=0,
             env={**os.environ, **environment},
         )
     url = f"http://127.0.0.1:{port}"

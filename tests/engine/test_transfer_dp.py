@@ -89,7 +89,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainClien
                     [sys.executable, "-c", code, str(folder / "a"), address, "shard"],
                     stdin=subprocess.PIPE,
                     env=environment,
-                    start_new_session=True,
+                    process_group=0,
                 )
             )
         while not all(Path(f"{address}.ready").exists() for address in addresses):

@@ -99,7 +99,7 @@ def start(config: InferConfig) -> Iterator[Ranks]:
                     [sys.executable, "-m", "titan_bridge.engine.ranks"],
                     stdin=subprocess.PIPE,
                     env={**common, **rank_environment(common, rank, dp, tp, port, lockstep)},
-                    start_new_session=True,  # so that its engine and workers can be ended with it
+                    process_group=0,  # so that its engine and workers can be ended with it
                 )
             )
         yield Ranks(config, processes, lockstep=lockstep)
@@ -214,7 +214,7 @@ def _tell(rank: subprocess.Popen[bytes], line: str) -> None:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process that leads a session, and of its children."""
+    """Kill what is left of a process that leads a group, and of its children."""
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()

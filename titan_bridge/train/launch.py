@@ -181,7 +181,8 @@ def _torchrun(job: Job, folder: Path, descriptor: int) -> None:
             stderr=log,
             env=environment,
             pass_fds=(descriptor,),
-            start_new_session=True,  # Ctrl-C reaches us, and we tell torchrun once
+            stdin=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C reaches us, and we tell torchrun once
             preexec_fn=lambda: die_with_parent(signal.SIGTERM),
         )
         try:
