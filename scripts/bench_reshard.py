@@ -47,9 +47,11 @@ import titan_bridge.checkpoint.reshard, titan_bridge.checkpoint.team, titan_brid
 from titan_bridge.models import families
 families()
 """
-COPY = f"""
-{IMPORTS}
+TORCHTITAN = "import titan_bridge.layout"
+"""Where the layout of an engine is asked for."""
+COPY = """
 import os, subprocess, sys, time
+exec(sys.argv.pop(1))
 os.makedirs(sys.argv[1])
 start = time.perf_counter()
 subprocess.run(["cp", *sys.argv[2:], sys.argv[1]], check=True)
@@ -122,6 +124,8 @@ class Row:
     read: int
     """Bytes of weights in the source."""
     written: int
+    imports: float
+    """Seconds that the imports of the task take, without which it is compared."""
 
 
 def weights(directory: Path) -> list[Path]:
@@ -155,7 +159,7 @@ class Usage:
     seconds: float
     """Wall time."""
     copying: float | None
-    """Wall time of `cp` alone, in a process that copies."""
+    """Wall time of `cp` alone, in a process that copies; the rest is imports."""
     cpu: float
     """Seconds of all cores, in the program and in the kernel; says more where others use the machine."""
     peak: int
@@ -181,8 +185,9 @@ def run(command: Sequence[str]) -> Usage:
     )
 
 
-def copy_command(source: Path, target: Path) -> list[str]:
-    return python(COPY, target, *weights(source))
+def copy_command(source: Path, target: Path, imports: str = IMPORTS) -> list[str]:
+    """`cp` after the imports of the command that does more than that."""
+    return python(COPY, imports, target, *weights(source))
 
 
 def python(code: str, *arguments: object) -> list[str]:
@@ -196,7 +201,6 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
     run(python(MAKE, hf, json.dumps(WIDTH | {"num_hidden_layers": layers})))
     run(python(OURS, hf, dcp, "--to", "dcp"))
     started = run(python(IMPORTS))
-    imports = []
     # (task, source, {who: command that writes the given target})
     tasks = {
         "hf to dcp": (hf, {
@@ -216,7 +220,7 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
             "torchtitan convert_to_hf": lambda out: python(TITAN, "to_hf", dcp, out, hf, "bfloat16"),
         }),
         "dcp to engine files, tp=2": (dcp, {
-            "raw copy": lambda out: copy_command(dcp, out),
+            "raw copy": lambda out: copy_command(dcp, out, IMPORTS + TORCHTITAN),
             "titan-bridge": lambda out: python(OURS, dcp, out, "--to", "engine", "--tp", 2),
         }),
     }  # fmt: skip
@@ -239,9 +243,10 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
                     if who != "raw copy" and cache == "warm" and out.is_dir():
                         kept.setdefault(who, out.rename(base / "kept" / out.name) if who not in kept else out)
                     remove(out)
+            copies = [result for result in found["raw copy"] if result.copying is not None]
+            imports = statistics.median(result.seconds - (result.copying or 0) for result in copies)
             for who, results in found.items():
                 seconds = tuple(result.copying or result.seconds for result in results)
-                imports += [result.seconds - result.copying for result in results if result.copying]
                 rows.append(
                     Row(
                         task=task,
@@ -253,6 +258,7 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
                         peak=max(result.peak for result in results),
                         read=size(source),
                         written=written[who],
+                        imports=imports,
                     )
                 )
                 print(f"{task}, {who}, {cache}: {', '.join(f'{s:.1f}' for s in seconds)} s", file=sys.stderr)
@@ -263,7 +269,7 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
         for path in kept.values():
             remove(path)
     facts = {
-        "import_seconds": statistics.median(imports),
+        "import_seconds": started.seconds,
         "import_peak": started.peak,
         "layers": layers,
         "same_tensors_as_torchtitan": same,
@@ -279,10 +285,9 @@ def remove(path: Path) -> None:
 
 
 def show(rows: list[Row], facts: dict[str, Any]) -> None:
-    imports = facts["import_seconds"]
     table = Table(
-        title=f"{rows[0].read / 1e9:.2f} GB of source, {os.cpu_count()} cores; imports alone: {imports:.1f} s, "
-        f"{facts['import_peak'] / 1e6:.0f} MB",
+        title=f"{rows[0].read / 1e9:.2f} GB of source, {os.cpu_count()} cores; imports alone: "
+        f"{facts['import_seconds']:.1f} s, {facts['import_peak'] / 1e6:.0f} MB",
         title_justify="left",
     )
     left = ("task", "who", "cache")
@@ -291,6 +296,7 @@ def show(rows: list[Row], facts: dict[str, Any]) -> None:
         "seconds",
         "runs",
         "cpu",
+        "imports",
         "against raw copy, less imports",
         "peak memory",
         "against titan-bridge",
@@ -299,7 +305,7 @@ def show(rows: list[Row], facts: dict[str, Any]) -> None:
     for row in rows:
         by_who = {other.who: other for other in rows if (other.task, other.cache) == (row.task, row.cache)}
         raw, ours = by_who["raw copy"], by_who["titan-bridge"]
-        ratio = f"{(row.seconds - (0 if row is raw else imports)) / raw.seconds:.2f}"
+        ratio = f"{(row.seconds - (0 if row is raw else row.imports)) / raw.seconds:.2f}"
         theirs = row.who not in ("raw copy", "titan-bridge")
         table.add_row(
             row.task,
@@ -308,6 +314,7 @@ def show(rows: list[Row], facts: dict[str, Any]) -> None:
             f"{row.seconds:.1f}",
             " ".join(f"{s:.1f}" for s in row.all_seconds),
             f"{row.cpu:.1f}",
+            f"{row.imports:.1f}",
             ratio,
             f"{row.peak / 1e6:.0f} MB",
             f"{row.seconds / ours.seconds:.1f} x time, {row.peak / ours.peak:.1f} x memory" if theirs else "",

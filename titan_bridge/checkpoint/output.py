@@ -23,6 +23,9 @@ PIECE_BYTES = 4 << 20
 """Bytes of one direct write, and of what is timed."""
 _LEAST = 1 << 20
 """Less is not worth a direct write."""
+_CALL_BYTES = 512 << 10
+"""Most bytes of one write through the page cache. From 2 MB on, Linux looks for a page of 2 MB for them, and of those
+it has only such as it has not used for a while: dear where a host takes them back meanwhile, six times as slow."""
 _FIRST_TRIAL, _LAST_TRIAL = 8, 256
 """Pieces between two trials of the slower way; it doubles while the slower one stays the slower."""
 _bounce = threading.local()
@@ -130,7 +133,7 @@ class OutputFile:
     def _buffered(self, offset: int, data: memoryview) -> None:
         done = 0
         while done < data.nbytes:
-            done += os.pwrite(self._descriptor, data[done:], offset + done)
+            done += os.pwrite(self._descriptor, data[done : done + _CALL_BYTES], offset + done)
 
     def _past_cache(self, offset: int, piece: memoryview) -> None:
         assert self._direct is not None

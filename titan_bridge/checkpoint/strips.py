@@ -9,7 +9,7 @@ from titan_bridge.checkpoint.target import Part, Unit, rows_of
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.holders import BoxHolders, Held
 
-STRIP_BYTES = 16 << 20
+STRIP_BYTES = 8 << 20
 """Of the destination's dtype."""
 
 
