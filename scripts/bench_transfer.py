@@ -1,6 +1,7 @@
 """How long live weight transfer takes: trainer and workers on this machine, over gloo, table by tp.
 
     python scripts/bench_transfer.py                  tp 1, 2 and 4, the shapes of Qwen3-0.6B (1.2 GB in bf16)
+    python scripts/bench_transfer.py --like 8B        layers as wide as Qwen3-8B's, three of them (1.4 GB)
     python scripts/bench_transfer.py --tp 2 --json    for machines
     python scripts/bench_transfer.py --layers 2       a small model, to try it
 
@@ -44,16 +45,25 @@ LIMIT = timedelta(seconds=300)
 MESSAGE = 64 * 2**20
 
 
-def config(layers: int) -> dict[str, Any]:
-    """Qwen3-0.6B's sizes."""
+SIZES = {
+    "0.6B": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "vocab_size": 151_936,
+    },
+    # With a smaller vocabulary and few layers, so that all three ways fit into memory side by side.
+    "8B": {"hidden_size": 4096, "intermediate_size": 12_288, "num_attention_heads": 32, "vocab_size": 32_000},
+}
+LAYERS = {"0.6B": 28, "8B": 3}
+
+
+def config(like: str, layers: int) -> dict[str, Any]:
+    """Sizes of a Qwen3."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": 151_936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
         "num_hidden_layers": layers,
-        "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,
         "max_position_embeddings": 4096,
@@ -61,6 +71,7 @@ def config(layers: int) -> dict[str, Any]:
         "rope_theta": 1e6,
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
+        **SIZES[like],
     }
 
 
@@ -239,8 +250,8 @@ def alongside(
     return seconds, answers
 
 
-def measure(tp: int, layers: int, repeats: int) -> dict[str, Any]:
-    hf = config(layers)
+def measure(tp: int, like: str, layers: int, repeats: int) -> dict[str, Any]:
+    hf = config(like, layers)
     source = layout(hf, Sizes(dp=TRAINERS), "shard", dtype=torch.bfloat16)
     served = layout(hf, Sizes(tp=tp), "replicate", dtype=torch.bfloat16).to_json()
     ports = [free_port() for _ in range(1 + 2 * repeats)]
@@ -251,6 +262,8 @@ def measure(tp: int, layers: int, repeats: int) -> dict[str, Any]:
     assert sum(first["received"].values()) == first["lower_bound"] == sum(sum(a["sent"]) for a in answers)
     return {
         "tp": tp,
+        "like": like,
+        "layers": layers,
         "bytes": first["lower_bound"],
         "seconds": first["seconds"],
         "phases": first["phases"],
@@ -273,11 +286,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--like", choices=tuple(SIZES), default="0.6B", help="whose widths the layers have")
+    parser.add_argument("--layers", type=int, help="28 layers of 0.6B, 3 of 8B")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = [measure(tp, given.layers, given.repeats) for tp in given.tp]
+    layers = given.layers or LAYERS[given.like]
+    rows = [measure(tp, given.like, layers, given.repeats) for tp in given.tp]
     if given.json:
         print(json.dumps(rows, indent=1))
         return

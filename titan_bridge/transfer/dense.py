@@ -245,7 +245,8 @@ class DenseReceiver:
             self._transport.receive(place, message.peer, tag=message.tag)
             for message, place in zip(self._messages, places, strict=True)
         ]
-        for work, message in zip(works, self._messages, strict=True):
+        # The last ones first: when they are there, so are most others, which then wake nobody.
+        for work, message in zip(reversed(works), reversed(self._messages), strict=True):
             self._wait(work, message, deadline)
 
     def _receive_through(self, ring: _Ring, places: Sequence[torch.Tensor], deadline: Deadline) -> None:
