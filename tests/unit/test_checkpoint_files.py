@@ -141,9 +141,12 @@ def test_gaps_between_runs_are_not_read(tmp_path, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [1024, 16384])  # runs closer than a page, and farther apart
-def test_runs_that_lie_near_each_other_are_mapped_a_part_at_a_time(tmp_path, columns, monkeypatch):
+@pytest.mark.parametrize(("limit", "count"), [("SCRATCH_BYTES", 100_000), ("SPAN_BYTES", 200_000)])
+def test_runs_that_lie_near_each_other_are_mapped_a_part_at_a_time(
+    tmp_path, columns, limit, count, monkeypatch
+):
     seen, real = [], mmap.mmap
-    monkeypatch.setattr(files, "SCRATCH_BYTES", 100_000)
+    monkeypatch.setattr(files, limit, count)
     monkeypatch.setattr(
         files.mmap, "mmap", lambda fd, length, **how: seen.append(length) or real(fd, length, **how)
     )
