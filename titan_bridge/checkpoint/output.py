@@ -24,8 +24,8 @@ PIECE_BYTES = 4 << 20
 _LEAST = 1 << 20
 """Less is not worth a direct write."""
 _CALL_BYTES = 512 << 10
-"""Most bytes of one write through the page cache. From 2 MB on, Linux looks for a page of 2 MB for them, and of those
-it has only such as it has not used for a while: dear where a host takes them back meanwhile, six times as slow."""
+"""Most bytes of one write through the page cache. Where a host takes free memory back, those of 2 MB and more were
+measured four to twelve times as slow: it seems that Linux fills pages of 2 MB for them, which are then new ones."""
 _FIRST_TRIAL, _LAST_TRIAL = 8, 256
 """Pieces between two trials of the slower way; it doubles while the slower one stays the slower."""
 _bounce = threading.local()
