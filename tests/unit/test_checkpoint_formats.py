@@ -17,10 +17,12 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import filesystem, metadata
 
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.archive import Archive, locate
-from titan_bridge.checkpoint.dcp import METADATA, Written, write_metadata
+from titan_bridge.checkpoint.dcp import METADATA
+from titan_bridge.checkpoint.dcp_metadata import Written, write_metadata
 from titan_bridge.checkpoint.files import bytes_of
 from titan_bridge.checkpoint.safetensors import header_bytes, read_header
 from titan_bridge.errors import BridgeError
@@ -174,6 +176,40 @@ def test_metadata_that_we_write_is_read_by_dcp(tmp_path):
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(state["a"], tensor)
     assert torch.equal(state["tied.a"], tensor)
+
+
+def test_metadata_that_we_write_is_what_dcp_would_write(tmp_path):
+    box = Box(start=(2, 0), stop=(6, 4))
+    written = [
+        Written(fqn="a", file="__0_0.distcp", offset=7, length=9, box=box),
+        Written(fqn="optimizer.step", file="__1_0.distcp", offset=0, length=5, box=None),
+    ]
+    paths = {"optimizer.step": ("optimizer", "step")}
+    write_metadata(tmp_path / METADATA, {"a": ((6, 4), torch.bfloat16)}, written, paths)
+    start, size = torch.Size(box.start), torch.Size(box.shape)
+    theirs = metadata.Metadata(
+        state_dict_metadata={
+            "optimizer.step": metadata.BytesStorageMetadata(),
+            "a": metadata.TensorStorageMetadata(
+                properties=metadata.TensorProperties(dtype=torch.bfloat16),
+                size=torch.Size((6, 4)),
+                chunks=[metadata.ChunkStorageMetadata(offsets=start, sizes=size)],
+            ),
+        },
+        planner_data={"optimizer.step": ("optimizer", "step"), "a": ("a",)},
+        storage_data={
+            metadata.MetadataIndex("a", start, 0): filesystem._StorageInfo("__0_0.distcp", 7, 9),
+            metadata.MetadataIndex("optimizer.step"): filesystem._StorageInfo("__1_0.distcp", 0, 5),
+        },
+        storage_meta=metadata.StorageMeta(),
+        version="1.0.0",
+    )
+    data = (tmp_path / METADATA).read_bytes()
+    ours = pickle.loads(data)
+    assert ours == theirs
+    assert [index.index for index in ours.storage_data] == [index.index for index in theirs.storage_data]
+    assert vars(ours.storage_meta) == vars(theirs.storage_meta)
+    assert b"titan_bridge" not in data
 
 
 class Hostile:

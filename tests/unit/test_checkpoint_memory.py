@@ -1,4 +1,4 @@
-"""The memory of a run does not grow with the model, and the command starts without vLLM and transformers."""
+"""The memory of a run does not grow with the model, and the command starts with torch and little more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from titan_bridge.checkpoint.engine_files import LAYOUT
 from titan_bridge.checkpoint.strips import STRIP_BYTES
 from titan_bridge.testing import make_checkpoint
 
@@ -34,19 +35,20 @@ if to == 'engine':
     import titan_bridge.layout, titan_bridge.models.parts, torchtitan.models.llama3.model
 before = peak()
 outcome = prepare(Options(source=Path(source), target=Path(target), to=to, workers=2, **options)).run()
-heavy = [m for m in ('vllm', 'transformers', 'torchtitan') if m in sys.modules]
+heavy = [m for m in ('vllm', 'transformers', 'torchtitan', 'torch.distributed.tensor') if m in sys.modules]
 print(json.dumps([peak() - before, outcome.bytes_written, heavy]))
 """
 
 
 def measure(source: Path, target: Path, to: str, **options) -> tuple[int, int]:
-    """(peak memory over the imports, bytes written). Only layouts of engine files need TorchTitan."""
+    """(peak memory over the imports, bytes written). Only engine files need DTensor; making them, TorchTitan."""
     argument = json.dumps([str(source), str(target), to, options])
     out = subprocess.run(
         [sys.executable, "-c", _MEASURE, argument], capture_output=True, text=True, check=True
     ).stdout
     used, written, loaded = json.loads(out)
-    assert loaded == (["torchtitan"] if to == "engine" else [])
+    layouts = to == "engine" or (source / LAYOUT).exists()
+    assert loaded == ["torchtitan"] * (to == "engine") + ["torch.distributed.tensor"] * layouts
     return used, written
 
 
@@ -70,7 +72,7 @@ def test_four_times_the_model_needs_no_more_memory(tmp_path, to):
         assert large - small < STRIP_BYTES
 
 
-def test_neither_vllm_nor_transformers_nor_torchtitan_is_imported(tmp_path):
+def test_neither_vllm_nor_transformers_nor_torchtitan_nor_dtensor_is_imported(tmp_path):
     source = make_checkpoint(tmp_path / "moe", "qwen3_moe", tokenizer=False)
     measure(source, tmp_path / "dcp", "dcp")
     measure(tmp_path / "dcp", tmp_path / "hf", "hf")

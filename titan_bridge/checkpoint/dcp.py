@@ -7,24 +7,12 @@ beside them `optimizer`, `lr_scheduler`, `dataloader` and `train_state`.
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from titan_bridge.checkpoint.archive import locate
 from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, Chunk, Stored, check_cover
@@ -260,57 +248,3 @@ def _dict(root: Record, name: str) -> dict[Any, Any]:
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, tuple) and all(type(n) is int and 0 <= n < 2**62 for n in value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """One chunk, or one entry that is no tensor (`box` is None), as it was written."""
-
-    fqn: str
-    file: str
-    """Relative to the directory."""
-    offset: int
-    length: int
-    box: Box | None
-
-
-def write_metadata(
-    path: Path,
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    written: Sequence[Written],
-    paths: Mapping[str, tuple[Any, ...]],
-) -> None:
-    """Write the `.metadata` file at `path`, in the classes that DCP's own reader unpickles.
-
-    Args:
-        tensors: Global shape and dtype of each tensor.
-        written: Every chunk of them, in any order, and the other entries. Two names may share one place.
-        paths: Where entries stand in the nested state dict, if not at the top.
-    """
-    chunks: dict[str, list[ChunkStorageMetadata]] = {fqn: [] for fqn in tensors}
-    entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, Any] = {}
-    for item in written:
-        info = filesystem._StorageInfo(item.file, item.offset, item.length)
-        if item.box is None:
-            entries[item.fqn] = BytesStorageMetadata()
-            places[MetadataIndex(item.fqn)] = info
-            continue
-        start, size = torch.Size(item.box.start), torch.Size(item.box.shape)
-        places[MetadataIndex(item.fqn, start, len(chunks[item.fqn]))] = info
-        chunks[item.fqn].append(ChunkStorageMetadata(offsets=start, sizes=size))
-    for fqn, (shape, dtype) in tensors.items():
-        entries[fqn] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=dtype), size=torch.Size(shape), chunks=chunks[fqn]
-        )
-    metadata = Metadata(
-        state_dict_metadata=entries,
-        planner_data={fqn: paths.get(fqn, (fqn,)) for fqn in entries},
-        storage_data=places,
-        storage_meta=StorageMeta(),
-        version="1.0.0",
-    )
-    with path.open("wb") as file:
-        pickle.dump(metadata, file)
-        file.flush()
-        os.fsync(file.fileno())

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import Replicate
 
 from titan_bridge.checkpoint.checkpoint import (
     Checkpoint,
@@ -32,7 +31,7 @@ from titan_bridge.checkpoint.files import inside
 from titan_bridge.checkpoint.hf import read_config, read_json_object
 from titan_bridge.checkpoint.safetensors import Entry, read_header
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.boxes import Box, shard_dim
 from titan_bridge.sharding.layout import Layout
 
 INDEX, LAYOUT = "engine.json", "layout.json"
@@ -148,7 +147,7 @@ def shard_label(layout: Layout, fqn: str, rank: int) -> str:
     sharded = [
         f"{axis}{at}"
         for axis, size, at, placement in zip(mesh.axes, mesh.shape, coordinate, placements, strict=True)
-        if size > 1 and not isinstance(placement, Replicate)
+        if size > 1 and shard_dim(placement) is not None
     ]
     return ".".join(sharded) or "all"
 

@@ -15,7 +15,8 @@ import torch
 
 from titan_bridge.checkpoint import engine_files, hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
-from titan_bridge.checkpoint.dcp import METADATA, write_metadata
+from titan_bridge.checkpoint.dcp import METADATA
+from titan_bridge.checkpoint.dcp_metadata import write_metadata
 from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap

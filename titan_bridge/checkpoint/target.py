@@ -15,7 +15,7 @@ import torch
 
 from titan_bridge.checkpoint.archive import Archive
 from titan_bridge.checkpoint.checkpoint import Blob
-from titan_bridge.checkpoint.dcp import Written
+from titan_bridge.checkpoint.dcp_metadata import Written
 from titan_bridge.checkpoint.engine_files import contiguous_parts, shard_label
 from titan_bridge.checkpoint.safetensors import header_bytes
 from titan_bridge.sharding.boxes import Box

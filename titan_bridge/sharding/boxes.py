@@ -14,10 +14,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
-
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding import dtensor
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -111,7 +109,7 @@ def chunk(size: int, chunks: int, index: int) -> tuple[int, int]:
     return min(width * index, size), min(width * (index + 1), size)
 
 
-def segments_of(size: int, cuts: Sequence[tuple[Placement, int, int]]) -> tuple[Segment, ...]:
+def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -> tuple[Segment, ...]:
     """What remains of a dim of `size` elements after `cuts`, in the order in which it lies in the local
     tensor.
 
@@ -123,7 +121,7 @@ def segments_of(size: int, cuts: Sequence[tuple[Placement, int, int]]) -> tuple[
     held = [(0, size)]
     for placement, chunks, index in cuts:
         local = sum(b - a for a, b in held)
-        if isinstance(placement, _StridedShard):
+        if isinstance(placement, dtensor._StridedShard):
             factor = int(placement.split_factor)
             outer = [chunk(local, factor, part) for part in range(factor)]
             inner = [(a, chunk(b - a, chunks, index)) for a, b in outer]
@@ -145,7 +143,7 @@ def fsdp_is_exact(size: int, shards: int, fsdp: int) -> bool:
     cuts are uneven these placements may describe other rows (9 rows on fsdp=4, tp=2 with torch 2.13: the rank at
     (3, 1) holds one row, and DTensor says none), and neither DTensor nor a spec can put the tensor together again.
     """
-    strided, shard = _StridedShard(0, split_factor=shards), Shard(0)
+    strided, shard = dtensor._StridedShard(0, split_factor=shards), dtensor.Shard(0)
     for right in range(shards):
         first, last = chunk(size, shards, right)
         for left in range(fsdp):
@@ -173,26 +171,26 @@ def _take(held: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tup
     return result
 
 
-def shard_dim(placement: Placement) -> int | None:
+def shard_dim(placement: dtensor.Placement) -> int | None:
     """The tensor dim that a placement shards, or None for Replicate."""
-    return placement.dim if isinstance(placement, (Shard, _StridedShard)) else None
+    return placement.dim if isinstance(placement, (dtensor.Shard, dtensor._StridedShard)) else None
 
 
-def axes_of(placements: Sequence[Placement], dim: int) -> list[int]:
+def axes_of(placements: Sequence[dtensor.Placement], dim: int) -> list[int]:
     """The mesh axes that shard a tensor dim, from left to right."""
     return [axis for axis, placement in enumerate(placements) if shard_dim(placement) == dim]
 
 
-def check(placements: Sequence[Placement], shape: Sequence[int], mesh_shape: Sequence[int]) -> None:
+def check(placements: Sequence[dtensor.Placement], shape: Sequence[int], mesh_shape: Sequence[int]) -> None:
     """Raise BridgeError unless `placements` fit the tensor (global `shape`) and the mesh."""
     if len(placements) != len(mesh_shape):
         raise BridgeError(
             f"{len(placements)} placements for a mesh with {len(mesh_shape)} axes; give one for each axis"
         )
     for axis, placement in enumerate(placements):
-        if isinstance(placement, Replicate):
+        if isinstance(placement, dtensor.Replicate):
             continue
-        if not isinstance(placement, (Shard, _StridedShard)):
+        if not isinstance(placement, (dtensor.Shard, dtensor._StridedShard)):
             raise BridgeError(
                 f"placement {placement} on mesh axis {axis}; a parameter can be R, S(d) or SS(d,f)"
             )
@@ -204,7 +202,7 @@ def check(placements: Sequence[Placement], shape: Sequence[int], mesh_shape: Seq
 
 
 def dim_segments(
-    placements: Sequence[Placement],
+    placements: Sequence[dtensor.Placement],
     shape: Sequence[int],
     mesh_shape: Sequence[int],
     coordinate: Sequence[int],
@@ -216,7 +214,7 @@ def dim_segments(
         not 0 <= c < n for c, n in zip(coordinate, mesh_shape, strict=True)
     ):
         raise BridgeError(f"coordinate {tuple(coordinate)} is not on a mesh of shape {tuple(mesh_shape)}")
-    cuts: list[list[tuple[Placement, int, int]]] = [[] for _ in shape]
+    cuts: list[list[tuple[dtensor.Placement, int, int]]] = [[] for _ in shape]
     for placement, chunks, index in zip(placements, mesh_shape, coordinate, strict=True):
         dim = shard_dim(placement)
         if dim is not None:
@@ -225,7 +223,7 @@ def dim_segments(
 
 
 def pieces_of(
-    placements: Sequence[Placement],
+    placements: Sequence[dtensor.Placement],
     shape: Sequence[int],
     mesh_shape: Sequence[int],
     coordinate: Sequence[int],
@@ -247,7 +245,7 @@ def pieces_of(
 
 
 def boxes_of(
-    placements: Sequence[Placement],
+    placements: Sequence[dtensor.Placement],
     shape: Sequence[int],
     mesh_shape: Sequence[int],
     coordinate: Sequence[int],
@@ -257,7 +255,7 @@ def boxes_of(
 
 
 def local_shape_of(
-    placements: Sequence[Placement],
+    placements: Sequence[dtensor.Placement],
     shape: Sequence[int],
     mesh_shape: Sequence[int],
     coordinate: Sequence[int],

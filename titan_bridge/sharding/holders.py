@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch.distributed.tensor.placement_types import Placement
-
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, check
 from titan_bridge.sharding.layout import Layout, MeshLayout, itemsize
 
@@ -21,7 +20,7 @@ class MeshHolders:
     """The ranks of a mesh, each with one contiguous local tensor, as the placements say."""
 
     mesh: MeshLayout
-    placements: tuple[Placement, ...]
+    placements: tuple[dtensor.Placement, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from torch.distributed.tensor import Replicate
 
 from titan_bridge.sharding.boxes import Box, axes_of, factored, local_shape_of, segments_of
 from titan_bridge.sharding.holders import BoxHolders, Held
@@ -99,12 +98,12 @@ class MeshSide:
     def __init__(self, held: Held, frame: Frame) -> None:
         self.frame = frame
         self.shape = held.shape
-        if isinstance(held.by, BoxHolders):  # every chunk is the whole tensor
+        if isinstance(held.by, BoxHolders):  # every chunk is the whole tensor: one axis, which shards nothing
             self.mesh_shape: tuple[int, ...] = (len(held.by.chunks),)
-            self.placements: tuple = (Replicate(),)
+            self.axes: list[list[int]] = [[] for _ in self.shape]
         else:
             self.mesh_shape, self.placements = held.by.mesh.shape, held.by.placements
-        self.axes = [axes_of(self.placements, d) for d in range(len(self.shape))]
+            self.axes = [axes_of(self.placements, d) for d in range(len(self.shape))]
 
     def pieces(self, dims: Sequence[int], cells: Sequence[int], sizes: Sequence[int]) -> Pieces:
         """The boxes in `cells` that the tensor dims `dims` cut, over all shards of those dims."""
@@ -138,6 +137,8 @@ class MeshSide:
 
     def local_shape(self, slot: int) -> tuple[int, ...]:
         """Shape of the local tensor at a position on the mesh."""
+        if not any(self.axes):
+            return self.shape
         coordinate = tuple(int(c) for c in np.unravel_index(slot, self.mesh_shape))
         return local_shape_of(self.placements, self.shape, self.mesh_shape, coordinate)
 

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, Piece, boxes_of, local_shape_of, pieces_of
 
 _ATTRIBUTE = "_titan_sharding_spec"
@@ -32,29 +31,29 @@ _MODULE_ATTRIBUTE = "_titan_sharding_specs"
 _PLACEMENT = re.compile(r"(?P<R>R)|S\((?P<dim>\d+)\)|SS\((?P<sdim>\d+),\s*(?P<factor>\d+)\)")
 
 
-def placement_to_str(placement: Placement) -> str:
+def placement_to_str(placement: dtensor.Placement) -> str:
     """`R`, `S(dim)` or `SS(dim,split_factor)`. Raises BridgeError for any other placement."""
-    if isinstance(placement, Replicate):
+    if isinstance(placement, dtensor.Replicate):
         return "R"
-    if isinstance(placement, _StridedShard):
+    if isinstance(placement, dtensor._StridedShard):
         return f"SS({placement.dim},{int(placement.split_factor)})"
-    if isinstance(placement, Shard):
+    if isinstance(placement, dtensor.Shard):
         return f"S({placement.dim})"
     raise BridgeError(f"placement {placement!r} cannot be written; a parameter can be R, S(d) or SS(d,f)")
 
 
-def placement_from_str(text: str) -> Placement:
+def placement_from_str(text: str) -> dtensor.Placement:
     """The reverse of `placement_to_str`. Raises BridgeError for any other text."""
     match = _PLACEMENT.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise BridgeError(f"placement {text!r} is not one of R, S(d), SS(d,f), for example S(0) or SS(0,2)")
     if match["R"]:
-        return Replicate()
+        return dtensor.Replicate()
     if match["dim"]:
-        return Shard(int(match["dim"]))
+        return dtensor.Shard(int(match["dim"]))
     if int(match["factor"]) < 1:
         raise BridgeError(f"placement {text!r} has split factor 0; it must be at least 1")
-    return _StridedShard(int(match["sdim"]), split_factor=int(match["factor"]))
+    return dtensor._StridedShard(int(match["sdim"]), split_factor=int(match["factor"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class ShardingSpec:
 
     mesh: str
     """Name of the mesh, for example "dense" or "sparse"."""
-    placements: tuple[Placement, ...]
+    placements: tuple[dtensor.Placement, ...]
     """Replicate, Shard or _StridedShard; one for each mesh axis, read from left to right."""
 
     def __post_init__(self) -> None:
@@ -75,11 +74,11 @@ class ShardingSpec:
             raise BridgeError(f"mesh is {self.mesh!r}; give the name of a mesh, for example 'dense'")
         object.__setattr__(self, "placements", tuple(self.placements))
         for placement in self.placements:
-            if not isinstance(placement, (Replicate, Shard, _StridedShard)):
+            if not isinstance(placement, (dtensor.Replicate, dtensor.Shard, dtensor._StridedShard)):
                 raise BridgeError(
                     f"placement {placement!r}: a parameter can be Replicate, Shard or _StridedShard"
                 )
-            if not isinstance(placement, Replicate) and placement.dim < 0:
+            if not isinstance(placement, dtensor.Replicate) and placement.dim < 0:
                 raise BridgeError(
                     f"placement {placement!r} counts dims from the end; give the dim from the front"
                 )
@@ -87,7 +86,7 @@ class ShardingSpec:
     @property
     def is_replicated(self) -> bool:
         """True when every rank of the mesh holds the whole tensor."""
-        return all(isinstance(placement, Replicate) for placement in self.placements)
+        return all(isinstance(placement, dtensor.Replicate) for placement in self.placements)
 
     def box(
         self, shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int]
@@ -112,12 +111,12 @@ class ShardingSpec:
         return f"{self.mesh}({', '.join(placement_to_str(placement) for placement in self.placements)})"
 
 
-def attach(param: torch.Tensor, mesh: str, placements: Sequence[Placement]) -> None:
+def attach(param: torch.Tensor, mesh: str, placements: Sequence[dtensor.Placement]) -> None:
     """Write the layout of `param` (a local tensor or a DTensor) down on it; `get` reads it back."""
     setattr(param, _ATTRIBUTE, ShardingSpec(mesh=mesh, placements=tuple(placements)))
 
 
-def attach_module(module: nn.Module, name: str, mesh: str, placements: Sequence[Placement]) -> None:
+def attach_module(module: nn.Module, name: str, mesh: str, placements: Sequence[dtensor.Placement]) -> None:
     """Write the layout down on the parameter or buffer `module.<name>` and on `module`, so that it outlives
     the tensor.
 
