@@ -41,7 +41,7 @@ WIDTH = {
     "head_dim": 128,
     "vocab_size": 32000,
 }
-OURS = "import sys; from titan_bridge.cli import main; sys.exit(main(['reshard', *sys.argv[1:]]))"
+OURS = "import sys; from titan_bridge.cli import script; sys.exit(script(['reshard', *sys.argv[1:]]))"
 IMPORTS = """
 import titan_bridge.checkpoint.reshard, titan_bridge.checkpoint.team, titan_bridge.cli
 from titan_bridge.models import families
@@ -57,6 +57,11 @@ start = time.perf_counter()
 subprocess.run(["cp", *sys.argv[2:], sys.argv[1]], check=True)
 print(time.perf_counter() - start)
 """
+LEAVE = """
+import gc
+gc.freeze()
+"""
+"""How the command ends; a slower end would count as imports."""
 TITAN = """
 import sys, torch, torch.distributed.checkpoint as dcp
 from pathlib import Path
@@ -179,7 +184,7 @@ def run(command: Sequence[str]) -> Usage:
         printed = log.read().decode()
         if child.returncode:
             sys.exit(f"{' '.join(command)[:300]} failed:\n{printed[-3000:]}")
-    copying = float(printed) if COPY in command else None
+    copying = float(printed) if COPY + LEAVE in command else None
     return Usage(
         seconds=seconds, copying=copying, cpu=usage.ru_utime + usage.ru_stime, peak=usage.ru_maxrss * 1024
     )
@@ -187,7 +192,7 @@ def run(command: Sequence[str]) -> Usage:
 
 def copy_command(source: Path, target: Path, imports: str = IMPORTS) -> list[str]:
     """`cp` after the imports of the command that does more than that."""
-    return python(COPY, imports, target, *weights(source))
+    return python(COPY + LEAVE, imports, target, *weights(source))
 
 
 def python(code: str, *arguments: object) -> list[str]:
@@ -200,7 +205,7 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
     # In a process: Linux counts the memory of the parent before a process starts as that of the process.
     run(python(MAKE, hf, json.dumps(WIDTH | {"num_hidden_layers": layers})))
     run(python(OURS, hf, dcp, "--to", "dcp"))
-    started = run(python(IMPORTS))
+    started = run(python(IMPORTS + LEAVE))
     # (task, source, {who: command that writes the given target})
     tasks = {
         "hf to dcp": (hf, {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from titan_bridge.cli import main
+from titan_bridge.cli import script
 
 if __name__ == "__main__":
-    sys.exit(main(["reshard", *sys.argv[1:]]))
+    sys.exit(script(["reshard", *sys.argv[1:]]))

@@ -8,6 +8,7 @@ torchtitan, pydantic) only inside its `run()`.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import inspect
 import os
@@ -35,6 +36,14 @@ DEBUG = "TITAN_BRIDGE_DEBUG"
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+
+def script(argv: Sequence[str] | None = None) -> int:
+    """`main` in a process that ends with it: what it leaves is the kernel's, not collected first (0.4 s with torch)."""
+    try:
+        return main(argv)
+    finally:
+        gc.freeze()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,4 +134,4 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -74,10 +75,13 @@ class Reshard:
     """Print one JSON object."""
 
     def run(self) -> int:
+        gc.disable()  # the imports make half a million objects, and none of them is garbage
         import torch  # with what follows, two seconds that a bad flag need not wait for
 
         from titan_bridge.checkpoint.reshard import Options, prepare
         from titan_bridge.checkpoint.team import Team
+
+        gc.enable()
 
         options = Options(
             source=self.src,
