@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import zlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_bridge.checkpoint import files
-from titan_bridge.checkpoint.crc import combine
 from titan_bridge.checkpoint.engine_files import contiguous_parts
 from titan_bridge.checkpoint.files import FilePool, inside
 from titan_bridge.checkpoint.target import rows_of
@@ -90,16 +88,6 @@ def test_contiguous_parts_are_runs_of_the_tensor(data, shape):
         assert torch.equal(run.reshape(part.shape), tensor[part.slices])
         found += run.tolist()
     assert sorted(found) == sorted(tensor[box.slices].reshape(-1).tolist())
-
-
-@given(first=st.binary(max_size=300), second=st.binary(max_size=300))
-def test_combined_crcs_are_those_of_the_whole(first, second):
-    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
-
-
-def test_a_large_second_half_combines_too():
-    second = bytes(5_000_001)
-    assert combine(zlib.crc32(b"abc"), zlib.crc32(second), len(second)) == zlib.crc32(b"abc" + second)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "..", "a\0b", "..\\x", 3, None])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from zlib_ng import zlib_ng
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint, contiguous_stride
-from titan_bridge.checkpoint.crc import combine
 from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
 from titan_bridge.checkpoint.output import PAGE, PIECE_BYTES, OutputFile, Pace, aligned
 from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging
@@ -199,7 +198,7 @@ class Executor:
         if not data.nbytes:
             return
         opened.files[file].write(offset, data)
-        span = Span(offset=offset, length=data.nbytes, crc=zlib.crc32(data))
+        span = Span(offset=offset, length=data.nbytes, crc=zlib_ng.crc32(data))
         with self._lock:
             opened.spans[file].append(span)
         self._advance(data.nbytes)
@@ -214,11 +213,11 @@ class Executor:
                 crc = 0
                 for span in spans:
                     if first <= span.offset < first + archive.data_bytes:
-                        crc = combine(crc, span.crc, span.length)
+                        crc = zlib_ng.crc32_combine(crc, span.crc, span.length)
                 frames += [(start, archive.head(crc)), (first + archive.data_bytes, archive.tail(crc))]
             for offset, data in frames:
                 output.write(offset, memoryview(data))
-                spans.append(Span(offset=offset, length=len(data), crc=zlib.crc32(data)))
+                spans.append(Span(offset=offset, length=len(data), crc=zlib_ng.crc32(data)))
             opened.spans[file.name] = spans
             output.close()
         result = PartResult(

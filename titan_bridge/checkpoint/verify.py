@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from zlib_ng import zlib_ng
 
 from titan_bridge.checkpoint.staging import PartResult
 from titan_bridge.errors import BridgeError
@@ -37,7 +38,7 @@ def verify(
                             raise BridgeError(
                                 f"{path} ends at byte {span.offset + at}; it was written longer"
                             )
-                        crc, at = zlib.crc32(view[:count], crc), at + count
+                        crc, at = zlib_ng.crc32(view[:count], crc), at + count
                     if crc != span.crc:
                         raise BridgeError(
                             f"{path}: bytes {span.offset} to {span.offset + span.length} are not what was written; "
