@@ -16,11 +16,13 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from vllm.config import CompilationConfig
 from vllm.platforms import current_platform
 
+from titan_bridge.checkpoint.files import bytes_of
 from titan_bridge.engine.cpu_packed import (
     PackedExperts,
     PackedFeedForward,
     PackedLinear,
     PackedQKV,
+    _joined,
     combine,
     use_packed_weights,
 )
@@ -134,9 +136,9 @@ def test_plain_weights_are_gone_as_soon_as_their_module_is_packed(model: nn.Modu
     live = _live(model)
     packing = Packing(model, live, keep=False)
     gone: list[str] = []
-    with packing.loading() as arrived:
+    with packing.loading() as loading:
         for name in wanted:
-            arrived(name)
+            loading.arrived(name)
             gone += [other for other in wanted if _is_hollow(live[other]) and other not in gone]
             assert name in gone or name.endswith(("w1.weight", "w1_EFD", "w2_EDF"))  # packed with a later one
     assert sorted(gone) == sorted(wanted)
@@ -165,15 +167,63 @@ def test_new_weights_go_where_the_old_ones_were_dropped(model: nn.ModuleDict) ->
     packing = Packing(model, live, keep=False)
     with packing.loading():
         pass
-    with packing.loading() as arrived:
+    with packing.loading() as loading:
         for name, weight in live.items():
             weight.copy_(-2 * old[name])
-            arrived(name)
+            loading.arrived(name)
     with torch.no_grad():
         for weight in referee.parameters():
             weight.mul_(-2)
     assert _error(model, referee) < 0.02
     assert all(_is_hollow(weight) for weight in live.values())
+
+
+def test_piecemeal_the_next_module_takes_the_place_of_the_last(model: nn.ModuleDict) -> None:
+    referee = copy.deepcopy(model).float()
+    use_packed_weights(model, torch.bfloat16)
+    live = _live(model)
+    old = {name: weight.clone() for name, weight in live.items()}
+    packing = Packing(model, live, keep=False)
+    with packing.loading():
+        pass
+    places, half = [], DIM // 2
+    with packing.loading(piecemeal=True) as loading:
+        assert all(_is_hollow(weight) for weight in live.values())
+        for name in sorted(live, key=lambda name: -live[name].nbytes):  # so that each fits where one was
+            if name == "qkv.wqkv.weight":  # nothing of it is in the file, as of a rank that has only padding
+                continue
+            cut = name == "linear.weight"  # the rest of it is padding
+            loading.begin(name, whole=not cut)
+            weight = live[name][: half if cut else None]
+            weight.copy_(-2 * old[name][: half if cut else None])
+            places.append(weight.untyped_storage().data_ptr())
+            loading.arrived(name)
+    # The experts', where all others fit in later, and one for w2 of the feed-forward, which is read between w1 and w3.
+    assert len(set(places)) == 2
+    with torch.no_grad():
+        for weight in referee.parameters():
+            weight.mul_(-2)
+        referee.get_parameter("linear.weight")[half:] = 0
+        referee.get_parameter("qkv.wqkv.weight").zero_()
+    x_TD = torch.randn(3, DIM).to(torch.bfloat16)
+    assert not model["linear"](x_TD)[:, half:].any()
+    assert not any(part.any() for part in model["qkv"](x_TD[None]))
+    for name in ("linear", "feed_forward"):
+        wanted = referee[name](x_TD.float()[None])
+        assert (model[name](x_TD[None]) - wanted).abs().max() < 0.02 * wanted.abs().max()
+    assert all(_is_hollow(weight) for weight in live.values())
+
+
+def test_weights_that_lie_together_are_joined_without_a_copy() -> None:
+    both_FD = torch.randn(8, 3)
+    first_FD, second_FD = both_FD[2:4], both_FD[4:7]
+    joined_FD = _joined(first_FD, second_FD)
+    assert joined_FD.data_ptr() == first_FD.data_ptr()
+    assert torch.equal(joined_FD, both_FD[2:7])
+    assert torch.equal(_joined(second_FD, first_FD), torch.cat([second_FD, first_FD]))
+    memory = bytearray(bytes_of(both_FD[2:7]))  # neighbours in memory, and of different storages
+    halves = (torch.frombuffer(memory, dtype=torch.float32, count=6, offset=at).view(2, 3) for at in (0, 24))
+    assert torch.equal(_joined(*halves), both_FD[2:6])
 
 
 def test_after_an_error_modules_that_were_not_packed_go_on_with_what_they_had(model: nn.ModuleDict) -> None:

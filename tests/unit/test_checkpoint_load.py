@@ -14,7 +14,7 @@ from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.layout import layout
-from titan_bridge.mesh import Sizes
+from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.models import family_for
 from titan_bridge.testing import make_checkpoint
 
@@ -48,20 +48,28 @@ def test_a_weight_is_told_of_once_it_is_whole_and_soon_after_it_was_begun(
         fqn: torch.full(param.shape, torch.nan, dtype=getattr(torch, param.dtype))
         for fqn, param in whole.params.items()
     }
+    begun: set[str] = set()
     told: dict[str, torch.Tensor] = {}
     most = 0
+
+    def begin(fqn: str, *, whole: bool) -> None:
+        assert whole
+        assert fqn not in begun
+        assert live[fqn].isnan().all()  # nothing was read yet
+        begun.add(fqn)
+        live[fqn] = live[fqn].clone()  # other memory, which is read into from here on
 
     def arrived(fqn: str) -> None:
         nonlocal most
         assert fqn not in told
         told[fqn] = live[fqn].clone()
-        begun = sum(not tensor.isnan().all() for name, tensor in live.items() if name not in told)
-        most = max(most, begun)
+        under_way = sum(not tensor.isnan().all() for name, tensor in live.items() if name not in told)
+        most = max(most, under_way)
 
     with open_checkpoint(sources[kind]) as checkpoint:
         loaded = load_into(
             checkpoint, live, whole, 0,
-            family=family_for(hf), hf=hf, padded_vocab=hf["vocab_size"], buffers={}, arrived=arrived,
+            family=family_for(hf), hf=hf, padded_vocab=hf["vocab_size"], buffers={}, begin=begin, arrived=arrived,
         )  # fmt: skip
     assert loaded.bytes_read == loaded.bytes_planned == loaded.bytes_total
     assert told.keys() == live.keys()
@@ -69,3 +77,24 @@ def test_a_weight_is_told_of_once_it_is_whole_and_soon_after_it_was_begun(
         assert not tensor.isnan().any(), fqn
         assert torch.equal(told[fqn], tensor), fqn
     assert most < len(live) / 3
+
+
+def test_a_weight_with_padding_is_not_said_to_be_read_whole(tmp_path: Path) -> None:
+    source = make_checkpoint(
+        tmp_path, "llama3", num_hidden_layers=1, vocab_size=257, tie_word_embeddings=False, tokenizer=False
+    )
+    hf = json.loads((source / "config.json").read_text())
+    sizes = Sizes(tp=2)
+    assert padded_vocab(257, sizes) == 258
+    served = layout(hf, sizes)
+    for rank in (0, 1):
+        live = {fqn: torch.zeros(served.local_shape(fqn, rank)) for fqn in served.params}
+        told: dict[str, bool] = {}
+        with open_checkpoint(source) as checkpoint:
+            load_into(
+                checkpoint, live, served, rank, family=family_for(hf), hf=hf, padded_vocab=258, buffers={},
+                begin=lambda fqn, *, whole, told=told: told.update({fqn: whole}),
+            )  # fmt: skip
+        assert told.keys() == live.keys()
+        padded = {fqn for fqn, whole in told.items() if not whole}
+        assert padded == ({"tok_embeddings.weight", "lm_head.weight"} if rank else set())

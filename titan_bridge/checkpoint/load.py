@@ -49,6 +49,7 @@ def load_into(
     hf: Mapping[str, Any],
     padded_vocab: int,
     buffers: Mapping[str, Any],
+    begin: Callable[..., None] = lambda fqn, *, whole: None,
     arrived: Callable[[str], None] = lambda fqn: None,
 ) -> Loaded:
     """Fill `live` (this rank's local tensors by FQN of the live model, contiguous) in place.
@@ -58,6 +59,8 @@ def load_into(
         rank: This rank in the layout's meshes.
         family, hf, padded_vocab: What the checkpoint's names and shapes mean.
         buffers: FQNs among `live` that Hugging Face does not know (expert bias).
+        begin: Told each FQN before the first byte of it is read, and whether all of it will be (`whole`, a bool:
+            padding is in no checkpoint). May replace the memory of `live[fqn]`.
         arrived: Told each FQN of which something is read, once all of it is in its place.
 
     Raises:
@@ -78,6 +81,14 @@ def load_into(
         checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
 
     left = Counter(copy.destination_name for copy in copies)
+    elements: Counter[str] = Counter()
+    for copy in copies:
+        elements[copy.destination_name] += copy.elements
+
+    def start(copy: Copy) -> None:
+        fqn = copy.destination_name
+        if fqn in elements:
+            begin(fqn, whole=elements.pop(fqn) == live[fqn].numel())
 
     def took(copy: Copy) -> None:
         left[copy.destination_name] -= 1
@@ -88,6 +99,7 @@ def load_into(
     count = _threads(cpus, len(layout.ranks))
     if count <= 1:
         for copy in copies:
+            start(copy)
             fetch(copy)
             took(copy)
     else:  # one thread does not keep a disk busy, nor touch new memory as fast as a file is read
@@ -98,6 +110,7 @@ def load_into(
             for copy in copies:
                 if len(ahead) == _AHEAD * count:
                     _take(ahead, took)
+                start(copy)
                 ahead.append((copy, threads.submit(fetch, copy)))
             while ahead:
                 _take(ahead, took)

@@ -63,6 +63,15 @@ def _product(x: torch.Tensor, out_features: int, pointer: torch.Tensor) -> torch
     return out_TF.view(*x.shape[:-1], out_features)
 
 
+def _joined(first_FD: torch.Tensor, second_FD: torch.Tensor) -> torch.Tensor:
+    """Both, one under the other: no copy where they lie so in memory."""
+    follows = second_FD.data_ptr() == first_FD.data_ptr() + first_FD.nbytes
+    if follows and first_FD.untyped_storage().data_ptr() == second_FD.untyped_storage().data_ptr():
+        rows = first_FD.shape[0] + second_FD.shape[0]
+        return first_FD.as_strided((rows, first_FD.shape[1]), first_FD.stride())
+    return torch.cat([first_FD, second_FD])
+
+
 class PackedLinear(Linear):
     """TorchTitan's `Linear` with a packed copy of its weight; the same parameter under the same name."""
 
@@ -139,7 +148,7 @@ class PackedFeedForward(FeedForward):
         assert "forward" not in self.w1.__dict__
         assert "forward" not in self.w3.__dict__
         packed = self.__dict__.setdefault("_packed", _Packed())
-        packed.set(torch.cat([self.w1.weight.data, self.w3.weight.data]))
+        packed.set(_joined(self.w1.weight.data, self.w3.weight.data))
 
     def unpack(self) -> None:
         """Fill `w1` and `w3` from the packed copy; see `PackedLinear.unpack`."""

@@ -1,22 +1,26 @@
 """When packed copies are made, and whether the plain weights stay beside them.
 
 Packed copies are all that is computed with (`cpu_packed`). Where nothing else needs the plain weights, they exist only
-while they are loaded, a few modules at a time: half the memory, and less of it to touch, which is most of what
-loading costs. Weight transfer updates parts of them in place and takes failed updates back, so it keeps them.
+while they are loaded, a few modules at a time: half the memory, and the next ones take the place of those before, which
+the processor still has at hand. Weight transfer updates parts of them in place and takes failed updates back, so it
+keeps them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from titan_bridge.engine.cpu_packed import Packed
-from titan_bridge.engine.pages import zeros_like
+from titan_bridge.engine.pages import zeros, zeros_like
+
+_ALIGNMENT = 64  # bytes: where a weight starts behind another
 
 
 class Packing:
@@ -42,36 +46,19 @@ class Packing:
         }
 
     @contextlib.contextmanager
-    def loading(self) -> Iterator[Callable[[str], None]]:
-        """The plain weights are there to be written; all of them must be. What is not packed at the end is packed then.
+    def loading(self, *, piecemeal: bool = False) -> Iterator[Loading]:
+        """Plain weights are there to be written, and are packed in the end at the latest.
 
-        Gives a function that may be told the FQN of each weight once it is complete: with the last one of a module,
-        that module is packed, and its plain weights are gone where they do not stay. After an error, modules that
-        were not packed go on with what they had.
+        `piecemeal`: one that does not stay has its memory from when `begin` names it; else all are there, what was
+        dropped as zeros. After an error, modules that were not packed go on with what they had.
         """
-        waiting = {module: set(names) for module, names in self._names.items()}
-        users = defaultdict(list)
-        for module, names in self._names.items():
-            for name in names:
-                users[name].append(module)
-
-        def pack(module: Packed) -> None:
-            del waiting[module]
-            self._pack(module)
-            self._drop(self._names[module])
-
-        def arrived(name: str) -> None:
-            for module in users.get(name, ()):
-                if module in waiting:
-                    waiting[module].discard(name)
-                    if not waiting[module]:
-                        pack(module)
-
-        self._restore()
+        loading = Loading(self, self._names, self._passing)
+        if not piecemeal:
+            self._restore()
+            loading.begun.update(self._passing)
         try:
-            yield arrived
-            for module in list(waiting):
-                pack(module)
+            yield loading
+            loading.finish()
         finally:
             self._drop(self._passing)
 
@@ -107,6 +94,82 @@ class Packing:
             if name in self._passing:
                 weight, live = self._passing[name]
                 weight.data = live.data = weight.new_full((), math.nan).expand(weight.shape)
+
+
+class Loading:
+    """Told which weights are read, it packs each module with the last one of it."""
+
+    def __init__(
+        self,
+        packing: Packing,
+        names: Mapping[Packed, list[str]],
+        passing: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        self._packing = packing
+        self._names = names
+        self._passing = passing
+        self._waiting = {module: set(own) for module, own in names.items()}
+        self._users: defaultdict[str, list[Packed]] = defaultdict(list)
+        for module, own in names.items():
+            for name in own:
+                self._users[name].append(module)
+        self._rooms: dict[Packed, torch.Tensor] = {}
+        self._free: list[torch.Tensor] = []
+        self.begun: set[str] = set()
+        """Weights whose memory is there and holds nothing of another weight."""
+
+    def begin(self, name: str, *, whole: bool) -> None:
+        """A weight is about to be written; `whole`: all of it, so that what lies in its memory need not be cleared."""
+        if name not in self._passing or name in self.begun:
+            return
+        (module,) = self._users[name]
+        if module not in self._rooms:
+            self._make_room(module)
+        self.begun.add(name)
+        if not whole:
+            self._passing[name][0].data.zero_()
+
+    def arrived(self, name: str) -> None:
+        """All of a weight is in its place."""
+        for module in self._users.get(name, ()):
+            if module in self._waiting:
+                self._waiting[module].discard(name)
+                if not self._waiting[module]:
+                    self._pack(module)
+
+    def finish(self) -> None:
+        """Pack what is not packed yet; of what never began, nothing was to be read (padding): it is zero."""
+        for module in list(self._waiting):
+            for name in self._names[module]:
+                self.begin(name, whole=False)
+            self._pack(module)
+
+    def _pack(self, module: Packed) -> None:
+        del self._waiting[module]
+        self._packing._pack(module)
+        self._packing._drop(self._names[module])
+        if module in self._rooms:
+            self._free.append(self._rooms.pop(module))
+
+    def _make_room(self, module: Packed) -> None:
+        """One piece of memory for all weights of a module that do not stay, in their order."""
+        pairs = [self._passing[name] for name in self._names[module] if name in self._passing]
+        starts = list(itertools.accumulate((_padded(weight.nbytes) for weight, _ in pairs), initial=0))
+        fitting = [room for room in self._free if room.nbytes >= starts[-1]]
+        if fitting:
+            room = min(fitting, key=lambda room: room.nbytes)
+            self._free = [free for free in self._free if free is not room]
+        else:
+            room = zeros(starts[-1], pairs[0][0].device)
+        self._rooms[module] = room
+        for (weight, live), start in zip(pairs, starts, strict=False):
+            weight.data = live.data = (
+                room[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
+            )
+
+
+def _padded(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
 def _is_hollow(weight: torch.Tensor) -> bool:

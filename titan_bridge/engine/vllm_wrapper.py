@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from titan_bridge.engine.compiled import name_compiled_step
 from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
 from titan_bridge.engine.loader import WeightLoader
 from titan_bridge.engine.options import titan_options
-from titan_bridge.engine.packing import Packing
+from titan_bridge.engine.packing import Loading, Packing
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -116,7 +116,7 @@ class TitanForCausalLM(nn.Module):
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> Loaded:
         """Fill the live parameters from an open checkpoint of any format, reading only this rank's boxes."""
-        with self._loading() as arrived:
+        with self._loading(piecemeal=True) as loading:
             self.loaded = load_into(
                 checkpoint,
                 self.live,
@@ -126,14 +126,15 @@ class TitanForCausalLM(nn.Module):
                 hf=self.plan.hf,
                 padded_vocab=self.plan.padded_vocab,
                 buffers=self.plan.buffers(self.layout),
-                arrived=arrived,
+                begin=loading.begin,
+                arrived=loading.arrived,
             )
         return self.loaded
 
     @contextlib.contextmanager
-    def _loading(self) -> Iterator[Callable[[str], None]]:
-        with self.packing.loading() as arrived:
-            yield arrived
+    def _loading(self, *, piecemeal: bool = False) -> Iterator[Loading]:
+        with self.packing.loading(piecemeal=piecemeal) as loading:
+            yield loading
         if self.plan.sharded:
             drop_gathered(self.model)
         if current_platform.is_cpu():  # from here on: what loading used is given back
