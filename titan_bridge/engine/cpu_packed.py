@@ -109,10 +109,17 @@ class PackedQKV(FusedQKVLinear):
         """Make the packed copy from the weight as it is now."""
         # Its own forward is not called, so it must have no collective to run.
         assert "forward" not in self.wqkv.__dict__
-        rows_GRHD = self.wqkv.weight.data.unflatten(0, (-1, self.r_dim, self.head_dim))
-        parts = rows_GRHD.split([self.heads_per_kv, 1, 1], dim=1)
-        packed = self.__dict__.setdefault("_packed", _Packed())
-        packed.set(torch.cat([part.flatten(0, 2) for part in parts]))
+        weight_FD = self.wqkv.weight.data
+        kv = weight_FD.shape[0] // self.r_dim
+        sorted_FD = torch.empty_like(weight_FD)
+        rows_GRHD = weight_FD.unflatten(0, (-1, self.r_dim, self.head_dim))
+        for to_FD, part_GRHD in zip(
+            sorted_FD.split([self.heads_per_kv * kv, kv, kv]),
+            rows_GRHD.split([self.heads_per_kv, 1, 1], dim=1),
+            strict=True,
+        ):
+            to_FD.view(part_GRHD.shape).copy_(part_GRHD)
+        self.__dict__.setdefault("_packed", _Packed()).set(sorted_FD)
 
     def unpack(self) -> None:
         """Fill the weight from the packed copy; see `PackedLinear.unpack`."""
