@@ -58,9 +58,8 @@ subprocess.run(["cp", *sys.argv[2:], sys.argv[1]], check=True)
 print(time.perf_counter() - start)
 """
 LEAVE = """
-import gc
-if "triton" not in sys.modules:
-    gc.freeze()
+from titan_bridge.cli import leave
+leave()
 """
 """How the command ends; a slower end would count as imports."""
 TITAN = """
@@ -206,7 +205,7 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
     # In a process: Linux counts the memory of the parent before a process starts as that of the process.
     run(python(MAKE, hf, json.dumps(WIDTH | {"num_hidden_layers": layers})))
     run(python(OURS, hf, dcp, "--to", "dcp"))
-    started = run(python("import sys" + IMPORTS + LEAVE))
+    started = run(python(IMPORTS + LEAVE))
     # (task, source, {who: command that writes the given target})
     tasks = {
         "hf to dcp": (hf, {

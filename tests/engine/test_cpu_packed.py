@@ -72,6 +72,17 @@ def _packed(model: nn.Module, *, keep: bool) -> Packing:
     return packing
 
 
+def _dropped(model: nn.Module) -> tuple[Packing, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """`model` packed, its plain weights gone; those, and what they were."""
+    use_packed_weights(model, torch.bfloat16)
+    live = _live(model)
+    old = {name: weight.clone() for name, weight in live.items()}
+    packing = Packing(model, live, keep=False)
+    with packing.loading():
+        pass
+    return packing, live, old
+
+
 def _outputs(model: nn.ModuleDict, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     with torch.inference_mode():
         return (
@@ -161,12 +172,7 @@ def test_plain_weights_are_gone_as_soon_as_their_module_is_packed(model: nn.Modu
 
 def test_new_weights_go_where_the_old_ones_were_dropped(model: nn.ModuleDict) -> None:
     referee = copy.deepcopy(model).float()
-    use_packed_weights(model, torch.bfloat16)
-    live = _live(model)
-    old = {name: weight.clone() for name, weight in live.items()}
-    packing = Packing(model, live, keep=False)
-    with packing.loading():
-        pass
+    packing, live, old = _dropped(model)
     with packing.loading() as loading:
         for name, weight in live.items():
             weight.copy_(-2 * old[name])
@@ -180,12 +186,7 @@ def test_new_weights_go_where_the_old_ones_were_dropped(model: nn.ModuleDict) ->
 
 def test_piecemeal_the_next_module_takes_the_place_of_the_last(model: nn.ModuleDict) -> None:
     referee = copy.deepcopy(model).float()
-    use_packed_weights(model, torch.bfloat16)
-    live = _live(model)
-    old = {name: weight.clone() for name, weight in live.items()}
-    packing = Packing(model, live, keep=False)
-    with packing.loading():
-        pass
+    packing, live, old = _dropped(model)
     places, half = [], DIM // 2
     with packing.loading(piecemeal=True) as loading:
         assert all(_is_hollow(weight) for weight in live.values())

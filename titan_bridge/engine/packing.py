@@ -52,7 +52,7 @@ class Packing:
         `piecemeal`: one that does not stay has its memory from when `begin` names it; else all are there, what was
         dropped as zeros. After an error, modules that were not packed go on with what they had.
         """
-        loading = Loading(self, self._names, self._passing)
+        loading = Loading(self)
         if not piecemeal:
             self._restore()
             loading.begun.update(self._passing)
@@ -99,19 +99,14 @@ class Packing:
 class Loading:
     """Told which weights are read, it packs each module with the last one of it."""
 
-    def __init__(
-        self,
-        packing: Packing,
-        names: Mapping[Packed, list[str]],
-        passing: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
+    def __init__(self, packing: Packing) -> None:
         self._packing = packing
-        self._names = names
-        self._passing = passing
-        self._waiting = {module: set(own) for module, own in names.items()}
+        self._names = packing._names
+        self._passing = packing._passing
+        self._waiting = {module: set(names) for module, names in self._names.items()}
         self._users: defaultdict[str, list[Packed]] = defaultdict(list)
-        for module, own in names.items():
-            for name in own:
+        for module, names in self._names.items():
+            for name in names:
                 self._users[name].append(module)
         self._rooms: dict[Packed, torch.Tensor] = {}
         self._free: list[torch.Tensor] = []
