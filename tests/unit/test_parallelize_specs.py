@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchtitan.distributed.utils as titan_distributed
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
@@ -18,7 +19,7 @@ from torchtitan.models.common.decoder import Decoder
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.layout import specs, stated_dtype
-from titan_bridge.mesh import MESH_AXES, Sizes, describe, to_parallel_dims
+from titan_bridge.mesh import MESH_AXES, Sizes, describe, get_device_meshes, to_parallel_dims
 from titan_bridge.models import families, family_for
 from titan_bridge.models.attention import use_plain_attention
 from titan_bridge.models.build import build_on_meta, tie
@@ -235,3 +236,28 @@ def test_every_family_has_a_sharding_plan() -> None:
         plan = plan_for(family)
         assert callable(plan.set_sharding)
         assert callable(plan.shard_placement_fn)
+
+
+EIGHT_RANKS = [Sizes(dp=4, tp=2, ep=4), Sizes(dp=2, tp=4, ep=8), Sizes(dp=2, tp=2, ep=4, dp_replicate=2)]
+
+
+@pytest.mark.parametrize("sizes", EIGHT_RANKS, ids=str)
+def test_every_rank_makes_the_same_process_groups_in_the_same_order(sizes: Sizes) -> None:
+    """torch numbers groups as they are made, whoever is in them: that number is how members find each other."""
+    made: list[dict[str, list[int]]] = []
+    counts = set()
+    for rank in range(sizes.world):
+        with fake_world(sizes, rank, "partial_dtensor"):
+            to_parallel_dims(sizes, "partial_dtensor").build_mesh()
+            get_device_meshes(sizes, device_type="cpu")
+            world = distributed_c10d._world
+            made.append({name: sorted(world.pg_group_ranks[group]) for group, name in world.pg_names.items()})
+            counts.add(world.group_count)
+    print(f"{sizes}: {len(made[0])} groups on a rank, {counts} in all")
+    assert len(counts) == 1
+    for rank, groups in enumerate(made):
+        for name, members in groups.items():
+            assert rank in members
+            assert all(made[member].get(name) == members for member in members), (name, members)
+        # Each costs a GPU memory and a connection: TorchTitan's 14 at the most, and ours once more for named meshes.
+        assert len(groups) <= 24
