@@ -40,7 +40,7 @@ from titan_bridge.mesh import (
 )
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.build import build_on_meta
-from titan_bridge.models.experts import keep_expert_dtype
+from titan_bridge.models.experts import keep_expert_dtype, rows_fit
 from titan_bridge.parallelize import plan_for
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
@@ -197,10 +197,15 @@ def captures_experts(plan: Plan, dtype: torch.dtype, capability: DeviceCapabilit
     """Whether a CUDA graph can hold the routed experts: nothing in them asks the host.
 
     An all-to-all asks how many tokens travel, and `torch._grouped_mm` where the tokens of each expert end, unless it
-    has a kernel of its own: for bfloat16, on Hopper and on Blackwell with compute capability 10.
+    has a kernel of its own: for bfloat16, on Hopper and on Blackwell with compute capability 10. Experts of sizes that
+    the kernel refuses are computed one by one, which asks, too.
     """
     grouped = dtype == torch.bfloat16 and capability is not None and capability.major in (9, 10)
-    return grouped and not plan.spread
+    if not grouped or plan.spread:
+        return False
+    shards = plan.sizes.tp if plan.sizes.ep == 1 else 1
+    experts = [layer.moe.routed_experts.inner_experts for layer in model_config(plan).layers if layer.moe]
+    return all(rows_fit((each.hidden_dim // shards, each.dim), dtype) for each in experts)
 
 
 def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:

@@ -7,6 +7,7 @@ bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,7 +39,7 @@ class KeepDtypeGroupedExperts(GroupedExperts):
             weight.to_local() if isinstance(weight, DTensor) else weight
             for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
         )
-        if w1.dtype == torch.bfloat16 and not _is_odd(w1):
+        if w1.dtype == torch.bfloat16 and rows_fit(w1.shape[1:], w1.dtype):
             return GroupedExperts.forward(self, x_RD, num_tokens_per_expert_E)
         ends = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         x = x_RD.to(w1.dtype)
@@ -47,9 +48,9 @@ class KeepDtypeGroupedExperts(GroupedExperts):
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """``x[rows of e] @ weight[e].T`` for each expert e: ``[R, in], [E, out, in] -> [R, out]``."""
-        if _is_odd(weight):
-            return self._product_of_odd_sizes(x, weight, ends)
-        return self._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)
+        if rows_fit(weight.shape[1:], weight.dtype):
+            return self._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)
+        return self._product_of_odd_sizes(x, weight, ends)
 
     @staticmethod
     def _product_of_odd_sizes(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -63,9 +64,9 @@ class KeepDtypeGroupedExperts(GroupedExperts):
         return out
 
 
-def _is_odd(weight: torch.Tensor) -> bool:
-    """Whether rows of the matrices ``[E, out, in]`` or of their products are of a length that grouped_mm refuses."""
-    return any(size * weight.element_size() % _ROW_BYTES for size in weight.shape[1:])
+def rows_fit(sizes: Iterable[int], dtype: torch.dtype) -> bool:
+    """Whether ``torch._grouped_mm`` takes rows of these lengths (elements); both widths of an expert are lengths."""
+    return not any(size * dtype.itemsize % _ROW_BYTES for size in sizes)
 
 
 def keep_expert_dtype(config: Decoder.Config) -> None:
