@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchtitan.models.common.rope import CosSinRoPE
 
-from titan_bridge.engine.rope import rotate_by_halves
+from titan_bridge.engine.rope import cut_rows, rotate_by_halves
 
 pytestmark = pytest.mark.engine
 
@@ -17,6 +17,9 @@ def test_rotation_by_halves_has_the_bits_of_torchtitan(dtype: torch.dtype) -> No
     rope = CosSinRoPE.Config(dim=48, max_seq_len=300).build()
     query, key = (torch.randn(1, 17, heads, 48).to(dtype) for heads in (6, 2))
     rows = rope._reshape_cache(query, torch.randint(300, (1, 17)))
-    ours, theirs = rotate_by_halves(query, key, rows), rope.apply_rotary_emb(query, key, rows)
+    ours, theirs = (
+        rotate_by_halves(query, key, *cut_rows(rope, rows)),
+        rope.apply_rotary_emb(query, key, rows),
+    )
     assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(ours, theirs, strict=True))
     assert not torch.equal(ours[0], query)

@@ -16,16 +16,17 @@ from torch import nn
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.rope import CosSinRoPE, RoPE
 
+Rows = tuple[torch.Tensor, ...]
+"""One table's rows for the tokens of a step: (cos, sin) of half the head's width, or whole complex rows."""
+
 
 def rotate_by_halves(
-    query_BLNH: torch.Tensor, key_BLNH: torch.Tensor, rows: torch.Tensor
+    query_BLNH: torch.Tensor, key_BLNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`CosSinRoPE.apply_rotary_emb` with the same products and sums, hence the same bits.
 
     It does not make the turned copies of query and key in float32, so that a compiler has one loop for both.
     """
-    half = query_BLNH.shape[-1] // 2
-    cos, sin = rows[..., :half], rows[..., 2 * half : 3 * half]  # of (cos, cos, sin, sin)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
         a, b = x.float().chunk(2, dim=-1)
@@ -34,8 +35,20 @@ def rotate_by_halves(
     return rotate(query_BLNH), rotate(key_BLNH)
 
 
+def cut_rows(rope: RoPE, rows: torch.Tensor) -> Rows:
+    """The rows of a table as the arguments that the rotation takes after query and key."""
+    if type(rope) is not CosSinRoPE:
+        return (rows,)
+    cos, _, sin, _ = rows.chunk(4, dim=-1)
+    return cos, sin
+
+
 class _Rotate(nn.Module):
-    """Stands at `attention.rope`: applies rows that were gathered before, those of its own table."""
+    """Stands at `attention.rope`: applies rows that were gathered before, those of its own table.
+
+    It must not index a tensor of the step: vLLM moves each `getitem` into the piece of the graph that made its
+    input, so every layer would get its slices from the first piece.
+    """
 
     def __init__(self, rope: RoPE, table: int) -> None:
         super().__init__()
@@ -43,9 +56,9 @@ class _Rotate(nn.Module):
         self._table = table
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, rows: tuple[torch.Tensor, ...]
+        self, query: torch.Tensor, key: torch.Tensor, rows: tuple[Rows, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._apply_rotary(query, key, rows[self._table])
+        return self._apply_rotary(query, key, *rows[self._table])
 
 
 class StepRopes(nn.Module):
@@ -77,15 +90,18 @@ class StepRopes(nn.Module):
         finally:
             torch.set_default_dtype(dtype)
 
-    def gather(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def gather(self, positions_T: torch.Tensor) -> tuple[Rows, ...]:
         """The rows of each table for `positions_T` (int, this step's tokens), shaped for broadcast over heads.
 
         It takes the place of the positions that TorchTitan hands from layer to layer.
         """
         tokens = positions_T.shape[0]
         return tuple(
-            rope._reshape_cache(
-                rope.cache.new_empty((1, tokens, 1, rope.config.dim)), positions_T.unsqueeze(0)
+            cut_rows(
+                rope,
+                rope._reshape_cache(
+                    rope.cache.new_empty((1, tokens, 1, rope.config.dim)), positions_T.unsqueeze(0)
+                ),
             )
             for rope in self._tables()
         )
