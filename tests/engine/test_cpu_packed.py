@@ -11,7 +11,7 @@ from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.config_utils import make_ffn_config
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.moe import RoutedExperts
+from torchtitan.models.common.moe import RoutedExperts, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from vllm.config import CompilationConfig
 from vllm.platforms import current_platform
@@ -251,6 +251,16 @@ def test_float32_is_left_alone(model: nn.ModuleDict) -> None:
     assert type(model["qkv"]) is FusedQKVLinear
     assert type(model["feed_forward"]) is FeedForward
     assert type(model["experts"]) is KeepDtypeGroupedExperts
+
+
+def test_a_routers_gate_is_left_alone() -> None:
+    current_platform.import_kernels()
+    gate = Linear.Config(in_features=DIM, out_features=EXPERTS)
+    model = nn.ModuleDict({"router": TokenChoiceTopKRouter.Config(num_experts=EXPERTS, gate=gate).build()})
+    model["linear"] = gate.build()
+    use_packed_weights(model, torch.bfloat16)
+    assert type(model["router"].gate) is Linear
+    assert type(model["linear"]) is PackedLinear
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -77,7 +77,7 @@ def test_engine_has_the_numbers_of_both_references(
 def test_a_start_that_finds_compiled_graphs_on_disk_has_the_same_numbers(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
 ) -> None:
-    """Two ranks share the folder, their graphs differ, and torch has no key for a router's autocast."""
+    """Two ranks share the folder, and their graphs differ."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     parallel = {"tp": 2, "ep": 2}
 

@@ -26,10 +26,11 @@ from titan_bridge.engine.attention import PagedAttention
 from titan_bridge.engine.cpu_packed import use_packed_weights
 from titan_bridge.engine.fsdp import shard_dense
 from titan_bridge.engine.lower import lower, strip
-from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
+from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts, SpreadDispatcher, TopKSumDispatcher
 from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.engine.pages import zeros_like
 from titan_bridge.engine.rope import StepRopes
+from titan_bridge.engine.router import use_float32_gate
 from titan_bridge.layout import as_layout, specs_of_module
 from titan_bridge.mesh import (
     Sizes,
@@ -221,7 +222,12 @@ def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
         experts = moe.routed_experts
         assert isinstance(moe.router, TokenChoiceTopKRouter)
         assert isinstance(experts, RoutedExperts)
-        if plan.sizes.ep > 1 and not plan.spread:
+        use_float32_gate(moe.router)
+        if plan.spread:
+            experts.token_dispatcher.__class__ = SpreadDispatcher
+        elif plan.sizes.ep == 1:
+            experts.token_dispatcher.__class__ = TopKSumDispatcher
+        else:
             count = moe.router.num_experts // plan.sizes.ep
             experts.token_dispatcher = OwnExpertsDispatcher(
                 experts.token_dispatcher, first=count * get_tensor_model_parallel_rank(), count=count

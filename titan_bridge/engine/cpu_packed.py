@@ -16,6 +16,7 @@ from torch import nn
 from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
@@ -250,15 +251,17 @@ def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Make TorchTitan's plain linears and routed experts of `model` packed ones; nothing on GPUs and in float32."""
     if not current_platform.is_cpu() or dtype != torch.bfloat16 or not hasattr(torch.ops._C, "onednn_mm"):
         return
-    merged = set()
+    others: set[nn.Module] = set()  # whose weights the module around them packs or uses
     for module in model.modules():  # parents first
         if type(module) is FeedForward and module.w1.bias is None and module.w3.bias is None:
             module.__class__ = PackedFeedForward
-            merged |= {module.w1, module.w3}
+            others |= {module.w1, module.w3}
         elif type(module) is FusedQKVLinear and module.wqkv.bias is None:
             module.__class__ = PackedQKV
-            merged.add(module.wqkv)
-        elif type(module) is Linear and module.bias is None and module not in merged:
+            others.add(module.wqkv)
+        elif type(module) is Linear and module.bias is None and module not in others:
             module.__class__ = PackedLinear
+        elif isinstance(module, TokenChoiceTopKRouter):
+            others.add(module.gate)  # `Float32Router` multiplies by the weight itself
         elif type(module) is KeepDtypeGroupedExperts:
             module.__class__ = PackedExperts

@@ -1,7 +1,10 @@
 """Routed experts inside vLLM: TorchTitan's own dispatch and grouped matmul as one opaque operator.
 
 The operator is opaque because what happens inside depends on the data (how many tokens go to which expert),
-which neither torch.compile nor a CUDA graph can capture; vLLM's compiler splits its graph there.
+which torch.compile cannot capture. Where the body reads counts on the host, a CUDA graph cannot either, and vLLM's
+compiler splits its graph there. The operator writes into an `out` that the piece before it allocates, as vLLM's
+attention does: a graph replays with the addresses it was captured with, so the next piece would never see a tensor
+that is allocated between two graphs.
 
 Every rank of a tp group sees the same tokens. Two ways to spread them over experts:
 
@@ -22,13 +25,57 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torchtitan.models.common.moe import RoutedExperts
-from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+from torchtitan.models.common.token_dispatcher import (
+    AllToAllDispatchMetadata,
+    AllToAllTokenDispatcher,
+    LocalDispatchMetadata,
+    LocalTokenDispatcher,
+)
 from vllm.config import CompilationConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from titan_bridge.engine.cpu_packed import PackedExperts, combine
+
+
+class TopKSumDispatcher(LocalTokenDispatcher):
+    """Combines by adding a token's K rows, with the bits of TorchTitan's scatter-add.
+
+    TorchTitan's deterministic scatter-add sorts an index for every element on a GPU, and synchronises.
+    """
+
+    def combine(
+        self,
+        routed_output_RD: torch.Tensor,
+        metadata: LocalDispatchMetadata | _OwnMetadata,
+        x_TD: torch.Tensor,
+    ) -> torch.Tensor:
+        """Weight the rows and add those of each token, `(N, D)` to `(T, D)`; here every routed token has a row."""
+        scores_N1 = metadata.topk_scores_experts_sorted_N.unsqueeze(1)
+        rows_ND = (routed_output_RD.float() * scores_N1).to(routed_output_RD.dtype)
+        # Stable, so that a token's rows are added in the order of experts, as they come in `rows_ND`.
+        places_N = torch.argsort(metadata.token_indices_experts_sorted_N, stable=True)
+        first_TD, *others = rows_ND[places_N].view(len(x_TD), self.top_k, x_TD.shape[-1]).unbind(1)
+        sum_TD = first_TD.to(torch.float32, copy=True)
+        for row_TD in others:
+            sum_TD += row_TD
+        return sum_TD.to(x_TD.dtype)
+
+
+class SpreadDispatcher(AllToAllTokenDispatcher, TopKSumDispatcher):
+    """TorchTitan's all-to-all with the combine of `TopKSumDispatcher`."""
+
+    def combine(
+        self, routed_output_RD: torch.Tensor, metadata: AllToAllDispatchMetadata, x_TD: torch.Tensor
+    ) -> torch.Tensor:
+        """Bring the experts' outputs back and add those of each token, `(R, D)` to `(T, D)`."""
+        assert self.ep_mesh is not None
+        routed_RD = self._unpermute(routed_output_RD, metadata.input_shape, metadata.permuted_indices)
+        routed_ND = self._combine_token_exchange(
+            routed_RD, self.ep_mesh.get_group(), metadata.input_splits, metadata.output_splits
+        )
+        return TopKSumDispatcher.combine(self, routed_ND, metadata, x_TD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +86,7 @@ class _OwnMetadata:
     """Routed tokens of this rank's experts, scalar int64; they come first in the sorted order."""
 
 
-class OwnExpertsDispatcher(LocalTokenDispatcher):
+class OwnExpertsDispatcher(TopKSumDispatcher):
     """Sees all tokens, computes those of the experts `[first, first + count)`, leaves zero for the others."""
 
     def __init__(self, dispatcher: LocalTokenDispatcher, *, first: int, count: int) -> None:
@@ -70,7 +117,7 @@ class OwnExpertsDispatcher(LocalTokenDispatcher):
     def combine(
         self, routed_output_RD: torch.Tensor, metadata: _OwnMetadata, x_TD: torch.Tensor
     ) -> torch.Tensor:
-        """Scatter the own experts' outputs back; rows of other experts hold nothing and count as zero."""
+        """Add the own experts' outputs; rows of other experts hold nothing and count as zero."""
         own_N1 = (torch.arange(len(routed_output_RD), device=x_TD.device) < metadata.n_own).unsqueeze(1)
         return super().combine(torch.where(own_N1, routed_output_RD, 0), metadata, x_TD)
 
@@ -112,11 +159,12 @@ class ServedExperts(nn.Module):
         num_local_tokens_per_expert_E: torch.Tensor,
     ) -> torch.Tensor:
         """`(B, L, D)` in, `(B, L, D)` out, same dtype; arguments as `RoutedExperts.forward`."""
-        out_TD = torch.ops.vllm.titan_routed_experts(
+        out_BLD = torch.empty_like(x_BLD)
+        torch.ops.vllm.titan_routed_experts(
             x_BLD.flatten(0, 1), topk_scores_BLK.flatten(0, 1), topk_expert_ids_BLK.flatten(0, 1),
-            num_local_tokens_per_expert_E, self.name,
+            num_local_tokens_per_expert_E, out_BLD.view(-1, x_BLD.shape[-1]), self.name,
         )  # fmt: skip
-        return out_TD.view(x_BLD.shape)
+        return out_BLD
 
     def run(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
@@ -155,15 +203,19 @@ OP = "vllm::titan_routed_experts"
 
 
 def _routed_experts(
-    x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor, name: str
-) -> torch.Tensor:
-    return get_forward_context().no_compile_layers[name].run(x_TD, scores_TK, ids_TK, count_E)
+    x_TD: torch.Tensor,
+    scores_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    count_E: torch.Tensor,
+    out_TD: torch.Tensor,
+    name: str,
+) -> None:
+    out_TD.copy_(get_forward_context().no_compile_layers[name].run(x_TD, scores_TK, ids_TK, count_E))
 
 
-def _routed_experts_fake(
-    x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor, name: str
-) -> torch.Tensor:
-    return torch.empty_like(x_TD)
-
-
-direct_register_custom_op("titan_routed_experts", _routed_experts, fake_impl=_routed_experts_fake)
+direct_register_custom_op(
+    "titan_routed_experts",
+    _routed_experts,
+    mutates_args=["out_TD"],
+    fake_impl=lambda *args, **kwargs: None,  # it returns nothing
+)

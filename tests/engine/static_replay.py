@@ -1,0 +1,167 @@
+"""vLLM's GPU compiler on a CPU: `python -m tests.engine.static_replay '[{"name":, "model":, "captures":}, ...]'`.
+
+On GPUs vLLM splits a model's graph at `splitting_ops`, compiles the pieces between them, and captures each as a CUDA
+graph, which reads and writes where its tensors lay at the capture. Here the compiler is the same, and a piece that was
+called before is called again on the tensors of that first call, so that an input that has moved is as lost as on a GPU.
+
+Prints one line of JSON for each case; see `run`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PROMPTS = [[(31 * row + 7 * column) % 200 for column in range(n)] for row, n in enumerate((3, 9, 17))]
+TOKENS = 8
+READS = {
+    "_local_scalar_dense", "bincount", "equal", "histc", "is_nonzero", "masked_select", "nonzero", "nonzero_static",
+    "repeat_interleave", "unique_consecutive", "unique_dim", "_unique", "_unique2",
+}  # fmt: skip
+
+
+class RefuseHostReads(TorchDispatchMode):
+    """Raises where an operator reads a tensor on the host, moves one to the CPU, or is not torch's or vLLM's own.
+
+    What other libraries' operators do inside is not seen from here; torchtitan's scatter-add synchronises.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func.name().split(".")[0].split("::")
+        device = (kwargs or {}).get("device")
+        if name in READS or space not in ("aten", "prims", "vllm", "_C", "c10d", "_c10d_functional"):
+            raise AssertionError(f"{func.name()} in a CUDA graph")
+        if name == "_to_copy" and device is not None and torch.device(device).type == "cpu":
+            raise AssertionError("a copy to the host in a CUDA graph")
+        return func(*args, **(kwargs or {}))
+
+
+class Replay:
+    """One piece of the graph; captured at its first call for each combination of shapes."""
+
+    inputs = 0
+    moved = 0
+
+    def __init__(self, piece: Any) -> None:
+        self.piece = piece
+        self.captured: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        shapes = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args)
+        if shapes not in self.captured:
+            with RefuseHostReads():
+                self.captured[shapes] = args, self.piece(*args)
+            return self.captured[shapes][1]
+        places, out = self.captured[shapes]
+        for now, then in zip(args, places, strict=True):
+            if isinstance(now, torch.Tensor):
+                Replay.inputs += 1
+                Replay.moved += now.data_ptr() != then.data_ptr()
+        for place, value in zip(_tensors(out), _tensors(self.piece(*places)), strict=True):
+            place.copy_(value)
+        return out
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    values = out if isinstance(out, tuple | list) else [out]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def pulled_back(graph: fx.GraphModule, pieces: list[Any]) -> list[str]:
+    """Nodes that vLLM put into an earlier piece than a node before them."""
+    calls = ("call_function", "call_method", "call_module", "get_attr")
+    piece_of = {
+        node.name: piece.graph_id for piece in pieces for node in piece.graph.graph.nodes if node.op in calls
+    }
+    numbers = [(piece_of[node.name], node.name) for node in graph.graph.nodes if node.name in piece_of]
+    latest = accumulate((number for number, _ in numbers), max)
+    return [name for (number, name), so_far in zip(numbers, latest, strict=True) if number < so_far]
+
+
+@contextmanager
+def gpu_compiler(found: dict[str, Any], *, captures: bool) -> Iterator[None]:
+    """Let this process's CPU compile and capture as a GPU does; `captures` leaves routed experts inside of graphs.
+
+    Those are split but not compiled: vLLM's pass for operators that write into an argument names operators that its
+    CPU build does not have.
+    """
+    from vllm.compilation import backends
+    from vllm.platforms.cpu import CpuPlatform
+
+    check, split = CpuPlatform.check_and_update_config, backends.split_graph
+
+    def check_and_update_config(cls: type, config: Any) -> None:
+        compilation = config.compilation_config
+        mode = compilation.mode
+        check(config)
+        compilation.mode, compilation.compile_sizes = mode, []
+        if captures:
+            compilation.backend = "eager"
+
+    def split_graph(graph: fx.GraphModule, ops: list[str]) -> Any:
+        whole, pieces = split(graph, ops)
+        found["splitting_ops"] = list(ops)
+        found["pieces"] = len(pieces)
+        found["pulled_back"] = pulled_back(graph, pieces)
+        return whole, pieces
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
+        patch.setattr(CpuPlatform, "support_static_graph_mode", classmethod(lambda cls: not captures))
+        patch.setattr(backends, "split_graph", split_graph)
+        patch.setattr(backends, "wrap_with_cudagraph_if_needed", lambda piece, *_: Replay(piece))
+        yield
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """What came out: tokens and log-probabilities, replayed and eager, and how the graph was split and replayed."""
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    found: dict[str, Any] = {"name": case["name"]}
+    Replay.inputs = Replay.moved = 0
+    with gpu_compiler(found, captures=case["captures"]):
+        llm = vllm.LLM(
+            case["model"],
+            model_impl="torchtitan",
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=64,
+            max_num_seqs=4,
+            kv_cache_memory_bytes=8 << 20,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
+        answers(llm)  # captures
+        found["replayed"] = answers(llm)
+        found |= {"inputs": Replay.inputs, "moved": Replay.moved}
+        llm.apply_model(lambda model: setattr(model, "do_not_compile", True))
+        found["eager"] = answers(llm)
+    assert Replay.inputs == found["inputs"], "the eager model ran a compiled piece"
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    return found
+
+
+def answers(llm: Any) -> list[Any]:
+    """Token ids and log-probabilities for each of `PROMPTS`."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+    rows = [(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs]
+    return [[list(ids), [each[t].logprob for each, t in zip(probs, ids, strict=True)]] for ids, probs in rows]
+
+
+if __name__ == "__main__":
+    for each in json.loads(sys.argv[1]):
+        print(json.dumps(run(each)), flush=True)
