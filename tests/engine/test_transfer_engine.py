@@ -332,6 +332,19 @@ def test_calls_out_of_order_leave_a_server_in_step(server):
     with pytest.raises(RuntimeError, match="during a weight update"):
         client.shutdown_weight_transfer_engine()
     client.finish_weight_update()
+    # What no trainer sends, and an update without init: errors, after which no version is taken.
+    version = server.get("/weight_info")
+    terms = {"host": "127.0.0.1", "port": free_port(), "trainer": "t", "epoch": 1}
+    update = {**terms, "round": 1, "first": 1, "version": "9", "base": None, "kind": "dense"}
+    with pytest.raises(RuntimeError, match="500 .*init_info lacks the key trainers"):
+        client.init_weight_transfer_engine(terms)
+    for given, reason in ((terms, "update_info lacks the key round"), (update, "not initialized")):
+        client.start_weight_update()
+        with pytest.raises(RuntimeError, match=f"500 .*{reason}"):
+            client.update_weights(given)
+        with pytest.raises(RuntimeError, match=r"500 .*start_weight_update"):
+            client.finish_weight_update("9")
+    assert server.get("/weight_info") == version
     assert server.get("/v1/sharding_spec") == layout
     assert server.answers() == answers
 

@@ -91,9 +91,11 @@ class Control:
         self.open = False
 
     def finish_quietly(self, limit: Deadline) -> None:
-        """Close it if the engine can be reached."""
-        with contextlib.suppress(TransferError):
-            self.finish(limit)
+        """Close it if the engine can be reached; the first call fails where an update is dropped."""
+        for _ in range(2):
+            with contextlib.suppress(TransferError):
+                self.finish(limit)
+                return
 
     def pause(self, limit: Deadline) -> bool:
         """Stop the requests in flight as the options say; False if nobody asked for it or the client cannot."""

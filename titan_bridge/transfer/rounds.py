@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from titan_bridge.transfer.control import MARGIN, Call, Control
 from titan_bridge.transfer.dense import Deadline
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.link import Link
+from titan_bridge.transfer.payload import Update
 
 Transmit = Callable[[Deadline], None]
 """Sends this rank's share. Raises TransferError."""
@@ -55,8 +57,16 @@ def lead(
     paused = False
     try:
         control.begin(limit)
-        info = _info(link, number, what)
-        call = control.start(lambda: control.client.update_weights(info))
+        info = Update(
+            host=link.terms.host,
+            port=link.terms.port,
+            trainer=link.terms.trainer,
+            epoch=link.terms.epoch,
+            round=number,
+            first=link.sides.trainers,
+            **what,
+        )
+        call = control.start(lambda: control.client.update_weights(asdict(info)))
         for worker in link.workers:
             if reason := control.hear(link.note(number, f"ready/{worker}"), call, limit):
                 raise TransferError(reason)
@@ -83,19 +93,6 @@ def lead(
             control.resume()
         link.board.post(link.note(number, "done"), problem)
     return {"received": received, "phases": phases}
-
-
-def _info(link: Link, number: int, what: dict[str, Any]) -> dict[str, Any]:
-    """What `Receiver.update` takes."""
-    return {
-        **what,
-        "host": link.terms.host,
-        "port": link.terms.port,
-        "trainer": link.terms.trainer,
-        "epoch": link.terms.epoch,
-        "round": number,
-        "first": link.sides.trainers,
-    }
 
 
 def _transmit_and_hear(

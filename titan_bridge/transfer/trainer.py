@@ -18,10 +18,11 @@ from titan_bridge.transfer.control import MARGIN, Call, Control
 from titan_bridge.transfer.dense import Deadline, DenseSender
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.exchange import Sides
-from titan_bridge.transfer.link import Link, Terms
+from titan_bridge.transfer.link import Link
 from titan_bridge.transfer.meeting import invite, welcome
 from titan_bridge.transfer.options import Client, Options, Report
 from titan_bridge.transfer.packets import send_sparse
+from titan_bridge.transfer.payload import Terms
 from titan_bridge.transfer.rounds import Transmit, follow, lead
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.sparse import Outbox, Patch
