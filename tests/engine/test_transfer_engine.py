@@ -318,6 +318,21 @@ def test_a_server_is_updated_while_it_answers(engine, server, mode, weights, tok
         trainer.shutdown()
 
 
+def test_the_callers_pause_outlives_an_update(engine, server):
+    held = load_file(engine.folder / "b" / "model.safetensors")
+    trainer = Trainer(TensorSource(lambda: held, rank=0), server.client, rank=0, world=1)
+    trainer.connect()
+    request = Request(server, TOKENS)
+    assert request.begun.wait(60)
+    httpx.post(f"{server.url}/pause?mode=keep", timeout=60).raise_for_status()
+    trainer.send_weights("paused")
+    assert server.get("/is_paused") == {"is_paused": True}
+    httpx.post(f"{server.url}/resume", timeout=60).raise_for_status()
+    assert request.result() == (TOKENS, "length")
+    assert server.answers() == server.fresh
+    trainer.shutdown()
+
+
 def test_calls_out_of_order_leave_a_server_in_step(server):
     answers, layout = server.answers(), server.get("/v1/sharding_spec")
     assert Layout.from_json(layout).meshes["sparse"].shape[-1] == 2
@@ -336,7 +351,7 @@ def test_calls_out_of_order_leave_a_server_in_step(server):
     version = server.get("/weight_info")
     terms = {"host": "127.0.0.1", "port": free_port(), "trainer": "t", "epoch": 1}
     update = {**terms, "round": 1, "first": 1, "version": "9", "base": None, "kind": "dense"}
-    with pytest.raises(RuntimeError, match="500 .*init_info lacks the key trainers"):
+    with pytest.raises(RuntimeError, match=r"500 .*init_info lacks the key trainers"):
         client.init_weight_transfer_engine(terms)
     for given, reason in ((terms, "update_info lacks the key round"), (update, "not initialized")):
         client.start_weight_update()

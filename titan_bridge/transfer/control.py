@@ -98,10 +98,18 @@ class Control:
                 return
 
     def pause(self, limit: Deadline) -> bool:
-        """Stop the requests in flight as the options say; False if nobody asked for it or the client cannot."""
+        """Stop the requests in flight as the options say. True: `resume` has to follow.
+
+        False if nobody asked for it, the client cannot, or somebody else has paused the engine and will resume it.
+        """
         pause, mode = getattr(self.client, "pause_generation", None), self._mode
         if pause is None or mode is None:
             return False
+        if is_paused := getattr(self.client, "is_paused", None):
+            answers: list[bool] = []
+            self.call(lambda: answers.append(is_paused()), limit)
+            if answers[0]:
+                return False
         try:
             self.call(lambda: pause(mode), limit)
         except TransferError:

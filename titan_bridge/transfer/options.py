@@ -14,7 +14,8 @@ PauseMode = Literal["abort", "wait", "keep"]
 
 class Client(Protocol):
     """vLLM's `VLLMWeightSyncClient`; any other method of an engine is used if the client has it: `engines`,
-    `pause_generation(mode)`, `resume_generation()`, `reset_prefix_cache()`, `update_weight_version(version)`."""
+    `is_paused()`, `pause_generation(mode)`, `resume_generation()`, `reset_prefix_cache()`,
+    `update_weight_version(version)`."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
     def start_weight_update(self) -> None: ...

@@ -4,8 +4,8 @@ start_weight_update; update_weights, which keeps the workers busy receiving whil
 worker has said that it has everything, the engine pauses and the decision is posted; finish_weight_update, and the
 workers' word that the update is live; then the engine goes on. Since bytes wait in staging, requests are paused for
 the last part only, and a trainer that dies while it sends leaves an engine that serves. For one that dies in the last
-part, a few milliseconds, `HTTPClient` has a guard that resumes the engine; with another client it is paused up to the
-next update, or until somebody resumes it.
+part, a few milliseconds, `HTTPClient` has a guard that resumes the engine; with another client it stays paused until
+somebody resumes it.
 """
 
 from __future__ import annotations
