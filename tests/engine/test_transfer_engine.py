@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import ROOT
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.transfer.changes import Snapshot, changed
+from titan_bridge.transfer.changes import changed
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.http import HTTPClient
 from titan_bridge.transfer.options import Options
@@ -145,7 +149,7 @@ def send(rank: int, world: int, port: int, client: PlainClient, folder: Path, ho
     held = fsdp(folder, "a", rank)
     trainer = connect(rank, world, port, client, held)
     trainer.send_weights()
-    before = Snapshot(held, dtype=torch.bfloat16)
+    before = trainer.snapshot()
     for tensor in held.values():
         local = tensor.to_local()
         local.view(-1)[::23] *= 1.5
@@ -156,7 +160,7 @@ def send(rank: int, world: int, port: int, client: PlainClient, folder: Path, ho
         trainer.send_weights()
     else:  # back to a, by patches
         trainer.send_weights()
-        there = Snapshot(held, dtype=torch.bfloat16)
+        there = trainer.snapshot()
         trainer.send_sparse(changed(there, fsdp(folder, "a", rank), rank=rank))
     trainer.shutdown()
     return sum(len(patch.indices) for patch in patches)
@@ -331,6 +335,25 @@ def test_the_callers_pause_outlives_an_update(engine, server):
     assert request.result() == (TOKENS, "length")
     assert server.answers() == server.fresh
     trainer.shutdown()
+
+
+def test_the_readmes_trainer_runs_as_printed(engine, server):
+    readme = (ROOT / "README.md").read_text()
+    (program,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "torchrun" in block)
+    for printed, ours in (
+        ("DIR", engine.folder / "a"),
+        ("localhost:8000", server.url[7:]),
+        ("29600", free_port()),
+    ):
+        assert program.count(printed) == 1
+        program = program.replace(printed, str(ours))
+    trainer = engine.folder / "trainer.py"
+    trainer.write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(trainer)]
+    command[3:3] = ["--master-port", str(free_port())]
+    subprocess.run(command, check=True, timeout=200)
+    assert server.get("/weight_info") == {"weight_version": "step 2"}
+    assert server.answers() == engine.fresh
 
 
 def test_calls_out_of_order_leave_a_server_in_step(server):

@@ -148,7 +148,9 @@ class TitanTrainerInitInfo(TrainerInitInfo):
     timeout_seconds: float = 300.0
     """Of a connection, and of one update."""
     bucket_bytes: int = BUCKET_BYTES
+    """Most bytes of one message; a sender holds two."""
     transport: Backend = "gloo"
+    """ "gloo" through the hosts' memory, "nccl" between GPUs."""
     workers: int | None = None
     """Workers of each engine, for dense models with vLLM's data parallelism, whose workers cannot know."""
     pause: PauseMode | None = "keep"

@@ -25,8 +25,8 @@ Transmit = Callable[[Deadline], None]
 """Sends this rank's share. Raises TransferError."""
 
 
-def follow(link: Link, number: int, limit: Deadline, transmit: Transmit) -> None:
-    """A round on a rank other than 0. Raises TransferError when the update did not happen."""
+def follow(link: Link, number: int, limit: Deadline, transmit: Transmit) -> dict[str, Any]:
+    """A round on a rank other than 0; returns what `lead` does. Raises TransferError when the update did not happen."""
     problem: str | None = None
     go = link.board.read(link.note(number, "go"), seconds=limit.left + MARGIN)
     if go is None:
@@ -34,15 +34,22 @@ def follow(link: Link, number: int, limit: Deadline, transmit: Transmit) -> None
             transmit(limit)
         except TransferError as error:
             problem = str(error)
+        link.board.post(link.note(number, f"sent/{link.rank}"), {"error": problem, "bytes": _sent(link)})
     done = link.board.read(link.note(number, "done"), seconds=limit.left + 4 * MARGIN)
-    if done is not None or problem is not None:
-        raise TransferError(done or problem)
+    if "error" in done:
+        raise TransferError(done["error"])
+    return done
+
+
+def _sent(link: Link) -> list[int]:
+    """Bytes of this round to each worker."""
+    return [link.transport.sent.get(worker, 0) for worker in link.workers]
 
 
 def lead(
     link: Link, control: Control, number: int, limit: Deadline, transmit: Transmit, what: dict[str, Any]
 ) -> dict[str, Any]:
-    """A round on rank 0; returns what it learnt for the report.
+    """A round on rank 0; returns sent, received and phases of the report.
 
     Args:
         what: version, base and kind of the update.
@@ -52,8 +59,7 @@ def lead(
     """
     started = time.monotonic()
     phases: dict[str, float] = {}
-    received: dict[int, int] = {}
-    problem: str | None = None
+    told: dict[str, Any] = {"phases": phases}
     paused = False
     try:
         control.begin(limit)
@@ -72,7 +78,7 @@ def lead(
                 raise TransferError(reason)
         link.board.post(link.note(number, "go"), None)
         phases["ready"] = time.monotonic() - started
-        received = _transmit_and_hear(link, control, number, limit, transmit, call)
+        told |= _transmit_and_hear(link, control, number, limit, transmit, call)
         phases["received"] = time.monotonic() - started
         call.result(limit.left + MARGIN)
         paused = control.pause(limit)
@@ -84,22 +90,22 @@ def lead(
         phases["live"] = time.monotonic() - started
         control.settle(what["version"], limit)
     except Exception as error:
-        problem = str(error)
+        told = {"error": str(error)}
         link.close()
-        _give_up(link, control, number, problem)
-        raise error if isinstance(error, TransferError) else TransferError(problem) from error
+        _give_up(link, control, number, str(error))
+        raise error if isinstance(error, TransferError) else TransferError(str(error)) from error
     finally:
         if paused:
             control.resume()
-        link.board.post(link.note(number, "done"), problem)
-    return {"received": received, "phases": phases}
+        link.board.post(link.note(number, "done"), told)
+    return told
 
 
 def _transmit_and_hear(
     link: Link, control: Control, number: int, limit: Deadline, transmit: Transmit, call: Call
-) -> dict[int, int]:
-    """Send, and wait until all workers have everything; returns the bytes that each received."""
-    received: dict[int, int] = {}
+) -> dict[str, Any]:
+    """Send, and wait until all workers have everything; returns the bytes that everybody sent and received."""
+    received: list[int] = []
     own: str | None = None
     try:
         transmit(limit)
@@ -113,10 +119,16 @@ def _transmit_and_hear(
             raise TransferError(own or str(error)) from None
         if "error" in got:
             raise TransferError(f"worker {index}: {got['error']}")
-        received[index] = got["bytes"]
+        received.append(got["bytes"])
     if own is not None:
         raise TransferError(own)
-    return received
+    sent = [_sent(link)]
+    for rank in range(1, link.sides.trainers):
+        said = control.hear(link.note(number, f"sent/{rank}"), call, limit)
+        if said["error"] is not None:
+            raise TransferError(f"trainer rank {rank}: {said['error']}")
+        sent.append(said["bytes"])
+    return {"sent": sent, "received": received}
 
 
 def _give_up(link: Link, control: Control, number: int, problem: str) -> None:
