@@ -174,6 +174,7 @@ def not_taken(rank: int, world: int, port: int, client: Undecided) -> str:
     trainer, _ = make(rank, world, port, client, NEW)
     with pytest.raises(TransferError) as error:
         trainer.send_weights()
+    trainer.shutdown()
     return f"{client.heard} ({error.value})"
 
 
@@ -237,6 +238,7 @@ def no_memory(rank: int, world: int, port: int, client: PlainClient) -> str:
     trainer, _ = make(rank, world, port, client, NEW)
     with pytest.raises(TransferError) as error:
         trainer.send_weights()
+    trainer.shutdown()
     return str(error.value)
 
 

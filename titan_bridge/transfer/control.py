@@ -96,6 +96,8 @@ class Control:
             with contextlib.suppress(TransferError):
                 self.finish(limit)
                 return
+            if self._pending is not None and self._pending.is_alive():
+                return  # no answer: another call would only wait behind it
 
     def pause(self, limit: Deadline) -> bool:
         """Stop the requests in flight as the options say. True: `resume` has to follow.
