@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
+from titan_bridge.transfer.board import Board
 from titan_bridge.transfer.changes import changed
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.http import HTTPClient
@@ -372,7 +373,8 @@ def test_calls_out_of_order_leave_a_server_in_step(server):
     client.finish_weight_update()
     # What no trainer sends, and an update without init: errors, after which no version is taken.
     version = server.get("/weight_info")
-    terms = {"host": "127.0.0.1", "port": free_port(), "trainer": "t", "epoch": 1}
+    board = Board.open("127.0.0.1", 0, seconds=30)
+    terms = {"host": "127.0.0.1", "port": board.port, "trainer": "t", "epoch": 1}
     update = {**terms, "round": 1, "first": 1, "version": "9", "base": None, "kind": "dense"}
     with pytest.raises(RuntimeError, match=r"500 .*init_info lacks the key trainers"):
         client.init_weight_transfer_engine(terms)
