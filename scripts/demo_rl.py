@@ -93,7 +93,7 @@ def train(
         else:
             report = trainer.send_sparse(changed(before, source.tensors(), rank=rank), step)
         if sparse:
-            before = Snapshot(source.tensors())
+            before = trainer.snapshot()
         prompts = torch.randint(
             5, 300, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(step)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from tests.distributed.transfer_parties import (
 )
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
+from titan_bridge.transfer.board import Board
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient
@@ -110,6 +113,78 @@ def test_a_round_in_the_wrong_order(trainers, workers, order):
     assert have(workers, NEXT)
 
 
+TERMS = {"host": "127.0.0.1", "port": 1, "trainer": "t", "epoch": 1, "trainers": 1, "seconds": 0.5}
+UPDATE = {"host": "127.0.0.1", "port": 1, "trainer": "t", "epoch": 1, "round": 1, "first": 1}
+UPDATE |= {"version": "1", "base": None, "kind": "dense"}
+WITHOUT = object()
+
+
+@pytest.mark.parametrize(
+    ("call", "key", "value", "reason"),
+    [
+        ("init", "host", WITHOUT, "init_info lacks the key host"),
+        ("init", "hosts", "x", "init_info has an unknown key hosts; allowed: host, port"),
+        ("init", "port", "29600", "init_info.port is '29600'; it must be a valid integer"),
+        ("init", "port", 70000, "init_info.port is 70000; it must be less than or equal to 65535"),
+        ("init", "trainers", True, "init_info.trainers is True; it must be a valid integer"),
+        ("init", "seconds", float("inf"), "init_info.seconds is inf; it must be a finite number"),
+        ("init", "backend", "mpi", "init_info.backend is 'mpi'; it must be 'gloo' or 'nccl'"),
+        ("init", "epoch", 1, "no trainer at 127.0.0.1:1"),
+        ("update", "trainer", WITHOUT, "update_info lacks the key trainer"),
+        ("update", "base", 3, "update_info.base is 3; it must be a valid string"),
+        ("update", "kind", "whole", "update_info.kind is 'whole'; it must be 'dense' or 'sparse'"),
+        ("update", "port", 0, "update_info.port is 0; it must be greater than or equal to 1"),
+    ],
+)
+def test_a_call_with_a_bad_payload_raises(workers, call, key, value, reason):
+    """As vLLM's own backends do: an answer of 200 would be taken for an update."""
+    payload = {**(TERMS if call == "init" else UPDATE), key: value}
+    payload = {name: given for name, given in payload.items() if given is not WITHOUT}
+    workers.start_weight_update()
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        workers.init_weight_transfer_engine(payload) if call == "init" else workers.update_weights(payload)
+    workers.finish_weight_update()
+    assert have(workers, OLD)
+
+
+def test_an_update_before_init_raises(workers):
+    board = Board.open("127.0.0.1", 0, seconds=5)
+    workers.start_weight_update()
+    with pytest.raises(RuntimeError, match="weight transfer not initialized: worker 0 is not connected"):
+        workers.update_weights({**UPDATE, "port": board.port})
+    assert "not initialized" in board.read("t/1/round1/ready/1", seconds=1)
+    assert have(workers, OLD)
+
+
+class Undecided(PlainClient):
+    """Finishes an update before the trainer decided, as a client does that then sets a version."""
+
+    heard = ""
+
+    def update_weights(self, update_info: dict) -> None:
+        super().update_weights(update_info)
+        try:
+            super().finish_weight_update("2")
+        except RuntimeError as error:
+            self.heard = str(error)
+            raise
+
+
+def not_taken(rank: int, world: int, port: int, client: Undecided) -> str:
+    trainer, _ = make(rank, world, port, client, NEW)
+    with pytest.raises(TransferError) as error:
+        trainer.send_weights()
+    trainer.shutdown()
+    return f"{client.heard} ({error.value})"
+
+
+def test_finish_raises_when_the_update_was_not_taken(trainers, workers):
+    heard, _ = trainers.run(not_taken, free_port(), Undecided(workers.addresses))
+    assert "the update was not taken" in heard
+    assert have(workers, OLD)
+    takes_the_next_good_update(trainers, workers)
+
+
 def lone_trainer(client: PlainClient, version: int) -> tuple[Trainer, dict]:
     held = sample_locals(Layout.from_json(layout(1, 0)), 0, version)
     trainer = Trainer(
@@ -163,6 +238,7 @@ def no_memory(rank: int, world: int, port: int, client: PlainClient) -> str:
     trainer, _ = make(rank, world, port, client, NEW)
     with pytest.raises(TransferError) as error:
         trainer.send_weights()
+    trainer.shutdown()
     return str(error.value)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import ROOT
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.transfer.changes import Snapshot, changed
+from titan_bridge.transfer.board import Board
+from titan_bridge.transfer.changes import changed
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.http import HTTPClient
 from titan_bridge.transfer.options import Options
@@ -145,7 +150,7 @@ def send(rank: int, world: int, port: int, client: PlainClient, folder: Path, ho
     held = fsdp(folder, "a", rank)
     trainer = connect(rank, world, port, client, held)
     trainer.send_weights()
-    before = Snapshot(held, dtype=torch.bfloat16)
+    before = trainer.snapshot()
     for tensor in held.values():
         local = tensor.to_local()
         local.view(-1)[::23] *= 1.5
@@ -156,7 +161,7 @@ def send(rank: int, world: int, port: int, client: PlainClient, folder: Path, ho
         trainer.send_weights()
     else:  # back to a, by patches
         trainer.send_weights()
-        there = Snapshot(held, dtype=torch.bfloat16)
+        there = trainer.snapshot()
         trainer.send_sparse(changed(there, fsdp(folder, "a", rank), rank=rank))
     trainer.shutdown()
     return sum(len(patch.indices) for patch in patches)
@@ -318,6 +323,40 @@ def test_a_server_is_updated_while_it_answers(engine, server, mode, weights, tok
         trainer.shutdown()
 
 
+def test_the_callers_pause_outlives_an_update(engine, server):
+    held = load_file(engine.folder / "b" / "model.safetensors")
+    trainer = Trainer(TensorSource(lambda: held, rank=0), server.client, rank=0, world=1)
+    trainer.connect()
+    request = Request(server, TOKENS)
+    assert request.begun.wait(60)
+    httpx.post(f"{server.url}/pause?mode=keep", timeout=60).raise_for_status()
+    trainer.send_weights("paused")
+    assert server.get("/is_paused") == {"is_paused": True}
+    httpx.post(f"{server.url}/resume", timeout=60).raise_for_status()
+    assert request.result() == (TOKENS, "length")
+    assert server.answers() == server.fresh
+    trainer.shutdown()
+
+
+def test_the_readmes_trainer_runs_as_printed(engine, server):
+    readme = (ROOT / "README.md").read_text()
+    (program,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "torchrun" in block)
+    for printed, ours in (
+        ("DIR", engine.folder / "a"),
+        ("localhost:8000", server.url[7:]),
+        ("29600", free_port()),
+    ):
+        assert program.count(printed) == 1
+        program = program.replace(printed, str(ours))
+    trainer = engine.folder / "trainer.py"
+    trainer.write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(trainer)]
+    command[3:3] = ["--master-port", str(free_port())]
+    subprocess.run(command, check=True, timeout=200)
+    assert server.get("/weight_info") == {"weight_version": "step 2"}
+    assert server.answers() == engine.fresh
+
+
 def test_calls_out_of_order_leave_a_server_in_step(server):
     answers, layout = server.answers(), server.get("/v1/sharding_spec")
     assert Layout.from_json(layout).meshes["sparse"].shape[-1] == 2
@@ -332,6 +371,20 @@ def test_calls_out_of_order_leave_a_server_in_step(server):
     with pytest.raises(RuntimeError, match="during a weight update"):
         client.shutdown_weight_transfer_engine()
     client.finish_weight_update()
+    # What no trainer sends, and an update without init: errors, after which no version is taken.
+    version = server.get("/weight_info")
+    board = Board.open("127.0.0.1", 0, seconds=30)
+    terms = {"host": "127.0.0.1", "port": board.port, "trainer": "t", "epoch": 1}
+    update = {**terms, "round": 1, "first": 1, "version": "9", "base": None, "kind": "dense"}
+    with pytest.raises(RuntimeError, match=r"500 .*init_info lacks the key trainers"):
+        client.init_weight_transfer_engine(terms)
+    for given, reason in ((terms, "update_info lacks the key round"), (update, "not initialized")):
+        client.start_weight_update()
+        with pytest.raises(RuntimeError, match=f"500 .*{reason}"):
+            client.update_weights(given)
+        with pytest.raises(RuntimeError, match=r"500 .*start_weight_update"):
+            client.finish_weight_update("9")
+    assert server.get("/weight_info") == version
     assert server.get("/v1/sharding_spec") == layout
     assert server.answers() == answers
 

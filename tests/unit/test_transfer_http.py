@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from titan_bridge.ports import free_port
-from titan_bridge.transfer import HTTPClient
+from titan_bridge.transfer import FanOutClient, HTTPClient
+from titan_bridge.transfer.control import Control
+from titan_bridge.transfer.dense import Deadline
 
 
 def test_a_server_that_is_not_there_is_named():
@@ -51,6 +56,54 @@ class Recorder(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class Pausable(Recorder):
+    """Knows whether it is paused, as a vLLM server does."""
+
+    paused: bool
+
+    def do_POST(self) -> None:
+        if self.path.startswith("/pause"):
+            type(self).paused = True
+        elif self.path == "/resume":
+            type(self).paused = False
+        super().do_POST()
+
+    def do_GET(self) -> None:
+        assert self.path == "/is_paused"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"is_paused": self.paused}).encode())
+
+
+@contextlib.contextmanager
+def pausable(*, paused: bool) -> Iterator[tuple[HTTPClient, type[Pausable]]]:
+    handler = type("Handler", (Pausable,), {"asked": [], "paused": paused})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = HTTPClient(f"http://127.0.0.1:{server.server_port}")
+        try:
+            yield client, handler
+        finally:
+            client.close()
+            server.shutdown()
+
+
+@pytest.mark.parametrize("before", [(False,), (True,), (False, True), (True, True)])
+def test_an_update_resumes_only_what_it_paused(before):
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(pausable(paused=paused)) for paused in before]
+        clients = [client for client, _ in servers]
+        control = Control(clients[0] if len(before) == 1 else FanOutClient(clients), None, "keep")
+        for _ in range(2):
+            paused = control.pause(Deadline(30))
+            assert all(handler.paused for _, handler in servers)
+            if paused:
+                control.resume()
+            assert tuple(handler.paused for _, handler in servers) == before
+    for was, (_, handler) in zip(before, servers, strict=True):
+        assert handler.asked == ([] if was else ["/pause?mode=keep", "/resume"] * 2)
 
 
 @pytest.mark.parametrize("how", ["killed", "ended"])

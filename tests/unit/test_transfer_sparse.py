@@ -16,6 +16,7 @@ from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.changes import _global, _share
+from titan_bridge.transfer.exchange import Sides
 from titan_bridge.transfer.samples import local_part, same_bits, sample_locals
 from titan_bridge.transfer.sparse import (
     Outbox,
@@ -190,3 +191,34 @@ def test_twice_is_twice_in_any_order(indices):
     else:
         with pytest.raises(BridgeError, match="given twice"):
             check_unique("w", torch.tensor(indices))
+
+
+def test_each_of_the_trainers_tensors_is_compared_in_a_dtype_that_holds_what_the_engine_keeps():
+    def side(**dtypes: str) -> Layout:
+        spec = ShardingSpec(mesh="m", placements=(Replicate(),))
+        return Layout(
+            meshes={"m": MeshLayout.make(("a",), (1,))},
+            params={name: ParamLayout(spec=spec, shape=(1,), dtype=dtype) for name, dtype in dtypes.items()},
+        )
+
+    def dtypes(source: Layout, destination: Layout) -> dict[str, torch.dtype]:
+        sides = Sides(
+            source=source,
+            destination=destination,
+            trainers=1,
+            workers=((0, 0),),
+            unpadded={},
+            views=tuple(VIEWS[:3]),
+        )
+        return sides.engine_dtypes()
+
+    trainer = side(wqkv="float32", norm="float32", value_head="float32")
+    assert dtypes(trainer, side(wqkv="bfloat16", norm="float32")) == {
+        "wqkv": torch.bfloat16,
+        "norm": torch.float32,
+    }
+    # Views, from either side; of several dtypes one that holds them all.
+    assert dtypes(side(q="float32", v="float64"), side(wqkv="bfloat16")) == dict.fromkeys(
+        "qv", torch.bfloat16
+    )
+    assert dtypes(trainer, side(q="bfloat16", k="float16", v="bfloat16")) == {"wqkv": torch.float32}

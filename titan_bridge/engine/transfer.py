@@ -1,7 +1,7 @@
 """Weight transfer backend "titan" for vLLM's framework: `weight_transfer_config={"backend": "titan"}`.
 
-Both halves are thin: what happens is in `titan_bridge.transfer`. The worker's half never raises (see
-`transfer.receiver`); the trainer's half raises TransferError with what a worker said. Without vLLM on the trainer's
+Both halves are thin: what happens is in `titan_bridge.transfer`. When the worker's half raises is said in
+`transfer.receiver`; the trainer's half raises TransferError with what a worker said. Without vLLM on the trainer's
 side, `titan_bridge.transfer` does the same.
 
     engine = WeightTransferTrainerFactory.trainer_init(
@@ -39,6 +39,7 @@ from titan_bridge.engine.transfer_target import target_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.lanes import BUCKET_BYTES
 from titan_bridge.transfer.options import Options, PauseMode, Report
+from titan_bridge.transfer.payload import Terms, Update, parsed
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.source import Tensors, TensorSource
 from titan_bridge.transfer.sparse import Patch
@@ -55,16 +56,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class TitanInitInfo(WeightTransferInitInfo):
-    """`transfer.link.Terms` as a dict: checked by the receiver, which can tell the trainer what is wrong."""
-
-    terms: dict[str, Any]
+    terms: Terms
 
 
 @dataclass
 class TitanUpdateInfo(WeightTransferUpdateInfo):
-    """One update as a dict; see `Receiver.update`."""
-
-    update: dict[str, Any]
+    update: Update
 
 
 class TitanWeightTransferEngine(WeightTransferEngine[TitanInitInfo, TitanUpdateInfo]):
@@ -81,10 +78,10 @@ class TitanWeightTransferEngine(WeightTransferEngine[TitanInitInfo, TitanUpdateI
         self.receiver = Receiver(target_of(model, vllm_config))
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> TitanInitInfo:
-        return TitanInitInfo(terms=init_dict)
+        return TitanInitInfo(terms=parsed(Terms, "init_info", init_dict))
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> TitanUpdateInfo:
-        return TitanUpdateInfo(update=update_dict)
+        return TitanUpdateInfo(update=parsed(Update, "update_info", update_dict))
 
     def init_transfer_engine(self, init_info: TitanInitInfo) -> None:
         self.receiver.connect(init_info.terms)
@@ -151,7 +148,9 @@ class TitanTrainerInitInfo(TrainerInitInfo):
     timeout_seconds: float = 300.0
     """Of a connection, and of one update."""
     bucket_bytes: int = BUCKET_BYTES
+    """Most bytes of one message; a sender holds two."""
     transport: Backend = "gloo"
+    """ "gloo" through the hosts' memory, "nccl" between GPUs."""
     workers: int | None = None
     """Workers of each engine, for dense models with vLLM's data parallelism, whose workers cannot know."""
     pause: PauseMode | None = "keep"

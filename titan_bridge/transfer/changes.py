@@ -29,20 +29,16 @@ class Snapshot:
 
     Args:
         tensors: DTensors and tensors by name (`TensorSource.tensors()`).
-        dtype: Keep floating-point tensors in this dtype, and compare in it: with the engine's dtype it takes
-            half the memory of a float32 master and finds exactly the changes that the engine would see.
+        dtypes: Keep tensors of these names in these dtypes, and compare in them. With the engine's (see
+            `Trainer.snapshot`) a float32 master of a bfloat16 engine takes half the memory, and the changes that are
+            found are exactly those that the engine would see.
     """
 
-    def __init__(self, tensors: Tensors, *, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype
-        self.local = {name: self.cast(local_of(tensor)).clone() for name, tensor in tensors.items()}
-
-    def cast(self, local: torch.Tensor) -> torch.Tensor:
-        return local.to(self.dtype) if self.dtype is not None and local.is_floating_point() else local
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.local.values())
+    def __init__(self, tensors: Tensors, *, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        self.local = {}
+        for name, tensor in tensors.items():
+            local = local_of(tensor)
+            self.local[name] = local.to((dtypes or {}).get(name, local.dtype), copy=True)
 
     def update(self, tensors: Tensors) -> None:
         """Take the tensors as they are now, in the memory that is there."""
@@ -83,7 +79,7 @@ def changed(before: Snapshot | Tensors, after: Tensors, *, rank: int) -> list[Pa
                 f"{name} was {locals_[name].dtype} {tuple(locals_[name].shape)} and is {new.dtype} {tuple(new.shape)}"
             )
         param = layout.params[name]
-        found, values = _differences(locals_[name], new, old)
+        found, values = _differences(locals_[name], new)
         if not len(found):
             continue
         mesh = layout.meshes[param.spec.mesh]
@@ -97,15 +93,12 @@ def changed(before: Snapshot | Tensors, after: Tensors, *, rank: int) -> list[Pa
     return patches
 
 
-def _differences(
-    old: torch.Tensor, new: torch.Tensor, snapshot: Snapshot | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat local positions that differ, and their new values."""
+def _differences(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat local positions that differ, and their new values in the dtype of the old ones."""
     old, new = old.reshape(-1), new.reshape(-1)
     positions, values = [], []
     for first in range(0, len(new), BLOCK):
-        b = new[first : first + BLOCK]
-        b = b if snapshot is None else snapshot.cast(b)
+        b = new[first : first + BLOCK].to(old.dtype)
         a = old[first : first + BLOCK]
         bits = _BITS[b.element_size()]
         at = (a.view(bits) != b.view(bits)).nonzero(as_tuple=True)[0]

@@ -91,15 +91,27 @@ class Control:
         self.open = False
 
     def finish_quietly(self, limit: Deadline) -> None:
-        """Close it if the engine can be reached."""
-        with contextlib.suppress(TransferError):
-            self.finish(limit)
+        """Close it if the engine can be reached; the first call fails where an update is dropped."""
+        for _ in range(2):
+            with contextlib.suppress(TransferError):
+                self.finish(limit)
+                return
+            if self._pending is not None and self._pending.is_alive():
+                return  # no answer: another call would only wait behind it
 
     def pause(self, limit: Deadline) -> bool:
-        """Stop the requests in flight as the options say; False if nobody asked for it or the client cannot."""
+        """Stop the requests in flight as the options say. True: `resume` has to follow.
+
+        False if nobody asked for it, the client cannot, or somebody else has paused the engine and will resume it.
+        """
         pause, mode = getattr(self.client, "pause_generation", None), self._mode
         if pause is None or mode is None:
             return False
+        if is_paused := getattr(self.client, "is_paused", None):
+            answers: list[bool] = []
+            self.call(lambda: answers.append(is_paused()), limit)
+            if answers[0]:
+                return False
         try:
             self.call(lambda: pause(mode), limit)
         except TransferError:

@@ -8,11 +8,12 @@ everybody makes the same plan from it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
+import torch
 from torch.distributed.tensor import Replicate
 
 from titan_bridge.errors import BridgeError
@@ -79,6 +80,21 @@ class Sides:
                 f"the engine's {lost[0]} is in no tensor of the trainer ({len(lost)} such tensors)"
             )
         return made
+
+    def engine_dtypes(self) -> dict[str, torch.dtype]:
+        """A dtype that holds what the engine keeps of each of the trainer's tensors; none of those that it lacks."""
+        served = self.destination.params
+        counterparts: dict[str, list[str]] = {}
+        for view in self.views:
+            counterparts.setdefault(view.name, []).append(view.fqn)
+            counterparts.setdefault(view.fqn, []).append(view.name)
+        result: dict[str, torch.dtype] = {}
+        for name in self.source.params:
+            names = [name] if name in served else counterparts.get(name, [])
+            dtypes = [getattr(torch, served[other].dtype) for other in names if other in served]
+            if dtypes:
+                result[name] = functools.reduce(torch.promote_types, dtypes)
+        return result
 
     def padding_view(self, name: str) -> View:
         """A trainer's tensor without padding rows as a slice of the engine's, which has the same name."""
@@ -199,7 +215,7 @@ def _layout(data: Mapping[str, Any]) -> Layout:
     return _parsed(json.dumps(data, sort_keys=False))
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _parsed(text: str) -> Layout:
     """The ranks of one mesh say the same, so it is read once."""
     return Layout.from_json(json.loads(text))

@@ -50,6 +50,10 @@ class HTTPClient:
         self._post(RESUME)
         self._guard.resumed()
 
+    def is_paused(self) -> bool:
+        """Whether anybody has paused the server."""
+        return self._request("GET", "is_paused").json()["is_paused"]
+
     def reset_prefix_cache(self) -> None:
         """Frozen requests start over on the new weights."""
         self._post(RESET)
@@ -63,10 +67,14 @@ class HTTPClient:
         self._http.close()
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
+        self._request("POST", path, body)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
-            response = self._http.post(f"{self.base_url}/{path}", json=body)
+            response = self._http.request(method, f"{self.base_url}/{path}", json=body)
         except httpx.HTTPError as error:
-            raise RuntimeError(f"POST {self.base_url}/{path}: {error or type(error).__name__}") from None
+            raise RuntimeError(f"{method} {self.base_url}/{path}: {error or type(error).__name__}") from None
         if not response.is_success:
             hint = "; start the server with VLLM_SERVER_DEV_MODE=1" if response.status_code == 404 else ""
-            raise RuntimeError(f"POST /{path}: {response.status_code} {response.text[:500]}{hint}")
+            raise RuntimeError(f"{method} /{path}: {response.status_code} {response.text[:500]}{hint}")
+        return response

@@ -12,7 +12,8 @@ from titan_bridge.transfer.board import Board
 from titan_bridge.transfer.dense import Deadline, DenseReceiver
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.exchange import Sides
-from titan_bridge.transfer.link import VERSION, Link, Terms
+from titan_bridge.transfer.link import Link
+from titan_bridge.transfer.payload import VERSION, Terms
 from titan_bridge.transfer.target import Target, signature, unshared
 from titan_bridge.transfer.transport import make_group
 

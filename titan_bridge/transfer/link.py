@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.transfer.board import Board
 from titan_bridge.transfer.exchange import Sides
-from titan_bridge.transfer.lanes import BUCKET_BYTES, Message, in_turn, lanes
+from titan_bridge.transfer.lanes import Message, in_turn, lanes
+from titan_bridge.transfer.payload import Terms
 from titan_bridge.transfer.sparse import Router
-from titan_bridge.transfer.transport import Backend, Transport, make_group
-
-VERSION = 1
-"""Of the notes and messages."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """What trainer and workers agree on; the trainer says it and it travels as the init info."""
-
-    host: str
-    """Address of trainer rank 0, as the workers reach it."""
-    port: int
-    trainer: str
-    """Made up anew by every start of a trainer."""
-    epoch: int
-    """Counts the connections of this trainer: one is made anew after a fault."""
-    trainers: int
-    engine: int = 0
-    """Which of several engines this is; the client says so."""
-    engines: int = 1
-    workers: int | None = None
-    """Workers of each engine, if they cannot know (dense data parallelism)."""
-    seconds: float = 300.0
-    """Time limit of connecting and of one update."""
-    bucket_bytes: int = BUCKET_BYTES
-    backend: Backend = "gloo"
-    version: int = VERSION
-
-    @property
-    def prefix(self) -> str:
-        return f"{self.trainer}/{self.epoch}"
-
-    def hello(self, engine: int, index: int) -> str:
-        return f"{self.prefix}/hello/{engine}.{index}"
+from titan_bridge.transfer.transport import Transport, make_group
 
 
 class Link:

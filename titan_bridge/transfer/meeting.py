@@ -12,7 +12,8 @@ from titan_bridge.transfer.control import MARGIN, Call, Control
 from titan_bridge.transfer.dense import Deadline
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.exchange import Sides, WorkerId, join_sides, names_differ
-from titan_bridge.transfer.link import Link, Terms
+from titan_bridge.transfer.link import Link
+from titan_bridge.transfer.payload import Terms
 
 
 def invite(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from titan_bridge.transfer.lanes import BUCKET_BYTES
@@ -14,7 +14,8 @@ PauseMode = Literal["abort", "wait", "keep"]
 
 class Client(Protocol):
     """vLLM's `VLLMWeightSyncClient`; any other method of an engine is used if the client has it: `engines`,
-    `pause_generation(mode)`, `resume_generation()`, `reset_prefix_cache()`, `update_weight_version(version)`."""
+    `is_paused()`, `pause_generation(mode)`, `resume_generation()`, `reset_prefix_cache()`,
+    `update_weight_version(version)`."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
     def start_weight_update(self) -> None: ...
@@ -35,6 +36,7 @@ class Options:
     bucket_bytes: int = BUCKET_BYTES
     """Most bytes of one message; a sender holds two."""
     backend: Backend = "gloo"
+    """Transport of the weights: "gloo" through the hosts' memory, "nccl" between GPUs."""
     workers: int | None = None
     """Workers of each engine where these cannot know: dense models with vLLM's data parallelism."""
     pause: PauseMode | None = "keep"
@@ -43,17 +45,19 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one update did, as this trainer rank saw it."""
+    """What one update did; the same on every trainer rank, but for `seconds`."""
 
     version: str
+    """Name of the weights that are live now."""
     kind: Literal["dense", "sparse"]
+    """All weights, or what changed."""
     seconds: float
     """From the call to the weights being live."""
-    sent: Mapping[int, int]
-    """Bytes that this rank sent, by worker (0, 1, ...)."""
-    received: Mapping[int, int] = field(default_factory=dict)
-    """Bytes that each worker received; on rank 0."""
-    lower_bound: int = 0
-    """Bytes that a dense update needs at least, over all workers."""
-    phases: Mapping[str, float] = field(default_factory=dict)
-    """Seconds up to the end of each phase; on rank 0."""
+    sent: Sequence[Sequence[int]]
+    """`sent[rank][worker]`: bytes from each trainer rank to each worker."""
+    received: Mapping[int, int]
+    """Bytes that each worker received, by worker (0, 1, ...)."""
+    lower_bound: int
+    """Bytes that a dense update needs at least, over all workers; 0 for a sparse one."""
+    phases: Mapping[str, float]
+    """Seconds from the start of the update on rank 0 to the end of each phase: "ready", "received", "live"."""

@@ -23,15 +23,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from titan_bridge.ports import free_port
+from titan_bridge.transfer.payload import Terms, Update, parsed
 from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.target import Target
 
-_METHODS = {
-    "init_weight_transfer_engine": "connect",
-    "shutdown_weight_transfer_engine": "shutdown",
-    "start_weight_update": "begin",
-    "update_weights": "update",
-    "finish_weight_update": "finish",
+_METHODS: dict[str, Callable[..., None]] = {
+    "init_weight_transfer_engine": lambda receiver, info: receiver.connect(parsed(Terms, "init_info", info)),
+    "shutdown_weight_transfer_engine": Receiver.shutdown,
+    "start_weight_update": Receiver.begin,
+    "update_weights": lambda receiver, info: receiver.update(parsed(Update, "update_info", info)),
+    "finish_weight_update": Receiver.finish,
 }
 
 
@@ -77,10 +78,8 @@ def _serve(make: Callable[..., Target], args: tuple, address: str, threads: int)
         with listener.accept() as caller:
             try:
                 method, given = caller.recv()
-                if callable(method):
-                    caller.send((True, method(receiver, *given)))
-                else:
-                    caller.send((True, getattr(receiver, _METHODS[method])(*given)))
+                function = _METHODS[method] if isinstance(method, str) else method
+                caller.send((True, function(receiver, *given)))
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 continue  # whoever called is gone
             except Exception as error:

@@ -10,9 +10,11 @@ An update is all or nothing:
   arrived, and if every worker is inside `finish` too and one of them at least has read that decision. So a trainer
   that dies at any moment leaves all workers on one side.
 
-No method raises for what happens to a transfer. vLLM's executor reads the replies of its workers in order and
-stops at the first error, which leaves the others' replies for the next call to find: from then on it is out of
-step. Errors go to the trainer over the board instead, and it raises them.
+Errors go to the trainer over the board, and it raises them. `connect` raises, too, and so does `update` of a trainer
+that is not connected. After `update` has begun it returns whatever happens: vLLM ends the session of a worker that
+raises there, and the others would wait for it in `finish`. `finish` raises on all workers when the update was not
+taken, so that nobody gives the old weights a new version; vLLM then leaves the session open, and a second `finish`
+ends it.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from titan_bridge.transfer.board import Board
 from titan_bridge.transfer.dense import Deadline, Staged, apply_dense
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.joining import Connection, join, refusal
-from titan_bridge.transfer.link import Link, Terms
+from titan_bridge.transfer.link import Link
 from titan_bridge.transfer.packets import Arrived, apply_sparse, receive_sparse
+from titan_bridge.transfer.payload import Terms, Update
 from titan_bridge.transfer.target import Target, signature
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
@@ -68,26 +71,29 @@ class Receiver:
         self._keep, self._bounce = keep_staging, bounce
         self._connection: Connection | None = None
         self._open = False
+        self._begun = False
+        """Whether the session has had an update."""
         self._round: _Round | None = None
 
     # Connecting
 
-    def connect(self, info: Mapping[str, Any]) -> None:
-        """Meet a trainer; drops the one before if that is gone, and refuses the new one if not."""
+    def connect(self, terms: Terms) -> None:
+        """Meet a trainer; drops the one before if that is gone, and refuses the new one if not.
+
+        Raises:
+            TransferError: Why this worker is not connected with it.
+        """
         self.error = None
-        try:
-            terms = Terms(**info)
-        except TypeError as error:
-            self._fail(f"init info of another release: {error}")
-            return
-        board: Board | None = None
         try:
             board = Board.join(terms.host, terms.port, seconds=terms.seconds)
             if why := refusal(terms, self._connection):
                 board.post(terms.hello(terms.engine, self.target.index), {"refused": why})
-                self._fail(why)
-                return
-            self._drop()
+                raise TransferError(why)
+        except TransferError as error:
+            self._fail(str(error))
+            raise
+        self._drop()
+        try:
             self._connection = join(
                 board, terms, self.target, version=self.version, session=self._open, bounce=self._bounce
             )
@@ -95,8 +101,8 @@ class Receiver:
         except Exception as error:
             self._drop()
             self._fail(_text(error))
-            if board is not None:
-                self._tell_why(board, terms, _text(error))
+            self._tell_why(board, terms, _text(error))
+            raise TransferError(_text(error)) from error
 
     def _tell_why(self, board: Board, terms: Terms, why: str) -> None:
         hello = terms.hello(terms.engine, self.target.index)
@@ -114,26 +120,27 @@ class Receiver:
 
     def begin(self) -> None:
         """`start_weight_update`."""
-        self._open, self._round, self.error = True, None, None
+        self._open, self._begun, self._round, self.error = True, False, None, None
 
-    def update(self, info: Mapping[str, Any]) -> None:
+    def update(self, info: Update) -> None:
         """`update_weights`: stage one update. Reports over the board whether all of it is here.
 
-        `info`: host and port of the trainer's board, trainer, epoch, round, version, base, kind ("dense" or
-        "sparse").
+        Raises:
+            TransferError: Not connected with this trainer.
         """
         self.error, self._round = None, None
         now = self._connection
-        caller = (info["trainer"], info["epoch"])
+        caller = (info.trainer, info.epoch)
         if now is None or now.link.broken or caller != (now.link.terms.trainer, now.link.terms.epoch):
-            self._refuse_stranger(info)
-            return
+            self._open = False
+            raise TransferError(self._refuse_stranger(info))
+        self._begun = True
         link = now.link
         deadline = Deadline(link.terms.seconds)
-        ready = link.note(info["round"], f"ready/{link.rank}")
+        ready = link.note(info.round, f"ready/{link.rank}")
         try:
             self._verify(info, now.expected)
-            if info["kind"] == "dense":
+            if info.kind == "dense":
                 now.dense.prepare()
         except TransferError as error:
             self._fail(str(error))
@@ -141,15 +148,15 @@ class Receiver:
             return
         try:
             link.board.post(ready, None)
-            if (stop := link.board.read(link.note(info["round"], "go"), seconds=deadline.left)) is not None:
+            if (stop := link.board.read(link.note(info.round, "go"), seconds=deadline.left)) is not None:
                 raise TransferError(stop)
             self._round = self._stage(info, now, deadline)
         except Exception as error:
             self._fail(_text(error))
             link.close()
-            self._tell(link.board, link.note(info["round"], f"got/{link.rank}"), {"error": _text(error)})
+            self._tell(link.board, link.note(info.round, f"got/{link.rank}"), {"error": _text(error)})
             return
-        self._tell(link.board, link.note(info["round"], f"got/{link.rank}"), {"bytes": self.bytes_received})
+        self._tell(link.board, link.note(info.round, f"got/{link.rank}"), {"bytes": self.bytes_received})
 
     @property
     def bytes_received(self) -> int:
@@ -166,22 +173,26 @@ class Receiver:
         """Memory that messages of dense updates pass through on their way to the staging: at most two buckets."""
         return self._connection.dense.buffer_bytes if self._connection else 0
 
-    def _refuse_stranger(self, info: Mapping[str, Any]) -> None:
-        text = f"worker {self.target.index} is not connected with this trainer; call trainer_init again"
+    def _refuse_stranger(self, info: Update) -> str:
+        text = (
+            f"weight transfer not initialized: worker {self.target.index} is not connected with this trainer; "
+            "call init_weight_transfer_engine first"
+        )
         self._fail(text)
         try:
-            board = Board.join(info["host"], info["port"], seconds=5)
-            board.post(f"{info['trainer']}/{info['epoch']}/round{info['round']}/ready/{info['first']}", text)
+            board = Board.join(info.host, info.port, seconds=5)
+            board.post(f"{info.trainer}/{info.epoch}/round{info.round}/ready/{info.first}", text)
         except TransferError as error:
             logger.error("%s", error)
+        return text
 
-    def _verify(self, info: Mapping[str, Any], live_then: Mapping[str, tuple]) -> None:
+    def _verify(self, info: Update, live_then: Mapping[str, tuple]) -> None:
         """Before a byte moves: the order, the base and the live tensors are what the plan was made for."""
         if not self._open:
             raise TransferError("an update without start_weight_update")
-        if info["base"] is not None and info["base"] != self.version:
+        if info.base is not None and info.base != self.version:
             raise TransferError(
-                f"patches for version {info['base']!r}, but worker {self.target.index} has {self.version!r}"
+                f"patches for version {info.base!r}, but worker {self.target.index} has {self.version!r}"
             )
         live = self.target.tensors()
         for name, expected in live_then.items():
@@ -192,11 +203,11 @@ class Receiver:
                     "Call trainer_init again"
                 )
 
-    def _stage(self, info: Mapping[str, Any], now: Connection, deadline: Deadline) -> _Round:
+    def _stage(self, info: Update, now: Connection, deadline: Deadline) -> _Round:
         link = now.link
         link.transport.reset_counters()
-        staged = _Round(number=info["round"], version=info["version"])
-        if info["kind"] == "dense":
+        staged = _Round(number=info.round, version=info.version)
+        if info.kind == "dense":
             staged.dense = now.dense.receive(deadline)
             got = self.bytes_received
             assert got == link.planned, f"{got} bytes came, the plan says {link.planned}"
@@ -214,30 +225,39 @@ class Receiver:
         return staged
 
     def finish(self) -> None:
-        """`finish_weight_update`: take the staged update on all workers, or drop it on all."""
-        staged, self._round, self._open = self._round, None, False
+        """`finish_weight_update`: take the staged update on all workers, or drop it on all.
+
+        Raises:
+            TransferError: There was an update, and it was not taken.
+        """
+        staged, self._round = self._round, None
+        begun, self._begun, self._open = self._begun, False, False
         now = self._connection
-        if now is None:
+        if now is None or not begun:
             return
         link = now.link
-        if staged is None or link.broken:
-            self._agree(now, False)  # the others may have it, and wait for this one's word
-            return
+        # Those who have nothing take part, too: the others wait for their word.
+        mine = staged is not None and not link.broken and self._decided(link, staged)
+        if not self._agree(now, mine) or staged is None:
+            self._open = True  # as for vLLM
+            self._fail(
+                f"the update was not taken: {self.error or 'not all workers have it, or no trainer decided'}"
+            )
+            if staged is not None:
+                self._tell(link.board, link.note(staged.number, f"applied/{link.rank}"), self.error)
+            raise TransferError(self.error)
         applied = link.note(staged.number, f"applied/{link.rank}")
-        if not self._agree(now, self._decided(link, staged)):
-            self._fail("the update was not taken: not all workers have it, or the trainer is gone")
-            self._tell(link.board, applied, self.error)
-            return
         try:
             self._apply(staged)
         except Exception as error:
             # vLLM's loaders may raise anything, and the weights are then neither the old ones nor the new.
-            self.version = BROKEN_VERSION
+            self.version, self._open = BROKEN_VERSION, True
             self._fail(
                 f"worker {self.target.index} has broken weights until the next dense update: {error!r}"
             )
             self._tell(link.board, applied, self.error)
-            return
+            self._drop()  # the other workers have finished, and will not agree on anything
+            raise TransferError(self.error) from error
         self.version = staged.version
         if not self._keep:
             now.dense.release()

@@ -14,14 +14,16 @@ from typing import Any, Literal
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.transfer.board import Board
+from titan_bridge.transfer.changes import Snapshot
 from titan_bridge.transfer.control import MARGIN, Call, Control
 from titan_bridge.transfer.dense import Deadline, DenseSender
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.exchange import Sides
-from titan_bridge.transfer.link import Link, Terms
+from titan_bridge.transfer.link import Link
 from titan_bridge.transfer.meeting import invite, welcome
 from titan_bridge.transfer.options import Client, Options, Report
 from titan_bridge.transfer.packets import send_sparse
+from titan_bridge.transfer.payload import Terms
 from titan_bridge.transfer.rounds import Transmit, follow, lead
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.sparse import Outbox, Patch
@@ -155,6 +157,16 @@ class Trainer:
 
     # Updates
 
+    def snapshot(self) -> Snapshot:
+        """The source's tensors as they are now, in the engine's dtypes: what `changed` takes as `before`.
+
+        Raises:
+            BridgeError: Not connected.
+        """
+        if self._link is None:
+            raise BridgeError("the engine's dtypes are not known yet: call connect or send_weights first")
+        return Snapshot(self.source.tensors(), dtypes=self._link.sides.engine_dtypes())
+
     def send_weights(self, version: str | int | None = None) -> Report:
         """Send all weights as they are now; returns when the engine serves them.
 
@@ -209,23 +221,22 @@ class Trainer:
         link.transport.reset_counters()
         limit = Deadline(self.options.seconds)
         if self.rank:
-            follow(link, number, limit, transmit)
-            told: dict[str, Any] = {}
+            told = follow(link, number, limit, transmit)
         else:
             what = {"version": name, "base": base, "kind": kind}
             told = lead(link, self._control, number, limit, transmit, what)
         self._version = name
         self._committed += 1
-        sent = {peer - link.sides.trainers: n for peer, n in link.transport.sent.items()}
         if kind == "dense":
-            assert sum(sent.values()) == link.planned, "other bytes were sent than planned"
+            assert sum(told["sent"][self.rank]) == link.planned, "other bytes were sent than planned"
         return Report(
             version=name,
             kind=kind,
             seconds=time.monotonic() - started,
-            sent=sent,
+            sent=told["sent"],
+            received=dict(enumerate(told["received"])),
             lower_bound=link.plan.lower_bound if kind == "dense" else 0,
-            **told,
+            phases=told["phases"],
         )
 
     def _prepare(self, call: str, kind: str, patches: tuple[Patch, ...]) -> Transmit:
