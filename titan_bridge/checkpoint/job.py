@@ -21,11 +21,11 @@ from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
-from titan_bridge.checkpoint.staging import PartResult, Staging
+from titan_bridge.checkpoint.staging import PartResult, Staging, existing
 from titan_bridge.checkpoint.strips import Strip
 from titan_bridge.checkpoint.target import Part, Target, Wanted
 from titan_bridge.checkpoint.team import Team
-from titan_bridge.checkpoint.verify import verify
+from titan_bridge.checkpoint.verify import damage
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.plan import Plan
@@ -109,7 +109,7 @@ class Job:
 
     def free(self) -> int:
         """Free bytes on the disk of the target."""
-        return shutil.disk_usage(_existing(self.options.target)).free
+        return shutil.disk_usage(existing(Staging(self.options.target).path.parent)).free
 
     def digest(self) -> str:
         """The same for runs that write the same bytes from the same files."""
@@ -119,6 +119,8 @@ class Job:
             "parts": [[f.name, f.size] for part in self.target.parts for f in part.files],
             "tensors": [[t.name, t.shape, str(t.dtype)] for t in self.tensors.tensors],
             "layout": self.layout.to_json() if self.layout else None,
+            "config": self.hf,
+            "views": [repr(view) for view in self.tensors.views],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -135,13 +137,14 @@ class Job:
         staging = Staging(options.target)
         try:
             team.first(lambda: self._begin(staging))
-            done = team.first(staging.results)
+            found = team.first(staging.results)
+            kept = team.each(lambda: self._kept(staging, found, lambda n: advance("verify", n)))
+            done = {name: result for own in kept for name, result in own.items()}
             mine = [part for part in self._share() if part.name not in done]
-            results = self._all_results(team.each(lambda: self._write(staging, mine, advance)), done)
+            new = team.each(lambda: self._write(staging, mine, advance))
+            results = self._all_results(new, done)
             if options.verify:
-                own = {part.name for part in self._share()}
-                checked = [result for result in results if result.part in own]
-                team.each(lambda: verify(staging.path, checked, lambda n: advance("verify", n)))
+                team.each(lambda: self._verify(staging, new[team.rank], lambda n: advance("verify", n)))
             read = sum(team.each(lambda: self.source.bytes_read))
             lost = self._lost() if team.rank == 0 else {}
             team.first(lambda: self._publish(staging, results))
@@ -169,7 +172,33 @@ class Job:
                 "free some space or choose another disk"
             )
         staging.check(overwrite=self.options.overwrite)
-        staging.begin(self.digest(), resume=self.options.resume)
+        staging.begin(self.digest(), resume=self.options.resume, fsync=self.options.fsync)
+
+    def _kept(
+        self, staging: Staging, found: Mapping[str, PartResult], advance: Callable[[int], None]
+    ) -> dict[str, PartResult]:
+        """Of the parts that an earlier run finished, those of this process that are as they were written."""
+        kept = {}
+        for part in self._share():
+            result, files = found.get(part.name), {file.name: file.size for file in part.files}
+            if result is None or result.spans.keys() != files.keys():
+                continue
+            paths = {staging.path / name: size for name, size in files.items()}
+            whole = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+            if whole and damage(staging.path, result, advance) is None:
+                kept[part.name] = result
+        return kept
+
+    def _verify(
+        self, staging: Staging, results: Sequence[PartResult], advance: Callable[[int], None]
+    ) -> None:
+        bad = [(result, what) for result in results if (what := damage(staging.path, result, advance))]
+        for result, _ in bad:
+            staging.strike(result)
+        if bad:
+            raise BridgeError(
+                f"{bad[0][1]}; the disk or the memory is at fault. --resume writes again what is bad"
+            )
 
     def _share(self) -> list[Part]:
         """The parts of this process: the largest first to whoever has least, the same on all of them."""
@@ -290,13 +319,6 @@ def _summed(counts: Any) -> dict[str, int]:
         for name, number in count.items():
             total[name] = total.get(name, 0) + number
     return total
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def options_disk(options: Options) -> str:

@@ -152,7 +152,7 @@ class _Progress:
         self._shown = shown
         # This process sees its own share only.
         self._total = job.target.nbytes // job.team.size
-        self._verify = job.options.verify
+        self._verify = job.options.verify or job.options.resume
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
 
