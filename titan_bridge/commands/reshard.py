@@ -62,9 +62,10 @@ class Reshard:
     dry_run: bool = False
     """Check everything, print the plan, the disk and the memory it needs, and write nothing."""
     verify: bool = False
-    """Read what was written again from the disk and compare checksums before DST appears."""
+    """Hold a DCP source against its own checksums first, and before DST appears read again what was written and
+    compare it with the checksums that were taken meanwhile."""
     resume: bool = False
-    """Keep the finished files of a run that was interrupted."""
+    """Keep the finished files of a run that was interrupted, where they are still as they were written."""
     overwrite: bool = False
     """Replace the checkpoint that is in DST; it stays until the new one is complete."""
     fsync: bool = False
@@ -150,9 +151,13 @@ class _Progress:
 
     def __init__(self, job: Job, *, shown: bool) -> None:
         self._shown = shown
-        # This process sees its own share only.
-        self._total = job.target.nbytes // job.team.size
-        self._verify = job.options.verify or job.options.resume
+        options, written = job.options, job.target.nbytes
+        self._totals = {
+            "check": job.bytes_to_read if options.verify and job.source.format == "dcp" else 0,
+            "write": written,
+            "verify": written if options.verify or options.resume else 0,
+        }
+        self._size = job.team.size  # this process sees its own share only
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
 
@@ -170,9 +175,9 @@ class _Progress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._tasks["write"] = self._bar.add_task("writing", total=self._total)
-            if self._verify:
-                self._tasks["verify"] = self._bar.add_task("verifying", total=self._total)
+            for what, total in self._totals.items():
+                if total:
+                    self._tasks[what] = self._bar.add_task(what, total=total // self._size)
             self._bar.start()
         return self
 
@@ -182,7 +187,7 @@ class _Progress:
 
     def advance(self, what: str, count: int) -> None:
         """`count` more bytes of `what`."""
-        if self._bar is not None:
+        if what in self._tasks:
             self._bar.advance(self._tasks[what], count)
 
 
@@ -247,6 +252,7 @@ def _facts(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "resumed_parts": outcome.resumed_parts,
         "verified": job.options.verify,
+        "source_checked": outcome.source_checked,
         "left_out_entries": job.source.left_out,
         "nan": dict(outcome.nan),
         "inf": dict(outcome.inf),
@@ -257,7 +263,9 @@ def _facts(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
 def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     rate = facts["bytes_written"] / max(facts["seconds"], 1e-9)
     notes = [f"{facts['resumed_parts']} files kept from the run before"] if facts["resumed_parts"] else []
-    notes += ["verified"] if facts["verified"] else []
+    if facts["verified"]:
+        source = "source checked" if facts["source_checked"] else "source not checked: it has no checksums"
+        notes.append(f"verified, {source}")
     notes += (
         [f"{facts['left_out_entries']} entries of training state left out"]
         if facts["left_out_entries"]
