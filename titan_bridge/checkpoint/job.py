@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,9 @@ class Outcome:
     nan: Mapping[str, int]
     """NaNs by destination tensor, where there are any."""
     inf: Mapping[str, int]
+    """Infinite in the source, too."""
+    overflow: Mapping[str, int]
+    """Elements that the cast to another dtype made infinite, in the order of the tensors."""
     lost: Mapping[str, int]
     """Source tensors that the destination has no place for: elements that were not zero."""
 
@@ -162,8 +166,9 @@ class Job:
             bytes_written=sum(part.nbytes for part in self.target.parts if part.name not in done),
             resumed_parts=len(done),
             source_checked=all(checked),
-            nan=_summed(result.nan for result in results),
-            inf=_summed(result.inf for result in results),
+            nan=self._sums(result.nan for result in results),
+            inf=self._sums(result.inf for result in results),
+            overflow=self._sums(result.overflow for result in results),
             lost=lost,
         )
 
@@ -267,6 +272,13 @@ class Job:
         found = {result.part: result for own in new for result in own} | dict(done)
         return [found[part.name] for part in self.target.parts]
 
+    def _sums(self, counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+        """Counts of several parts together, in the order of the tensors."""
+        total: Counter[str] = Counter()
+        for count in counts:
+            total.update(count)
+        return {tensor.name: total[tensor.name] for tensor in self.tensors.tensors if total[tensor.name]}
+
     def _lost(self) -> dict[str, int]:
         """Elements other than zero in source tensors that have no place in the destination."""
         counts = {name: int(self.source.read(name).count_nonzero()) for name in self.tensors.dropped}
@@ -343,14 +355,6 @@ class Job:
 
 def _rows(tensor: Wanted, empty: int) -> int:
     return tensor.shape[0] - empty // math.prod(tensor.shape[1:])
-
-
-def _summed(counts: Any) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for count in counts:
-        for name, number in count.items():
-            total[name] = total.get(name, 0) + number
-    return total
 
 
 def options_disk(options: Options) -> str:

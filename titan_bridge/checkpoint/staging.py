@@ -52,6 +52,9 @@ class PartResult:
     nan: Mapping[str, int]
     """NaNs by tensor, where there are any."""
     inf: Mapping[str, int]
+    """Infinite in the source, too."""
+    overflow: Mapping[str, int]
+    """Elements that the cast made infinite."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -67,7 +70,8 @@ class PartResult:
             file: tuple(Span(offset=a, length=b, crc=c) for a, b, c in rows)
             for file, rows in data["spans"].items()
         }
-        return cls(part=data["part"], spans=spans, nan=data["nan"], inf=data["inf"])
+        counts = {name: data[name] for name in ("nan", "inf", "overflow")}
+        return cls(part=data["part"], spans=spans, **counts)
 
 
 class Staging:

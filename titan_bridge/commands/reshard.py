@@ -131,9 +131,9 @@ class Reshard:
             print(json.dumps(facts))
         else:
             _show_outcome(facts, self.dst)
-        for line in _warnings(outcome):
+        for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
-        return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
+        return 1 if (outcome.nan or outcome.inf or outcome.overflow) and not self.allow_nan else 0
 
 
 def parse_size(text: str) -> int:
@@ -256,6 +256,7 @@ def _facts(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
         "left_out_entries": job.source.left_out,
         "nan": dict(outcome.nan),
         "inf": dict(outcome.inf),
+        "overflow": dict(outcome.overflow),
         "lost": dict(outcome.lost),
     }
 
@@ -277,7 +278,7 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     )
 
 
-def _warnings(outcome: Outcome) -> list[str]:
+def _warnings(outcome: Outcome, dtype: str | None) -> list[str]:
     lines = []
     for what, counts in (("NaN", outcome.nan), ("infinite", outcome.inf)):
         if counts:
@@ -287,6 +288,12 @@ def _warnings(outcome: Outcome) -> list[str]:
             lines.append(
                 f"{sum(counts.values()):,} weights are {what}: {named}{more}; they were copied as they are"
             )
+    if outcome.overflow:
+        first, count = next(iter(outcome.overflow.items()))
+        lines.append(
+            f"{sum(outcome.overflow.values()):,} elements became infinite as {dtype}, first in {first} ({count:,}); "
+            "choose a dtype with a wider range"
+        )
     if outcome.lost:
         named = ", ".join(sorted(outcome.lost)[:3])
         lines.append(f"{len(outcome.lost)} tensors that are not zero have no place in this format: {named}")
