@@ -7,13 +7,11 @@ model, and both sides see large accesses.
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from zlib_ng import zlib_ng
@@ -21,10 +19,9 @@ from zlib_ng import zlib_ng
 from titan_bridge.checkpoint.checkpoint import Checkpoint, contiguous_stride
 from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
 from titan_bridge.checkpoint.output import PAGE, PIECE_BYTES, OutputFile, Pace, aligned
-from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging
+from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging, disk_error
 from titan_bridge.checkpoint.strips import STRIP_BYTES, Strip
 from titan_bridge.checkpoint.target import OutFile, Part, Place
-from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan
@@ -109,7 +106,7 @@ class Executor:
                     finally:
                         self._stop.set()
         except OSError as error:
-            raise _disk_error(error, self._staging.path) from None
+            raise disk_error(error, self._staging.path) from None
         finally:
             torch.set_num_threads(threads)
             self._stack.close()
@@ -264,12 +261,3 @@ def _places(strip: Strip) -> list[tuple[Place, int, Box]]:
         first = sum(a * s for a, s in zip(local.start, stride, strict=True))
         found.append((place, place.offset + first * strip.unit.tensor.dtype.itemsize, common))
     return found
-
-
-def _disk_error(error: OSError, where: Path) -> BridgeError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return BridgeError(
-            f"the disk is full ({error.strerror}) while writing to {where}; nothing was published. "
-            "Free some space and run again with --resume, which keeps what is finished"
-        )
-    return BridgeError(f"cannot write to {where}: {error}")

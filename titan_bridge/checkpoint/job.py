@@ -23,7 +23,7 @@ from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
 from titan_bridge.checkpoint.files import FilePool, size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
-from titan_bridge.checkpoint.staging import PartResult, Staging, existing
+from titan_bridge.checkpoint.staging import PartResult, Staging, disk_error, existing
 from titan_bridge.checkpoint.strips import Strip
 from titan_bridge.checkpoint.target import Part, Target, Wanted
 from titan_bridge.checkpoint.team import Team
@@ -158,6 +158,8 @@ class Job:
             read = sum(team.each(lambda: self.source.bytes_read))
             lost = self._lost() if team.rank == 0 else {}
             team.first(lambda: self._publish(staging, results))
+        except OSError as error:
+            raise disk_error(error, staging.path) from None
         finally:
             staging.release()
         return Outcome(

@@ -259,5 +259,15 @@ def existing(path: Path) -> Path:
     return path
 
 
+def disk_error(error: OSError, where: Path) -> BridgeError:
+    """What the system said while `where` was being written, in words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return BridgeError(
+            f"the disk is full ({error.strerror}) while writing to {where}; nothing was published. "
+            "Free some space and run again with --resume, which keeps what is finished"
+        )
+    return BridgeError(f"{error.filename or where}: {error.strerror}")
+
+
 def _crc(text: bytes) -> bytes:
     return b"%08x" % zlib.crc32(text)
