@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -131,6 +132,7 @@ class Reshard:
             print(json.dumps(facts))
         else:
             _show_outcome(facts, self.dst)
+            print(f"next: {_next(job)}")
         for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
         return 1 if (outcome.nan or outcome.inf or outcome.overflow) and not self.allow_nan else 0
@@ -276,6 +278,23 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
         f"{target}: {facts['tensors']:,} tensors in {len(facts['files'])} files, {_size(facts['bytes_written'])} "
         f"in {facts['seconds']:.1f} s ({_size(rate)}/s)" + "".join(f"; {note}" for note in notes)
     )
+
+
+def _next(job: Job) -> str:
+    """What to type with the result."""
+    from titan_bridge.models import family_for  # torch, as in `run`
+
+    options = job.options
+    target = shlex.quote(str(options.target))
+    sizes = "".join(f" --{name} {n}" for name in ("dp", "tp", "ep") if (n := getattr(options, name)) > 1)
+    command = f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}"
+    if job.hf is None:
+        return f"put the model's config.json into {target}, then {command}"
+    try:
+        family_for(job.hf)
+    except BridgeError as error:
+        return f"nothing here: this model is not served ({error})"
+    return command
 
 
 def _warnings(outcome: Outcome, dtype: str | None) -> list[str]:
