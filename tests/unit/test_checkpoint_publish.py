@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.unit.checkpoint_samples import Killed, assert_equal, options, snapshot
+from tests.unit.checkpoint_samples import Killed, assert_equal, options, snapshot, stop_after
 from titan_bridge.checkpoint import staging
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.checkpoint.staging import Staging
@@ -92,7 +93,7 @@ def test_fsync_has_everything_on_the_disk_before_what_was_there_goes(source, tar
         synced[0] = len(synced)
 
     def files():
-        own = ("plan.json", "lock", "done-0.jsonl")
+        own = (".reshard.json", "lock", "done-0.jsonl")
         return [path for path in target.iterdir() if path.name not in own]
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -148,3 +149,16 @@ def test_a_directory_that_may_not_be_written_is_refused_before_anything_is_writt
                 Staging(Path(folder) / "new" / "out").check(overwrite=False)
         finally:
             os.seteuid(user)
+
+
+def test_a_file_of_the_users_in_the_target_is_no_sign_of_ours(source, target, monkeypatch):
+    (target / "plan.json").write_text("what `titan-bridge plan --json` printed")
+    before = snapshot(target)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Killed):
+            prepare(options(source, target, overwrite=True)).run()
+    with pytest.raises(BridgeError, match="other options"):
+        prepare(options(source, target, overwrite=True, resume=True, dtype=torch.bfloat16)).run()
+    assert snapshot(target) == before
+    assert prepare(options(source, target, overwrite=True, resume=True)).run().resumed_parts == 2

@@ -108,7 +108,7 @@ def test_a_damaged_journal_is_no_reason_to_publish_or_to_fail(source, dcp_source
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b'{"digest": 3}'])
 def test_a_damaged_plan_is_refused_in_one_line_or_begun_anew(source, dcp_source, stopped, text, capsys):
     target, staging = stopped
-    (staging / "plan.json").write_bytes(text)
+    (staging / ".reshard.json").write_bytes(text)
     arguments = ["reshard", str(source), str(target), "--to", "dcp", "--max-shard-size", "40KB"]
     assert main([*arguments, "--resume"]) == 2
     assert "run without --resume" in (error := capsys.readouterr().err)

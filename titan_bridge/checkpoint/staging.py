@@ -1,14 +1,14 @@
 """Where files grow until all of them are there: a hidden directory beside the target, renamed at the end.
 
-    .NAME.partial/plan.json          which run this is: a digest of source, destination and options
+    .NAME.partial/.reshard.json      which run this is: a digest of source, destination and options
     .NAME.partial/done-0.jsonl       one line for each part that a process finished, with checksums
     .NAME.partial/FILE.part          a file that is being written
     .NAME.partial/FILE               a finished file
 
 Whatever kills the run, the target is either as it was before or complete. A target that is replaced changes places
 with the staging directory in one step, so there is one at every moment; without a system call for that it is renamed
-to .NAME.old first. A target with a plan.json was published by a run that was killed before it had tidied up; the next
-run does that.
+to .NAME.old first. A target with a .reshard.json was published by a run that was killed before it had tidied up; the
+next run does that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
 from titan_bridge.errors import BridgeError
 
-_PLAN, _DONE, _LOCK = "plan.json", "done-{}.jsonl", "lock"
+_PLAN, _DONE, _LOCK = ".reshard.json", "done-{}.jsonl", "lock"
 PART = ".part"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
