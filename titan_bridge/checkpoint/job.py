@@ -15,19 +15,18 @@ from typing import Any, Literal
 import torch
 
 from titan_bridge.checkpoint import engine_files, hf
-from titan_bridge.checkpoint.archive import is_intact
-from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, dtype_name
+from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
 from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
-from titan_bridge.checkpoint.files import FilePool, size_of
+from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.staging import PartResult, Staging, disk_error, existing
 from titan_bridge.checkpoint.strips import Strip
 from titan_bridge.checkpoint.target import Part, Target, Wanted
 from titan_bridge.checkpoint.team import Team
-from titan_bridge.checkpoint.verify import damage
+from titan_bridge.checkpoint.verify import check_source, damage
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.plan import Plan
@@ -70,7 +69,7 @@ class Outcome:
     """By this run; finished files of an earlier one (`--resume`) do not count."""
     resumed_parts: int
     source_checked: bool
-    """Whether all bytes of the source were held against checksums of its own: under `verify`, where DCP has some."""
+    """Whether all that was read was held against the source's own checksums: under `verify`, where DCP has some."""
     nan: Mapping[str, int]
     """NaNs by destination tensor, where there are any."""
     inf: Mapping[str, int]
@@ -145,7 +144,7 @@ class Job:
         checked = [False]
         try:
             if options.verify:
-                checked = team.each(lambda: self._check_source(lambda n: advance("check", n)))
+                checked = team.each(lambda: check_source(self.source, team, lambda n: advance("check", n)))
             team.first(lambda: self._begin(staging))
             found = team.first(staging.results)
             kept = team.each(lambda: self._kept(staging, found, lambda n: advance("verify", n)))
@@ -187,31 +186,6 @@ class Job:
             )
         staging.check(overwrite=self.options.overwrite)
         staging.begin(self.digest(), resume=self.options.resume, fsync=self.options.fsync)
-
-    def _check_source(self, advance: Callable[[int], None]) -> bool:
-        """Hold this process' share of the source's archives against their checksums; False if any has none."""
-        archives = {chunk.archive: stored.name for stored in self._stored() for chunk in stored.chunks}
-        archives |= {blob: name for name, blob in self.source.blobs.items()}
-        checked, pool = True, FilePool()  # a pool of its own, since what is read here is no conversion
-        for archive, name in list(archives.items())[self.team.rank :: self.team.size]:
-            if archive is None:
-                return False
-
-            def read(offset: int, length: int, archive: Blob = archive) -> bytes:
-                buffer = bytearray(length)
-                pool.read_into(archive.path, archive.offset + offset, memoryview(buffer))
-                return bytes(buffer)
-
-            intact = is_intact(read, archive.length, f"{archive.path}: {name}")
-            if intact is False:
-                raise BridgeError(
-                    f"{archive.path}: {name}: the bytes from {archive.offset} on do not have their CRC-32; "
-                    "the file is damaged, restore it"
-                )
-            checked = checked and intact is not None
-            advance(archive.length)
-        pool.close()
-        return checked
 
     def _kept(
         self, staging: Staging, found: Mapping[str, PartResult], advance: Callable[[int], None]

@@ -1,4 +1,4 @@
-"""Read again what was written and compare it with the checksums taken while it was."""
+"""Checksums: those that a source has of its own, and those that were taken while a part was written."""
 
 from __future__ import annotations
 
@@ -8,9 +8,48 @@ from pathlib import Path
 
 from zlib_ng import zlib_ng
 
+from titan_bridge.checkpoint.archive import is_intact
+from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint
+from titan_bridge.checkpoint.files import FilePool
 from titan_bridge.checkpoint.staging import PartResult, Span
+from titan_bridge.checkpoint.team import Team
+from titan_bridge.errors import BridgeError
 
 _BUFFER_BYTES = 16 << 20
+
+
+def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] = lambda count: None) -> bool:
+    """Compare this process' share of a source's archives with their CRC-32.
+
+    Returns:
+        False where any has none: safetensors, or DCP that was written without.
+
+    Raises:
+        BridgeError: The first archive that is damaged.
+    """
+    stored = [*source.tensors.values(), *source.extra_tensors.values()]
+    archives = {chunk.archive: one.name for one in stored for chunk in one.chunks}
+    archives |= {blob: name for name, blob in source.blobs.items()}
+    checked, pool = True, FilePool()  # a pool of its own, since this does not count as bytes read
+    for archive, name in list(archives.items())[team.rank :: team.size]:
+        if archive is None:
+            return False
+
+        def read(offset: int, length: int, archive: Blob = archive) -> bytes:
+            buffer = bytearray(length)
+            pool.read_into(archive.path, archive.offset + offset, memoryview(buffer))
+            return bytes(buffer)
+
+        intact = is_intact(read, archive.length, f"{archive.path}: {name}")
+        if intact is False:
+            raise BridgeError(
+                f"{archive.path}: {name}: the bytes from {archive.offset} on do not have their CRC-32; "
+                "the file is damaged, restore it"
+            )
+        checked = checked and intact is not None
+        advance(archive.length)
+    pool.close()
+    return checked
 
 
 def damage(
