@@ -184,13 +184,13 @@ class Executor:
         low, high = torch.aminmax(looked)
         if torch.isfinite(low) and torch.isfinite(high):
             return
-        nan, inf, before = int(looked.isnan().sum()), int(looked.isinf().sum()), 0
+        nan, inf, overflow = int(looked.isnan().sum()), int(looked.isinf().sum()), 0
         if inf:
             uncast = torch.empty(values.numel(), dtype=torch.float64)
             self._fill(opened, strip, uncast)
-            before = int(uncast.isinf().sum())
+            overflow = inf - int(uncast.isinf().sum())
         name = strip.unit.tensor.name
-        for counts, count in ((opened.nan, nan), (opened.inf, before), (opened.overflow, inf - before)):
+        for counts, count in ((opened.nan, nan), (opened.inf, inf), (opened.overflow, overflow)):
             if count:
                 with self._lock:
                     counts[name] = counts.get(name, 0) + count

@@ -73,9 +73,9 @@ class Outcome:
     nan: Mapping[str, int]
     """NaNs by destination tensor, where there are any."""
     inf: Mapping[str, int]
-    """Infinite in the source, too."""
+    """Infinite elements."""
     overflow: Mapping[str, int]
-    """Elements that the cast to another dtype made infinite, in the order of the tensors."""
+    """Those of them that the cast to another dtype made infinite; all three in the order of the tensors."""
     lost: Mapping[str, int]
     """Source tensors that the destination has no place for: elements that were not zero."""
 

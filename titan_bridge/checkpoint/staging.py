@@ -52,9 +52,9 @@ class PartResult:
     nan: Mapping[str, int]
     """NaNs by tensor, where there are any."""
     inf: Mapping[str, int]
-    """Infinite in the source, too."""
+    """Infinite elements."""
     overflow: Mapping[str, int]
-    """Elements that the cast made infinite."""
+    """Those of them that the cast made infinite."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -135,7 +136,7 @@ class Reshard:
             print(f"next: {_next(job)}")
         for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
-        return 1 if (outcome.nan or outcome.inf or outcome.overflow) and not self.allow_nan else 0
+        return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
 
 
 def parse_size(text: str) -> int:
@@ -299,7 +300,8 @@ def _next(job: Job) -> str:
 
 def _warnings(outcome: Outcome, dtype: str | None) -> list[str]:
     lines = []
-    for what, counts in (("NaN", outcome.nan), ("infinite", outcome.inf)):
+    infinite = Counter(outcome.inf) - Counter(outcome.overflow)
+    for what, counts in (("NaN", outcome.nan), ("infinite", infinite)):
         if counts:
             worst = sorted(counts, key=lambda name: -counts[name])[:3]
             named = ", ".join(f"{name} ({counts[name]:,})" for name in worst)
