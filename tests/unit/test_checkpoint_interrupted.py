@@ -103,6 +103,9 @@ def test_killed_between_the_two_renames_of_an_overwrite(source, dcp_source, tmp_
     target = tmp_path / "out"
     shutil.copytree(dcp_source, target)
     target.rename(tmp_path / ".out.old")
+    with pytest.raises(BridgeError, match="not empty"):  # and not only when everything is written
+        prepare(options(source, target)).run(lambda what, count: pytest.fail("something was written"))
+    target.rename(tmp_path / ".out.old")
     prepare(options(source, target, overwrite=True)).run()
     assert_equal(target, dcp_source)
     assert not (tmp_path / ".out.old").exists()

@@ -70,7 +70,7 @@ def json_lines(change):
     """A journal whose first line says something else."""
 
     def damage(journal):
-        first, *rest = journal.read_bytes().splitlines()
+        first, *rest = filter(None, journal.read_bytes().splitlines())
         head, brace, text = first.partition(b"{")
         data = json.loads(brace + text)
         change(data)
@@ -103,6 +103,17 @@ def test_a_damaged_journal_is_no_reason_to_publish_or_to_fail(source, dcp_source
     damage(staging / "done-0.jsonl")
     assert prepare(options(source, target, resume=True)).run().resumed_parts <= 3
     assert_equal(target, dcp_source)
+
+
+def test_what_is_written_after_a_line_that_is_cut_off_counts(source, stopped, monkeypatch):
+    target, staging = stopped
+    journal = staging / "done-0.jsonl"
+    os.truncate(journal, journal.stat().st_size - 20)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Killed):
+            prepare(options(source, target, resume=True)).run()
+    assert prepare(options(source, target, resume=True)).run().resumed_parts == 2 + 2
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b'{"digest": 3}'])

@@ -184,8 +184,8 @@ class Job:
                 f"{options_disk(self.options)} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
                 "free some space or choose another disk"
             )
-        staging.check(overwrite=self.options.overwrite)
         staging.begin(self.digest(), resume=self.options.resume, fsync=self.options.fsync)
+        staging.check(overwrite=self.options.overwrite)  # `begin` may have put back what was being replaced
 
     def _kept(
         self, staging: Staging, found: Mapping[str, PartResult], advance: Callable[[int], None]

@@ -115,7 +115,7 @@ class Staging:
             sync(parent.parent)
         if (self.target / _PLAN).exists():
             self._take_lock(self.target)
-            self._tidy()
+            self._tidy(fsync=fsync)
             self.release()
         plan = self.path / _PLAN
         if self.path.exists() and not plan.exists() and any(p.name != _LOCK for p in self.path.iterdir()):
@@ -160,7 +160,7 @@ class Staging:
             part.rename(self.path / file)
         text = json.dumps(result.to_json()).encode()
         with (self.path / _DONE.format(rank)).open("ab") as journal:
-            journal.write(_crc(text) + b" " + text + b"\n")
+            journal.write(b"\n" + _crc(text) + b" " + text + b"\n")  # the line before may be cut off
             journal.flush()
             if fsync:
                 os.fsync(journal.fileno())
@@ -178,9 +178,7 @@ class Staging:
         elif not exchange(self.path, self.target):
             self.target.rename(self._old)
             self.path.rename(self.target)
-        if fsync:
-            sync(self.target.parent)
-        self._tidy()
+        self._tidy(fsync=fsync)
         self.release()
 
     def release(self) -> None:
@@ -189,8 +187,10 @@ class Staging:
             os.close(self._lock)
             self._lock = None
 
-    def _tidy(self) -> None:
+    def _tidy(self, *, fsync: bool) -> None:
         """Remove what the target has replaced, then our own files in it; the plan last, which says that this is due."""
+        if fsync:
+            sync(self.target.parent)
         for left in (self.path, self._old):
             if left.exists():
                 shutil.rmtree(left)
