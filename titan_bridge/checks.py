@@ -121,7 +121,7 @@ def model_directory(model: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise BridgeError(f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BridgeError(f"{file} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise BridgeError(f"{file} holds a JSON {type(content).__name__}; a model's config is an object")

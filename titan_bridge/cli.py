@@ -8,6 +8,7 @@ torchtitan, pydantic) only inside its `run()`.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import importlib
 import inspect
@@ -62,19 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
-    except BridgeError as error:
-        print(f"titan-bridge: {_one_line(error)}", file=sys.stderr)
-        return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `titan-bridge ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if os.environ.get(DEBUG):
+        said = users_mistake(error)
+        if os.environ.get(DEBUG) and not isinstance(error, BridgeError):
             raise
+        if said is not None:
+            print(f"titan-bridge: {_one_line(said)}", file=sys.stderr)
+            return USER_ERROR
         print(
-            f"titan-bridge: {type(error).__name__}: {_one_line(error)} ({DEBUG}=1 shows the traceback)",
+            f"titan-bridge: {type(error).__name__}: {_one_line(str(error))} ({DEBUG}=1 shows the traceback)",
             file=sys.stderr,
         )
         return 1
@@ -135,8 +137,33 @@ def _overview() -> str:
     return "\n".join([*lines, "", "example: titan-bridge generate configs/infer/qwen3_moe_tp2_ep2.toml"])
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that the system reports without the name of a file."""
+_OF_PYTHON = {
+    "embedded null": "a name holds a NUL character",
+    "integer string conversion": "a number is too long",
+}
+"""What Python says of a value that a user gave, and what it means."""
+
+
+def users_mistake(error: Exception) -> str | None:
+    """What is said to the user of an error that he can put right; None for any other."""
+    text = str(error)
+    if isinstance(error, BridgeError):
+        return text
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK):
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, RecursionError):
+        return f"a file or a value is nested too deeply ({text})"
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f' ({text})' if text else ''}; free some, or choose smaller sizes"
+    if isinstance(error, ValueError):
+        return next((f"{what} ({text})" for sign, what in _OF_PYTHON.items() if sign in text), None)
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -33,13 +33,16 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
 }
 """Every mesh name and its axes; the only place that lists them."""
 
+MOST_RANKS = 1 << 18
+"""A layout lists its ranks, so a size that is a slip of the hand would cost minutes and gigabytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Parallel degrees. ``dp`` is vLLM's data parallelism, the axis that FSDP may shard (``dp_shard``).
 
     Raises:
-        BridgeError: A size below 1, or an ``ep`` that does not divide ``dp * tp``.
+        BridgeError: A size below 1, more than `MOST_RANKS` ranks, or an ``ep`` that does not divide ``dp * tp``.
     """
 
     dp: int = 1
@@ -53,6 +56,10 @@ class Sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise BridgeError(f"{name}={value!r} is not a size; give an integer of at least 1")
+        if self.world > MOST_RANKS:
+            raise BridgeError(
+                f"dp={self.dp}, tp={self.tp}: {self.world} ranks; at most {MOST_RANKS} are allowed"
+            )
         if (self.dp * self.tp) % self.ep:
             raise BridgeError(
                 f"ep={self.ep} does not divide dp*tp={self.dp * self.tp}; "

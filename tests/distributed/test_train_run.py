@@ -4,6 +4,7 @@ no harm."""
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -146,6 +147,7 @@ def test_killed_it_goes_on_from_the_last_whole_checkpoint_bit_for_bit(trained, t
 
     again = run(file, broken, "--set=parallel.dp=2")
     assert "on from step 3" in again.stdout
+    assert again.stdout.endswith(f"next: titan-bridge serve {broken}\n")
     expected = losses(unbroken)
     assert sorted(expected) == list(range(1, 9))
     assert losses(broken) == expected
@@ -252,7 +254,8 @@ def batch(
 def test_no_two_runs_share_a_folder(tmp_path):
     file = toml(tmp_path, steps=1000)
     command = [COMMAND, "train", file, "--out", tmp_path / "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         for line in process.stdout:
             if line.startswith("step"):
@@ -262,3 +265,4 @@ def test_no_two_runs_share_a_folder(tmp_path):
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 130
+    assert not list(tmp_path.glob("torchelastic_*")), "torchrun's own logs are left"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 
 import pytest
@@ -12,6 +14,8 @@ from tests.unit.checkpoint_samples import NORM, changed, contents, options
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.cli import main
 from titan_bridge.errors import BridgeError
+
+DENSE = "model.layers.0.self_attn.o_proj.weight"
 
 
 @pytest.mark.parametrize("kind", ["hf", "dcp"])
@@ -77,3 +81,47 @@ def test_nan_makes_the_exit_code_1(source, tmp_path, capsys):
     assert main(arguments) == 1
     assert "32 weights are NaN: norm.weight (32)" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--allow-nan"]) == 0
+
+
+QUANTIZED = {
+    "config.json": (
+        {"quantization_config": {"quant_method": "fp8"}},
+        lambda state: None,
+        "quantization_config",
+    ),
+    "names": ({}, lambda state: state.update({f"{DENSE}_scale_inv": torch.ones(1, 1)}), f"{DENSE}_scale_inv"),
+    "dtype": ({}, lambda state: state.update({DENSE: state[DENSE].to(torch.float8_e4m3fn)}), DENSE),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+def test_dtype_of_a_quantized_checkpoint_is_refused_by_name(source, tmp_path, case, to):
+    config, change, named = QUANTIZED[case]
+    copy = changed(source, tmp_path / "copy", change)
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | config))
+    with pytest.raises(BridgeError, match=rf"--dtype: .*{re.escape(named)}.* quantized"):
+        prepare(options(copy, tmp_path / "out", to=to, dtype=torch.bfloat16))
+    prepare(options(copy, tmp_path / "out", to="hf")).run()  # as it is, it may be carried
+    assert contents(tmp_path / "out").keys() == contents(copy).keys()
+
+
+def test_what_a_cast_makes_infinite_is_told_from_what_was(source, tmp_path, capsys):
+    def change(state):
+        state[NORM][:3] = 1e5
+        state[NORM][3] = -torch.inf
+        state[NORM][4] = torch.nan
+        state["lm_head.weight"][5, :2] = -7e4
+
+    copy = changed(source, tmp_path / "big", change)
+    arguments = ["reshard", str(copy), str(tmp_path / "x"), "--to", "dcp", "--overwrite"]
+    assert main([*arguments, "--dtype", "float16", "--json"]) == 1
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["overflow"] == {"norm.weight": 3, "lm_head.weight": 2}
+    assert report["inf"] == {"norm.weight": 4, "lm_head.weight": 2}
+    assert report["nan"] == {"norm.weight": 1}
+    assert "5 elements became infinite as float16, first in norm.weight (3)" in printed.err
+    assert "1 weights are infinite: norm.weight (1); they were copied as they are" in printed.err
+    assert main([*arguments, "--dtype", "bfloat16", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["overflow"] == {}

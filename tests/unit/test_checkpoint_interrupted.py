@@ -103,6 +103,9 @@ def test_killed_between_the_two_renames_of_an_overwrite(source, dcp_source, tmp_
     target = tmp_path / "out"
     shutil.copytree(dcp_source, target)
     target.rename(tmp_path / ".out.old")
+    with pytest.raises(BridgeError, match="not empty"):  # and not only when everything is written
+        prepare(options(source, target)).run(lambda what, count: pytest.fail("something was written"))
+    target.rename(tmp_path / ".out.old")
     prepare(options(source, target, overwrite=True)).run()
     assert_equal(target, dcp_source)
     assert not (tmp_path / ".out.old").exists()
@@ -116,10 +119,15 @@ def limited(size: int):
     return limit
 
 
-def test_a_full_disk_is_named_and_nothing_is_published(source, dcp_source, tmp_path):
+@pytest.mark.parametrize("small", [False, True])
+def test_a_full_disk_is_named_and_nothing_is_published(source, dcp_source, tmp_path, small):
     """A limit on the size of files stands for the disk: a write in the middle of a file fails."""
     target = tmp_path / "out"
-    command = [sys.executable, "-m", "titan_bridge.cli", "reshard", source, target, "--to", "dcp"]
+    copy = tmp_path / "hf"
+    shutil.copytree(source, copy)
+    command = [sys.executable, "-m", "titan_bridge.cli", "reshard", copy, target, "--to", "dcp"]
+    command += ["--max-shard-size", "40KB"] if small else []
+    (copy / "tokenizer.json").write_text("x" * 200_000)  # copied at the end
     found = subprocess.run([*map(str, command)], preexec_fn=limited(100_000), capture_output=True, text=True)
     assert found.returncode == 2
     assert "the disk is full" in found.stderr

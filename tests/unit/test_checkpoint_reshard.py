@@ -261,14 +261,16 @@ def test_optimizer_state_is_left_out_or_carried(made, tmp_path):
     dcp.save(state, checkpoint_id=tmp_path / "full", no_dist=True)
     reshard(tmp_path / "full", tmp_path / "without", "dcp", config=made("llama3"))
     assert_same(contents(tmp_path / "without"), contents(tmp_path / "model"))
-    reshard(
+    outcome = reshard(
         tmp_path / "full",
         tmp_path / "with",
         "dcp",
         with_optimizer=True,
+        verify=True,
         dtype=torch.bfloat16,
         max_shard_size=300_000,
     )
+    assert outcome.source_checked
     assert len(list((tmp_path / "with").glob("*.distcp"))) > 3
     # DCP's own reader loads all of it; only the model was cast.
     loaded = training_state(tmp_path / "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.unit.checkpoint_samples import Killed, assert_equal, contents, options, snapshot, stop_after
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.checkpoint.staging import PART, Staging
-from titan_bridge.checkpoint.verify import verify
+from titan_bridge.checkpoint.verify import damage
 from titan_bridge.cli import main
 from titan_bridge.errors import BridgeError
 
@@ -105,8 +106,8 @@ def test_checksums_cover_every_byte(source, tmp_path):
             lambda self, result, *a, **k: (results.append(result), real(self, result, *a, **k)),
         )
         job.run()
-    verify(tmp_path / "out", results)
     for result in results:
+        assert damage(tmp_path / "out", result) is None
         for file, spans in result.spans.items():
             at = 0
             for span in sorted(spans, key=lambda span: span.offset):
@@ -153,3 +154,32 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(source, tmp_path, cap
     assert done["bytes_read"] == planned["bytes_to_read"] == sum(t.nbytes for t in contents(source).values())
     for file in planned["target"]["files"]:
         assert (tmp_path / "x" / file["name"]).stat().st_size == file["bytes"]
+
+
+def test_the_last_line_says_what_to_type_next(source, tmp_path, capsys):
+    def last(*arguments: str) -> str:
+        assert main(["reshard", *arguments]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    spaced = tmp_path / "a b"
+    assert last(str(source), str(spaced), "--to", "hf") == f"next: titan-bridge serve '{spaced}'"
+    engine = str(tmp_path / "engine")
+    shards = last(str(source), engine, "--to", "engine", "--dp", "2", "--ep", "2", "--dense", "shard")
+    assert shards == f"next: titan-bridge serve {engine} --dp 2 --ep 2 --dense shard"
+    (spaced / "config.json").unlink()
+    bare = str(tmp_path / "bare")
+    assert last(str(spaced), bare, "--to", "hf").startswith(
+        f"next: put the model's config.json into {bare}, then "
+    )
+    config = json.loads((source / "config.json").read_text()) | {"architectures": ["Unknown"]}
+    (spaced / "config.json").write_text(json.dumps(config))
+    assert "is not served" in last(str(spaced), str(tmp_path / "other"), "--to", "hf")
+
+
+def test_the_next_command_is_understood(source, tmp_path, capsys):
+    """What is said after a conversion passes the checks of the command that it names."""
+    assert (
+        main(["reshard", str(source), str(tmp_path / "x"), "--to", "engine", "--tp", "2", "--ep", "2"]) == 0
+    )
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: titan-bridge "))
+    assert main([*command, "--dry-run"]) == 0

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,91 @@ def test_bad_models_are_refused_in_one_line_before_an_engine_starts(
     assert captured.out == ""
     assert dict(os.environ) == environment
     assert forking.server_pid() is None
+
+
+HOSTILE = {
+    "picture into no folder": (
+        ["inspect", "{model}", "--picture", "none/x.svg"],
+        "none/x.svg: No such file or dir",
+    ),
+    "a name too long": (["inspect", "n" * 300], "n: File name too long"),
+    "target with a long name": (
+        ["reshard", "{model}", "{folder}/" + "n" * 250, "--to", "hf"],
+        "File name too long",
+    ),
+    "target in a file": (
+        ["reshard", "{model}", "{folder}/deep.toml/x", "--to", "hf"],
+        "deep.toml cannot be written",
+    ),
+    "deep JSON": (["inspect", "{folder}/deep"], "deep/config.json cannot be read: "),
+    "deep layout": (
+        ["plan", "{folder}/deep/config.json", "{folder}/deep/config.json"],
+        "not a layout file: ",
+    ),
+    "deep TOML": (["config", "{folder}/deep.toml"], "deep.toml cannot be read as TOML: "),
+    "deep --set": (["inspect", "{model}", "--set", "model=" + "[" * 5000], "nested too deeply"),
+    "digits in JSON": (
+        ["inspect", "{folder}/digits"],
+        "digits/config.json cannot be read: Exceeds the limit (4300",
+    ),
+    "digits in TOML": (
+        ["config", "{folder}/digits.toml"],
+        "digits.toml cannot be read as TOML: Exceeds the limit",
+    ),
+    "digits in --set": (["inspect", "{model}", "--set", "parallel.tp=" + "9" * 5000], "a number is too long"),
+    "a NUL": (["train", "{folder}/nul.toml"], "a name holds a NUL"),
+    "ranks": (["inspect", "{model}", "--dp", "1000000000"], "1000000000 ranks; at most 262144 are allowed"),
+    "ranks of files": (
+        ["reshard", "{model}", "{folder}/x", "--to", "engine", "--dp", "1000000000"],
+        "at most 262144",
+    ),
+    "layers": (
+        ["inspect", "{folder}/layers"],
+        "num_hidden_layers=2147483648 in config.json is not supported",
+    ),
+    "layers to train": (["train", "{folder}/layers.toml"], "num_hidden_layers=2147483648"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_input_is_one_line_and_exit_code_2(case, tmp_path, model, monkeypatch, capsys):
+    config = (Path(model) / "config.json").read_text()
+    for name, text in {
+        "deep": "[" * 100_000,
+        "digits": '{"hidden_size": ' + "9" * 5000 + "}",
+        "layers": json.dumps(json.loads(config) | {"num_hidden_layers": 2**31, "layer_types": None}),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    llama = '[model]\nfamily = "llama3"\n'
+    (tmp_path / "deep.toml").write_text("model = " + "[" * 100_000)
+    (tmp_path / "digits.toml").write_text("[parallel]\ntp = " + "9" * 5000)
+    (tmp_path / "nul.toml").write_text('out = "a\\u0000b"\n' + llama + 'flavor = "debugmodel"\n')
+    sizes = (
+        "hidden_size = 64\nintermediate_size = 64\nnum_attention_heads = 4\nnum_hidden_layers = 2147483648\n"
+    )
+    (tmp_path / "layers.toml").write_text(f'out = "{tmp_path}/out"\n{llama}[model.sizes]\n{sizes}')
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments, expected = HOSTILE[case]
+    assert cli.main([word.format(folder=tmp_path, model=model) for word in arguments]) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_has_no_name_of_its_own(monkeypatch, capsys):
+    def broken(arguments):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    assert cli.main(["inspect"]) == 2
+    assert capsys.readouterr().err == "titan-bridge: No space left on device\n"
+    monkeypatch.setenv(cli.DEBUG, "1")
+    with pytest.raises(OSError, match="No space"):
+        cli.main(["inspect"])
 
 
 def test_a_busy_port_is_refused(model, busy_port):

@@ -137,7 +137,7 @@ REFUSED = {
     'model = "m"\n[parallel]\ntp = 0': "parallel.tp = 0 (int) is not allowed; it must be greater than or equal to 1",
     'model = "m"\n[parallel]\ntp = "2"': "parallel.tp = '2' (str) is not allowed; it must be an integer",
     'model = "m"\n[parallel]\ntp = true': "parallel.tp = True (bool) is not allowed; it must be an integer",
-    'model = "m"\n[parallel]\ntp = 2\nep = 3': "ep=3 does not divide dp * tp = 1 * 2 = 2; allowed: 1, 2",
+    'model = "m"\n[parallel]\ntp = 2\nep = 3': "ep=3 does not divide dp*tp=2; allowed with dp=1, tp=2: 1, 2",
     'model = "m"\nparallel = 2': "parallel = 2 (int) is not allowed; it must be a table",
     'model = "m"\ndtype = "fp8"': "it must be 'auto', 'float32', 'bfloat16' or 'float16'",
     'model = "m"\n[generate]\nprompts = "x"': "generate.prompts = 'x' (str) is not allowed; it must be a list",

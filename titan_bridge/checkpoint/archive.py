@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._utils import _rebuild_tensor_v2
+from zlib_ng import zlib_ng
 
 from titan_bridge.checkpoint.pickles import kind_of, loads, records
 from titan_bridge.errors import BridgeError
@@ -44,6 +45,8 @@ _PREFIX, _DATA = "archive", "data/0"
 _TAIL = 4096
 """Bytes read from the end of an archive; its directory is a few hundred."""
 _MOST_PICKLE = 1 << 20
+_PIECE_BYTES = 8 << 20
+"""Read at once to be checked."""
 ALIGNMENT = 64
 LARGEST = (1 << 32) - (1 << 20)
 """Bytes of the largest tensor that one archive may hold here: larger ones would need zip's 64-bit fields."""
@@ -99,12 +102,32 @@ def locate(read: Read, length: int, where: str) -> Placed:
     return Placed(offset=offset + first * width, shape=shape, dtype=storage.dtype)
 
 
+def is_intact(read: Read, length: int, where: str) -> bool | None:
+    """Whether every entry of an archive has its CRC-32; None for an archive without (`set_crc32_options(False)`).
+
+    Raises:
+        BridgeError: No archive of stored entries.
+    """
+    entries = _directory(read, length, where).values()
+    if not any(entry.crc for entry in entries):
+        return None
+    for entry in entries:
+        start, size = _span(read, length, entry, where)
+        crc = 0
+        for at in range(0, size, _PIECE_BYTES):
+            crc = zlib_ng.crc32(read(start + at, min(_PIECE_BYTES, size - at)), crc)
+        if crc != entry.crc:
+            return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A line of the zip directory."""
 
     header: int
     size: int
+    crc: int
 
 
 @dataclass(frozen=True)
@@ -171,7 +194,7 @@ def _directory(read: Read, length: int, where: str) -> dict[str, _Entry]:
     for _ in range(count):
         if len(lines) - at < 46 or lines[at : at + 4] != _CENTRAL:
             raise BridgeError(f"{where}: damaged zip archive (directory)")
-        method, packed, unpacked = struct.unpack_from("<H8xII", lines, at + 10)
+        method, crc, packed, unpacked = struct.unpack_from("<H4xIII", lines, at + 10)
         name_length, extra_length, comment = struct.unpack_from("<HHH", lines, at + 28)
         (header,) = struct.unpack_from("<I", lines, at + 42)
         name = lines[at + 46 : at + 46 + name_length].decode("utf-8", "replace")
@@ -181,7 +204,7 @@ def _directory(read: Read, length: int, where: str) -> dict[str, _Entry]:
             raise BridgeError(f"{where}: {name} is compressed; only stored entries are read")
         if name in entries:
             raise BridgeError(f"{where}: damaged zip archive ({name} twice)")
-        entries[name] = _Entry(header, unpacked)
+        entries[name] = _Entry(header, unpacked, crc)
         at += 46 + name_length + extra_length + comment
     return entries
 

@@ -21,6 +21,15 @@ Format = Literal["hf", "dcp", "engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blob:
+    """Bytes of a file that are not interpreted: an entry of DCP that is no tensor, or the archive of one that is."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """A part of a tensor that lies in one file as a contiguous tensor of its own."""
 
@@ -29,6 +38,8 @@ class Chunk:
     """Bytes from the start of the file; need not be aligned."""
     box: Box
     """In the global tensor."""
+    archive: Blob | None = None
+    """DCP: the archive of `torch.save` that the tensor lies in, with its checksum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +64,6 @@ class Stored:
         return Held(
             name=self.name, shape=self.shape, dtype=dtype_name(self.dtype), by=BoxHolders(chunks=chunks)
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blob:
-    """An entry that is no tensor (a learning rate, a step): its bytes are carried, never interpreted."""
-
-    path: Path
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -225,7 +225,8 @@ def _stored(
             raise BridgeError(
                 f"{where}: the file has {found.dtype} {found.shape}, the metadata says {dtype} {box.shape}"
             )
-        chunks.append(Chunk(path=place.path, offset=place.offset + found.offset, box=box))
+        archive = Blob(path=place.path, offset=place.offset, length=place.length)
+        chunks.append(Chunk(path=place.path, offset=place.offset + found.offset, box=box, archive=archive))
     return Stored(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 

@@ -7,13 +7,11 @@ model, and both sides see large accesses.
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from zlib_ng import zlib_ng
@@ -21,10 +19,9 @@ from zlib_ng import zlib_ng
 from titan_bridge.checkpoint.checkpoint import Checkpoint, contiguous_stride
 from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
 from titan_bridge.checkpoint.output import PAGE, PIECE_BYTES, OutputFile, Pace, aligned
-from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging
+from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging, disk_error
 from titan_bridge.checkpoint.strips import STRIP_BYTES, Strip
 from titan_bridge.checkpoint.target import OutFile, Part, Place
-from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan
@@ -58,6 +55,7 @@ class _Open:
     spans: dict[str, list[Span]] = field(default_factory=dict)
     nan: dict[str, int] = field(default_factory=dict)
     inf: dict[str, int] = field(default_factory=dict)
+    overflow: dict[str, int] = field(default_factory=dict)
 
 
 class Executor:
@@ -108,7 +106,7 @@ class Executor:
                     finally:
                         self._stop.set()
         except OSError as error:
-            raise _disk_error(error, self._staging.path) from None
+            raise disk_error(error, self._staging.path) from None
         finally:
             torch.set_num_threads(threads)
             self._stack.close()
@@ -161,19 +159,24 @@ class Executor:
         first = places[0][1]
         shift = first % PAGE if first % tensor.dtype.itemsize == 0 else 0  # in memory as in the file
         buffer = self._buffer(strip.box.numel * tensor.dtype.itemsize, shift).view(tensor.dtype)
-        if tensor.name in self._work.empty:
-            buffer.zero_()
-        for copy in opened.copies.get((tensor.name, strip.chunk), ()):
-            self._work.source.fetch(copy, copy.destination_window.of(buffer))
-        self._count(opened, tensor.name, buffer)
+        self._fill(opened, strip, buffer)
+        self._count(opened, strip, buffer)
         whole = buffer.view(strip.box.shape)
         for place, offset, common in places:
             # Strips span whole rows, so what they have in common with a place is one run of it.
             cut = whole[common.relative_to(strip.box.start).slices].contiguous()
             self._write(opened, place.file, offset, bytes_of(cut))
 
-    def _count(self, opened: _Open, name: str, values: torch.Tensor) -> None:
-        """NaN and infinity."""
+    def _fill(self, opened: _Open, strip: Strip, buffer: torch.Tensor) -> None:
+        """Read a strip into a buffer of as many elements, of any dtype."""
+        name = strip.unit.tensor.name
+        if name in self._work.empty:
+            buffer.zero_()
+        for copy in opened.copies.get((name, strip.chunk), ()):
+            self._work.source.fetch(copy, copy.destination_window.of(buffer))
+
+    def _count(self, opened: _Open, strip: Strip, values: torch.Tensor) -> None:
+        """NaN, infinity, and what became infinite when it was cast."""
         if not values.dtype.is_floating_point:
             return
         looked = values.to(torch.float32) if values.dtype.itemsize == 1 else values
@@ -181,10 +184,16 @@ class Executor:
         low, high = torch.aminmax(looked)
         if torch.isfinite(low) and torch.isfinite(high):
             return
-        for found, test in ((opened.nan, torch.isnan), (opened.inf, torch.isinf)):
-            if count := int(test(looked).sum()):
+        nan, inf, overflow = int(looked.isnan().sum()), int(looked.isinf().sum()), 0
+        if inf:
+            uncast = torch.empty(values.numel(), dtype=torch.float64)
+            self._fill(opened, strip, uncast)
+            overflow = inf - int(uncast.isinf().sum())
+        name = strip.unit.tensor.name
+        for counts, count in ((opened.nan, nan), (opened.inf, inf), (opened.overflow, overflow)):
+            if count:
                 with self._lock:
-                    found[name] = found.get(name, 0) + count
+                    counts[name] = counts.get(name, 0) + count
 
     def _write_blobs(self, opened: _Open) -> None:
         for file in opened.part.files:
@@ -225,6 +234,7 @@ class Executor:
             spans={file: tuple(spans) for file, spans in opened.spans.items()},
             nan=opened.nan,
             inf=opened.inf,
+            overflow=opened.overflow,
         )
         with self._lock:
             self._staging.finish(result, self._rank, fsync=self._fsync)
@@ -251,12 +261,3 @@ def _places(strip: Strip) -> list[tuple[Place, int, Box]]:
         first = sum(a * s for a, s in zip(local.start, stride, strict=True))
         found.append((place, place.offset + first * strip.unit.tensor.dtype.itemsize, common))
     return found
-
-
-def _disk_error(error: OSError, where: Path) -> BridgeError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return BridgeError(
-            f"the disk is full ({error.strerror}) while writing to {where}; nothing was published. "
-            "Free some space and run again with --resume, which keeps what is finished"
-        )
-    return BridgeError(f"cannot write to {where}: {error}")

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +22,11 @@ from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
-from titan_bridge.checkpoint.staging import PartResult, Staging
+from titan_bridge.checkpoint.staging import PartResult, Staging, disk_error, existing
 from titan_bridge.checkpoint.strips import Strip
 from titan_bridge.checkpoint.target import Part, Target, Wanted
 from titan_bridge.checkpoint.team import Team
-from titan_bridge.checkpoint.verify import verify
+from titan_bridge.checkpoint.verify import check_source, damage
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.plan import Plan
@@ -67,9 +68,14 @@ class Outcome:
     bytes_written: int
     """By this run; finished files of an earlier one (`--resume`) do not count."""
     resumed_parts: int
+    source_checked: bool
+    """Whether all that was read was held against the source's own checksums: under `verify`, where DCP has some."""
     nan: Mapping[str, int]
     """NaNs by destination tensor, where there are any."""
     inf: Mapping[str, int]
+    """Infinite elements."""
+    overflow: Mapping[str, int]
+    """Those of them that the cast to another dtype made infinite; all three in the order of the tensors."""
     lost: Mapping[str, int]
     """Source tensors that the destination has no place for: elements that were not zero."""
 
@@ -109,7 +115,7 @@ class Job:
 
     def free(self) -> int:
         """Free bytes on the disk of the target."""
-        return shutil.disk_usage(_existing(self.options.target)).free
+        return shutil.disk_usage(existing(Staging(self.options.target).path.parent)).free
 
     def digest(self) -> str:
         """The same for runs that write the same bytes from the same files."""
@@ -119,6 +125,8 @@ class Job:
             "parts": [[f.name, f.size] for part in self.target.parts for f in part.files],
             "tensors": [[t.name, t.shape, str(t.dtype)] for t in self.tensors.tensors],
             "layout": self.layout.to_json() if self.layout else None,
+            "config": self.hf,
+            "views": [repr(view) for view in self.tensors.views],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -126,25 +134,31 @@ class Job:
         """Write, verify if asked to, and publish.
 
         Args:
-            advance: Told of progress: ("write" or "verify", bytes), from any thread.
+            advance: Told of progress: ("check", "write" or "verify", bytes), from any thread.
 
         Raises:
             BridgeError: A full disk, a source that changes under the run, or whatever another process met.
         """
         options, team = self.options, self.team
         staging = Staging(options.target)
+        checked = [False]
         try:
-            team.first(lambda: self._begin(staging))
-            done = team.first(staging.results)
-            mine = [part for part in self._share() if part.name not in done]
-            results = self._all_results(team.each(lambda: self._write(staging, mine, advance)), done)
             if options.verify:
-                own = {part.name for part in self._share()}
-                checked = [result for result in results if result.part in own]
-                team.each(lambda: verify(staging.path, checked, lambda n: advance("verify", n)))
+                checked = team.each(lambda: check_source(self.source, team, lambda n: advance("check", n)))
+            team.first(lambda: self._begin(staging))
+            found = team.first(staging.results)
+            kept = team.each(lambda: self._kept(staging, found, lambda n: advance("verify", n)))
+            done = {name: result for own in kept for name, result in own.items()}
+            mine = [part for part in self._share() if part.name not in done]
+            new = team.each(lambda: self._write(staging, mine, advance))
+            results = self._all_results(new, done)
+            if options.verify:
+                team.each(lambda: self._verify(staging, new[team.rank], lambda n: advance("verify", n)))
             read = sum(team.each(lambda: self.source.bytes_read))
             lost = self._lost() if team.rank == 0 else {}
             team.first(lambda: self._publish(staging, results))
+        except OSError as error:
+            raise disk_error(error, staging.path) from None
         finally:
             staging.release()
         return Outcome(
@@ -152,8 +166,10 @@ class Job:
             bytes_read=read,
             bytes_written=sum(part.nbytes for part in self.target.parts if part.name not in done),
             resumed_parts=len(done),
-            nan=_summed(result.nan for result in results),
-            inf=_summed(result.inf for result in results),
+            source_checked=all(checked),
+            nan=self._sums(result.nan for result in results),
+            inf=self._sums(result.inf for result in results),
+            overflow=self._sums(result.overflow for result in results),
             lost=lost,
         )
 
@@ -168,8 +184,34 @@ class Job:
                 f"{options_disk(self.options)} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
                 "free some space or choose another disk"
             )
-        staging.check(overwrite=self.options.overwrite)
-        staging.begin(self.digest(), resume=self.options.resume)
+        staging.begin(self.digest(), resume=self.options.resume, fsync=self.options.fsync)
+        staging.check(overwrite=self.options.overwrite)  # `begin` may have put back what was being replaced
+
+    def _kept(
+        self, staging: Staging, found: Mapping[str, PartResult], advance: Callable[[int], None]
+    ) -> dict[str, PartResult]:
+        """Of the parts that an earlier run finished, those of this process that are as they were written."""
+        kept = {}
+        for part in self._share():
+            result, files = found.get(part.name), {file.name: file.size for file in part.files}
+            if result is None or result.spans.keys() != files.keys():
+                continue
+            paths = {staging.path / name: size for name, size in files.items()}
+            whole = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+            if whole and damage(staging.path, result, advance) is None:
+                kept[part.name] = result
+        return kept
+
+    def _verify(
+        self, staging: Staging, results: Sequence[PartResult], advance: Callable[[int], None]
+    ) -> None:
+        bad = [(result, what) for result in results if (what := damage(staging.path, result, advance))]
+        for result, _ in bad:
+            staging.strike(result)
+        if bad:
+            raise BridgeError(
+                f"{bad[0][1]}; the disk or the memory is at fault. --resume writes again what is bad"
+            )
 
     def _share(self) -> list[Part]:
         """The parts of this process: the largest first to whoever has least, the same on all of them."""
@@ -205,6 +247,13 @@ class Job:
     def _all_results(self, new: list[list[PartResult]], done: Mapping[str, PartResult]) -> list[PartResult]:
         found = {result.part: result for own in new for result in own} | dict(done)
         return [found[part.name] for part in self.target.parts]
+
+    def _sums(self, counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+        """Counts of several parts together, in the order of the tensors."""
+        total: Counter[str] = Counter()
+        for count in counts:
+            total.update(count)
+        return {tensor.name: total[tensor.name] for tensor in self.tensors.tensors if total[tensor.name]}
 
     def _lost(self) -> dict[str, int]:
         """Elements other than zero in source tensors that have no place in the destination."""
@@ -282,21 +331,6 @@ class Job:
 
 def _rows(tensor: Wanted, empty: int) -> int:
     return tensor.shape[0] - empty // math.prod(tensor.shape[1:])
-
-
-def _summed(counts: Any) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for count in counts:
-        for name, number in count.items():
-            total[name] = total.get(name, 0) + number
-    return total
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def options_disk(options: Options) -> str:

@@ -51,6 +51,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
         )
     config, small = _config(options, source)
+    if options.dtype is not None:
+        _check_not_quantized(source, config)
     same = source.format == options.to and options.to != "engine"
     layout = None
     if same:
@@ -90,6 +92,18 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         carried=small,
         team=team,
     )
+
+
+def _check_not_quantized(source: Checkpoint, config: Mapping[str, Any] | None) -> None:
+    """Raise BridgeError for quantized weights: a cast would take the numbers for values, without their scales."""
+    signs = [f"{s.name} ({s.dtype})" for s in source.tensors.values() if "float8" in str(s.dtype)]
+    signs += [name for name in source.tensors if name.endswith(("_scale_inv", "weight_scale", "input_scale"))]
+    signs += ["quantization_config in config.json"] if (config or {}).get("quantization_config") else []
+    if signs:
+        raise BridgeError(
+            f"--dtype: {source.path} has {signs[0]}; quantized weights cannot be cast without their scales, which is "
+            "not supported yet: leave --dtype out to carry them as they are"
+        )
 
 
 def _filled(name: str, tensors: TensorMap) -> bool:

@@ -1,29 +1,36 @@
 """Where files grow until all of them are there: a hidden directory beside the target, renamed at the end.
 
-    .NAME.partial/plan.json          which run this is: a digest of source, destination and options
+    .NAME.partial/.reshard.json      which run this is: a digest of source, destination and options
     .NAME.partial/done-0.jsonl       one line for each part that a process finished, with checksums
     .NAME.partial/FILE.part          a file that is being written
     .NAME.partial/FILE               a finished file
 
-Whatever kills the run, the target is either as it was before or complete.
+Whatever kills the run, the target is either as it was before or complete. A target that is replaced changes places
+with the staging directory in one step, so there is one at every moment; without a system call for that it is renamed
+to .NAME.old first. A target with a .reshard.json was published by a run that was killed before it had tidied up; the
+next run does that.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_bridge.checkpoint.open import is_checkpoint
+from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
 from titan_bridge.errors import BridgeError
 
-_PLAN, _DONE, _LOCK = "plan.json", "done-{}.jsonl", "lock"
+_PLAN, _DONE, _LOCK = ".reshard.json", "done-{}.jsonl", "lock"
 PART = ".part"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,9 @@ class PartResult:
     nan: Mapping[str, int]
     """NaNs by tensor, where there are any."""
     inf: Mapping[str, int]
+    """Infinite elements."""
+    overflow: Mapping[str, int]
+    """Those of them that the cast made infinite."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -60,16 +70,17 @@ class PartResult:
             file: tuple(Span(offset=a, length=b, crc=c) for a, b, c in rows)
             for file, rows in data["spans"].items()
         }
-        return cls(part=data["part"], spans=spans, nan=data["nan"], inf=data["inf"])
+        counts = {name: data[name] for name in ("nan", "inf", "overflow")}
+        return cls(part=data["part"], spans=spans, **counts)
 
 
 class Staging:
     """The staging directory of one target. `begin` and `publish` are for one process, the rest for all."""
 
     def __init__(self, target: Path) -> None:
-        self.target = target
-        self.path = target.parent / f".{target.name}.partial"
-        self._old = target.parent / f".{target.name}.old"
+        self.target = Path(os.path.abspath(target))
+        self.path = self.target.parent / f".{self.target.name}.partial"
+        self._old = self.target.parent / f".{self.target.name}.old"
         self._lock: int | None = None
 
     def check(self, *, overwrite: bool) -> None:
@@ -79,30 +90,42 @@ class Staging:
             raise BridgeError(f"{target} is a symbolic link; give the directory itself")
         if target.exists() and not target.is_dir():
             raise BridgeError(f"{target} is a file; give a directory")
+        if target.is_mount():
+            raise BridgeError(f"{target} is a mount point, which cannot be replaced; give a directory in it")
+        if Path.cwd().is_relative_to(target.resolve()):
+            raise BridgeError(f"{target} is where you are, and would be replaced; run from another directory")
         if target.exists() and any(target.iterdir()):
             if not overwrite:
                 raise BridgeError(f"{target} is not empty; choose another directory, or --overwrite it")
             if not is_checkpoint(target):
                 raise BridgeError(f"{target} holds no checkpoint; --overwrite replaces nothing else")
-        if self._old.exists() and target.exists():
-            raise BridgeError(f"{self._old} is left from a run that was replacing {target}; remove it")
+        parent = existing(target.parent)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+            raise BridgeError(f"{target} cannot be made, since {parent} cannot be written to")
 
-    def begin(self, digest: str, *, resume: bool) -> None:
+    def begin(self, digest: str, *, resume: bool, fsync: bool = False) -> None:
         """Make the directory, or take over that of a run with the same digest.
 
         Raises:
             BridgeError: Another process is at it; or with `resume`, it belongs to a different run.
         """
+        made = [parent for parent in self.target.parents if not parent.exists()]
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        if self._old.exists() and not self.target.exists():
-            self._old.rename(self.target)  # that run was killed between its two renames
-        if self.path.exists() and not (self.path / _PLAN).exists() and any(self.path.iterdir()):
+        for parent in made if fsync else ():
+            sync(parent.parent)
+        if (self.target / _PLAN).exists():
+            self._take_lock(self.target)
+            self._tidy(fsync=fsync)
+            self.release()
+        plan = self.path / _PLAN
+        if self.path.exists() and not plan.exists() and any(p.name != _LOCK for p in self.path.iterdir()):
             raise BridgeError(f"{self.path} is in the way and not ours; remove it")
         self.path.mkdir(exist_ok=True)
-        self._take_lock()
-        plan = self.path / _PLAN
+        self._take_lock(self.path)
+        self._settle_old()
+        content = json.dumps({"digest": digest}).encode() + b"\n"
         if plan.exists():
-            if resume and _read_digest(plan) == digest:
+            if resume and plan.read_bytes() == content:
                 return
             if resume:
                 raise BridgeError(
@@ -110,20 +133,23 @@ class Staging:
                     "run without --resume to start again"
                 )
             self._clear()
-        plan.write_text(json.dumps({"digest": digest}) + "\n")
+        plan.write_bytes(content)
 
     def results(self) -> dict[str, PartResult]:
-        """Parts that were finished, by any process, and whose files are still there."""
+        """Parts that are written down as finished, by any process. Lines that are damaged count as not written."""
         found = {}
         for journal in sorted(self.path.glob(_DONE.format("*"))):
-            for line in journal.read_text().splitlines():
-                try:
-                    result = PartResult.from_json(json.loads(line))
-                except (ValueError, TypeError, KeyError):
-                    continue  # the last line of a process that was killed
-                if all((self.path / file).is_file() for file in result.spans):
+            for line in journal.read_bytes().splitlines():
+                crc, _, text = line.partition(b" ")
+                if crc == _crc(text):
+                    result = PartResult.from_json(json.loads(text))
                     found[result.part] = result
         return found
+
+    def strike(self, result: PartResult) -> None:
+        """Remove the files of a part: without them it is not taken for finished."""
+        for file in result.spans:
+            (self.path / file).unlink(missing_ok=True)
 
     def finish(self, result: PartResult, rank: int, *, fsync: bool) -> None:
         """Give the files of a part their names and write it down."""
@@ -132,32 +158,27 @@ class Staging:
             if fsync:
                 sync(part)
             part.rename(self.path / file)
-        with (self.path / _DONE.format(rank)).open("a") as journal:
-            journal.write(json.dumps(result.to_json()) + "\n")
+        text = json.dumps(result.to_json()).encode()
+        with (self.path / _DONE.format(rank)).open("ab") as journal:
+            journal.write(b"\n" + _crc(text) + b" " + text + b"\n")  # the line before may be cut off
             journal.flush()
             if fsync:
                 os.fsync(journal.fileno())
 
     def publish(self, files: Iterable[str], *, overwrite: bool, fsync: bool) -> None:
-        """Check that all files are there, remove what is ours alone, and give the directory its name."""
+        """Check that all files are there, give the directory its name, and remove what is ours alone."""
         self.check(overwrite=overwrite)  # hours may have gone by
         missing = [file for file in files if not (self.path / file).is_file()]
         if missing:
             raise BridgeError(f"{self.path}: {missing[0]} is not there; another process removed it?")
-        for own in [_PLAN, _LOCK, *(path.name for path in self.path.glob(_DONE.format("*")))]:
-            (self.path / own).unlink(missing_ok=True)
-        if fsync:
-            sync(self.path)
-        if self.target.exists() and any(self.target.iterdir()):
+        for path in (*self.path.iterdir(), self.path) if fsync else ():
+            sync(path)
+        if not self.target.exists() or not any(self.target.iterdir()):
+            self.path.rename(self.target)
+        elif not exchange(self.path, self.target):
             self.target.rename(self._old)
             self.path.rename(self.target)
-            shutil.rmtree(self._old)
-        else:
-            if self.target.exists():
-                self.target.rmdir()
-            self.path.rename(self.target)
-        if fsync:
-            sync(self.target.parent)
+        self._tidy(fsync=fsync)
         self.release()
 
     def release(self) -> None:
@@ -166,14 +187,40 @@ class Staging:
             os.close(self._lock)
             self._lock = None
 
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def _tidy(self, *, fsync: bool) -> None:
+        """Remove what the target has replaced, then our own files in it; the plan last, which says that this is due."""
+        if fsync:
+            sync(self.target.parent)
+        for left in (self.path, self._old):
+            if left.exists():
+                shutil.rmtree(left)
+        for path in (*self.target.glob(_DONE.format("*")), self.target / _LOCK, self.target / _PLAN):
+            path.unlink(missing_ok=True)
+
+    def _settle_old(self) -> None:
+        """Put back what a run had renamed to .old when it was killed, or remove it where the target is whole."""
+        if not self._old.exists():
+            return
+        if not self.target.exists():
+            self._old.rename(self.target)
+            return
+        try:
+            open_checkpoint(self.target).close()
+        except BridgeError as error:
+            raise BridgeError(
+                f"{self._old} is left from a run that was replacing {self.target}, which is not whole ({error}); "
+                "remove one of the two"
+            ) from None
+        shutil.rmtree(self._old)
+
+    def _take_lock(self, directory: Path) -> None:
+        self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.release()
             raise BridgeError(
-                f"another process is writing {self.target} (it holds {self.path / _LOCK})"
+                f"another process is writing {self.target} (it holds {directory / _LOCK})"
             ) from None
 
     def _clear(self) -> None:
@@ -191,8 +238,36 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_digest(plan: Path) -> str | None:
-    try:
-        return json.loads(plan.read_text())["digest"]
-    except (ValueError, KeyError, TypeError):
-        return None
+def exchange(one: Path, other: Path) -> bool:
+    """Two directories change names in one step. Returns False where the system or its disk cannot do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def disk_error(error: OSError, where: Path) -> BridgeError:
+    """What the system said while `where` was being written, in words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return BridgeError(
+            f"the disk is full ({error.strerror}) while writing to {where}; nothing was published. "
+            "Free some space and run again with --resume, which keeps what is finished"
+        )
+    return BridgeError(f"{error.filename or where}: {error.strerror}")
+
+
+def _crc(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)

@@ -7,8 +7,10 @@ import gc
 import json
 import os
 import re
+import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,9 +64,10 @@ class Reshard:
     dry_run: bool = False
     """Check everything, print the plan, the disk and the memory it needs, and write nothing."""
     verify: bool = False
-    """Read what was written again from the disk and compare checksums before DST appears."""
+    """Hold a DCP source against its own checksums first, and before DST appears read again what was written and
+    compare it with the checksums that were taken meanwhile."""
     resume: bool = False
-    """Keep the finished files of a run that was interrupted."""
+    """Keep the finished files of a run that was interrupted, where they are still as they were written."""
     overwrite: bool = False
     """Replace the checkpoint that is in DST; it stays until the new one is complete."""
     fsync: bool = False
@@ -130,7 +133,8 @@ class Reshard:
             print(json.dumps(facts))
         else:
             _show_outcome(facts, self.dst)
-        for line in _warnings(outcome):
+            print(f"next: {_next(job)}")
+        for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
         return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
 
@@ -150,9 +154,13 @@ class _Progress:
 
     def __init__(self, job: Job, *, shown: bool) -> None:
         self._shown = shown
-        # This process sees its own share only.
-        self._total = job.target.nbytes // job.team.size
-        self._verify = job.options.verify
+        options, written = job.options, job.target.nbytes
+        self._totals = {
+            "check": job.bytes_to_read if options.verify and job.source.format == "dcp" else 0,
+            "write": written,
+            "verify": written if options.verify or options.resume else 0,
+        }
+        self._size = job.team.size  # this process sees its own share only
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
 
@@ -170,9 +178,9 @@ class _Progress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._tasks["write"] = self._bar.add_task("writing", total=self._total)
-            if self._verify:
-                self._tasks["verify"] = self._bar.add_task("verifying", total=self._total)
+            for what, total in self._totals.items():
+                if total:
+                    self._tasks[what] = self._bar.add_task(what, total=total // self._size)
             self._bar.start()
         return self
 
@@ -182,7 +190,7 @@ class _Progress:
 
     def advance(self, what: str, count: int) -> None:
         """`count` more bytes of `what`."""
-        if self._bar is not None:
+        if what in self._tasks:
             self._bar.advance(self._tasks[what], count)
 
 
@@ -247,9 +255,11 @@ def _facts(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "resumed_parts": outcome.resumed_parts,
         "verified": job.options.verify,
+        "source_checked": outcome.source_checked,
         "left_out_entries": job.source.left_out,
         "nan": dict(outcome.nan),
         "inf": dict(outcome.inf),
+        "overflow": dict(outcome.overflow),
         "lost": dict(outcome.lost),
     }
 
@@ -257,7 +267,9 @@ def _facts(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
 def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     rate = facts["bytes_written"] / max(facts["seconds"], 1e-9)
     notes = [f"{facts['resumed_parts']} files kept from the run before"] if facts["resumed_parts"] else []
-    notes += ["verified"] if facts["verified"] else []
+    if facts["verified"]:
+        source = "source checked" if facts["source_checked"] else "source not checked: it has no checksums"
+        notes.append(f"verified, {source}")
     notes += (
         [f"{facts['left_out_entries']} entries of training state left out"]
         if facts["left_out_entries"]
@@ -269,9 +281,27 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     )
 
 
-def _warnings(outcome: Outcome) -> list[str]:
+def _next(job: Job) -> str:
+    """What to type with the result."""
+    from titan_bridge.models import family_for  # torch, as in `run`
+
+    options = job.options
+    target = shlex.quote(str(options.target))
+    sizes = "".join(f" --{name} {n}" for name in ("dp", "tp", "ep") if (n := getattr(options, name)) > 1)
+    command = f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}"
+    if job.hf is None:
+        return f"put the model's config.json into {target}, then {command}"
+    try:
+        family_for(job.hf)
+    except BridgeError as error:
+        return f"nothing here: this model is not served ({error})"
+    return command
+
+
+def _warnings(outcome: Outcome, dtype: str | None) -> list[str]:
     lines = []
-    for what, counts in (("NaN", outcome.nan), ("infinite", outcome.inf)):
+    infinite = Counter(outcome.inf) - Counter(outcome.overflow)
+    for what, counts in (("NaN", outcome.nan), ("infinite", infinite)):
         if counts:
             worst = sorted(counts, key=lambda name: -counts[name])[:3]
             named = ", ".join(f"{name} ({counts[name]:,})" for name in worst)
@@ -279,6 +309,12 @@ def _warnings(outcome: Outcome) -> list[str]:
             lines.append(
                 f"{sum(counts.values()):,} weights are {what}: {named}{more}; they were copied as they are"
             )
+    if outcome.overflow:
+        first, count = next(iter(outcome.overflow.items()))
+        lines.append(
+            f"{sum(outcome.overflow.values()):,} elements became infinite as {dtype}, first in {first} ({count:,}); "
+            "choose a dtype with a wider range"
+        )
     if outcome.lost:
         named = ", ".join(sorted(outcome.lost)[:3])
         lines.append(f"{len(outcome.lost)} tensors that are not zero have no place in this format: {named}")

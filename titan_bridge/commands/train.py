@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -76,4 +77,6 @@ class Train:
             summary += f"; loss {losses[min(losses)]['loss']:.4f} -> {losses[max(losses)]['loss']:.4f}"
         print(summary)
         print(f"checkpoint {run.dcp if run.step is not None else 'none'}")
+        if run.step is not None:
+            print(f"next: titan-bridge serve {shlex.quote(str(job.out))}")
         return 0

@@ -117,6 +117,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise BridgeError(f"{path}:{error.lineno}:{error.colno}: TOML syntax: {reason}") from None
     except UnicodeDecodeError as error:
         raise BridgeError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise BridgeError(f"{path} cannot be read as TOML: {error}") from None
     except FileNotFoundError:
         raise BridgeError(f"{path} does not exist; give a TOML file that does") from None
     except OSError as error:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from titan_bridge.mesh import Sizes
+
 CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 Positive = Annotated[int, Field(ge=1)]
@@ -39,12 +41,7 @@ class Parallel:
     """Dense weights over dp: whole on each group ("replicate") or 1/dp each, gathered layer by layer ("shard")."""
 
     def __post_init__(self) -> None:
-        world = self.dp * self.tp
-        if world % self.ep:
-            allowed = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-            raise ValueError(
-                f"ep={self.ep} does not divide dp * tp = {self.dp} * {self.tp} = {world}; allowed: {allowed}"
-            )
+        Sizes(dp=self.dp, tp=self.tp, ep=self.ep)  # which refuses those that do not fit together
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -50,7 +50,7 @@ def read_dims(
     fields.only("quantization_config", ())
     fields.only("hidden_act", ("silu",))
     fields.only("attention_bias", (False,))
-    dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads", maximum=1 << 16)
     kv_heads = fields.integer("num_key_value_heads", default=default_kv_heads or heads)
     if fields.hf.get("head_dim") is None and default_head_dim is None and dim % heads:
         raise fields.refusal(
@@ -67,7 +67,7 @@ def read_dims(
     return DecoderDims(
         vocab=fields.integer("vocab_size"),
         dim=dim,
-        layers=fields.integer("num_hidden_layers"),
+        layers=fields.integer("num_hidden_layers", maximum=4096),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -27,11 +27,15 @@ class Fields:
         self.hf = hf
         self.architecture = architecture
 
-    def integer(self, *names: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
-        """The first of ``names`` that is present, as an int of at least ``minimum``."""
+    def integer(
+        self, *names: str, default: Any = _REQUIRED, minimum: int = 1, maximum: int | None = None
+    ) -> int:
+        """The first of ``names`` that is present, as an int of at least ``minimum`` and at most ``maximum``."""
         name, value = self._first(names, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.refusal(name, value, f"an integer of at least {minimum}")
+        small = isinstance(value, bool) or not isinstance(value, int) or value < minimum
+        if small or (maximum is not None and value > maximum):
+            at_most = f" and at most {maximum}" if maximum is not None else ""
+            raise self.refusal(name, value, f"an integer of at least {minimum}{at_most}")
         return value
 
     def number(self, name: str, *, default: Any = _REQUIRED) -> float:

@@ -63,7 +63,7 @@ def _read(hf: Mapping[str, Any]) -> _Qwen3:
 
 
 def _read_experts(fields: Fields, layers: int) -> tuple[_Experts, tuple[bool, ...]]:
-    count = fields.integer("num_experts", "num_local_experts")
+    count = fields.integer("num_experts", "num_local_experts", maximum=1 << 16)
     top_k = fields.integer("num_experts_per_tok")
     if top_k > count:
         raise fields.refusal("num_experts_per_tok", top_k, f"1 to num_experts={count}")

@@ -207,10 +207,10 @@ class Layout:
         """Read the JSON file at `path`. Raises BridgeError when it is not there or not a layout."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(), object_pairs_hook=_no_duplicates))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise BridgeError(f"{path}: not a layout file: {error}") from None
         except BridgeError as error:
             raise BridgeError(f"{path}: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise BridgeError(f"{path}: not a layout file: {error}") from None
 
     def diff(self, other: Layout) -> list[str]:
         """What is different in `other`, a sentence each; empty when the two layouts say the same."""

@@ -165,6 +165,8 @@ def _torchrun(job: Job, folder: Path, descriptor: int) -> None:
             str(job.nproc),
             "--max-restarts",
             "0",
+            "--log-dir",  # else it leaves a folder of its own in the temporary one when it is interrupted
+            os.devnull,
         ),
         *("-m", WORKER, str(folder)),
     ]
