@@ -253,6 +253,7 @@ def test_index_entries_outside_the_directory_are_refused(tmp_path, file):
 
 
 def test_chunks_must_cover_their_tensor_once(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(9))
     for boxes, what in (
         ([((0,), (2,))], "hold 2 of 4"),
         ([((0,), (3,)), ((2,), (4,))], "overlap"),
