@@ -313,6 +313,21 @@ def test_files_and_index_must_agree(tmp_path):
             open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("optimizer_0.pt", r"torch_checkpointing or torch.save \(config.json, optimizer_0.pt\), which is not read"),
+        ("shard-00001-model-00001-of-00002.safetensors", "parts that each rank saved.*consolidate_safetensors_files"),
+        ("pytorch_model.bin", r"holds no checkpoint \(found: config.json, pytorch_model.bin\)"),
+    ],
+)  # fmt: skip
+def test_files_of_others_are_named(tmp_path, file, message):
+    for name in ("config.json", file):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(BridgeError, match=message):
+        open_checkpoint(tmp_path)
+
+
 def test_a_directory_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(BridgeError, match="holds no checkpoint"):
         open_checkpoint(tmp_path)

@@ -90,6 +90,8 @@ class Checkpoint:
     """DCP: where each of `extra_tensors` and `blobs` stands in the nested state dict."""
     left_out: int = 0
     """DCP: entries that are no model tensors and were not looked up."""
+    elsewhere: tuple[str, ...] = ()
+    """DCP: those of them that are tensors under a key that neither the model nor the training state has."""
     layout: Layout | None = None
     """Engine files: what they were cut for."""
     pool: FilePool = field(default_factory=FilePool)

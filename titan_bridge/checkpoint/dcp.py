@@ -106,7 +106,7 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
     others: dict[str, Stored] = {}
     blobs: dict[str, Blob] = {}
     other: dict[str, tuple[Any, ...]] = {}
-    left_out = 0
+    left_out, elsewhere = 0, []
     for fqn, entry in entries.items():
         if not _is_name(fqn):
             raise BridgeError(f"the name of an entry is {reprlib.repr(fqn)}")
@@ -116,6 +116,8 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
         name = _model_name(path) if kind == "TensorStorageMetadata" else None
         if name is None and not extra:
             left_out += 1
+            if kind == "TensorStorageMetadata" and path[0] not in TRAINING_STATE:
+                elsewhere.append(fqn)
             continue
         own = places.get(fqn, {})
         if kind == "BytesStorageMetadata":
@@ -138,6 +140,7 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
         blobs=blobs,
         paths=other,
         left_out=left_out,
+        elsewhere=tuple(name for name in elsewhere if name.split(".")[0] not in TRAINING_STATE),
         config=read_config(directory),
     )
 

@@ -90,6 +90,11 @@ class _Unpickler(_InPython):
             return _ordered_dict
         if module == "torch" and (dtype := torch_dtype(name)) is not None:
             return dtype
+        if module.split(".")[0] == "torchao":
+            raise BridgeError(
+                f"a quantized tensor of torchao ({full!r:.100}); only plain ones are read: save the model in "
+                "bfloat16 or float32"
+            )
         raise BridgeError(
             f"the pickle names {full!r:.100}, which no checkpoint needs; refused, nothing was run"
         )

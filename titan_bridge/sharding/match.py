@@ -98,10 +98,10 @@ def match(
     return items, tuple(name for name in sources if name not in used), uncovered
 
 
-def few(names: Collection[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(list(names)[:most]) or "none") + more
+def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:
+    """The first items, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return (separator.join(list(items)[:most]) or "none") + more
 
 
 def _item(source: Held, destination: Held, view: View, *, external_source: bool) -> Item:
