@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import read_json_object
 
 if TYPE_CHECKING:
     from titan_bridge.config.schema import InferConfig
@@ -106,7 +107,7 @@ def model_directory(model: str) -> dict[str, Any]:
     """Check that `model` is a directory with a readable config.json, and return what that says.
 
     Raises:
-        BridgeError: no such directory, no config.json, not JSON, or not a JSON object.
+        BridgeError: no such directory, no config.json, or not a JSON object.
     """
     folder = Path(model)
     if not folder.exists():
@@ -117,15 +118,7 @@ def model_directory(model: str) -> dict[str, Any]:
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         raise BridgeError(f"{model} has no config.json (found: {found}); give a model in Hugging Face format")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BridgeError(f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BridgeError(f"{file} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise BridgeError(f"{file} holds a JSON {type(content).__name__}; a model's config is an object")
-    return content
+    return read_json_object(file)
 
 
 def weights_present(model: str) -> None:

@@ -22,7 +22,16 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import SpmdLayout
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import DENSE, MESH_AXES, SPARSE, Sizes, check_divides, describe, padded_vocab
+from titan_bridge.mesh import (
+    DENSE,
+    MESH_AXES,
+    SHARD_AXIS,
+    SPARSE,
+    Sizes,
+    check_divides,
+    describe,
+    padded_vocab,
+)
 from titan_bridge.models import family_for, family_of
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.parallelize import Plan, plan_for
@@ -31,7 +40,6 @@ from titan_bridge.sharding.spec import ShardingSpec
 
 Dense = Literal["replicate", "shard"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SHARD_AXIS = {DENSE: "fsdp", SPARSE: "efsdp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,14 +196,20 @@ def _spec(
         dim = getattr(types.get(MeshAxisName(axis)), "dim", None)
         shards = dim is not None and sizes.axis(axis) > 1
         placements[axis] = Shard(dim % len(shape)) if shards else Replicate()
-    shard_axis = _SHARD_AXIS[mesh]
+    shard_axis = SHARD_AXIS[mesh]
     # FSDP shards parameters only; a buffer keeps its declared layout.
     if dense == "shard" and sizes.axis(shard_axis) > 1 and not is_buffer:
         chosen = plan.shard_placement_fn(fqn, shape, sizes)
         assert chosen.mesh == mesh, (
             f"{fqn} is declared on the {mesh} mesh, shard_placement_fn says {chosen.mesh}"
         )
-        placements[shard_axis] = _sharded_on_top(chosen.dim, placements, sizes)
+        placements[shard_axis] = placement = _sharded_on_top(chosen.dim, placements, sizes)
+        inner = placement.split_factor if isinstance(placement, _StridedShard) else 1
+        if chosen.dim and (left := shape[chosen.dim] // inner) % sizes.axis(shard_axis):
+            raise BridgeError(
+                f"{fqn}: FSDP cuts dim {chosen.dim} evenly only, and {shard_axis}={sizes.axis(shard_axis)} does not "
+                f"divide {left}; allowed: a divisor of it, or dense weights replicated"
+            )
     return ShardingSpec(mesh=mesh, placements=tuple(placements.values()))
 
 

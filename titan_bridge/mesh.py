@@ -32,6 +32,8 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "pp": ("pp",),
 }
 """Every mesh name and its axes; the only place that lists them."""
+SHARD_AXIS = {DENSE: "fsdp", SPARSE: "efsdp"}
+"""The axis of each mesh that FSDP may shard."""
 
 MOST_RANKS = 1 << 18
 """A layout lists its ranks, so a size that is a slip of the hand would cost minutes and gigabytes."""

@@ -13,10 +13,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, ShardOrderEntry
+from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
 from titan_bridge.sharding import ShardingSpec, attach, get
+from titan_bridge.transfer.source import layout_of
 
 pytestmark = pytest.mark.distributed
 WORLD = 4
@@ -110,6 +114,25 @@ def distributed_tensors() -> None:
                 assert_local_is_the_boxes(distribute_tensor(full, mesh, [first, second]), full)
 
 
+def another_shard_order() -> None:
+    """Rows cut over the second axis first: placements alone would say the rows of other ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    full = numbered(8, 4)
+    plain = distribute_tensor(full, mesh, [Shard(0), Shard(0)])
+    order = (ShardOrderEntry(tensor_dim=0, mesh_dims=(1, 0)),)
+    spec = DTensorSpec(mesh, plain.placements, tensor_meta=plain._spec.tensor_meta, shard_order=order)
+    turned = DTensor(
+        redistribute_local_tensor(plain.to_local(), plain._spec, spec), spec, requires_grad=False
+    )
+    if dist.get_rank() in (1, 2):
+        assert not torch.equal(turned.to_local(), plain.to_local())
+    layout_of({"w": plain}, dist.get_rank())
+    with pytest.raises(BridgeError, match=r"w: dim 0 is sharded over mesh axes \(1, 0\).*only left to right"):
+        layout_of({"w": turned}, dist.get_rank())
+    with pytest.raises(BridgeError, match="shard_order"):
+        attach(turned, "mesh", turned.placements)
+
+
 def rank_main(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -120,7 +143,7 @@ def rank_main(rank: int, port: int) -> None:
         timeout=timedelta(seconds=60),
     )
     try:
-        for scenario in (fsdp_x_tp, hsdp_x_tp, efsdp_x_ep, distributed_tensors):
+        for scenario in (fsdp_x_tp, hsdp_x_tp, efsdp_x_ep, distributed_tensors, another_shard_order):
             scenario()
     finally:
         dist.destroy_process_group()

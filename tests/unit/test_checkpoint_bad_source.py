@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from tests.unit.checkpoint_samples import NORM, changed, contents, options
 from titan_bridge.checkpoint.reshard import prepare
@@ -53,6 +54,27 @@ def test_tensors_that_do_not_fit_are_named(source, tmp_path, change, message, to
     copy = changed(source, tmp_path / "copy", change)
     with pytest.raises(BridgeError, match=message):
         prepare(options(copy, tmp_path / "out", to=to))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {"app": {"net": state}},
+            r"missing: tok_embeddings.weight.*\.metadata has tensors under other names: app\.net\.tok_embeddings",
+        ),
+        (lambda state: {f"module.{name}": value for name, value in state.items()}, r"unexpected: module\.tok_emb"),
+        (
+            lambda state: {name: value.to(torch.float8_e4m3fn) for name, value in state.items()},
+            "dtype torch.float8_e4m3fn; quantized weights are not read",
+        ),
+    ],
+)  # fmt: skip
+def test_a_dcp_of_other_names_or_of_float8_is_refused_by_what_it_has(dcp_source, tmp_path, change, message):
+    dcp.save(change(contents(dcp_source)), checkpoint_id=tmp_path / "other", no_dist=True)
+    shutil.copy(dcp_source / "config.json", tmp_path / "other")
+    with pytest.raises(BridgeError, match=message):
+        prepare(options(tmp_path / "other", tmp_path / "out", to="hf"))
 
 
 def test_all_problems_are_in_one_line(source, tmp_path):

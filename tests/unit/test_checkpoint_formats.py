@@ -253,6 +253,7 @@ def test_index_entries_outside_the_directory_are_refused(tmp_path, file):
 
 
 def test_chunks_must_cover_their_tensor_once(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(9))
     for boxes, what in (
         ([((0,), (2,))], "hold 2 of 4"),
         ([((0,), (3,)), ((2,), (4,))], "overlap"),
@@ -310,6 +311,21 @@ def test_files_and_index_must_agree(tmp_path):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(BridgeError, match=message):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("optimizer_0.pt", r"torch_checkpointing or torch.save \(config.json, optimizer_0.pt\), which is not read"),
+        ("shard-00001-model-00001-of-00002.safetensors", "parts that each rank saved.*consolidate_safetensors_files"),
+        ("pytorch_model.bin", r"holds no checkpoint \(found: config.json, pytorch_model.bin\)"),
+    ],
+)  # fmt: skip
+def test_files_of_others_are_named(tmp_path, file, message):
+    for name in ("config.json", file):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(BridgeError, match=message):
+        open_checkpoint(tmp_path)
 
 
 def test_a_directory_without_a_checkpoint_is_named(tmp_path):

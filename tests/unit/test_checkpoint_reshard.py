@@ -14,14 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.qwen3 import model_registry
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.engine_files import map_rank
 from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
 from titan_bridge.errors import BridgeError
-from titan_bridge.models import family_for, load_hf_config
-from titan_bridge.models.build import build_on_meta
+from titan_bridge.models import family_for, family_of, load_hf_config
+from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.sharding import Layout
 from titan_bridge.testing import make_checkpoint
 from titan_bridge.train.output import RECORD
@@ -207,6 +208,20 @@ def test_engine_files_are_the_local_shards(made, tmp_path, kind, dp, tp, ep, den
             assert torch.equal(tensor, expected), (rank, fqn)
     # Nothing is stored twice: replicas share files.
     assert outcome.bytes_written < 1.1 * sum(tensor.nbytes for tensor in whole.values())
+
+
+def test_a_model_with_separate_qkv_is_resharded(tmp_path):
+    flavor = "debugmodel_non_fused_qkv"
+    config = model_registry(flavor).model
+    state = materialize(build_on_meta(config, dtype=torch.float32), "cpu").state_dict()
+    for name, tensor in state.items():
+        tensor.copy_(torch.randn(tensor.shape))
+        assert "wqkv" not in name
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    reshard(tmp_path / "dcp", tmp_path / "hf", "hf", config=Path(f"qwen3:{flavor}"))
+    hf, family = load_hf_config(tmp_path / "hf"), family_of(config)
+    expected = {view.name: view.read(state[view.fqn]) for view in family.views(hf, fused_qkv=False)}
+    assert_same(contents(tmp_path / "hf"), expected)
 
 
 def test_casts_are_torchs(made, tmp_path):

@@ -40,11 +40,12 @@ def test_one_flipped_byte_of_a_dcp_payload_is_found(dcp_source, written_by_torch
     copy = tmp_path / "copy"
     shutil.copytree(dcp_source if writer == "ours" else written_by_torch("dcp"), copy)
     with open_checkpoint(copy) as checkpoint:
-        stored = checkpoint.tensors["tok_embeddings.weight"].chunks[0]
-    data = bytearray(stored.path.read_bytes())
-    data[stored.offset + 3] ^= 0x40  # the exponent of the first element
-    stored.path.write_bytes(data)
-    with pytest.raises(BridgeError, match=rf"{stored.path.name}: tok_embeddings\.weight: .* CRC-32"):
+        stored = checkpoint.tensors["tok_embeddings.weight"]
+        path, start = stored.chunks[0].path, checkpoint.locate(stored, stored.chunks[0])
+    data = bytearray(path.read_bytes())
+    data[start + 3] ^= 0x40  # the exponent of the first element
+    path.write_bytes(data)
+    with pytest.raises(BridgeError, match=rf"{path.name}: tok_embeddings\.weight: .* CRC-32"):
         prepare(options(copy, tmp_path / "out", to=to, verify=True)).run()
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.partial").exists(), "it was found after something was written"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.models.qwen3.model import Qwen3Model
 
+from titan_bridge.checkpoint.hf import read_config
+from titan_bridge.checks import model_directory
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import UnsupportedModelError, families, family_for, family_of, load_hf_config
@@ -332,6 +335,28 @@ def test_a_model_that_hugging_face_cannot_express_is_not_written() -> None:
         family_for(MOE).hf_config(config)
 
 
+def rope(**changed: float) -> dict[str, Any]:
+    return {"rope_parameters": LLAMA["rope_parameters"] | changed}
+
+
+@pytest.mark.parametrize(
+    ("hf", "change", "message"),
+    [
+        (QWEN3, {"model_type": "llama"}, "architecture Qwen3ForCausalLM and model_type='llama'; .*'qwen3'"),
+        (MOE, {"model_type": "qwen3"}, "Qwen3MoeForCausalLM and model_type='qwen3'; .*'qwen3_moe'"),
+        (QWEN3, {"rms_norm_eps": math.inf}, "rms_norm_eps=inf"),
+        (QWEN3, {"rms_norm_eps": math.nan}, "rms_norm_eps=nan"),
+        (LLAMA, rope(high_freq_factor=1.0), "high_freq_factor=1.0.*more than low_freq"),
+        (LLAMA, rope(low_freq_factor=8.0), "more than low_freq_factor=8.0"),
+        (LLAMA, rope(factor=0), "factor=0"),
+    ],
+)  # fmt: skip
+def test_contradictions_and_numbers_that_divide_by_zero_are_refused(hf, change, message) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        stated = hf | change
+        family_for(stated).model_config(stated)
+
+
 def test_a_config_is_read_from_a_directory_or_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match=r"/nowhere does not exist; give a directory"):
         load_hf_config(tmp_path / "nowhere")
@@ -339,12 +364,19 @@ def test_a_config_is_read_from_a_directory_or_refused_in_one_line(tmp_path: Path
         load_hf_config(tmp_path)
     file = tmp_path / "config.json"
     for text, message in (
-        ("{", "cannot be read as JSON"),
-        ("[]", "holds a JSON list; a Hugging Face config is an object"),
+        ("{", r"config\.json:1:2: not JSON"),
+        ("[]", "holds a JSON list; it must be an object"),
+        ('{"a": NaN}', "NaN is no finite number"),
+        ('{"a": [-Infinity]}', "-Infinity is no finite number"),
+        ('{"rms_norm_eps": 1e999}', "1e999 is no finite number"),
+        ('{"a": {"tp": 1, "b": 2, "tp": 3}}', "'tp' is given twice"),
+        ('{"a": ' + "1" * 5000 + "}", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
     ):
         file.write_text(text)
-        with pytest.raises(BridgeError, match=message):
-            load_hf_config(tmp_path)
+        for read in (load_hf_config, model_directory, read_config):
+            with pytest.raises(BridgeError, match=message):
+                read(tmp_path)
     file.write_text(json.dumps(QWEN3))
     assert load_hf_config(tmp_path) == load_hf_config(file) == QWEN3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchtitan.distributed.utils as titan_distributed
+from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.decoder import Decoder
 
+from titan_bridge.engine.fsdp import shard_dense
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import specs, stated_dtype
+from titan_bridge.layout import ParamSpec, as_layout, specs, stated_dtype
 from titan_bridge.mesh import MESH_AXES, Sizes, describe, get_device_meshes, to_parallel_dims
 from titan_bridge.models import families, family_for
 from titan_bridge.models.attention import use_plain_attention
@@ -162,6 +165,52 @@ def test_named_meshes_are_those_of_torchtitan(sizes: Sizes, spmd_backend: Any) -
         for name in ("tp", "ep"):
             line = describe(name, sizes, rank=rank).flat_ranks()
             assert tuple(dims._single_axis_meshes[name].mesh.tolist()) == line
+
+
+SERVED = [
+    *(("qwen3-moe", sizes) for sizes in (Sizes(dp=2), Sizes(dp=2, tp=2, ep=2), Sizes(dp=4, tp=2, ep=4))),
+    *(("qwen3-moe", sizes) for sizes in (Sizes(dp=2, tp=2, ep=4), Sizes(dp=16), Sizes(dp=16, tp=2))),
+    *(("qwen3-moe", sizes) for sizes in (Sizes(dp=8, tp=2, ep=2), Sizes(dp=8, ep=4))),
+    *((name, Sizes(dp=5)) for name in ("llama3", "qwen3-tied")),
+]
+"""With more dp ranks than the 8 experts at ep=1 and over efsdp, which FSDP then cuts along dim 1."""
+
+
+@pytest.mark.parametrize(("name", "sizes"), SERVED, ids=str)
+def test_sharded_serving_holds_what_the_layout_says(name: str, sizes: Sizes) -> None:
+    """Element by element: what `shard_dense` leaves of numbered tensors on a few ranks, and the declared boxes."""
+    config = config_of(MODELS[name], sizes)
+    whole, sharded = specs(config, sizes), specs(config, sizes, "shard")
+    full = {fqn: torch.arange(math.prod(e.shape)).view(e.shape).float() for fqn, e in whole.items()}
+
+    def local(entry: ParamSpec, fqn: str, rank: int) -> torch.Tensor:
+        mesh = describe(entry.spec.mesh, sizes, rank=rank)
+        place = (entry.shape, mesh.shape, mesh.coordinate(rank))
+        made = torch.empty(entry.spec.local_shape(*place))
+        for piece in entry.spec.pieces(*place):
+            made[piece.local.slices] = full[fqn][piece.box.slices]
+        return made
+
+    for rank in {0, 1, sizes.world // 2, sizes.world - 1}:
+        with fake_world(sizes, rank, "partial_dtensor"):
+            model = build_on_meta(config, dtype=torch.float32)
+            for fqn, entry in whole.items():
+                if not entry.is_buffer:
+                    module, _, own = fqn.rpartition(".")
+                    param = nn.Parameter(local(entry, fqn, rank), requires_grad=False)
+                    model.get_submodule(module).register_parameter(own, param)
+            tie(model)
+            shard_dense(model, get_device_meshes(sizes, device_type="cpu"), as_layout(sharded, sizes))
+            for fqn, param in model.named_parameters():
+                held = param.to_local() if isinstance(param, DTensor) else param
+                torch.testing.assert_close(held, local(sharded[fqn], fqn, rank), rtol=0, atol=0, msg=fqn)
+
+
+def test_experts_that_do_not_divide_over_dp_are_refused() -> None:
+    with pytest.raises(
+        BridgeError, match=r"w1_EFD: FSDP cuts dim 1 evenly only, and fsdp=9 does not divide 64"
+    ):
+        specs(MODELS["qwen3-moe"], Sizes(dp=9), "shard")
 
 
 def test_a_tied_head_is_the_embedding() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +124,29 @@ def test_checkpoints_without_a_record_and_tensors_of_another_model_are_refused(j
     (trained / output.RECORD).unlink()
     with pytest.raises(BridgeError, match=r"holds checkpoints without titan_bridge\.json"):
         launch.train(job())
+
+
+class Hostile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, proof: Path) -> None:
+        self._proof = proof
+
+    def __reduce__(self):
+        return open, (str(self._proof), "w")
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_metadata_that_names_code_is_refused_before_it_is_unpickled(job, trained, tmp_path, initial):
+    step, proof, sets = trained / "step-4", tmp_path / "proof", []
+    if initial:
+        step, sets = tmp_path / "other", [f"trainer.checkpoint.initial_load_path={tmp_path / 'other'}"]
+        step.mkdir()
+        shutil.rmtree(trained)
+    (step / output.METADATA).write_bytes(pickle.dumps(Hostile(proof)))
+    with pytest.raises(BridgeError, match="which no checkpoint needs; refused, nothing was run"):
+        launch.train(job(*sets))
+    assert not proof.exists()
 
 
 @contextlib.contextmanager

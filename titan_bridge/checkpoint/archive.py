@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import reprlib
 import struct
 import zlib
 from collections import OrderedDict
@@ -150,9 +151,9 @@ def _storage(pid: Any) -> _Storage:
         or pid[0] != "storage"
         or not isinstance(pid[1], torch.dtype)
     ):
-        raise BridgeError(f"an unknown kind of data {pid!r:.80}")
+        raise BridgeError(f"an unknown kind of data {reprlib.repr(pid)}")
     if not isinstance(pid[2], str) or not _is_count(pid[4]):
-        raise BridgeError(f"damaged reference to data {pid!r:.80}")
+        raise BridgeError(f"damaged reference to data {reprlib.repr(pid)}")
     return _Storage(pid[1], pid[2], pid[4])
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from titan_bridge.checkpoint.archive import Placed, locate
 from titan_bridge.checkpoint.files import FilePool
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
@@ -18,6 +22,8 @@ from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.moves import Copy
 
 Format = Literal["hf", "dcp", "engine"]
+_MOST_CUT = 8
+"""Dims along which one tensor may be cut into chunks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +41,11 @@ class Chunk:
 
     path: Path
     offset: int
-    """Bytes from the start of the file; need not be aligned."""
+    """Bytes from the start of the file to the tensor, or to the `archive` that holds it; need not be aligned."""
     box: Box
     """In the global tensor."""
-    archive: Blob | None = None
-    """DCP: the archive of `torch.save` that the tensor lies in, with its checksum."""
+    archive: int | None = None
+    """DCP: bytes of the archive of `torch.save` that holds the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +90,13 @@ class Checkpoint:
     """DCP: where each of `extra_tensors` and `blobs` stands in the nested state dict."""
     left_out: int = 0
     """DCP: entries that are no model tensors and were not looked up."""
+    elsewhere: tuple[str, ...] = ()
+    """DCP: those of them that are tensors under a key that neither the model nor the training state has."""
     layout: Layout | None = None
     """Engine files: what they were cut for."""
     pool: FilePool = field(default_factory=FilePool)
+    _located: dict[tuple[Path, int], Placed] = field(default_factory=dict, repr=False)
+    """Archives that were looked into, by file and offset."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -119,14 +129,43 @@ class Checkpoint:
         """All model tensors, or those named, as one side of a plan."""
         return [self.tensor(name).held() for name in (self.tensors if names is None else names)]
 
+    def locate(self, stored: Stored, chunk: Chunk) -> int:
+        """The byte of the chunk's file at which its tensor starts. An archive is read (its headers) the first time.
+
+        Raises:
+            BridgeError: An archive that is damaged, or holds another tensor than the metadata says.
+        """
+        if chunk.archive is None:
+            return chunk.offset
+        where = f"{chunk.path}: {stored.name} at {chunk.box.start}"
+        key = (chunk.path, chunk.offset)
+        if key not in self._located:
+            headers = partial(self.pool.header, chunk.path, chunk.offset, chunk.archive, where)
+            self._located[key] = locate(headers, chunk.archive, where)
+        found = self._located[key]
+        if (found.dtype, found.shape) != (stored.dtype, chunk.box.shape):
+            raise BridgeError(
+                f"{where}: the file has {found.dtype} {found.shape}, the metadata says {stored.dtype} {chunk.box.shape}"
+            )
+        return chunk.offset + found.offset
+
     def fetch(self, copy: Copy, out: torch.Tensor) -> None:
         """Execute a copy whose source is this checkpoint. `out`: the destination's window, cast to its dtype."""
+        stored, chunk = self.source_of(copy)
+        window = copy.source_window
+        self.pool.fetch(
+            chunk.path,
+            self.locate(stored, chunk),
+            stored.dtype,
+            (window.size, window.stride, window.offset),
+            out,
+        )
+
+    def source_of(self, copy: Copy) -> tuple[Stored, Chunk]:
+        """What a copy reads."""
         stored = self.tensor(copy.source_name)
         assert copy.source_chunk is not None
-        chunk, window = stored.chunks[copy.source_chunk], copy.source_window
-        self.pool.fetch(
-            chunk.path, chunk.offset, stored.dtype, (window.size, window.stride, window.offset), out
-        )
+        return stored, stored.chunks[copy.source_chunk]
 
     def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
         """Copy a box (global coordinates) of a tensor into `out` (the box's shape, any strides, any dtype).
@@ -146,7 +185,8 @@ class Checkpoint:
             local = common.relative_to(chunk.box.start)
             offset = sum(a * s for a, s in zip(local.start, stride, strict=True))
             target = out[common.relative_to(box.start).slices]
-            self.pool.fetch(chunk.path, chunk.offset, stored.dtype, (common.shape, stride, offset), target)
+            start = self.locate(stored, chunk)
+            self.pool.fetch(chunk.path, start, stored.dtype, (common.shape, stride, offset), target)
             done += common.numel
         assert done == box.numel, f"{name}: {done} of {box.numel} elements are in its chunks"
 
@@ -174,25 +214,27 @@ def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box], where: 
     for box in distinct:
         if box.ndim != len(shape) or not whole.contains(box):
             raise BridgeError(f"{where}: {name} has a part {box} outside its shape {shape}")
-    held = sum(box.numel for box in distinct)
-    if held != whole.numel or (len(distinct) > 1 and _overlap(distinct)):
+    cut = [d for d in range(len(shape)) if any(b.start[d] or b.stop[d] != shape[d] for b in distinct)]
+    if len(cut) > _MOST_CUT:
+        raise BridgeError(f"{where}: {name} is cut along {len(cut)} dims; at most {_MOST_CUT} are read")
+    if _corners(distinct, cut) != _corners([whole] if whole.numel else [], cut):
+        held = sum(box.numel for box in distinct)
         what = "overlap" if held >= whole.numel else f"hold {held} of {whole.numel} elements"
         raise BridgeError(f"{where}: the parts of {name} {what}; they must cover {shape} once")
 
 
-def _overlap(boxes: Sequence[Box]) -> bool:
-    """Sweep along the first dim that tells boxes apart; those that share an interval there are compared."""
-    ndim = boxes[0].ndim
-    if not ndim:
-        return len(boxes) > 1
-    order = sorted(boxes)
-    active: list[Box] = []
-    for box in order:
-        active = [other for other in active if other.stop[0] > box.start[0]]
-        if any(box.intersect(other) for other in active):
-            return True
-        active.append(box)
-    return False
+def _corners(boxes: Iterable[Box], dims: Sequence[int]) -> dict[tuple[int, ...], int]:
+    """How often each corner occurs, negative for those with an odd number of ends in them; zeros left out.
+
+    These are the differences along every dim of "how many boxes hold this element". So they are those of the whole
+    tensor where each element is held once, and nowhere else, and the time is in proportion to the boxes.
+    """
+    counts: Counter[tuple[int, ...]] = Counter()
+    for box in boxes:
+        ends = [((box.start[d], 1), (box.stop[d], -1)) for d in dims]
+        for corner in itertools.product(*ends):
+            counts[tuple(at for at, _ in corner)] += math.prod(sign for _, sign in corner)
+    return {corner: count for corner, count in counts.items() if count}
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:

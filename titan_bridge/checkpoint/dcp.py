@@ -2,21 +2,22 @@
 
 `.metadata` is a pickle: tensors with their chunks, and for every chunk file, offset and length. Each chunk is an
 archive of `torch.save` (see `archive.py`). A full training checkpoint has the model's tensors at the top level and
-beside them `optimizer`, `lr_scheduler`, `dataloader` and `train_state`.
+beside them `optimizer`, `lr_scheduler`, `dataloader` and `train_state`. Opening reads `.metadata` only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from titan_bridge.checkpoint.archive import locate
+from titan_bridge.checkpoint import pickles
 from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, Chunk, Stored, check_cover
-from titan_bridge.checkpoint.files import FilePool, inside, read_bytes, size_of
+from titan_bridge.checkpoint.files import inside, read_bytes, size_of
 from titan_bridge.checkpoint.hf import read_config
 from titan_bridge.checkpoint.pickles import Record, kind_of, loads, records
 from titan_bridge.errors import BridgeError
@@ -27,6 +28,8 @@ TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 """Top-level entries of TorchTitan's full checkpoints that are not the model."""
 _MODEL = "model"
 _MOST_METADATA = 1 << 31
+_MOST_DIMS = 64
+_LONGEST_NAME = 4096
 
 _META = "torch.distributed.checkpoint.metadata"
 _ALLOWED: dict[str, Any] = {
@@ -51,8 +54,12 @@ _ALLOWED: dict[str, Any] = {
         "pathlib.WindowsPath",
         "pathlib.PureWindowsPath",
     ),
-    "torch.Size": tuple,
+    "torch.Size": pickles.size,
 }
+
+
+_Places = dict[str, dict[tuple[int, ...] | None, "_Place"]]
+"""By entry, then by offset in the tensor (None: no tensor)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +84,7 @@ def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
 
     Raises:
         BridgeError: Metadata that is damaged, hostile or of another version; files that are missing, too short or
-            outside the directory; chunks that are not what the metadata says or do not cover their tensor.
+            outside the directory; chunks that do not cover their tensor.
     """
     source = directory / METADATA
     size = size_of(source)
@@ -85,31 +92,46 @@ def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
         raise BridgeError(f"{source} has {size} bytes; at most {_MOST_METADATA} are read")
     root = loads(read_bytes(source, 0, size), _ALLOWED, where=source)
     try:
-        entries, places, paths = _read(root, directory)
+        return _open(root, directory, extra=extra, most_chunks=size)
     except BridgeError as error:
         raise BridgeError(f"{source}: {error}") from None
+
+
+def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Checkpoint:
+    if kind_of(root) != "Metadata":
+        raise BridgeError("no DCP metadata in this pickle")
+    entries, paths = _dict(root, "state_dict_metadata"), _paths(root)
+    places = _places(root, directory)
     tensors: dict[str, Stored] = {}
     others: dict[str, Stored] = {}
     blobs: dict[str, Blob] = {}
     other: dict[str, tuple[Any, ...]] = {}
-    sizes = {path: size_of(path) for path in sorted({place.path for place in places.values()})}
-    pool, left_out = FilePool(), 0
+    left_out, elsewhere = 0, []
     for fqn, entry in entries.items():
-        path = paths.get(fqn, (fqn,))
-        name = None if entry is None else _model_name(path)
+        if not _is_name(fqn):
+            raise BridgeError(f"the name of an entry is {reprlib.repr(fqn)}")
+        kind, path = kind_of(entry), paths.get(fqn, (fqn,))
+        if kind not in ("BytesStorageMetadata", "TensorStorageMetadata"):
+            raise BridgeError(f"{fqn} is neither a tensor nor bytes")
+        name = _model_name(path) if kind == "TensorStorageMetadata" else None
         if name is None and not extra:
             left_out += 1
-        elif entry is None:
-            place = _checked(places.get((fqn, None)), sizes, fqn)
+            if kind == "TensorStorageMetadata" and path[0] not in TRAINING_STATE:
+                elsewhere.append(fqn)
+            continue
+        own = places.get(fqn, {})
+        if kind == "BytesStorageMetadata":
+            place = _known(own, None, fqn)
             blobs[fqn], other[fqn] = Blob(path=place.path, offset=place.offset, length=place.length), path
-        elif name is None:
-            others[fqn], other[fqn] = _stored(fqn, fqn, *entry, places, sizes, pool), path
-        elif name in tensors:
-            raise BridgeError(f"{source}: {name} appears twice")
+            continue
+        if name in tensors:
+            raise BridgeError(f"{name} appears twice")
+        stored = _stored(name or fqn, fqn, entry, own, most_chunks)
+        most_chunks -= len(stored.chunks)
+        if name is None:
+            others[fqn], other[fqn] = stored, path
         else:
-            tensors[name] = _stored(name, fqn, *entry, places, sizes, pool)
-    pool.close()
-    pool.bytes_read = 0  # headers do not count
+            tensors[name] = stored
     return Checkpoint(
         path=directory,
         format="dcp",
@@ -118,8 +140,8 @@ def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
         blobs=blobs,
         paths=other,
         left_out=left_out,
+        elsewhere=tuple(name for name in elsewhere if name.split(".")[0] not in TRAINING_STATE),
         config=read_config(directory),
-        pool=pool,
     )
 
 
@@ -132,112 +154,80 @@ def _model_name(path: tuple[Any, ...]) -> str | None:
     return None
 
 
-Entry = tuple[tuple[int, ...], torch.dtype, tuple[Box, ...]]
+def _paths(root: Record) -> dict[str, tuple[Any, ...]]:
+    """Where entries stand in the nested state dict."""
+    planner = root.state.get("planner_data")
+    paths: dict[str, tuple[Any, ...]] = {}
+    for fqn, path in (planner if isinstance(planner, dict) else {}).items():
+        parts = path if isinstance(path, tuple) and len(path) <= _MOST_DIMS else ()
+        if parts and all(_is_name(part) or type(part) is int for part in parts):
+            paths[fqn] = parts
+    return paths
 
 
-def _read(
-    root: Any, directory: Path
-) -> tuple[
-    dict[str, Entry | None], dict[tuple[str, tuple[int, ...] | None], _Place], dict[str, tuple[Any, ...]]
-]:
-    """Entries (None: no tensor), places by (fqn, offset in the tensor), and paths, out of the records."""
-    if kind_of(root) != "Metadata":
-        raise BridgeError("no DCP metadata in this pickle")
-    entries: dict[str, Entry | None] = {}
-    for fqn, value in _dict(root, "state_dict_metadata").items():
-        if not isinstance(fqn, str):
-            raise BridgeError(f"the name of an entry is {fqn!r:.80}")
-        if kind_of(value) == "BytesStorageMetadata":
-            entries[fqn] = None
-        elif kind_of(value) == "TensorStorageMetadata":
-            entries[fqn] = _entry(fqn, value)
-        else:
-            raise BridgeError(f"{fqn} is neither a tensor nor bytes")
-    places: dict[tuple[str, tuple[int, ...] | None], _Place] = {}
+def _places(root: Record, directory: Path) -> _Places:
+    places: _Places = {}
+    files: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
     for index, info in _dict(root, "storage_data").items():
         if kind_of(index) != "MetadataIndex" or kind_of(info) != "_StorageInfo":
             raise BridgeError("damaged storage_data")
         fqn, offset = index.field("fqn"), index.state.get("offset")
-        if not isinstance(fqn, str) or not (offset is None or _is_shape(offset)):
-            raise BridgeError(f"damaged place of {fqn!r:.80}")
+        if not _is_name(fqn) or not (offset is None or _is_shape(offset)):
+            raise BridgeError(f"damaged place of {reprlib.repr(fqn)}")
         if info.state.get("transform_descriptors") if isinstance(info.state, dict) else True:
             raise BridgeError(
                 f"{fqn} was transformed when it was written (compressed?); only plain files are read"
             )
-        start, length = info.field("offset"), info.field("length")
-        if not _is_shape((start, length)):
-            raise BridgeError(f"{fqn} lies at {start!r:.40}, length {length!r:.40}")
-        path = inside(directory, info.field("relative_path"), f"the place of {fqn}")
-        if (fqn, offset) in places:
+        start, length, file = info.field("offset"), info.field("length"), info.field("relative_path")
+        if not _is_shape((start, length)) or not _is_name(file):
+            raise BridgeError(
+                f"{fqn} lies in {reprlib.repr(file)} at {reprlib.repr(start)}, length {reprlib.repr(length)}"
+            )
+        if file not in files:
+            files[file] = inside(directory, file, f"the place of {fqn}")
+            sizes[file] = size_of(files[file])
+        if start + length > sizes[file]:
+            raise BridgeError(
+                f"{files[file]} has {sizes[file]} bytes; {fqn} ends at {start + length}: truncated?"
+            )
+        own = places.setdefault(fqn, {})
+        if offset in own:
             raise BridgeError(f"{fqn} at {offset} has two places")
-        places[fqn, offset] = _Place(path=path, offset=start, length=length)
-    paths: dict[str, tuple[Any, ...]] = {}
-    planner = root.state.get("planner_data")
-    for fqn, path in (planner if isinstance(planner, dict) else {}).items():
-        if isinstance(path, tuple) and path and all(isinstance(part, (str, int)) for part in path):
-            paths[fqn] = path
-    return entries, places, paths
+        own[offset] = _Place(path=files[file], offset=start, length=length)
+    return places
 
 
-def _entry(fqn: str, value: Record) -> Entry:
-    shape, chunks = value.field("size"), value.field("chunks")
-    properties = value.field("properties")
+def _stored(
+    name: str, fqn: str, entry: Record, places: Mapping[tuple[int, ...] | None, _Place], most_chunks: int
+) -> Stored:
+    shape, listed, properties = entry.field("size"), entry.field("chunks"), entry.field("properties")
     state = properties.state if kind_of(properties) == "TensorProperties" else None
     dtype = state[0] if isinstance(state, tuple) and state else None
-    if not _is_shape(shape) or not isinstance(dtype, torch.dtype) or not isinstance(chunks, list):
+    if not _is_shape(shape) or not isinstance(dtype, torch.dtype) or not isinstance(listed, list):
         raise BridgeError(f"damaged description of {fqn}")
-    boxes = []
-    for chunk in chunks:
+    if len(listed) > most_chunks:  # one list may stand for many tensors
+        raise BridgeError(f"more chunks than {METADATA} has room for")
+    chunks = []
+    for chunk in listed:
         if not isinstance(chunk, Record):
             raise BridgeError(f"damaged chunk of {fqn}")
         start, size = chunk.field("offsets"), chunk.field("sizes")
         if not _is_shape(start) or not _is_shape(size) or len(start) != len(size):
             raise BridgeError(f"damaged chunk of {fqn}")
-        boxes.append(Box(start=start, stop=tuple(a + n for a, n in zip(start, size, strict=True))))
-    check_cover(fqn, shape, boxes, METADATA)
-    return shape, dtype, tuple(boxes)
-
-
-def _stored(
-    name: str,
-    fqn: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    boxes: Sequence[Box],
-    places: Mapping[tuple[str, tuple[int, ...] | None], _Place],
-    sizes: Mapping[Path, int],
-    pool: FilePool,
-) -> Stored:
-    chunks = []
-    for box in boxes:
-        place = _checked(places.get((fqn, box.start)), sizes, f"{fqn} at {box.start}")
-        where = f"{place.path}: {fqn} at {box.start}"
-
-        def read(offset: int, length: int, place: _Place = place, where: str = where) -> bytes:
-            if offset < 0 or length < 0 or offset + length > place.length:
-                raise BridgeError(f"{where}: damaged archive")
-            buffer = bytearray(length)
-            pool.read_into(place.path, place.offset + offset, memoryview(buffer))
-            return bytes(buffer)
-
-        found = locate(read, place.length, where)
-        if found.shape != box.shape or found.dtype != dtype:
-            raise BridgeError(
-                f"{where}: the file has {found.dtype} {found.shape}, the metadata says {dtype} {box.shape}"
-            )
-        archive = Blob(path=place.path, offset=place.offset, length=place.length)
-        chunks.append(Chunk(path=place.path, offset=place.offset + found.offset, box=box, archive=archive))
+        box = Box(start=start, stop=tuple(a + n for a, n in zip(start, size, strict=True)))
+        place = _known(places, start, f"{fqn} at {start}")
+        chunks.append(Chunk(path=place.path, offset=place.offset, box=box, archive=place.length))
+    check_cover(fqn, shape, [chunk.box for chunk in chunks], METADATA)
     return Stored(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 
-def _checked(place: _Place | None, sizes: Mapping[Path, int], what: str) -> _Place:
-    if place is None:
-        raise BridgeError(f"{METADATA} does not say where {what} lies")
-    if place.offset + place.length > sizes[place.path]:
-        raise BridgeError(
-            f"{place.path} has {sizes[place.path]} bytes; {what} ends at {place.offset + place.length}: truncated?"
-        )
-    return place
+def _known(
+    places: Mapping[tuple[int, ...] | None, _Place], offset: tuple[int, ...] | None, what: str
+) -> _Place:
+    if offset not in places:
+        raise BridgeError(f"nothing says where {what} lies")
+    return places[offset]
 
 
 def _dict(root: Record, name: str) -> dict[Any, Any]:
@@ -248,4 +238,12 @@ def _dict(root: Record, name: str) -> dict[Any, Any]:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(n) is int and 0 <= n < 2**62 for n in value)
+    return (
+        isinstance(value, tuple)
+        and len(value) <= _MOST_DIMS
+        and all(type(n) is int and 0 <= n < 2**62 for n in value)
+    )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_NAME

@@ -28,9 +28,10 @@ from titan_bridge.checkpoint.checkpoint import (
     dtype_name,
 )
 from titan_bridge.checkpoint.files import inside
-from titan_bridge.checkpoint.hf import read_config, read_json_object
+from titan_bridge.checkpoint.hf import read_config
 from titan_bridge.checkpoint.safetensors import Entry, read_header
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import read_json_object
 from titan_bridge.sharding.boxes import Box, shard_dim
 from titan_bridge.sharding.layout import Layout
 

@@ -82,7 +82,7 @@ class FilePool:
         self._users: dict[Path, int] = {}
         self._scratch = threading.local()
         self.bytes_read = 0
-        """Bytes that came from the files so far."""
+        """Bytes of weights that came from the files so far."""
 
     def close(self) -> None:
         """Close every file; the pool opens them again when it is used again."""
@@ -95,7 +95,18 @@ class FilePool:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
         self._read_each(path, [offset], out)
 
-    def _read_each(self, path: Path, starts: Sequence[int], out: memoryview) -> None:
+    def header(self, path: Path, base: int, within: int, where: str, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset` of the `within` bytes at `base`, which do not count as read.
+
+        Raises BridgeError for more than there are, and for a file that ends before.
+        """
+        if offset < 0 or length < 0 or offset + length > within:
+            raise BridgeError(f"{where}: damaged archive")
+        buffer = bytearray(length)
+        self._read_each(path, [base + offset], memoryview(buffer), counted=False)
+        return bytes(buffer)
+
+    def _read_each(self, path: Path, starts: Sequence[int], out: memoryview, *, counted: bool = True) -> None:
         """Fill `out` with as many bytes from each of `starts`, one after the other."""
         length = out.nbytes // len(starts)
         descriptor = self._take(path)
@@ -106,8 +117,9 @@ class FilePool:
             raise BridgeError(f"{path} cannot be read: {error}") from None
         finally:
             self._give_back(path)
-        with self._lock:
-            self.bytes_read += out.nbytes
+        if counted:
+            with self._lock:
+                self.bytes_read += out.nbytes
 
     def fetch(self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor) -> None:
         """Copy a window of a contiguous tensor in a file into `out`, casting to its dtype.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint, Chunk, Stored
 from titan_bridge.checkpoint.files import inside
 from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import read_json_object
 from titan_bridge.sharding.boxes import Box
 
 SINGLE = "model.safetensors"
@@ -74,17 +74,6 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return read_json_object(path)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises BridgeError for anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BridgeError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise BridgeError(f"{path} holds a JSON {type(data).__name__}; it must be an object")
-    return data
 
 
 def carried_files(directory: Path) -> list[Path]:

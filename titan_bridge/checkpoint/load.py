@@ -64,8 +64,8 @@ def load_into(
         arrived: Told each FQN of which something is read, once all of it is in its place.
 
     Raises:
-        BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, before
-            anything is written; a file that ends early.
+        BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, and damaged
+            archives, before anything is written; a file that ends early.
     """
     check_source(checkpoint, family, hf, buffers)
     # No buffers: what is the same on both sides needs no view.
@@ -75,6 +75,8 @@ def load_into(
     # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
     work = plan(checkpoint.held(), layout, mapping.views, allow_missing=True)
     copies = _in_order(checkpoint, work.copies(destination=rank))
+    for copy in copies:  # what is damaged is found before anything is written
+        checkpoint.locate(*checkpoint.source_of(copy))
     before = checkpoint.bytes_read
 
     def fetch(copy: Copy) -> None:
@@ -151,6 +153,5 @@ def _in_order(checkpoint: Checkpoint, copies: Iterable[Copy]) -> list[Copy]:
 
 
 def _place(checkpoint: Checkpoint, copy: Copy) -> tuple[str, int]:
-    assert copy.source_chunk is not None
-    chunk = checkpoint.tensor(copy.source_name).chunks[copy.source_chunk]
+    _, chunk = checkpoint.source_of(copy)
     return str(chunk.path), chunk.offset + copy.source_window.offset

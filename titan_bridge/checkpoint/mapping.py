@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint, Format
+from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.target import Wanted
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.match import few
 from titan_bridge.sharding.view import View
 
 if TYPE_CHECKING:
     from titan_bridge.models import Family
+
+_MOST = 8
+"""Names in one message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,12 @@ def views_of(
     return family.views(hf, padded_vocab=padded_vocab, fused_qkv=form == "engine")
 
 
+def separate_qkv_views(family: Family, hf: Mapping[str, Any], padded_vocab: int) -> tuple[View, ...]:
+    """wq, wk and wv, as state dicts and models without a fused projection have them, as views of the live wqkv."""
+    views, _ = _between(family, hf, "dcp", "engine", padded_vocab)
+    return tuple(view for view in views if view.name != view.fqn)
+
+
 def expected(family: Family, hf: Mapping[str, Any], form: Format) -> dict[str, tuple[int, ...]]:
     """Names and global shapes of the tensors that a checkpoint of this format must have."""
     if form == "hf":
@@ -66,7 +77,9 @@ def check_source(
     wanted = expected(family, hf, source.format)
     problems, left = [], []
     if missing := [name for name in wanted if name not in source.tensors]:
-        problems.append(f"missing: {_few(missing)}")
+        problems.append(f"missing: {few(missing, _MOST)}")
+        if source.elsewhere:
+            problems.append(f"{METADATA} has tensors under other names: {few(source.elsewhere, _MOST)}")
     known = (
         set(family.tied_names(hf)) if source.format != "hf" else {v.name for v in family.optional_views(hf)}
     )
@@ -77,14 +90,16 @@ def check_source(
                 problems.append(f"{name} has shape {stored.shape}, config.json says {wanted[name]}")
             if not stored.dtype.is_floating_point:
                 problems.append(f"{name} has dtype {stored.dtype}; weights are floating-point")
+            elif stored.dtype.itemsize == 1:
+                problems.append(f"{name} has dtype {stored.dtype}; quantized weights are not read")
         elif name in known or name in buffers or (source.format == "hf" and family.ignores(name)):
             left.append(name)
         else:
             unexpected.append(f"{name} {stored.shape}")
     if unexpected:
-        problems.append(f"unexpected: {_few(unexpected)}")
+        problems.append(f"unexpected: {few(unexpected, _MOST)}")
     if problems:
-        raise BridgeError(f"{source.path} does not fit {family.name}: {_few(problems, '; ')}")
+        raise BridgeError(f"{source.path} does not fit {family.name}: {few(problems, _MOST, '; ')}")
     return left
 
 
@@ -234,8 +249,3 @@ def compose(plain: View, live: View) -> View:
         index=live.index,
         permute=tuple(order),
     )
-
-
-def _few(items: Sequence[str], separator: str = ", ", most: int = 8) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more

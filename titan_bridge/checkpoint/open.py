@@ -10,6 +10,7 @@ from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.checkpoint.engine_files import is_engine, open_engine
 from titan_bridge.checkpoint.hf import is_hf, open_hf
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.match import few
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -20,7 +21,7 @@ def is_checkpoint(directory: Path) -> bool:
 def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Checkpoint:
     """Open a directory: DCP, engine files or Hugging Face safetensors, in this order of looking.
 
-    Headers are read and checked in full; no weight is read.
+    Headers are read and checked in full (of DCP its `.metadata`); no weight is read.
 
     Args:
         extra: DCP: look up optimizer state and other entries that are no model tensors, too.
@@ -38,12 +39,18 @@ def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Che
         return open_engine(directory)
     if is_hf(directory):
         return open_hf(directory)
-    if any(directory.glob("model_*.pt")):
+    found = few(sorted(path.name for path in directory.iterdir()))
+    if any(directory.glob("*.pt")):
         raise BridgeError(
-            f"{directory} was written by torch_checkpointing, which is not read; have TorchTitan write DCP "
-            "(its default checkpointer)"
+            f"{directory} was written by torch_checkpointing or torch.save ({found}), which is not read; have "
+            "TorchTitan write DCP (its default checkpointer)"
+        )
+    if any(directory.glob("shard-*.safetensors")):
+        raise BridgeError(
+            f"{directory} holds the parts that each rank saved ({found}), which are not read; put them together with "
+            "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files"
         )
     raise BridgeError(
-        f"{directory} holds no checkpoint; looked for .metadata (DCP), engine.json (engine files), "
+        f"{directory} holds no checkpoint (found: {found}); looked for .metadata (DCP), engine.json (engine files), "
         f"model.safetensors and model.safetensors.index.json (Hugging Face)"
     )

@@ -1,24 +1,25 @@
 """Pickles from strangers: only names on a list are understood, and none of them is ever run.
 
 Every allowed class is replaced by an inert record of what the pickle says about it. Whatever else a pickle names
-(`os.system`, `builtins.eval`) is refused before anything happens.
+(`os.system`, `builtins.eval`) is refused before anything happens. Only the opcodes that torch writes are read, and
+each takes time and memory in proportion to its bytes: nothing is copied that the pickle can name again and again,
+nothing is hashed but text and records.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from titan_bridge.errors import BridgeError
 
-_SLOW_BELOW = 4 << 20
-"""Bytes up to which the pickle is read by the Python implementation: the one in C reserves memory as the pickle
-says, so that four changed bytes can make it ask for tens of gigabytes."""
+Maker = Callable[[tuple[Any, ...]], Any]
+"""Makes what stands for an object, from the arguments that the pickle gives its class."""
 
 
 class Record:
@@ -26,19 +27,10 @@ class Record:
 
     __slots__ = ("args", "kind", "state")
 
-    def __init__(self, kind: str, args: tuple[Any, ...] = ()) -> None:
+    def __init__(self, kind: str, args: tuple[Any, ...]) -> None:
         self.kind = kind
         self.args = args
         self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     def field(self, name: str) -> Any:
         """A field of its state. Raises BridgeError when there is none."""
@@ -52,25 +44,16 @@ def kind_of(value: Any) -> str:
     return value.kind if isinstance(value, Record) else ""
 
 
-def records(*names: str) -> dict[str, Callable[..., Any]]:
-    """For each "module.Class" something that makes records of it, with `__new__`'s or `__init__`'s arguments."""
-    return {name: _maker(name.rpartition(".")[2]) for name in names}
+def records(*names: str) -> dict[str, Maker]:
+    """For each "module.Class" what makes records of it."""
+    return {name: partial(Record, name.rpartition(".")[2]) for name in names}
 
 
-def _maker(kind: str) -> type:
-    class Made(Record):
-        __slots__ = ()
-
-        # All is done here, because the opcode NEWOBJ calls nothing else.
-        def __new__(cls, *args: Any) -> Made:
-            made = object.__new__(cls)
-            Record.__init__(made, kind, args)
-            return made
-
-        def __init__(self, *args: Any) -> None:
-            pass
-
-    return Made
+def size(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Makes the tuple that stands for a `torch.Size`."""
+    if len(args) != 1 or type(args[0]) is not tuple:
+        raise BridgeError("damaged pickle (a torch.Size of no tuple)")
+    return args[0]
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
@@ -79,44 +62,87 @@ def torch_dtype(name: str) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-class _Rules:
-    """What both implementations of the unpickler share."""
+_OPCODES = {
+    getattr(pickle, name)[0]
+    for name in (
+        *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
+        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
+        *("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "APPEND", "APPENDS"),
+        *("EMPTY_DICT", "SETITEM", "SETITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
+        *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
+    )
+}
+"""What torch.save and DCP write. Left out are, for instance, sets, and the opcodes that reserve memory."""
 
-    allowed: Mapping[str, Any]
-    persistent: Callable[[Any], Any] | None
+_InPython: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one in C reserves memory as the memo's indices say
+
+
+class _Unpickler(_InPython):
+    def __init__(self, data: bytes, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None):
+        super().__init__(io.BytesIO(data))
+        self._allowed, self._persistent = allowed, persistent
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if full in self.allowed:
-            return self.allowed[full]
+        if full in self._allowed:
+            return self._allowed[full]
+        if full == "collections.OrderedDict":
+            return _ordered_dict
         if module == "torch" and (dtype := torch_dtype(name)) is not None:
             return dtype
+        if module.split(".")[0] == "torchao":
+            raise BridgeError(
+                f"a quantized tensor of torchao ({full!r:.100}); only plain ones are read: save the model in "
+                "bfloat16 or float32"
+            )
         raise BridgeError(
             f"the pickle names {full!r:.100}, which no checkpoint needs; refused, nothing was run"
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        if self.persistent is None:
+        if self._persistent is None:
             raise BridgeError("the pickle refers to data outside itself; refused")
-        return self.persistent(pid)
+        return self._persistent(pid)
+
+    def make(self) -> None:
+        args = self.stack.pop()
+        if type(args) is not tuple:
+            raise BridgeError("damaged pickle (arguments that are no tuple)")
+        self.stack[-1] = self.stack[-1](args)
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], Record):
+            raise BridgeError("damaged pickle (a state of what has none)")
+        self.stack[-1].state = state
+
+    def load_setitem(self) -> None:
+        value = self.stack.pop()
+        self._set([self.stack.pop(), value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or not all(isinstance(key, (str, Record)) for key in items[::2]):
+            raise BridgeError("damaged pickle (a dict with keys that are no text)")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{code: _InPython.dispatch[code] for code in _OPCODES},
+        pickle.REDUCE[0]: make,
+        pickle.NEWOBJ[0]: make,
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
 
 
-class _Python(_Rules, pickle._Unpickler):  # type: ignore[name-defined,misc]
-    def get_extension(self, code: int) -> None:
-        raise BridgeError("the pickle uses copyreg extensions; refused")
-
-    def load_bytearray8(self) -> None:
-        # It would reserve as many bytes as the opcode says.
-        raise BridgeError("the pickle holds a bytearray, which no checkpoint needs; refused")
-
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}  # type: ignore[attr-defined]
-
-
-class _Fast(_Rules, pickle.Unpickler):
-    pass
-
-
-_ALWAYS = {"collections.OrderedDict": OrderedDict}
+def _ordered_dict(args: tuple[Any, ...]) -> dict[str, Any]:
+    if args:
+        raise BridgeError("damaged pickle (an OrderedDict with arguments)")
+    return {}
 
 
 def loads(
@@ -124,14 +150,15 @@ def loads(
 ) -> Any:
     """Read a pickle that names nothing but `allowed` and torch dtypes.
 
+    Args:
+        allowed: "module.name" to a `Maker`, or to what stands for the name itself.
+        persistent: What stands for data outside of the pickle, by its id.
+
     Raises:
         BridgeError: Any other name, and any pickle that is damaged; the message starts with `where`.
     """
-    kind = _Python if len(data) <= _SLOW_BELOW else _Fast
-    unpickler = kind(io.BytesIO(data))
-    unpickler.allowed, unpickler.persistent = {**_ALWAYS, **allowed}, persistent
     try:
-        return unpickler.load()
+        return _Unpickler(data, allowed, persistent).load()
     except BridgeError as error:
         raise BridgeError(f"{where}: {error}") from None
     # A damaged pickle can make its opcodes fail in any way at all.

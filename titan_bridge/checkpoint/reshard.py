@@ -25,6 +25,7 @@ from titan_bridge.checkpoint.strips import held_strips, strips_of
 from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import read_json_object
 from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.models import families, family_for, family_of
 from titan_bridge.sharding.layout import Layout, ParamLayout
@@ -144,7 +145,7 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
             f"--config {given} does not exist; give a directory with config.json, the file, or one of TorchTitan's "
             "models as FAMILY:FLAVOR, for example qwen3:0.6B"
         )
-    config = hf.read_json_object(given) if given.is_file() else hf.read_config(given)
+    config = read_json_object(given) if given.is_file() else hf.read_config(given)
     if config is None:
         raise BridgeError(f"--config {given} has no config.json")
     small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])

@@ -9,7 +9,7 @@ from pathlib import Path
 from zlib_ng import zlib_ng
 
 from titan_bridge.checkpoint.archive import is_intact
-from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint
+from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, Chunk
 from titan_bridge.checkpoint.files import FilePool
 from titan_bridge.checkpoint.staging import PartResult, Span
 from titan_bridge.checkpoint.team import Team
@@ -28,7 +28,7 @@ def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] 
         BridgeError: The first archive that is damaged.
     """
     stored = [*source.tensors.values(), *source.extra_tensors.values()]
-    archives = {chunk.archive: one.name for one in stored for chunk in one.chunks}
+    archives = {_archive(chunk): one.name for one in stored for chunk in one.chunks}
     archives |= {blob: name for name, blob in source.blobs.items()}
     checked, pool = True, FilePool()  # a pool of its own, since this does not count as bytes read
     for archive, name in list(archives.items())[team.rank :: team.size]:
@@ -50,6 +50,12 @@ def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] 
         advance(archive.length)
     pool.close()
     return checked
+
+
+def _archive(chunk: Chunk) -> Blob | None:
+    if chunk.archive is None:
+        return None
+    return Blob(path=chunk.path, offset=chunk.offset, length=chunk.archive)
 
 
 def damage(

@@ -47,13 +47,17 @@ class Plan:
 
         from titan_bridge.sharding import show  # numpy and torch, not needed for --help
         from titan_bridge.sharding.layout import Layout
-        from titan_bridge.sharding.plan import plan
+        from titan_bridge.sharding.plan import padding_views, plan
 
         destination = Layout.read(self.dst)
         if self.src.is_dir():
             made = _from_checkpoint(self.src, destination)
         else:
-            made = plan(Layout.read(self.src), destination, colocated=self.colocated)
+            source = Layout.read(self.src)
+            views = padding_views(source, destination)
+            made = plan(source, destination, views, colocated=self.colocated, allow_missing=bool(views))
+            if lost := sorted(made.missing.keys() - {view.fqn for view in views}):
+                raise BridgeError(f"{self.dst}: {lost[0]} is in no tensor of {self.src}")
         for file in self.picture:
             from titan_bridge.sharding.picture import traffic_picture  # matplotlib
 

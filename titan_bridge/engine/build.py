@@ -175,7 +175,7 @@ def build(vllm_config: VllmConfig) -> Built:
     ropes.fill(device)
     if plan.sharded:
         meshes = get_device_meshes(plan.sizes, device_type=device.type)
-        shard_dense(model, meshes, plan.sizes, family_plan)
+        shard_dense(model, meshes, layout)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
     return Built(plan=plan, model=model, ropes=ropes, layout=layout)

@@ -18,39 +18,42 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 from torchtitan.models.common.decoder import Decoder
 
-from titan_bridge.mesh import Sizes
-from titan_bridge.parallelize import Plan
+from titan_bridge.mesh import DENSE, MESH_AXES, SHARD_AXIS, SPARSE
+from titan_bridge.sharding.boxes import shard_dim
+from titan_bridge.sharding.layout import Layout
 
 
-def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], sizes: Sizes, plan: Plan) -> Decoder:
-    """Shard the weights of `model` (plain local tp or ep shards on the device) over the fsdp and efsdp axes, in place.
+def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], layout: Layout) -> Decoder:
+    """Shard the weights of `model` (plain local tp or ep shards on the device) over the fsdp and efsdp axes, in place,
+    along the dims that `layout` says.
 
     Experts whose efsdp axis has size 1 are left alone: a gather over one rank saves nothing and its in-place
     bookkeeping fails inside `torch.inference_mode()`.
     """
-    dense = meshes["dense"]["dp_replicate", "fsdp"]
+    dense = meshes[DENSE]["dp_replicate", "fsdp"]
+    dims: dict[nn.Parameter, Shard] = {}
     skip: set[nn.Parameter] = set()
+    sparse: set[nn.Parameter] = set()
+    for fqn, param in model.named_parameters():
+        spec = layout.param(fqn).spec
+        dim = shard_dim(spec.placements[MESH_AXES[spec.mesh].index(SHARD_AXIS[spec.mesh])])
+        if dim is None:
+            skip.add(param)
+        else:
+            dims[param] = Shard(dim)
+        if spec.mesh == SPARSE:
+            sparse.add(param)
     groups: list[nn.Module] = [model.tok_embeddings]
-    for name, layer in model.layers.items():
-        if getattr(layer, "moe", None) is not None and sizes.ep > 1:
+    for layer in model.layers.values():
+        if getattr(layer, "moe", None) is not None:
             experts = layer.moe.routed_experts.inner_experts
-            if sizes.efsdp > 1:
-                sparse = meshes["sparse"]["dp_replicate", "efsdp"]
-                prefix = f"layers.{name}.moe.routed_experts.inner_experts"
-                dims = {
-                    param: plan.shard_placement_fn(
-                        f"{prefix}.{own}", (param.shape[0] * sizes.ep, *param.shape[1:]), sizes
-                    ).dim
-                    for own, param in experts.named_parameters()
-                }
+            if set(experts.parameters()) <= sparse - skip:
                 fully_shard(
                     experts,
-                    mesh=sparse,
-                    shard_placement_fn=lambda p, dims=dims: Shard(dims[p]),
+                    mesh=meshes[SPARSE]["dp_replicate", "efsdp"],
+                    shard_placement_fn=dims.__getitem__,
                     reshard_after_forward=True,
                 )
-            else:
-                skip |= set(experts.parameters())
         groups.append(layer)
     if model.enable_weight_tying:
         model.lm_head = None  # `head` multiplies by the embedding; one parameter cannot be in two groups
@@ -60,11 +63,18 @@ def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], sizes: Sizes, pla
         fully_shard(
             group,
             mesh=dense,
+            shard_placement_fn=dims.__getitem__,
             ignored_params=skip & set(group.parameters()),
             reshard_after_forward=group is not model.lm_head,
         )
     # The root holds what is left, the last norm; it also starts every gather of a step.
-    fully_shard(model, mesh=dense, ignored_params=skip, reshard_after_forward=False)
+    fully_shard(
+        model,
+        mesh=dense,
+        shard_placement_fn=dims.__getitem__,
+        ignored_params=skip,
+        reshard_after_forward=False,
+    )
     steps = [cast(FSDPModule, group) for group in groups if group is not model.lm_head]
     for this, following in itertools.pairwise(steps):
         this.set_modules_to_forward_prefetch([following])

@@ -69,11 +69,12 @@ def native_target(model: nn.Module, vllm_config: VllmConfig, place: Mapping[str,
     hf = vllm_config.model_config.hf_config.to_dict()
 
     def views() -> Sequence[View]:
-        return family_for(hf).views(hf)
+        family = family_for(hf)
+        return (*family.views(hf), *family.views(hf, fused_qkv=False))  # whichever names the trainer has
 
     if others:
         claims = tuple(_claims(model, prefix, module) for prefix, module in others.items())
-        builder.take_whole(views(), claims, vllm_config.model_config.dtype)
+        builder.take_whole(family_for(hf).views(hf), claims, vllm_config.model_config.dtype)
         for prefix, module, reason in native_specs.undescribed_in(model):
             logger.info("%s (%s) is updated through load_weights: %s", prefix, type(module).__name__, reason)
     logger.info("weight transfer: %s", builder.coverage())

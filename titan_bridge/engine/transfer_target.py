@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from vllm.platforms import current_platform
 
+from titan_bridge.checkpoint.mapping import separate_qkv_views
 from titan_bridge.engine.pages import zeros_like
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.source import local_of
@@ -56,7 +57,8 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
         }
 
     def views() -> Sequence[View]:
-        return plan.family.views(plan.hf, padded_vocab=padded)
+        separate = separate_qkv_views(plan.family, plan.hf, padded)
+        return (*plan.family.views(plan.hf, padded_vocab=padded), *separate)
 
     def params() -> dict[str, torch.Tensor]:
         inner = model.model

@@ -37,13 +37,21 @@ def family_for(hf: Mapping[str, Any]) -> Family:
     """The family of a parsed config.json.
 
     Raises:
-        UnsupportedModelError: No family lists its architecture; the message lists those that are known.
+        UnsupportedModelError: No family lists its architecture (the message lists those that are known), or its
+            model_type is that of another one.
     """
     known = {architecture: family for family in families() for architecture in family.architectures}
     architectures = hf.get("architectures") or []
     for architecture in architectures:
         if architecture in known:
-            return known[architecture]
+            family = known[architecture]
+            stated, right = hf.get("model_type"), family.model_types.get(architecture)
+            if stated and right and stated != right:
+                raise UnsupportedModelError(
+                    f"config.json contradicts itself: architecture {architecture} and model_type={stated!r}; "
+                    f"allowed with it: {right!r}"
+                )
+            return family
     given = (
         f"architecture {', '.join(map(str, architectures))} is not supported"
         if architectures

@@ -8,14 +8,15 @@ imports TorchTitan where it makes a config tree.
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import read_json_object
 from titan_bridge.sharding.view import View
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class Family(ABC):
     """Family name, also the name of its file in ``parallelize/``, e.g. ``"qwen3"``."""
     architectures: tuple[str, ...]
     """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
+    model_types: Mapping[str, str] = MappingProxyType({})
+    """config.json's ``model_type`` by architecture, where another one is refused, e.g. ``{"LlamaForCausalLM":
+    "llama"}``."""
 
     @property
     @abstractmethod
@@ -104,13 +108,7 @@ def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     directory = Path(path)
     file = directory if directory.is_file() else directory / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():
         what = f"{directory} has no config.json" if directory.is_dir() else f"{directory} does not exist"
-        raise BridgeError(f"{what}; give a directory with a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise BridgeError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise BridgeError(f"{file} holds a JSON {type(config).__name__}; a Hugging Face config is an object")
-    return config
+        raise BridgeError(f"{what}; give a directory with a Hugging Face checkpoint")
+    return read_json_object(file)

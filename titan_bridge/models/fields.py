@@ -3,6 +3,7 @@ allowed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -39,9 +40,9 @@ class Fields:
         return value
 
     def number(self, name: str, *, default: Any = _REQUIRED) -> float:
-        """A positive number."""
+        """A positive and finite number."""
         name, value = self._first((name,), default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise self.refusal(name, value, "a positive number")
         return float(value)
 

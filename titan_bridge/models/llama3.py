@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder
@@ -28,6 +29,7 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
 class Llama3(Family):
     name = "llama3"
     architectures = ("LlamaForCausalLM",)
+    model_types = MappingProxyType({"LlamaForCausalLM": "llama"})
 
     @property
     def model_class(self) -> type[Llama3Model]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder
@@ -105,6 +106,7 @@ def _read_windows(fields: Fields, layers: int, *, moe: bool) -> tuple[int | None
 class Qwen3(Family):
     name = "qwen3"
     architectures = (_DENSE, _SPARSE)
+    model_types = MappingProxyType({_DENSE: "qwen3", _SPARSE: "qwen3_moe"})
 
     @property
     def model_class(self) -> type[Qwen3Model]:

@@ -45,8 +45,8 @@ def read(fields: Fields, *, rope_types: Collection[str]) -> RopeSettings:
     """Rope settings of a Hugging Face config, in either spelling.
 
     Raises:
-        UnsupportedModelError: A rope type that is not in ``rope_types``, a missing factor, or rotation of a
-            part of the head only.
+        UnsupportedModelError: A rope type that is not in ``rope_types``, a factor that is missing or divides by
+            zero, or rotation of a part of the head only.
     """
     hf = fields.hf
     key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
@@ -68,6 +68,11 @@ def read(fields: Fields, *, rope_types: Collection[str]) -> RopeSettings:
         # transformers falls back to the context length, too.
         merged["original_max_position_embeddings"] = fields.integer("max_position_embeddings")
     llama3: dict[str, float] = {titan: inner.number(name) for name, titan in _LLAMA3_FIELDS.items()}
+    low = llama3["low_freq_factor"]
+    if llama3["high_freq_factor"] <= low:  # their difference divides
+        raise inner.refusal(
+            "high_freq_factor", llama3["high_freq_factor"], f"more than low_freq_factor={low}"
+        )
     llama3["original_max_position_embeddings"] = inner.integer("original_max_position_embeddings")
     return RopeSettings(theta=theta, llama3=llama3)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,12 @@ def match(
     uncovered: dict[str, int] = {}
     disjoint: set[tuple] = set()
     for name, held in destinations.items():
-        parts = [view for view in by_fqn.get(name, ()) if view.name in sources]
+        # A view of a tensor onto itself (its rows without padding) goes one way only: its shapes say which.
+        parts = [
+            view
+            for view in by_fqn.get(name, ())
+            if view.name in sources and (view.name != name or held.shape == view.titan_shape)
+        ]
         whole = [view for view in by_name.get(name, ()) if view.fqn in sources]
         if parts:
             lacking = _check_cover(name, held, parts, disjoint)
@@ -87,9 +92,16 @@ def match(
                     if wanted
                     else "; nor does a view name it"
                 )
+                + f"; the source has {few(sources)}"
             )
     used = {item.source.name for item in items}
     return items, tuple(name for name in sources if name not in used), uncovered
+
+
+def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:
+    """The first items, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return (separator.join(list(items)[:most]) or "none") + more
 
 
 def _item(source: Held, destination: Held, view: View, *, external_source: bool) -> Item:

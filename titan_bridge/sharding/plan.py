@@ -124,6 +124,17 @@ class Plan:
                 yield from copies_of(group, self.holders, *wanted)
 
 
+def padding_views(source: Layout, destination: Layout) -> tuple[View, ...]:
+    """Views between tensors of which one side has a few more rows: those that pad a vocabulary for its ranks."""
+    views = []
+    for name in (name for name in source.params if name in destination.params):
+        few, many = sorted((source, destination), key=lambda layout: layout.params[name].shape)
+        rows, shape = few.params[name].shape[:1], many.params[name].shape
+        if rows and few.params[name].shape[1:] == shape[1:] and 0 < shape[0] - rows[0] < len(many.ranks):
+            views.append(View.first_rows(name, shape, rows[0]))
+    return tuple(views)
+
+
 def plan(
     source: Layout | Iterable[Held],
     destination: Layout | Iterable[Held],

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from torch import nn
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, Piece, boxes_of, local_shape_of, pieces_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _ATTRIBUTE = "_titan_sharding_spec"
 _MODULE_ATTRIBUTE = "_titan_sharding_specs"
@@ -54,6 +58,21 @@ def placement_from_str(text: str) -> dtensor.Placement:
     if int(match["factor"]) < 1:
         raise BridgeError(f"placement {text!r} has split factor 0; it must be at least 1")
     return dtensor._StridedShard(int(match["sdim"]), split_factor=int(match["factor"]))
+
+
+def placements_of(tensor: DTensor) -> tuple[dtensor.Placement, ...]:
+    """The placements of a live DTensor, which are read from left to right.
+
+    Raises:
+        BridgeError: Its mesh axes cut a dim in another order (torch's `shard_order`), which placements do not say.
+    """
+    for entry in tensor._spec.shard_order or ():
+        if list(entry.mesh_dims) != sorted(entry.mesh_dims):
+            raise BridgeError(
+                f"dim {entry.tensor_dim} is sharded over mesh axes {entry.mesh_dims} in this order (shard_order); only "
+                "left to right is read: redistribute it first"
+            )
+    return tuple(tensor.placements)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +131,12 @@ class ShardingSpec:
 
 
 def attach(param: torch.Tensor, mesh: str, placements: Sequence[dtensor.Placement]) -> None:
-    """Write the layout of `param` (a local tensor or a DTensor) down on it; `get` reads it back."""
+    """Write the layout of `param` (a local tensor or a DTensor) down on it; `get` reads it back.
+
+    Raises BridgeError for a DTensor whose `shard_order` is not left to right.
+    """
+    if hasattr(param, "placements"):
+        placements_of(cast("DTensor", param))
     setattr(param, _ATTRIBUTE, ShardingSpec(mesh=mesh, placements=tuple(placements)))
 
 

@@ -78,6 +78,17 @@ class View:
             index=tuple((0, size) for size in shape),
         )
 
+    @classmethod
+    def first_rows(cls, name: str, shape: tuple[int, ...], rows: int) -> View:
+        """The first `rows` of a tensor of `shape` under the same name: the rest pads the vocabulary."""
+        return cls(
+            name=name,
+            fqn=name,
+            shape=(rows, *shape[1:]),
+            factors=tuple((size,) for size in shape),
+            index=((0, rows), *((0, size) for size in shape[1:])),
+        )
+
     @property
     def flat_factors(self) -> tuple[int, ...]:
         """Sizes of all factored dims."""

@@ -11,15 +11,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 import titan_bridge
+from titan_bridge.checkpoint.checkpoint import Stored
+from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.cpu import cores
 from titan_bridge.errors import BridgeError
 from titan_bridge.models.build import build_on_meta
@@ -55,6 +55,8 @@ def train(job: Job) -> int | None:
     found = whole_steps(folder)
     if found:
         check_checkpoint(job, folder / f"step-{found[-1]}")
+    elif (path := job.trainer.checkpoint.initial_load_path) and is_dcp(Path(path)):
+        _metadata(Path(path))
     documents = _documents(job, resuming=bool(found))
     try:
         descriptor = lock(job.out)
@@ -76,23 +78,29 @@ def check_checkpoint(job: Job, step: Path) -> None:
     Raises:
         BridgeError: the first tensor that differs.
     """
-    try:
-        held = FileSystemReader(step).read_metadata().state_dict_metadata
-    except Exception as error:  # a pickle: anything can come out of a damaged one
-        raise BridgeError(
-            f"{step} cannot be read as a checkpoint: {error}; remove it or choose another out"
-        ) from None
+    held = _metadata(step)
     assert job.trainer.model_spec is not None
     model = build_on_meta(job.trainer.model_spec.model, dtype=torch.float32)
     for name, tensor in model.state_dict().items():
-        entry: Any = held.get(name)
+        entry = held.get(name)
         if entry is None:
             raise BridgeError(f"{step} holds another model: it has no {name}; choose another out")
-        if tuple(entry.size) != tuple(tensor.shape):
+        if entry.shape != tuple(tensor.shape):
             raise BridgeError(
-                f"{step} holds another model: {name} is {tuple(entry.size)} there, {tuple(tensor.shape)} here; "
+                f"{step} holds another model: {name} is {entry.shape} there, {tuple(tensor.shape)} here; "
                 "choose another out"
             )
+
+
+def _metadata(step: Path) -> Mapping[str, Stored]:
+    """The model tensors of a checkpoint. TorchTitan unpickles `.metadata`, whatever is in it: ours refuses first."""
+    try:
+        with open_dcp(step) as checkpoint:
+            return checkpoint.tensors
+    except BridgeError as error:
+        raise BridgeError(
+            f"{step} cannot be read as a checkpoint: {error}; remove it or choose another out"
+        ) from None
 
 
 def threads(nproc: int) -> int:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.match import few
 from titan_bridge.sharding.plan import Plan, plan
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
@@ -77,7 +78,8 @@ class Sides:
         made = plan(self.source, self.destination, self.all_views(), allow_missing=bool(self.unpadded))
         if lost := sorted(set(made.missing) - set(self.unpadded)):
             raise BridgeError(
-                f"the engine's {lost[0]} is in no tensor of the trainer ({len(lost)} such tensors)"
+                f"the engine's {lost[0]} is in no tensor of the trainer ({len(lost)} such tensors); the trainer has "
+                f"{few(self.source.params)}"
             )
         return made
 
@@ -98,14 +100,7 @@ class Sides:
 
     def padding_view(self, name: str) -> View:
         """A trainer's tensor without padding rows as a slice of the engine's, which has the same name."""
-        full, shape = self.destination.params[name].shape, self.unpadded[name]
-        return View(
-            name=name,
-            fqn=name,
-            shape=shape,
-            factors=tuple((size,) for size in full),
-            index=tuple((0, size) for size in shape),
-        )
+        return View.first_rows(name, self.destination.params[name].shape, self.unpadded[name][0])
 
     def all_views(self) -> tuple[View, ...]:
         """The engine's views, and padding views for those of the trainer's tensors that need one."""

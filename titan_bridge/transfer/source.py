@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import axes_of, fsdp_is_exact
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
-from titan_bridge.sharding.spec import ShardingSpec
+from titan_bridge.sharding.spec import ShardingSpec, placements_of
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 Tensors = Mapping[str, torch.Tensor]
@@ -27,8 +27,8 @@ class TensorSource:
 
     Args:
         tensors: A module (parameters and persistent buffers, tied ones once, under TorchTitan's FQNs), a mapping
-            of names to DTensors or tensors (TorchTitan FQNs or Hugging Face names), or a function that returns
-            one.
+            of names to DTensors or tensors, or a function that returns one, such as `model.state_dict`. Names are
+            TorchTitan's FQNs, with one wqkv or with wq, wk and wv, or Hugging Face's.
         rank: This trainer rank: the number that the DTensors' meshes use.
     """
 
@@ -37,10 +37,22 @@ class TensorSource:
         self.rank = rank
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """DTensors and tensors by name, as they are now."""
+        """DTensors and tensors by name, as they are now; wrappers of torch.compile and checkpointing leave no trace.
+
+        Raises:
+            BridgeError: Two names of one tensor but for the wrappers.
+        """
         if isinstance(self._tensors, nn.Module):
-            return module_tensors(self._tensors)
-        return dict(self._tensors() if callable(self._tensors) else self._tensors)
+            given = module_tensors(self._tensors)
+        else:
+            given = self._tensors() if callable(self._tensors) else self._tensors
+        result: dict[str, torch.Tensor] = {}
+        for name, tensor in given.items():
+            if result.setdefault(_clean(name), tensor) is not tensor:
+                raise BridgeError(
+                    f"{name} is given a second time, without its wrapper; give each tensor once"
+                )
+        return result
 
     def local(self) -> dict[str, torch.Tensor]:
         """The local tensors by name, detached."""
@@ -71,14 +83,12 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def module_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by FQN; wrappers of torch.compile and checkpointing leave no trace."""
-    result: dict[str, torch.Tensor] = {}
-    for name, param in model.named_parameters():
-        result[_clean(name)] = param
+    """Parameters and persistent buffers by name."""
+    result: dict[str, torch.Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                result[_clean(f"{prefix}.{name}" if prefix else name)] = buffer
+                result[f"{prefix}.{name}" if prefix else name] = buffer
     return result
 
 
@@ -97,13 +107,13 @@ def layout_of(tensors: Tensors, rank: int) -> Layout:
             mesh = tensor.device_mesh
             axes = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(mesh.ndim))
             described = MeshLayout.make(axes, tuple(mesh.mesh.shape), mesh.mesh.numpy())
-            placements = tuple(tensor.placements)
         else:
-            described, placements = MeshLayout.make(("rank",), (1,), [rank]), ()
+            described = MeshLayout.make(("rank",), (1,), [rank])
         key = f"{'.'.join(described.axes)}@{','.join(map(str, described.ranks))}"
         meshes[key] = described
         try:
-            spec = ShardingSpec(mesh=key, placements=placements) if placements else _whole(key)
+            placements = placements_of(tensor) if isinstance(tensor, DTensor) else (Replicate(),)
+            spec = ShardingSpec(mesh=key, placements=placements)
             _check_local(tensor, spec, described, rank)
         except BridgeError as error:
             raise BridgeError(f"{name}: {error}") from None
@@ -114,10 +124,6 @@ def layout_of(tensors: Tensors, rank: int) -> Layout:
 def dtype_name(dtype: torch.dtype) -> str:
     """ "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def _whole(mesh: str) -> ShardingSpec:
-    return ShardingSpec(mesh=mesh, placements=(Replicate(),))
 
 
 def _check_local(tensor: torch.Tensor, spec: ShardingSpec, mesh: MeshLayout, rank: int) -> None:

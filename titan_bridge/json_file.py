@@ -1,0 +1,43 @@
+"""Read a JSON file that holds an object; what JSON leaves open is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from titan_bridge.errors import BridgeError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        BridgeError: It cannot be read, is no JSON object, gives a key twice, or has a number that is not finite.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+    except json.JSONDecodeError as error:
+        raise BridgeError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BridgeError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise BridgeError(f"{path} holds a JSON {type(data).__name__}; it must be an object")
+    return data
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice!r:.80} is given twice in one object; keep one")
+    return result
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text:.80} is no finite number")
+    return value
