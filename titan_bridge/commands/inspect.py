@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,13 +111,12 @@ class Inspect(InferCommand):
 
 
 def _is_train_file(model: str) -> bool:
-    """Whether it is a TOML file whose [model] is a table; the file's reader says what is wrong with others."""
+    """Whether it is a TOML file whose [model] is a table."""
     if not model.endswith(".toml"):
         return False
-    try:
-        return isinstance(tomllib.loads(Path(model).read_text(encoding="utf-8")).get("model"), dict)
-    except (OSError, ValueError):
-        return False
+    from titan_bridge.config.reader import read_toml  # pydantic and tomli, not needed for --help
+
+    return isinstance(read_toml(Path(model)).get("model"), dict)
 
 
 def _title(model: str, sizes: object, dense: str) -> str:

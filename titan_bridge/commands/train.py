@@ -81,7 +81,7 @@ def job_of(file: str, sets: Sequence[str] = (), flags: Mapping[str, Any] | None 
     from titan_bridge.config.schema import InferConfig
     from titan_bridge.config.train_schema import TrainConfig
 
-    others = {"titan-bridge serve, generate or parity": InferConfig}
+    others = {"titan-bridge serve, generate, parity or inspect": InferConfig}
     resolved = reader.resolve(TrainConfig, file=file, sets=sets, flags=flags, others=others)
     # TorchTitan's configs warn when they are made, also of what is no concern of this run.
     logging.disable(logging.WARNING)
