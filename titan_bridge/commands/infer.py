@@ -100,12 +100,12 @@ def local_folder(model: str, file: str | None, *, weights: bool) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise BridgeError(f"{model} does not exist; {hint}")
     from huggingface_hub import constants, snapshot_download  # a second that a folder does without
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights else [])]
     try:
         return snapshot_download(model, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = "is not in the cache of Hugging Face models, and HF_HUB_OFFLINE is set"
         if not constants.HF_HUB_OFFLINE:
             reason = f"did not come from the Hugging Face hub ({str(error).splitlines()[0]})"

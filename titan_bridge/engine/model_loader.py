@@ -89,9 +89,8 @@ def _open_alike(path: str, step: int | None) -> Checkpoint:
         where, problem = str(error), error
     group = get_world_group()
     answers: list[Any] = [None] * group.world_size
-    dist.all_gather_object(
-        answers, (found, where), group=group.cpu_group
-    )  # errors, too: nobody waits in vain
+    # A rank that found nothing takes part, too, so that nobody waits for it.
+    dist.all_gather_object(answers, (found, where), group=group.cpu_group)
     if problem is not None:
         raise problem
     ranks: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
