@@ -24,7 +24,7 @@ from titan_bridge.models import Family, family_for, load_hf_config
 from titan_bridge.models.attention import use_plain_attention
 from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.models.experts import keep_expert_dtype
-from titan_bridge.train.output import model_and_step
+from titan_bridge.run_folder import model_and_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,9 @@ def load_reference(
         UnsupportedModelError: The config states something TorchTitan's model cannot compute.
         BridgeError: Files that cannot be read; missing, unexpected or mis-shaped tensors, all of them named.
     """
-    model_dir, own_step = model_and_step(str(model_dir))
+    model_dir, step = model_and_step(model_dir, step)
     hf = load_hf_config(model_dir)
     family = family_for(hf)
-    step = own_step if step is None else step
     config = family.model_config(hf, expert_bias=has_expert_bias(model_dir, step))
     keep_expert_dtype(config)
     use_plain_attention(family, hf, config)

@@ -6,7 +6,9 @@ For demos, tests and benchmarks. Nothing is downloaded.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
@@ -20,6 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.models import family_for
+from titan_bridge.run_folder import CHECKPOINT, Record
 
 FamilyName = Literal["llama3", "qwen3", "qwen3_moe"]
 
@@ -171,6 +175,22 @@ def _local_text(limit: int = 1_000_000) -> Iterator[str]:
         limit -= len(text)
         if limit <= 0:
             return
+
+
+def make_run(out: str | os.PathLike[str], *models: Path) -> Path:
+    """The output folder of a training run whose steps 1, 2, ... are Hugging Face exports: `models`, of one config."""
+    folder = Path(out) / CHECKPOINT
+    shutil.copytree(models[0], folder, ignore=shutil.ignore_patterns("model*.safetensors*"))
+    for step, model in enumerate(models, start=1):
+        (folder / f"step-{step}").mkdir()
+        for file in model.glob("model*.safetensors*"):
+            shutil.copy(file, folder / f"step-{step}")
+    hf = json.loads((folder / "config.json").read_text())
+    Record(
+        family=family_for(hf).name, hf_config=hf, expert_bias=False, tokenizer=(), dtype="float32", sizes={}, nproc=1,
+        config={}, origin={}, trainer={}, versions={},
+    ).write(folder)  # fmt: skip
+    return Path(out)
 
 
 def titan_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -18,12 +18,14 @@ from tensorboard.backend.event_processing import event_accumulator
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+from titan_bridge import cli
 from titan_bridge.models import family_for
 from titan_bridge.models.attention import use_plain_attention
 from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.models.experts import keep_expert_dtype
+from titan_bridge.run_folder import find, whole_steps
+from titan_bridge.sharding import Layout
 from titan_bridge.train import data
-from titan_bridge.train.output import find, whole_steps
 from titan_bridge.train.progress import read_metrics
 
 COMMAND = Path(sys.executable).parent / "titan-bridge"
@@ -142,7 +144,7 @@ def test_killed_it_goes_on_from_the_last_whole_checkpoint_bit_for_bit(trained, t
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert whole_steps(broken / "checkpoint") == (3,)
+    assert list(whole_steps(broken / "checkpoint")) == [3]
     assert max(losses(broken)) < 8
 
     again = run(file, broken, "--set=parallel.dp=2")
@@ -152,7 +154,7 @@ def test_killed_it_goes_on_from_the_last_whole_checkpoint_bit_for_bit(trained, t
     assert sorted(expected) == list(range(1, 9))
     assert losses(broken) == expected
 
-    ours, theirs = tensors(find(broken).dcp), tensors(find(unbroken).dcp)
+    ours, theirs = tensors(find(broken).directory), tensors(find(unbroken).directory)
     assert ours.keys() == theirs.keys()
     assert any("exp_avg" in name for name in ours)
     for name, tensor in theirs.items():
@@ -160,7 +162,7 @@ def test_killed_it_goes_on_from_the_last_whole_checkpoint_bit_for_bit(trained, t
 
 
 @pytest.mark.timeout(400)
-def test_a_full_disk_leaves_the_last_whole_checkpoint_and_the_run_goes_on_from_it(tmp_path):
+def test_a_full_disk_and_a_final_export_leave_whole_checkpoints_and_the_run_goes_on(tmp_path):
     file, out = toml(tmp_path), tmp_path / "out"
     run(file, out, "--set=parallel.dp=2", "--set=trainer.training.steps=3")
     before = tensors(out / "checkpoint/step-3")
@@ -170,13 +172,22 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_and_the_run_goes_on_from_i
     (message,) = failed.stderr.strip().splitlines()
     assert "a checkpoint could not be saved" in message
     assert "the last whole checkpoint is step-3; make room and run the same command" in message
-    assert whole_steps(out / "checkpoint") == (3,)
+    assert list(whole_steps(out / "checkpoint")) == [3]
     assert not (out / "checkpoint/step-6").exists()
     after = tensors(out / "checkpoint/step-3")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
-    assert "on from step 3" in run(file, out, "--set=parallel.dp=2").stdout
-    assert find(out).step == 8
+    # The end as a Hugging Face export, which is kept and served, and which TorchTitan cannot go on from.
+    in_hf = [f"--set=trainer.checkpoint.last_save_{what}=true" for what in ("model_only", "in_hf")]
+    assert "going on from step 3" in run(file, out, "--set=parallel.dp=2", *in_hf).stdout
+    export = find(out).directory
+    exported = {path: path.stat().st_mtime_ns for path in export.rglob("*")}
+    assert (export.name, (export / ".metadata").exists()) == ("step-8", False)
+    more = ("--set=trainer.training.steps=10", "--set=trainer.checkpoint.keep_latest_k=0")
+    assert "going on from step 6" in run(file, out, "--set=parallel.dp=2", *more).stdout
+    assert {path: path.stat().st_mtime_ns for path in export.rglob("*")} == exported
+    assert sorted(losses(out)) == list(range(1, 11))
+    assert find(out).step == 10
 
 
 SAME_TEXT = [
@@ -209,7 +220,7 @@ def test_what_was_saved_is_what_was_trained(trained, family, layout):
     use_plain_attention(kind, hf, config)
     keep_expert_dtype(config)
     model = materialize(build_on_meta(config, dtype=torch.float32), "cpu")
-    assert not model.load_state_dict(tensors(run.dcp), strict=False).missing_keys
+    assert not model.load_state_dict(tensors(run.directory), strict=False).missing_keys
     ranks = run.record.sizes["dp"] * run.record.sizes["dp_replicate"]
     batches = [batch(out, rank, ranks, number=3) for rank in range(ranks)]
     with torch.no_grad():
@@ -219,6 +230,26 @@ def test_what_was_saved_is_what_was_trained(trained, family, layout):
         )
     mean = total / sum(y.numel() for _, _, y in batches)
     assert mean == pytest.approx(losses(out)[4][0], abs=1e-5)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("family", "layout"), [("llama3", "dp=2 tp=2"), ("qwen3", "dp=2 ep=2")])
+def test_the_layout_that_inspect_shows_is_where_the_trainer_held_each_part(
+    trained, family, layout, tmp_path, capsys
+):
+    file = toml(tmp_path, family=family, sizes=MOE if family == "qwen3" else LLAMA)
+    assert (
+        cli.main(["inspect", str(file), *(f"--set=parallel.{size}" for size in layout.split()), "--json"])
+        == 0
+    )
+    shown = Layout.from_json(json.loads(capsys.readouterr().out))
+    saved = FileSystemReader(find(trained(family, layout)).directory).read_metadata().state_dict_metadata
+    common = shown.params.keys() & saved.keys()  # wqkv is wq, wk and wv in a checkpoint
+    assert len(shown.params.keys() - common) == 2
+    for name in common:
+        chunks = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in saved[name].chunks}
+        boxes = {piece.box for rank in shown.ranks for piece in shown.pieces(name, rank)}
+        assert {(box.start, box.shape) for box in boxes} == chunks, name
 
 
 @pytest.mark.timeout(400)

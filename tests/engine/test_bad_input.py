@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from titan_bridge.testing import make_checkpoint
+from titan_bridge.testing import make_checkpoint, make_run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -178,24 +178,42 @@ from vllm import EngineArgs
 
 def answer(options):
     try:
-        EngineArgs(model=sys.argv[1], model_impl="torchtitan", **options).create_engine_config()
+        given = {"model": sys.argv[1], "model_impl": "torchtitan", **options}
+        config = EngineArgs(**given).create_engine_config()
     except Exception as error:
         return str(error)
-    return "taken"
+    model = config.model_config
+    how = f"{config.additional_config}, {config.load_config.load_format}"
+    return f"taken: {model.model} as {model.served_model_name}, {how}"
 
 
 print(json.dumps([answer(options) for options in json.loads(sys.stdin.read())]))
 """
 
 
-def test_what_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "qwen3", "qwen3")
+    run = make_run(tmp_path / "out", model, model)
+    steps = run / "checkpoint"
     cases: list[tuple[dict[str, Any], str]] = [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported with model_impl='torchtitan'"),
         ({"enable_lora": True}, "LoRA is not supported with model_impl='torchtitan'"),
         ({"quantization": "fp8"}, "quantization=fp8 is not supported with model_impl='torchtitan'"),
         ({"enable_prompt_embeds": True}, "prompt embeddings are not supported with model_impl='torchtitan'"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel is set, but"),
+        ({"load_format": "sharded_state"}, "load_format='sharded_state' is not supported with model_impl='torchtitan'"),
+        ({}, f"taken: {model} as {model}, {{}}, titan"),
+        ({"model": str(run)}, f"taken: {steps} as {run}, {{'titan': {{'step': 2}}}}, titan"),
+        ({"model": str(steps)}, f"taken: {steps} as {steps}, {{'titan': {{'step': 2}}}}, titan"),
+        ({"model": f"{steps}/step-1"}, f"taken: {steps} as {steps}/step-1, {{'titan': {{'step': 1}}}}, titan"),
+        (
+            {"model": str(run), "additional_config": {"titan": {"step": 3}}},
+            f"{steps} has no whole checkpoint of step 3; whole ones: 1, 2",
+        ),
+        (
+            {"model": f"{steps}/step-1", "additional_config": {"titan": {"step": 2}}},
+            "step-1 is one step, and step 2 is asked for",
+        ),
     ]  # fmt: skip
     answers = answers_of(UNSUPPORTED, [options for options, _ in cases], str(model))
     wrong = [(text, answer) for (_, text), answer in zip(cases, answers, strict=True) if text not in answer]

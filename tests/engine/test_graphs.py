@@ -136,6 +136,11 @@ def test_a_compiled_step_is_named_by_what_it_was_made_from(models: dict[str, Pat
     assert len(names) == 4
     assert name(plan) in names
 
+    hashed = config.compute_hash()
+    config.additional_config = {"titan": {**given["titan"], "step": 80}}  # all steps of a run compute alike
+    name_compiled_step(config, plan)
+    assert config.compute_hash() == hashed
+
 
 def test_nothing_is_named_where_nothing_is_compiled(models: dict[str, Path]) -> None:
     from titan_bridge.engine.build import plan_from

@@ -5,6 +5,7 @@ In bfloat16 the CPU backend computes with packed weights, beside which plain one
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.reference import load_reference
-from titan_bridge.testing import make_checkpoint
+from titan_bridge.testing import make_checkpoint, make_run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
 
@@ -26,21 +27,22 @@ PROMPT = list(range(5, 45))
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two checkpoints of one mixture of experts, with a dense layer; the second one as engine files, too."""
+    """Two checkpoints of one mixture of experts, with a dense layer: folders, a run's steps 1 and 2, engine files."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"num_hidden_layers": 3, "mlp_only_layers": [1], "tokenizer": False}
     made = {name: make_checkpoint(folder / name, "qwen3_moe", seed=i, **sizes) for i, name in enumerate("ab")}
     prepare(Options(source=made["b"], target=folder / "engine", to="engine", tp=2, ep=2)).run()
-    return made | {"engine": folder / "engine"}
+    run = make_run(folder / "out", made["a"], made["b"])
+    return made | {"engine": folder / "engine", "run": run, "step": run / "checkpoint/step-1"}
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def llm(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[Any]:
-    """An engine that serves checkpoint a."""
+    """An engine that serves checkpoint a, as a step of a run."""
     from titan_bridge.engine.offline import engine
 
     config = InferConfig(
-        model=str(models["a"]),
+        model=str(models["step"]),
         dtype=request.param,
         parallel=Parallel(tp=2, ep=2),
         max_model_len=128,
@@ -154,9 +156,14 @@ def test_other_weights_of_any_format_come_in_place(models: dict[str, Path], llm:
     assert of_b != of_a
     assert reload(weights_path=str(models["a"])) == of_a
     assert reload(weights_path=str(models["engine"])) == of_b
+    assert reload(weights_path=str(models["step"])) == of_a
+    assert reload() == of_a
+    assert reload(weights_path=str(models["step"].with_name("step-2"))) == of_b
+    assert reload(weights_path=str(models["step"])) == of_a
+    assert reload(weights_path=str(models["run"])) == of_b
     llm.collective_rpc(stream, args=(str(models["a"] / "model.safetensors"),))
     assert answers(llm) == of_a
-    assert reload() == of_b  # the directory that was given last
+    assert reload() == of_b  # what was read last
 
     broken = load_file(models["b"] / "model.safetensors")
     broken["model.norm.weight"] = broken["model.norm.weight"][:7].clone()
@@ -167,3 +174,32 @@ def test_other_weights_of_any_format_come_in_place(models: dict[str, Path], llm:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / path)})
         assert answers(llm) == of_b
     assert reload() == of_b
+
+
+def reload_own(worker: Any, paths: list[str]) -> None:
+    """On a worker: what two nodes do that find different things under one path."""
+    worker.reload_weights(weights_path=paths[worker.rank])
+
+
+def test_ranks_that_find_different_weights_refuse_them(
+    models: dict[str, Path], llm: Any, tmp_path: Path
+) -> None:
+    a, b = str(models["a"]), str(models["b"])
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": a})
+    of_a = answers(llm)
+    for paths, reason in (
+        ([a, b], rf"different weights, .*rank 0: \S+:{a}; rank 1: \S+:{b}"),
+        ([b, str(tmp_path)], rf"{tmp_path} holds no weights"),
+    ):
+        with pytest.raises(Exception, match=reason):
+            llm.collective_rpc(reload_own, args=(paths,))
+        assert answers(llm) == of_a
+    copy = str(shutil.copytree(models["b"], tmp_path / "copy"))
+    llm.collective_rpc(reload_own, args=([b, copy],))
+    assert answers(llm) != of_a
+
+
+def test_weights_are_not_saved_in_vllms_sharded_format(llm: Any, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="save_sharded_state is not supported with model_impl='torchtitan'"):
+        llm.llm_engine.engine_core.save_sharded_state(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []

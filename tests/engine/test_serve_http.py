@@ -18,7 +18,7 @@ import torch
 
 from titan_bridge import cpu
 from titan_bridge.reference import load_reference
-from titan_bridge.testing import make_checkpoint
+from titan_bridge.testing import make_checkpoint, make_run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -34,10 +34,10 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., Any]) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("http")
-    model = str(make_checkpoint(folder / "moe", "qwen3_moe"))
+    model = str(make_run(folder / "out", make_checkpoint(folder / "moe", "qwen3_moe")))
     options = (
         "--model-impl", "torchtitan", "--tensor-parallel-size", "2", "--enable-expert-parallel",
-        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--served-model-name", "moe",
+        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
     )  # fmt: skip
     vllm = (str(Path(sys.executable).parent / "vllm"), "serve")
     log = folder / "server.log"
@@ -53,9 +53,13 @@ def test_our_class_serves(server: Server) -> None:
     assert "Serving TorchTitan's Qwen3Model" in log
 
 
+def test_a_training_run_serves_under_the_name_that_was_typed(server: Server) -> None:
+    assert [model.id for model in server.client.models.list()] == [server.model]
+
+
 def test_logprobs_are_torchtitans_own(server: Server) -> None:
     answer = server.client.completions.create(
-        model="moe", prompt=[5, 9, 13, 200, 31], max_tokens=8, temperature=0, logprobs=1,
+        model=server.model, prompt=[5, 9, 13, 200, 31], max_tokens=8, temperature=0, logprobs=1,
         extra_body={"return_token_ids": True, "ignore_eos": True},
     )  # fmt: skip
     choice = answer.choices[0]
@@ -71,10 +75,10 @@ def test_logprobs_are_torchtitans_own(server: Server) -> None:
 def test_chat_and_streaming_say_the_same(server: Server) -> None:
     messages = [{"role": "user", "content": "def main():"}]
     whole = server.client.chat.completions.create(
-        model="moe", messages=messages, max_tokens=24, temperature=0
+        model=server.model, messages=messages, max_tokens=24, temperature=0
     )
     stream = server.client.chat.completions.create(
-        model="moe", messages=messages, max_tokens=24, temperature=0, stream=True
+        model=server.model, messages=messages, max_tokens=24, temperature=0, stream=True
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert len(pieces) > 2
@@ -86,7 +90,7 @@ def test_32_requests_at_once_answer_as_one_by_one(server: Server) -> None:
 
     def ask(prompt: list[int]) -> str:
         options = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
-        return server.client.completions.create(model="moe", prompt=prompt, **options).choices[0].text
+        return server.client.completions.create(model=server.model, prompt=prompt, **options).choices[0].text
 
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         together = list(pool.map(ask, prompts))
@@ -95,7 +99,7 @@ def test_32_requests_at_once_answer_as_one_by_one(server: Server) -> None:
 
 def test_a_client_that_hangs_up_leaves_the_server_well(server: Server) -> None:
     stream = server.client.completions.create(
-        model="moe",
+        model=server.model,
         prompt="import",
         max_tokens=400,
         temperature=0,
@@ -111,4 +115,7 @@ def test_a_client_that_hangs_up_leaves_the_server_well(server: Server) -> None:
             break
         assert time.monotonic() < deadline, line
         time.sleep(0.2)
-    assert server.client.completions.create(model="moe", prompt="x", max_tokens=2).choices[0].text is not None
+    assert (
+        server.client.completions.create(model=server.model, prompt="x", max_tokens=2).choices[0].text
+        is not None
+    )

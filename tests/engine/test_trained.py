@@ -16,8 +16,8 @@ from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.engine.ranks import generate
 from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
+from titan_bridge.run_folder import TrainedRun, find
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.train.output import TrainedRun, find
 from titan_bridge.train.progress import read_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -77,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
             losses = [entry["loss"] for entry in read_metrics(out / "metrics.jsonl").values()]
             assert losses[-1] <= losses[0] * 2 / 3
             run = find(out)
-            assert cli.main(["reshard", str(run.dcp), str(hf), "--to", "hf", "--verify"]) == 0
+            assert cli.main(["reshard", str(run.directory), str(hf), "--to", "hf", "--verify"]) == 0
             references = dict(parity.references(hf))
             references["TorchTitan on the DCP"] = dict(parity.references(run.folder))["TorchTitan"]
             assert sorted(references) == ["TorchTitan", "TorchTitan on the DCP", "transformers"]

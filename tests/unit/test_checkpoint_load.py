@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from titan_bridge.checkpoint import load, open_checkpoint
 from titan_bridge.checkpoint.job import Options
@@ -98,3 +99,24 @@ def test_a_weight_with_padding_is_not_said_to_be_read_whole(tmp_path: Path) -> N
         assert told.keys() == live.keys()
         padded = {fqn for fqn, whole in told.items() if not whole}
         assert padded == ({"tok_embeddings.weight", "lm_head.weight"} if rank else set())
+
+
+def test_a_weight_is_put_together_from_tensors_of_different_types(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """q in bfloat16 beside k and v in float32, as some tools write them; the live wqkv takes all three."""
+    hf: dict[str, Any] = json.loads((sources["one"] / "config.json").read_text())
+    where, tensors = layout(hf, Sizes()), load_file(sources["one"] / "model.safetensors")
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items() if "q_proj" in name}
+    found = []
+    for number, changed in enumerate((rounded, {name: tensor.float() for name, tensor in rounded.items()})):
+        (folder := tmp_path / str(number)).mkdir()
+        save_file(tensors | changed, folder / "model.safetensors")
+        live = {fqn: torch.zeros(param.shape) for fqn, param in where.params.items()}
+        with open_checkpoint(folder) as checkpoint:
+            load_into(
+                checkpoint, live, where, 0, family=family_for(hf), hf=hf, padded_vocab=hf["vocab_size"], buffers={}
+            )  # fmt: skip
+        found.append(live)
+    for fqn, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][fqn]), fqn

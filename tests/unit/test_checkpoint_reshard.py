@@ -23,9 +23,9 @@ from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import family_for, family_of, load_hf_config
 from titan_bridge.models.build import build_on_meta, materialize
+from titan_bridge.run_folder import RECORD
 from titan_bridge.sharding import Layout
 from titan_bridge.testing import make_checkpoint
-from titan_bridge.train.output import RECORD
 
 KINDS = {
     "llama3": ("llama3", {}),

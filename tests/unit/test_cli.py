@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from titan_bridge.commands import doctor
 from titan_bridge.commands.quiet import last_error, quiet, user_error
 from titan_bridge.engine import forking
 from titan_bridge.errors import BridgeError
-from titan_bridge.testing import make_checkpoint
+from titan_bridge.testing import make_checkpoint, make_run
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +269,47 @@ def test_serve_passes_every_option_on(model, monkeypatch):
     ):  # fmt: skip
         assert f"{option} " in text
     assert "VLLM_CPU_OMP_THREADS_BIND" not in found.stdout  # the user's stays
+
+
+@pytest.mark.parametrize(("form", "step"), [("", 2), ("/checkpoint", 2), ("/checkpoint/step-1", 1)])
+def test_serve_takes_a_training_run_under_the_name_that_was_typed(form, step, model, tmp_path, capsys):
+    out = make_run(tmp_path / "out", Path(model), Path(model))
+    assert cli.main(["serve", f"{out}{form}", "--port", "18123", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    options = words[words.index("serve") + 1 :]
+    assert options[0] == str(out / "checkpoint")
+    assert options[options.index("--served-model-name") + 1] == f"{out}{form}"
+    assert json.loads(options[options.index("--additional-config") + 1]) == {"titan": {"step": step}}
+
+
+def test_models_of_the_hub_come_from_its_cache(model, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "models--some--model"
+    snapshot = cache / "snapshots/abc"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(model, snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert cli.main(["serve", "some/model", "--port", "18123", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[words.index("serve") + 1] == str(snapshot)
+    assert words[words.index("--served-model-name") + 1] == "some/model"
+    assert cli.main(["serve", "some/other", "--dry-run"]) == 2
+    captured = capsys.readouterr().err
+    assert "some/other does not exist; give the directory of a model" in captured
+    assert "not in the cache of Hugging Face models, and HF_HUB_OFFLINE is set" in captured
+    assert captured.count("\n") == 1
+
+
+def test_a_file_of_the_repository_says_what_makes_its_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[2] / "configs/infer/llama3_tp2.toml"
+    assert cli.main(["serve", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"titan-bridge: out/demo/llama3_fsdp2 does not exist; {file} names it")
+    assert (
+        f"the working directory {tmp_path}; in the repository's root `bash scripts/demo.sh` makes it" in error
+    )
 
 
 def test_serve_binds_threads_where_the_user_did_not(model):

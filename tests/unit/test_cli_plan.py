@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from titan_bridge.cli import main
+from titan_bridge.commands.train import job_of
+from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.plan import padding_views, plan
 from titan_bridge.testing import make_checkpoint
+from titan_bridge.train import launch
 from titan_bridge.transfer.samples import local_part, sample
 
 
@@ -82,6 +86,81 @@ def test_between_layouts_of_a_vocabulary_that_tp_does_not_divide(
     assert "has shape (775, 128) in the source and (778, 128)" in capsys.readouterr().err
 
 
-def test_a_directory_is_no_destination(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(model), str(model)]) == 2
-    assert "DST is a layout file" in capsys.readouterr().err
+def test_sizes_stand_for_the_layout_of_an_engine(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = inspect(model, tmp_path / "train.json", capsys, "--dp", "4", "--dense", "shard")
+    engine = inspect(model, tmp_path / "serve.json", capsys, "--tp", "2", "--ep", "2")
+
+    def plan(*arguments: str) -> str:
+        assert main(["plan", *arguments, "--json"]) == 0
+        return capsys.readouterr().out
+
+    expected = plan(str(trainer), str(engine))
+    assert plan("dp=4,dense=shard", "tp=2,ep=2", "--model", str(model)) == expected
+    assert plan(str(trainer), "tp=2,ep=2", "--model", str(model)) == expected
+    assert plan(str(model), "tp=2,ep=2") == plan(str(model), str(engine))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.json", "tp=2,ep=2"], "tp=2,ep=2 are sizes of which model? give its folder with --model"),
+        (["{model}", "tp=2,pp=2"], "'tp=2,pp=2' are no sizes; write for instance tp=2,ep=2"),
+        (["{model}", "tp=two"], "'tp=two' are no sizes"),
+        (["{model}", "tp=2,tp=4"], "'tp=2,tp=4' are no sizes"),
+        (["{model}", "{model}"], "is a directory; give a layout file"),
+    ],
+)
+def test_a_side_that_means_nothing_is_refused(
+    arguments: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *(argument.format(model=model) for argument in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+TRAIN = """
+out = "{out}"
+[model]
+family = "qwen3"
+[model.sizes]
+hidden_size = 64
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 16
+vocab_size = 320
+num_experts = 4
+num_experts_per_tok = 2
+moe_intermediate_size = 64
+[data]
+tokenizer = "bytes"
+[parallel]
+dp = 2
+ep = 2
+"""
+
+
+def test_a_trainers_layout_and_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, folder = tmp_path / "train.toml", tmp_path / "out/checkpoint"
+    file.write_text(TRAIN.format(out=tmp_path / "out"))
+    layout = inspect(file, tmp_path / "train.json", capsys)
+    assert json.loads(layout.read_text())["meshes"]["sparse"]["shape"] == [1, 1, 2]
+    told = json.loads(inspect(file, tmp_path / "dp4.json", capsys, "--dp", "4").read_text())
+    assert told["params"]["norm.weight"]["placements"] == ["R", "S(0)", "R"]
+    assert told["meshes"]["dense"]["shape"] == [1, 4, 1]
+    assert main(["inspect", str(file), "--dense", "shard"]) == 2
+    assert "--dense is for an engine" in capsys.readouterr().err
+
+    job = job_of(str(file))
+    folder.mkdir(parents=True)
+    launch._record(job).write(folder)
+    built = materialize(build_on_meta(job.trainer.model_spec.model, dtype=torch.float32), "cpu")
+    dcp.save(built.state_dict(), checkpoint_id=str(folder / "step-3"))
+    found = []
+    for source in (file, tmp_path / "out", folder, folder / "step-3"):
+        assert main(["plan", str(source), "tp=2,ep=2", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    for facts in found:
+        assert facts["bytes"] == facts["lower_bound"] == found[0]["bytes"] > 0
+        assert facts["missing"] == {}

@@ -165,7 +165,7 @@ def test_refused_with_file_key_and_remedy_in_one_line(write, text):
     ("command", "file", "message"),
     [
         (
-            "inspect",
+            "parity",
             "configs/train/llama3_fsdp2.toml",
             "is a file for `titan-bridge train`, by its keys data, ",
         ),

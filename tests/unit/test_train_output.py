@@ -16,10 +16,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint.job import Options
+from titan_bridge.checkpoint.model_dir import weights_directory
+from titan_bridge.checkpoint.reshard import prepare
+from titan_bridge.checks import weights_fit
 from titan_bridge.config import reader
 from titan_bridge.config.train_schema import TrainConfig
 from titan_bridge.errors import BridgeError
 from titan_bridge.models.build import build_on_meta, materialize
+from titan_bridge.run_folder import METADATA, RECORD, Record, find, model_and_step, whole_steps
 from titan_bridge.train import launch, output
 from titan_bridge.train.build import Job, build
 from titan_bridge.train.guard import lock
@@ -58,7 +64,8 @@ def trained(job, tmp_path):
     launch._record(made).write(folder)
     model = materialize(build_on_meta(made.trainer.model_spec.model, dtype=torch.float32), "cpu")
     for step in (2, 4):
-        dcp.save(model.state_dict(), checkpoint_id=str(folder / f"step-{step}"))
+        state = {**model.state_dict(), "train_state": {"step": step}}
+        dcp.save(state, checkpoint_id=str(folder / f"step-{step}"))
     (folder / "step-6").mkdir()
     (folder / "step-6/__0_0.distcp").write_bytes(b"half")
     return folder
@@ -66,29 +73,79 @@ def trained(job, tmp_path):
 
 def test_found_from_every_path(trained, tmp_path):
     for path, step in ((tmp_path / "out", 4), (trained, 4), (trained / "step-2", 2)):
-        run = output.find(path)
-        assert (run.folder, run.step, run.dcp) == (trained, step, trained / f"step-{step}")
+        run = find(path)
+        assert (run.folder, run.step, run.directory) == (trained, step, trained / f"step-{step}")
         assert run.record.family == "llama3"
         assert run.record.hf_config["hidden_size"] == 64
 
 
 def test_what_is_not_a_run_is_refused(trained, tmp_path):
-    with pytest.raises(BridgeError, match="was not written to its end; give another checkpoint"):
-        output.find(trained / "step-6")
+    with pytest.raises(BridgeError, match="no whole checkpoint of step 6; whole ones: 2, 4"):
+        find(trained / "step-6")
     with pytest.raises(
         BridgeError, match=r"has no titan_bridge\.json; give the output folder of titan-bridge train"
     ):
-        output.find(tmp_path)
-    (trained / output.RECORD).write_text("{")
+        find(tmp_path)
+    (trained / RECORD).write_text("{")
     with pytest.raises(BridgeError, match="cannot be read as a training record"):
-        output.find(trained)
+        find(trained)
 
 
 def test_partial_checkpoints_do_not_count_and_are_removed(trained):
-    assert output.whole_steps(trained) == (2, 4)
+    assert whole_steps(trained) == {2: "dcp", 4: "dcp"}
     assert output.remove_partial(trained) == (6,)
-    assert output.whole_steps(trained) == (2, 4)
+    assert whole_steps(trained) == {2: "dcp", 4: "dcp"}
     assert not (trained / "step-6").exists()
+
+
+@pytest.fixture
+def exported(trained):
+    """The same with the Hugging Face export of step 5, in several files."""
+    prepare(
+        Options(
+            source=trained / "step-4",
+            target=trained / "step-5",
+            to="hf",
+            config=trained,
+            max_shard_size=100_000,
+        )
+    ).run()
+    (trained / "step-5/config.json").unlink()  # TorchTitan's export has none
+    assert len(list((trained / "step-5").glob("model-*.safetensors"))) > 1
+    return trained
+
+
+def test_an_export_is_a_whole_step_and_the_last_one_is_taken(exported, tmp_path):
+    assert whole_steps(exported) == {2: "dcp", 4: "dcp", 5: "hf"}
+    for path in (tmp_path / "out", exported, exported / "step-5"):
+        assert model_and_step(path) == (str(exported), 5)
+        assert weights_directory(str(path)) == exported / "step-5"
+        assert find(path).directory == exported / "step-5"
+    assert model_and_step(tmp_path / "out", 2) == (str(exported), 2)
+    with pytest.raises(BridgeError, match="step-5 is one step, and step 2 is asked for"):
+        model_and_step(exported / "step-5", 2)
+    weights_fit(str(tmp_path / "out"), None, find(exported).record.hf_config)
+    prepare(Options(source=tmp_path / "out", target=tmp_path / "hf", to="hf")).run()
+    assert (tmp_path / "hf/config.json").is_file()
+    with open_checkpoint(tmp_path / "hf") as ours, open_checkpoint(exported / "step-5") as export:
+        assert all(torch.equal(ours.read(name), export.read(name)) for name in export.tensors)
+
+
+def test_an_export_is_kept_and_training_goes_on_from_before_it(exported, job):
+    assert output.remove_partial(exported) == (6,)
+    assert launch._last_to_go_on_from(job(), exported) == 4
+    told = []
+    assert not launch.train(job("trainer.training.steps=5"), told.append)
+    assert [line.partition(": ")[2] for line in told] == [
+        "nothing to do, step 5 is there and trainer.training.steps is 5"
+    ]
+    for step in (2, 4):
+        shutil.rmtree(exported / f"step-{step}")
+    with pytest.raises(BridgeError, match=r"exports of the weights only \(step 5\)"):
+        launch.train(job())
+    next((exported / "step-5").glob("*-00002-of-*")).unlink()
+    assert whole_steps(exported) == {}
+    assert output.remove_partial(exported) == (5,)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +161,7 @@ def test_partial_checkpoints_do_not_count_and_are_removed(trained):
 def test_a_checkpoint_folder_of_another_run_is_refused(job, trained, sets, message):
     with pytest.raises(BridgeError, match=message):
         launch.train(job(*sets))
-    assert output.whole_steps(trained) == (2, 4)
+    assert whole_steps(trained) == {2: "dcp", 4: "dcp"}
     assert (trained / "step-6").exists(), "nothing is changed before everything was checked"
 
 
@@ -118,10 +175,10 @@ def test_checkpoints_without_a_record_and_tensors_of_another_model_are_refused(j
     with pytest.raises(BridgeError, match=r"it has no layers\.1\."):
         launch.check_checkpoint(deeper, trained / "step-4")
     launch.check_checkpoint(job(), trained / "step-4")
-    (trained / "step-4" / output.METADATA).write_bytes(b"nonsense")
+    (trained / "step-4" / METADATA).write_bytes(b"nonsense")
     with pytest.raises(BridgeError, match="cannot be read as a checkpoint"):
         launch.check_checkpoint(job(), trained / "step-4")
-    (trained / output.RECORD).unlink()
+    (trained / RECORD).unlink()
     with pytest.raises(BridgeError, match=r"holds checkpoints without titan_bridge\.json"):
         launch.train(job())
 
@@ -161,12 +218,12 @@ def files_of_at_most(size: int):
 
 
 def test_a_disk_that_is_full_before_the_first_step_harms_no_checkpoint(job, trained, tmp_path):
-    record = (trained / output.RECORD).read_bytes()
+    record = (trained / RECORD).read_bytes()
     with files_of_at_most(1000), pytest.raises(BridgeError, match="out cannot be written: File too large"):
         launch.train(job())
-    assert output.whole_steps(trained) == (2, 4)
-    assert (trained / output.RECORD).read_bytes() == record
-    assert output.find(trained).step == 4
+    assert whole_steps(trained) == {2: "dcp", 4: "dcp"}
+    assert (trained / RECORD).read_bytes() == record
+    assert find(trained).step == 4
 
     (tmp_path / "a.txt").write_text("a few words\n" * 20)  # its list fits, its tokenizer does not
     new = job(f"out={tmp_path / 'new'}", f"data.path={tmp_path / 'a.txt'}")
@@ -181,7 +238,7 @@ def test_longer_training_and_another_tp_may_go_on(job, trained):
 
 
 def test_the_record_says_everything_again(job, trained):
-    record = output.Record.read(trained)
+    record = Record.read(trained)
     assert dataclasses.replace(record) == record
     config = reader.from_dict(TrainConfig, record.config)
     again = build(config, record.origin)

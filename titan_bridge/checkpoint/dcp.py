@@ -21,9 +21,9 @@ from titan_bridge.checkpoint.files import inside, read_bytes, size_of
 from titan_bridge.checkpoint.hf import read_config
 from titan_bridge.checkpoint.pickles import Record, kind_of, loads, records
 from titan_bridge.errors import BridgeError
+from titan_bridge.run_folder import METADATA
 from titan_bridge.sharding.boxes import Box
 
-METADATA = ".metadata"
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 """Top-level entries of TorchTitan's full checkpoints that are not the model."""
 _MODEL = "model"

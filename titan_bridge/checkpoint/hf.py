@@ -10,10 +10,9 @@ from titan_bridge.checkpoint.files import inside
 from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
+from titan_bridge.run_folder import INDEX, SINGLE
 from titan_bridge.sharding.boxes import Box
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CARRIED = (
     "generation_config.json",
     "tokenizer*.json",

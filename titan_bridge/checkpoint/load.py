@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.mapping import check_source, make_mapping
+from titan_bridge.checkpoint.mapping import check_source, views_between
 from titan_bridge.cpu import unbound_cpus
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.moves import Copy
@@ -68,12 +68,9 @@ def load_into(
             archives, before anything is written; a file that ends early.
     """
     check_source(checkpoint, family, hf, buffers)
-    # No buffers: what is the same on both sides needs no view.
-    mapping = make_mapping(
-        checkpoint, family, hf, "engine", dtype=None, buffers={}, padded_vocab=padded_vocab
-    )
+    views, _ = views_between(checkpoint, family, hf, "engine", padded_vocab)
     # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
-    work = plan(checkpoint.held(), layout, mapping.views, allow_missing=True)
+    work = plan(checkpoint.held(), layout, views, allow_missing=True)
     copies = _in_order(checkpoint, work.copies(destination=rank))
     for copy in copies:  # what is damaged is found before anything is written
         checkpoint.locate(*checkpoint.source_of(copy))

@@ -111,6 +111,24 @@ def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
     return TensorMap(tensors=tuple(tensors))
 
 
+def views_between(
+    source: Checkpoint, family: Family, hf: Mapping[str, Any], form: Format, padded_vocab: int | None = None
+) -> tuple[tuple[View, ...], dict[str, tuple[int, ...]]]:
+    """The views between a checkpoint's tensors and those of another format, and the latter's shapes, in order.
+
+    Args:
+        source: What `check_source` accepted.
+        padded_vocab: Rows of the embedding where `form` is the engine's.
+    """
+    if source.format == "hf":
+        views = views_of(family, hf, form, padded_vocab)
+        return views, {view.fqn: view.titan_shape for view in views}
+    if form == "hf":
+        views = views_of(family, hf, source.format)
+        return views, {view.name: view.shape for view in views}
+    return _between(family, hf, source.format, form, padded_vocab)
+
+
 def make_mapping(
     source: Checkpoint,
     family: Family,
@@ -130,22 +148,11 @@ def make_mapping(
         buffers: FQN to shape of the float32 buffers that TorchTitan checkpoints may have and others have not.
         padded_vocab: Rows of the embedding in engine files.
     """
-    views: tuple[View, ...]
-    if source.format == "hf":
-        views = views_of(family, hf, form, padded_vocab)
-        order = dict.fromkeys(view.fqn for view in views)
-        shapes = {view.fqn: view.titan_shape for view in views}
-    elif form == "hf":
-        views = views_of(family, hf, source.format)
-        order = dict.fromkeys(view.name for view in views)
-        shapes = {view.name: view.shape for view in views}
-    else:
-        views, shapes = _between(family, hf, source.format, form, padded_vocab)
-        order = dict.fromkeys(shapes)
+    views, shapes = views_between(source, family, hf, form, padded_vocab)
     fillers = _fillers(views, form, source)
     aliases = dict(family.tied_names(hf)) if form == "dcp" else {}
     tensors, empty = [], {}
-    for name in order:
+    for name in shapes:
         sources = fillers.get(name) or [(name, 1)]
         dtypes = {cast(source.tensor(filler).dtype, dtype) for filler, _ in sources}
         if len(dtypes) > 1:

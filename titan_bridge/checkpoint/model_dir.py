@@ -1,6 +1,6 @@
 """A model directory: config.json, tokenizer files, and weights in any format that we read.
 
-The weights lie in the directory itself, or, for a training run, in its `step-N` folders.
+The weights lie in the directory itself, or, for a training run, in its `step-N` folders (see `run_folder`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from titan_bridge.checkpoint.dcp import is_dcp
 from titan_bridge.checkpoint.engine_files import is_engine
 from titan_bridge.checkpoint.mapping import check_source
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
-from titan_bridge.errors import BridgeError
-from titan_bridge.train.output import RECORD, Record, whole_steps
+from titan_bridge.run_folder import RECORD, Record, model_and_step, step_folder
 
 if TYPE_CHECKING:
     from titan_bridge.models import Family
@@ -26,30 +25,24 @@ _EXPERT_BIAS = ".expert_bias_E"
 
 
 def weights_directory(model: str, step: int | None = None) -> Path | None:
-    """Where the weights of a model directory lie.
+    """Where the weights lie that a path means.
 
     Args:
-        model: Directory with config.json.
-        step: Of a training run; None takes the last whole one.
+        model: A model folder, or a training run, its checkpoint folder, or one step in that.
+        step: Of a training run; None takes the path's own, or the last whole one.
 
     Returns:
         None when there is nothing that we read (weights in another format, or a name on a hub).
 
     Raises:
-        BridgeError: `step` is not there.
+        BridgeError: `step` is not there, or not whole.
     """
-    folder = Path(model)
-    if not folder.is_dir():
+    if not Path(model).is_dir():
         return None
-    steps = whole_steps(folder)
+    folder, step = model_and_step(model, step)
     if step is not None:
-        if step not in steps:
-            known = ", ".join(map(str, steps)) or "none"
-            raise BridgeError(f"{model} has no whole checkpoint of step {step}; whole ones: {known}")
-        return folder / f"step-{step}"
-    if is_checkpoint(folder):
-        return folder
-    return folder / f"step-{steps[-1]}" if steps else None
+        return step_folder(Path(folder), step)
+    return Path(folder) if is_checkpoint(Path(folder)) else None
 
 
 def has_expert_bias(model: str, step: int | None = None) -> bool:
@@ -61,12 +54,11 @@ def has_expert_bias(model: str, step: int | None = None) -> bool:
     Raises:
         BridgeError: A checkpoint that is damaged, or `step` is not there.
     """
-    folder = Path(model)
-    if (folder / RECORD).is_file():
-        return Record.read(folder).expert_bias
     directory = weights_directory(model, step)
     if directory is None or not (is_dcp(directory) or is_engine(directory)):
         return False  # Hugging Face has no name for it
+    if (directory.parent / RECORD).is_file():
+        return Record.read(directory.parent).expert_bias
     with open_checkpoint(directory) as checkpoint:
         return any(name.endswith(_EXPERT_BIAS) for name in checkpoint.tensors)
 

@@ -30,7 +30,6 @@ from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.models import families, family_for, family_of
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.plan import plan
-from titan_bridge.train.output import model_and_step
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
 
@@ -43,7 +42,7 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     """
     team = team or Team()
     # The output folder of a training run, and its checkpoint folder, stand for the last whole step.
-    found = weights_directory(*model_and_step(str(options.source))) or options.source
+    found = weights_directory(str(options.source)) or options.source
     _check_paths(options, found)
     extra = options.with_optimizer
     source = open_checkpoint(found, extra=extra)
@@ -134,7 +133,8 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
     """config.json and the small files beside it."""
     if options.config is None:
         run = source.path.parent
-        if source.format == "dcp" and source.config is None and (run / "config.json").is_file():
+        is_step = source.format == "dcp" or source.path.name.startswith("step-")
+        if is_step and source.config is None and (run / "config.json").is_file():
             return hf.read_config(run), tuple(hf.carried_files(run))  # a step of a training run
         return source.config, tuple(hf.carried_files(source.path))
     given = options.config

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -20,7 +22,7 @@ class InferCommand:
     """Flags of a command that takes a model directory or a TOML file. A flag overrides the file."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Directory of the model, or a .toml file (see configs/infer/)."""
+    """Directory of the model, a training run or one step of it, a name on the Hugging Face hub, or a .toml file."""
     dp: int | None = None
     """Data parallel groups."""
     tp: int | None = None
@@ -33,6 +35,7 @@ class InferCommand:
     """auto, float32, bfloat16 or float16."""
     max_model_len: int | None = None
     """Longest sequence in tokens."""
+    needs_weights: ClassVar[bool] = True
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Set one key of the TOML, for instance --set vllm.max_num_seqs=8; may be repeated."""
 
@@ -45,7 +48,7 @@ class InferCommand:
         from titan_bridge.config.reader import resolve  # pydantic and tomli, not needed for --help
         from titan_bridge.config.schema import InferConfig
         from titan_bridge.config.train_schema import TrainConfig
-        from titan_bridge.train.output import model_and_step
+        from titan_bridge.run_folder import model_and_step
 
         is_file = self.model.endswith(".toml")
         resolved = resolve(
@@ -65,14 +68,48 @@ class InferCommand:
             others={"titan-bridge train": TrainConfig},
         )
         config = resolved.config
-        model, step = model_and_step(config.model)
-        if model == config.model:
-            return resolved
         additional = dict(config.vllm.get("additional_config") or {})
+        titan = additional.get("titan") or {}
+        found = local_folder(config.model, self.model if is_file else None, weights=self.needs_weights)
+        model, step = model_and_step(found, titan.get("step"))
+        if model == config.model and step is None:
+            return resolved
+        vllm = {"served_model_name": config.model, **config.vllm}
         if step is not None:
-            additional["titan"] = {**(additional.get("titan") or {}), "step": step}
-        vllm = {**config.vllm, "additional_config": additional} if additional else config.vllm
+            vllm["additional_config"] = {**additional, "titan": {**titan, "step": step}}
         return dataclasses.replace(resolved, config=dataclasses.replace(config, model=model, vllm=vllm))
+
+
+def local_folder(model: str, file: str | None, *, weights: bool) -> str:
+    """The folder that `model` names: itself, or a model of the Hugging Face hub in huggingface_hub's cache.
+
+    Args:
+        file: The TOML file that names it; None for the command line.
+        weights: Whether safetensors are needed, or only JSON.
+
+    Raises:
+        BridgeError: No such folder, and no such model on the hub, or in the cache when it is offline.
+    """
+    if os.path.exists(model):
+        return model
+    hint = "give the directory of a model, with its config.json"
+    if file is not None:
+        hint = f"{file} names it, relative to the working directory {os.getcwd()}"
+        if model.startswith("out/demo/"):
+            hint += "; in the repository's root `bash scripts/demo.sh` makes it, or see the top of the file"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+        raise BridgeError(f"{model} does not exist; {hint}")
+    from huggingface_hub import constants, snapshot_download  # a second that a folder does without
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights else [])]
+    try:
+        return snapshot_download(model, allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = "is not in the cache of Hugging Face models, and HF_HUB_OFFLINE is set"
+        if not constants.HF_HUB_OFFLINE:
+            reason = f"did not come from the Hugging Face hub ({str(error).splitlines()[0]})"
+        raise BridgeError(f"{model} does not exist; {hint}; as a name on the hub it {reason}") from None
 
 
 def parse_vllm_options(arguments: Sequence[str]) -> dict[str, Any]:

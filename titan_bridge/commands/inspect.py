@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from titan_bridge.commands.infer import InferCommand
 from titan_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from titan_bridge.sharding.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,11 +22,13 @@ class Inspect(InferCommand):
     """Show where every parameter of a model lives on dp * tp ranks: mesh, placements, local shapes, bytes a rank.
 
     Needs config.json only: no weights, no GPU and no second process, at any size. The same layout comes from a
-    running engine (`titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec).
+    running engine (`titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec). For a TOML file of
+    `titan-bridge train` it is the trainer's layout.
 
     Example: titan-bridge inspect out/demo/qwen3_moe --dp 2 --tp 2 --ep 4 --picture layout.svg
     """
 
+    needs_weights = False
     rank: int | None = None
     """Show the local shapes and bytes of this rank."""
     all: bool = False
@@ -33,29 +39,17 @@ class Inspect(InferCommand):
     """Print the layout as JSON (with --rank: that rank's rows and the totals)."""
 
     def run(self) -> int:
-        config = self.resolve().config
+        found, title, note = self._trainer() if _is_train_file(self.model) else self._engine()
 
-        import torch  # with what follows, four seconds that a bad flag need not wait for
+        from titan_bridge.sharding import show  # numpy and torch, as what follows
 
-        from titan_bridge.checks import model_directory
-
-        hf = model_directory(config.model)
-
-        from titan_bridge.layout import layout, stated_dtype
-        from titan_bridge.mesh import Sizes
-        from titan_bridge.sharding import show
-
-        parallel = config.parallel
-        sizes = Sizes(dp=parallel.dp, tp=parallel.tp, ep=parallel.ep)
-        if self.rank is not None and not 0 <= self.rank < sizes.world:
-            last = sizes.world - 1
-            raise BridgeError(f"rank {self.rank} is outside the world of {sizes.world}; allowed: 0 to {last}")
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        found = layout(hf, sizes, parallel.dense, dtype=dtype)
+        world = len(found.ranks)
+        if self.rank is not None and not 0 <= self.rank < world:
+            raise BridgeError(f"rank {self.rank} is outside the world of {world}; allowed: 0 to {world - 1}")
         for file in self.picture:
             from titan_bridge.sharding.picture import layout_picture  # matplotlib
 
-            layout_picture(found, file, title=_title(config.model, sizes, parallel.dense))
+            layout_picture(found, file, title=title)
         if self.json and self.rank is None:
             print(json.dumps(found.to_json()))
         elif self.json:
@@ -73,17 +67,58 @@ class Inspect(InferCommand):
             )
             for file in self.picture:
                 print(f"picture {file}")
-        if config.dtype == "auto" and stated_dtype(hf) in (torch.float32, None):
-            print(
-                "titan-bridge: shown in float32, as config.json says; vLLM serves such a checkpoint in bfloat16 "
-                "unless told --dtype float32",
-                file=sys.stderr,
-            )
+        if note:
+            print(f"titan-bridge: {note}", file=sys.stderr)
         return 0
+
+    def _engine(self) -> tuple[Layout, str, str]:
+        """Layout, title of the picture, and a remark."""
+        config = self.resolve().config
+
+        import torch  # with what follows, four seconds that a bad flag need not wait for
+
+        from titan_bridge.checks import model_directory
+
+        hf = model_directory(config.model)
+
+        from titan_bridge.layout import layout, stated_dtype
+        from titan_bridge.mesh import Sizes
+
+        parallel = config.parallel
+        sizes = Sizes(dp=parallel.dp, tp=parallel.tp, ep=parallel.ep)
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        note = ""
+        if config.dtype == "auto" and stated_dtype(hf) in (torch.float32, None):
+            note = (
+                "shown in float32, as config.json says; vLLM serves such a checkpoint in bfloat16 unless told "
+                "--dtype float32"
+            )
+        title = _title(config.model, sizes, parallel.dense)
+        return layout(hf, sizes, parallel.dense, dtype=dtype), title, note
+
+    def _trainer(self) -> tuple[Layout, str, str]:
+        from titan_bridge.commands.train import job_of
+
+        for flag in ("dense", "dtype", "max_model_len"):
+            if getattr(self, flag) is not None:
+                name = flag.replace("_", "-")
+                raise BridgeError(
+                    f"--{name} is for an engine; {self.model} is a file for `titan-bridge train`"
+                )
+        flags = {f"parallel.{axis}": getattr(self, axis) for axis in ("dp", "tp", "ep")}
+        job = job_of(self.model, self.set, flags)
+        return job.layout(), _title(self.model, job.sizes, "shard"), ""
+
+
+def _is_train_file(model: str) -> bool:
+    """Whether it is a TOML file whose [model] is a table."""
+    if not model.endswith(".toml"):
+        return False
+    from titan_bridge.config.reader import read_toml  # pydantic and tomli, not needed for --help
+
+    return isinstance(read_toml(Path(model)).get("model"), dict)
 
 
 def _title(model: str, sizes: object, dense: str) -> str:
-    from pathlib import Path
-
     numbers = " ".join(f"{axis}={getattr(sizes, axis)}" for axis in ("dp", "tp", "ep"))
     return f"{Path(model).resolve().name}: {numbers}, dense weights {dense}"

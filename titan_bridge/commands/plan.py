@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,21 +16,29 @@ if TYPE_CHECKING:
     from titan_bridge.sharding.layout import Layout
     from titan_bridge.sharding.plan import Plan as Made
 
+_SIDE = (
+    "give a layout file (`titan-bridge inspect MODEL --json > FILE`), sizes such as tp=2,ep=2, or a TOML file of "
+    "`titan-bridge train`"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Plan the copies from SRC to DST: bytes by tensor group and by pair of ranks, lower bound, balance.
 
-    SRC is a layout file (`titan-bridge inspect MODEL ... --json > file.json`) or a checkpoint directory in any
-    format; DST is a layout file.
+    A side is a layout file (`titan-bridge inspect MODEL ... --json > file.json`), sizes of an engine (`tp=2,ep=2`,
+    `dp=2,dense=shard`), or a TOML file of `titan-bridge train`, which means its trainer. SRC may also be a
+    checkpoint: a model folder in any format, a training run, or one step of it.
 
-    Example: titan-bridge plan train.json serve.json --picture traffic.svg
+    Example: titan-bridge plan configs/train/qwen3_moe_ep2.toml tp=2,ep=2 --picture traffic.svg
     """
 
-    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Layout JSON, or a directory with a checkpoint (and config.json)."""
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """Layout JSON."""
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Checkpoint, layout file, sizes or train TOML."""
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Layout file, sizes or train TOML."""
+    model: str | None = None
+    """Where sizes are given and SRC is no checkpoint or train TOML: the folder of the model."""
     colocated: bool = False
     """Rank r of both sides is one process: what it holds already does not travel."""
     pairs: int = 10
@@ -40,20 +49,17 @@ class Plan:
     """Print one JSON object."""
 
     def run(self) -> int:
-        if self.dst.is_dir():
-            raise BridgeError(
-                f"{self.dst} is a directory; DST is a layout file, from `titan-bridge inspect --json`"
-            )
+        if Path(self.dst).is_dir():
+            raise BridgeError(f"DST {self.dst} is a directory; {_SIDE}")
 
         from titan_bridge.sharding import show  # numpy and torch, not needed for --help
-        from titan_bridge.sharding.layout import Layout
         from titan_bridge.sharding.plan import padding_views, plan
 
-        destination = Layout.read(self.dst)
-        if self.src.is_dir():
+        destination = self._layout(self.dst)
+        if Path(self.src).is_dir():
             made = _from_checkpoint(self.src, destination)
         else:
-            source = Layout.read(self.src)
+            source = self._layout(self.src)
             views = padding_views(source, destination)
             made = plan(source, destination, views, colocated=self.colocated, allow_missing=bool(views))
             if lost := sorted(made.missing.keys() - {view.fqn for view in views}):
@@ -71,19 +77,69 @@ class Plan:
             Console().print(table)
         return 0
 
+    def _layout(self, side: str) -> Layout:
+        from titan_bridge.layout import layout  # torchtitan, which layout files do without
+        from titan_bridge.sharding.layout import Layout
 
-def _from_checkpoint(directory: Path, destination: Layout) -> Made:
-    from titan_bridge.checkpoint import open_checkpoint
-    from titan_bridge.checkpoint.mapping import make_mapping
+        if side.endswith(".toml"):
+            return _trainer(side).layout()
+        if "=" not in side:
+            return Layout.read(Path(side))
+        sizes, dense = parse_sizes(side)
+        if self.model is None and self.src.endswith(".toml"):
+            job = _trainer(self.src)
+            return layout(job.hf_config, sizes, dense, expert_bias=job.expert_bias)
+        model = self.model or self.src
+        if not Path(model).is_dir():
+            raise BridgeError(f"{side} are sizes of which model? give its folder with --model")
+
+        from titan_bridge.checkpoint.model_dir import has_expert_bias
+
+        return layout(_config_of(model), sizes, dense, expert_bias=has_expert_bias(model))
+
+
+def parse_sizes(text: str) -> tuple[Any, Any]:
+    """`"tp=2,ep=2"` -> (`Sizes`, how dense weights lie over dp).
+
+    Raises:
+        BridgeError: another key, a value that is no number, or sizes that do not go together.
+    """
+    from titan_bridge.mesh import Sizes
+
+    matches = [
+        re.fullmatch(r"(dp|tp|ep)=([0-9]{1,9})|dense=(replicate|shard)", part) for part in text.split(",")
+    ]
+    numbers = {match[1]: int(match[2]) for match in matches if match and match[1]}
+    dense = [match[3] for match in matches if match and match[3]]
+    if len(numbers) + len(dense) < len(matches) or len(dense) > 1:
+        raise BridgeError(f"{text!r} are no sizes; write for instance tp=2,ep=2 or dp=2,tp=2,dense=shard")
+    return Sizes(**numbers), dense[0] if dense else "replicate"
+
+
+def _trainer(file: str) -> Any:
+    from titan_bridge.commands.train import job_of
+
+    return job_of(file)
+
+
+def _config_of(model: str) -> dict[str, Any]:
     from titan_bridge.checks import model_directory
+    from titan_bridge.run_folder import model_and_step
+
+    return model_directory(model_and_step(model)[0])
+
+
+def _from_checkpoint(path: str, destination: Layout) -> Made:
+    from titan_bridge.checkpoint import open_checkpoint
+    from titan_bridge.checkpoint.mapping import views_between
+    from titan_bridge.checkpoint.model_dir import weights_directory
     from titan_bridge.models import family_for
     from titan_bridge.sharding.plan import plan
 
-    home = directory if (directory / "config.json").is_file() else directory.parent
-    hf: dict[str, Any] = model_directory(str(home))
+    hf = _config_of(path)
     family = family_for(hf)
     embedding = destination.params.get("tok_embeddings.weight")
     rows = hf["vocab_size"] if embedding is None else embedding.shape[0]
-    with open_checkpoint(directory) as checkpoint:
-        mapping = make_mapping(checkpoint, family, hf, "engine", dtype=None, buffers={}, padded_vocab=rows)
-        return plan(checkpoint.held(), destination, mapping.views, allow_missing=True)
+    with open_checkpoint(weights_directory(path) or path) as checkpoint:
+        views, _ = views_between(checkpoint, family, hf, "engine", rows)
+        return plan(checkpoint.held(), destination, views, allow_missing=True)

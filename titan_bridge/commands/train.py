@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import shlex
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+if TYPE_CHECKING:
+    from titan_bridge.train.build import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a model with TorchTitan's Trainer, from a TOML file (see configs/train/).
 
-    Run again, it goes on from the last whole checkpoint of the output folder.
+    Run again, it goes on from the last whole checkpoint of the output folder; a finished run is left as it is.
 
     Example: titan-bridge train configs/train/llama3_fsdp2.toml --set trainer.training.steps=50
     """
@@ -36,22 +41,7 @@ class Train:
     """With --print-config: print JSON."""
 
     def run(self) -> int:
-        from titan_bridge.config import reader  # pydantic and tomli, not needed for --help
-        from titan_bridge.config.schema import InferConfig
-        from titan_bridge.config.train_schema import TrainConfig
-
-        resolved = reader.resolve(
-            TrainConfig,
-            file=self.file,
-            sets=self.set,
-            flags={"nproc": self.nproc, "out": self.out},
-            others={"titan-bridge serve, generate, parity or inspect": InferConfig},
-        )
-        # TorchTitan's configs warn when they are made, also of what is no concern of this run.
-        logging.disable(logging.WARNING)
-        from titan_bridge.train.build import build  # torch and torchtitan, only for a file that reads well
-
-        job = build(resolved.config, resolved.origin, name=Path(self.file).stem)
+        job = job_of(self.file, self.set, {"nproc": self.nproc, "out": self.out})
         if self.print_config:
             rows = job.table()
             if self.json:
@@ -62,21 +52,42 @@ class Train:
             for key, value, origin in rows:
                 print(f"{key:<{width}}  {json.dumps(value, default=str):<24}  {origin}")
             return 0
+        from titan_bridge.run_folder import find
         from titan_bridge.train.launch import train
-        from titan_bridge.train.output import METRICS, find
+        from titan_bridge.train.output import METRICS
         from titan_bridge.train.progress import duration, read_metrics
 
         started = time.monotonic()
-        begun = train(job)
+        if train(job, functools.partial(print, flush=True)):
+            losses = read_metrics(job.out / METRICS)
+            summary = f"done in {duration(time.monotonic() - started)}"
+            if losses:
+                summary += f"; loss {losses[min(losses)]['loss']:.4f} -> {losses[max(losses)]['loss']:.4f}"
+            print(summary)
         run = find(job.out)
-        losses = read_metrics(job.out / METRICS)
-        summary = f"done in {duration(time.monotonic() - started)}"
-        if begun is not None:
-            summary += f", on from step {begun}"
-        if losses:
-            summary += f"; loss {losses[min(losses)]['loss']:.4f} -> {losses[max(losses)]['loss']:.4f}"
-        print(summary)
-        print(f"checkpoint {run.dcp if run.step is not None else 'none'}")
+        print(f"checkpoint {run.directory if run.step is not None else 'none'}")
         if run.step is not None:
             print(f"next: titan-bridge serve {shlex.quote(str(job.out))}")
         return 0
+
+
+def job_of(file: str, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Job:
+    """What a TOML file describes, checked and ready to run.
+
+    Args:
+        sets, flags: As for `reader.resolve`.
+
+    Raises:
+        BridgeError: what is wrong in the file, or does not go together.
+    """
+    from titan_bridge.config import reader  # pydantic and tomli, not needed for --help
+    from titan_bridge.config.schema import InferConfig
+    from titan_bridge.config.train_schema import TrainConfig
+
+    others = {"titan-bridge serve, generate, parity or inspect": InferConfig}
+    resolved = reader.resolve(TrainConfig, file=file, sets=sets, flags=flags, others=others)
+    # TorchTitan's configs warn when they are made, also of what is no concern of this run.
+    logging.disable(logging.WARNING)
+    from titan_bridge.train.build import build  # torch and torchtitan, only for a file that reads well
+
+    return build(resolved.config, resolved.origin, name=Path(file).stem)

@@ -61,7 +61,7 @@ def resolve(
     origin: dict[str, str] = {}
     if file is not None:
         name = str(file)
-        values = _read(Path(file))
+        values = read_toml(Path(file))
         _check_kind(schema, values, name, others or {})
         _check_keys(schema, values, name)
         origin.update({key: name for key, _ in _walk(values)})
@@ -109,7 +109,8 @@ def toml_value(text: str) -> Any:
         return text
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises BridgeError that says what is wrong with it, and where."""
     try:
         return tomli.loads(path.read_text(encoding="utf-8"))
     except tomli.TOMLDecodeError as error:

@@ -35,7 +35,10 @@ def name_compiled_step(vllm_config: VllmConfig, plan: Plan) -> None:
     given = vllm_config.additional_config
     if vllm_config.compilation_config.mode == CompilationMode.NONE or not isinstance(given, Mapping):
         return
-    vllm_config.additional_config = {**given, KEY: _digest(plan)}
+    ours = {
+        key: value for key, value in given.get("titan", {}).items() if key != "step"
+    }  # all steps compute alike
+    vllm_config.additional_config = {**given, "titan": ours, KEY: _digest(plan)}
 
 
 def _digest(plan: Plan) -> str:

@@ -6,18 +6,27 @@ chooses it for `load_format="auto"`; every other format goes through `load_weigh
 
 from __future__ import annotations
 
+import socket
 import time
-from typing import Any
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 from vllm.config import ModelConfig
+from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.fingerprint import fingerprint
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from titan_bridge.engine.vllm_wrapper import TitanForCausalLM
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -36,19 +45,59 @@ class TitanModelLoader(BaseModelLoader):
             raise BridgeError(
                 f"load_format={LOAD_FORMAT!r} needs model_impl='torchtitan'; got {type(model).__name__}"
             )
-        directory = weights_directory(model_config.model, served.plan.options.step)
+        load(served, model_config.model, served.plan.options.step)
+
+
+def load(model: TitanForCausalLM, path: str, step: int | None = None) -> None:
+    """Fill the live parameters of `model` on this rank; all ranks call it together.
+
+    Args:
+        path, step: As for `weights_directory`.
+
+    Raises:
+        BridgeError: On every rank, before anything is written: one of them finds no checkpoint, or another one than
+            the others. After that, what `load_into` says.
+    """
+    started = time.perf_counter()
+    with _open_alike(path, step) as checkpoint:
+        loaded = model.load_checkpoint(checkpoint)
+    model.source = checkpoint.path
+    logger.info(
+        "Read %.1f MiB of the %.1f MiB in %s on this rank (planned %.1f MiB) in %.2f s",
+        loaded.bytes_read / 2**20,
+        loaded.bytes_total / 2**20,
+        checkpoint.path,
+        loaded.bytes_planned / 2**20,
+        time.perf_counter() - started,
+    )
+
+
+def _open_alike(path: str, step: int | None) -> Checkpoint:
+    """Open the checkpoint that all ranks find at `path`, each on its own disk."""
+    checkpoint, found, problem = None, "", None
+    try:
+        directory = weights_directory(path, step)
         if directory is None:
             raise BridgeError(
-                f"{model_config.model} holds no checkpoint that load_format={LOAD_FORMAT!r} reads"
+                f"{path} holds no weights that load_format={LOAD_FORMAT!r} reads; give the directory of safetensors, "
+                "of a DCP, of engine files or of a training run"
             )
-        started = time.perf_counter()
-        with open_checkpoint(directory) as checkpoint:
-            loaded = served.load_checkpoint(checkpoint)
-        logger.info(
-            "Read %.1f MiB of the %.1f MiB in %s on this rank (planned %.1f MiB) in %.2f s",
-            loaded.bytes_read / 2**20,
-            loaded.bytes_total / 2**20,
-            directory,
-            loaded.bytes_planned / 2**20,
-            time.perf_counter() - started,
-        )
+        checkpoint = open_checkpoint(directory)
+        found = fingerprint(checkpoint)
+        where = f"{socket.gethostname()}:{directory.absolute()}"
+    except BridgeError as error:
+        where, problem = str(error), error
+    group = get_world_group()
+    answers: list[Any] = [None] * group.world_size
+    # A rank that found nothing takes part, too, so that nobody waits for it.
+    dist.all_gather_object(answers, (found, where), group=group.cpu_group)
+    if problem is not None:
+        raise problem
+    ranks: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for rank, answer in enumerate(answers):
+        ranks[answer].append(rank)
+    if len({answer[0] for answer in ranks}) > 1:
+        said = "; ".join(f"rank {', '.join(map(str, own))}: {where}" for (_, where), own in ranks.items())
+        raise BridgeError(f"the ranks find different weights, and would serve a mixture: {said}")
+    assert checkpoint is not None
+    return checkpoint

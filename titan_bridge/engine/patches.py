@@ -33,6 +33,7 @@ from titan_bridge.engine.plugin import (
 )
 from titan_bridge.engine.specs import LAYOUT, NATIVE, VERIFY
 from titan_bridge.errors import BridgeError
+from titan_bridge.run_folder import model_and_step
 from titan_bridge.versions import unsupported
 
 MARK = "_titan_bridge_patch"
@@ -292,10 +293,11 @@ def _use_gloo(module: Any) -> None:
 
 
 def complete_model_config() -> None:
-    """Check config.json before vLLM reads it, and run dp ranks in lockstep that gather each other's weights.
+    """Find a training run's folder and step, check config.json, and run dp ranks in lockstep that share weights.
 
-    What: wraps `EngineArgs.create_model_config` for `model_impl="torchtitan"`. Before it, a missing config.json and
-    a length over the rope limit are refused in our words. After it, a dense model with
+    What: wraps `EngineArgs.create_model_config` for `model_impl="torchtitan"`. Before it, the output folder of a run
+    or one step in it becomes the model folder and the step for all workers, and a missing config.json and a length
+    over the rope limit are refused in our words. After it, a dense model with
     `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too late
     for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
     together, and an engine's process asks before it loads plugins, so that the data must say it. Version: vllm 0.32
@@ -310,10 +312,17 @@ def _around_model_config(module: Any) -> None:
         def create_model_config(self: Any) -> Any:
             if self.model_impl != "torchtitan":
                 return original(self)
-            if Path(self.model).is_dir() and self.hf_config_path is None:
-                rope_covers(model_directory(self.model), self.max_model_len)
+            options = titan_options(self.additional_config)
+            if Path(self.model).is_dir():
+                self.served_model_name = self.served_model_name or self.model
+                self.model, step = model_and_step(self.model, options.step)
+                if step is not None:
+                    ours = {**self.additional_config.get("titan", {}), "step": step}
+                    self.additional_config = {**self.additional_config, "titan": ours}
+                if self.hf_config_path is None:
+                    rope_covers(model_directory(self.model), self.max_model_len)
             config = original(self)
-            if titan_options(self.additional_config).dense == "shard":
+            if options.dense == "shard":
                 config.model_arch_config.num_experts = max(1, config.model_arch_config.num_experts)
             return config
 

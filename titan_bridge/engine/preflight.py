@@ -52,6 +52,11 @@ def check(vllm_config: VllmConfig) -> None:
     captures = captures_experts(plan, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, plan, captures=captures)
     load = vllm_config.load_config
+    if load.load_format in ("sharded_state", "tensorizer"):
+        raise BridgeError(
+            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out, and for "
+            "files that each rank maps use `titan-bridge reshard DIR OUT --to engine`"
+        )
     if load.load_format not in ("auto", LOAD_FORMAT):
         return
     directory = weights_directory(model.model, plan.options.step)

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from titan_bridge.checkpoint.model_dir import weights_directory
-from titan_bridge.engine.model_loader import TitanModelLoader
+from titan_bridge.engine.model_loader import load
 from titan_bridge.errors import BridgeError
 
 
@@ -27,8 +26,8 @@ def reload(
 
     Args:
         weights_iterator: Hugging Face names and whole tensors; all of them must come.
-        weights_path: A directory in any format that we read; becomes the engine's model. None with no iterator reads
-            the engine's model again: of a training run the last whole step.
+        weights_path: A directory in any format that we read, or a training run, whose last whole step is taken, or one
+            step of it; becomes the engine's model. None with no iterator reads what was read last again.
         is_checkpoint_format: As vLLM has it; tensors of a kernel are not taken.
 
     Raises:
@@ -42,16 +41,6 @@ def reload(
     if weights_iterator is not None:
         model.load_weights(weights_iterator)
         return
-    config = vllm_config.model_config
-    path = weights_path or config.model
-    if weights_directory(path, model.plan.options.step) is None:
-        raise BridgeError(
-            f"{path} holds no weights to reload; give the directory of safetensors, of a DCP, of engine files or of a "
-            "training run"
-        )
-    before, config.model = config.model, path
-    try:
-        TitanModelLoader(vllm_config.load_config).load_weights(model, config)
-    except BaseException:
-        config.model = before
-        raise
+    load(model, weights_path or str(model.source or vllm_config.model_config.model))
+    if weights_path is not None:
+        vllm_config.model_config.model = weights_path

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
 from titan_bridge.engine.loader import WeightLoader
 from titan_bridge.engine.options import titan_options
 from titan_bridge.engine.packing import Loading, Packing
+from titan_bridge.errors import BridgeError
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -57,6 +59,7 @@ class TitanForCausalLM(nn.Module):
         self.layout = built.layout
         self.vocab_size = plan.hf["vocab_size"]
         self.live = built.live()
+        self.source: Path | None = None  # the directory that was read last
         self.packing = Packing(self.model, self.live, keep=vllm_config.weight_transfer_config is not None)
         self._tp = plan.sizes.tp
         self._gather = (
@@ -139,6 +142,13 @@ class TitanForCausalLM(nn.Module):
             drop_gathered(self.model)
         if current_platform.is_cpu():  # from here on: what loading used is given back
             cpu.keep_freed_memory()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: vLLM's `save_sharded_state` and tensorizer save it, and packed weights are not in it."""
+        raise BridgeError(
+            "save_sharded_state is not supported with model_impl='torchtitan'; write files for the ranks with "
+            "`titan-bridge reshard DIR OUT --to engine`"
+        )
 
     def weights_changed(self, changed: Iterable[torch.Tensor]) -> None:
         """Bring everything that is derived from weights up to date; whoever writes into kept parameters calls it.

@@ -20,12 +20,14 @@ from torchtitan.trainer import Trainer
 
 from titan_bridge.config.train_schema import Data, TrainConfig
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import specs
+from titan_bridge.layout import layout, specs
 from titan_bridge.mesh import Sizes, check_divides, describe
 from titan_bridge.models import Family
+from titan_bridge.run_folder import CHECKPOINT
 from titan_bridge.sharding.boxes import fsdp_is_exact
+from titan_bridge.sharding.layout import Layout
 from titan_bridge.train import compat, data, overrides, source, tokenizer
-from titan_bridge.train.output import CHECKPOINT, DOCUMENTS
+from titan_bridge.train.output import DOCUMENTS
 
 T = TypeVar("T")
 
@@ -67,6 +69,16 @@ class Job:
     def data_ranks(self) -> int:
         """Ranks that read different text."""
         return self.sizes.dp_replicate * self.sizes.dp
+
+    def layout(self) -> Layout:
+        """Where the trainer's ranks hold every parameter.
+
+        Raises:
+            BridgeError: pipeline stages.
+        """
+        assert self.trainer.model_spec is not None
+        dtype = getattr(torch, self.trainer.training.dtype)
+        return layout(self.trainer.model_spec.model, self.sizes, "shard", dtype=dtype)
 
     def table(self) -> list[tuple[str, Any, str]]:
         """Rows (dotted key, value, origin) of every value, ours first, then TorchTitan's."""

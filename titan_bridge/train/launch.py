@@ -11,39 +11,35 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import titan_bridge
-from titan_bridge.checkpoint.checkpoint import Stored
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.cpu import cores
 from titan_bridge.errors import BridgeError
 from titan_bridge.models.build import build_on_meta
+from titan_bridge.run_folder import CHECKPOINT, Record, step_folder, whole_steps
 from titan_bridge.train import data, tokenizer
 from titan_bridge.train.build import Job, on_cpu
 from titan_bridge.train.guard import die_with_parent, lock
-from titan_bridge.train.output import (
-    CHECKPOINT,
-    DOCUMENTS,
-    LOGS,
-    Record,
-    check_same_run,
-    remove_partial,
-    whole_steps,
-)
+from titan_bridge.train.output import DOCUMENTS, LOGS, check_same_run, remove_partial
 
 WORKER = "titan_bridge.train.worker"
 
 
-def train(job: Job) -> int | None:
-    """Run to the end.
+def train(job: Job, tell: Callable[[str], object] = lambda line: None) -> bool:
+    """Run to the end, from the last checkpoint if there is one.
+
+    Args:
+        tell: Called with one line if the run goes on, or has nothing to do.
 
     Returns:
-        The step that training went on from; None if it began anew.
+        Whether there was anything to do: False if the last step is there already.
 
     Raises:
         BridgeError: what the user can put right: data, an output folder of another model, a full disk.
@@ -52,37 +48,69 @@ def train(job: Job) -> int | None:
     folder = job.out / CHECKPOINT
     record = _record(job)
     check_same_run(folder, record)
-    found = whole_steps(folder)
-    if found:
-        check_checkpoint(job, folder / f"step-{found[-1]}")
-    elif (path := job.trainer.checkpoint.initial_load_path) and is_dcp(Path(path)):
-        _metadata(Path(path))
-    documents = _documents(job, resuming=bool(found))
+    begin, wanted = job.trainer.checkpoint.load_step, job.trainer.training.steps
+    last = max(whole_steps(folder), default=-1)
+    if begin != -1:
+        check_checkpoint(job, step_folder(folder, begin))
+    elif last >= wanted:
+        tell(f"{job.out}: nothing to do, step {last} is there and trainer.training.steps is {wanted}")
+        return False
+    else:
+        begin = _last_to_go_on_from(job, folder)
+    resuming = begin != -1
+    if not resuming and (path := job.trainer.checkpoint.initial_load_path) and is_dcp(Path(path)):
+        _open(Path(path)).close()
+    if resuming:
+        tell(f"{job.out}: going on from step {begin}")
+    documents = _documents(job, resuming=resuming)
     try:
         descriptor = lock(job.out)
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
-        _write(job, record, documents, resuming=bool(found))
+        _write(job, record, documents, resuming=resuming)
     except OSError as error:
         raise BridgeError(f"{job.out} cannot be written: {error.strerror}") from None
     try:
-        _torchrun(job, folder, descriptor)
+        _torchrun(job, folder, descriptor, begin)
     finally:
         os.close(descriptor)
-    return found[-1] if found else None
+    return True
 
 
-def check_checkpoint(job: Job, step: Path) -> None:
-    """Compare names and shapes in a checkpoint with the model's, from its metadata alone.
+def _last_to_go_on_from(job: Job, folder: Path) -> int:
+    """The last step with all that training needs; -1 where there is no checkpoint.
+
+    Raises:
+        BridgeError: there are exports only, or a checkpoint is of another model.
+    """
+    steps = whole_steps(folder)
+    for step in reversed(steps):
+        if steps[step] == "dcp" and (check_checkpoint(job, folder / f"step-{step}") or step == 0):
+            return step
+    if steps:
+        raise BridgeError(
+            f"{folder} holds exports of the weights only (step {', '.join(map(str, steps))}), from which training "
+            "cannot go on to more steps; choose another out, and to begin with these weights give "
+            "trainer.checkpoint.initial_load_path and, for safetensors, trainer.checkpoint.initial_load_in_hf=true"
+        )
+    return -1
+
+
+def check_checkpoint(job: Job, step: Path) -> bool:
+    """Compare names and shapes in a DCP with the model's, from its metadata alone.
+
+    Returns:
+        Whether it has the state of the training, too (`checkpoint.last_save_model_only` leaves it out).
 
     Raises:
         BridgeError: the first tensor that differs.
     """
-    held = _metadata(step)
+    checkpoint = _open(step)
+    checkpoint.close()
     assert job.trainer.model_spec is not None
     model = build_on_meta(job.trainer.model_spec.model, dtype=torch.float32)
     for name, tensor in model.state_dict().items():
-        entry = held.get(name)
+        entry = checkpoint.tensors.get(name)
         if entry is None:
             raise BridgeError(f"{step} holds another model: it has no {name}; choose another out")
         if entry.shape != tuple(tensor.shape):
@@ -90,13 +118,14 @@ def check_checkpoint(job: Job, step: Path) -> None:
                 f"{step} holds another model: {name} is {entry.shape} there, {tuple(tensor.shape)} here; "
                 "choose another out"
             )
+    others = [*checkpoint.extra_tensors, *checkpoint.blobs]
+    return any(name.split(".")[0] == "train_state" for name in others)
 
 
-def _metadata(step: Path) -> Mapping[str, Stored]:
-    """The model tensors of a checkpoint. TorchTitan unpickles `.metadata`, whatever is in it: ours refuses first."""
+def _open(step: Path) -> Checkpoint:
+    """A checkpoint by its metadata. TorchTitan unpickles `.metadata`, whatever is in it: ours refuses first."""
     try:
-        with open_dcp(step) as checkpoint:
-            return checkpoint.tensors
+        return open_dcp(step, extra=True)
     except BridgeError as error:
         raise BridgeError(
             f"{step} cannot be read as a checkpoint: {error}; remove it or choose another out"
@@ -158,7 +187,7 @@ def _write(job: Job, record: Record, documents: data.Documents | None, *, resumi
     dataclasses.replace(record, hf_config=hf_config, tokenizer=tokenizer.files_in(folder)).write(folder)
 
 
-def _torchrun(job: Job, folder: Path, descriptor: int) -> None:
+def _torchrun(job: Job, folder: Path, descriptor: int, begin: int) -> None:
     logs = job.out / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("*.log"):
@@ -176,7 +205,7 @@ def _torchrun(job: Job, folder: Path, descriptor: int) -> None:
             "--log-dir",  # else it leaves a folder of its own in the temporary one when it is interrupted
             os.devnull,
         ),
-        *("-m", WORKER, str(folder)),
+        *("-m", WORKER, str(folder), str(begin)),
     ]
     environment = {
         "TOKENIZERS_PARALLELISM": "false",

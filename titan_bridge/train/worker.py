@@ -1,4 +1,4 @@
-"""One rank of a training run: `python -m titan_bridge.train.worker OUT/checkpoint`, started by torchrun.
+"""One rank of a training run: `python -m titan_bridge.train.worker OUT/checkpoint STEP`, started by torchrun.
 
 It builds TorchTitan's config from the record that `launch.py` wrote and hands it to TorchTitan's Trainer. Progress
 goes to the standard output of the whole run; everything else to OUT/logs/rank_N.log.
@@ -24,10 +24,11 @@ from torchtitan.trainer import Trainer
 from titan_bridge.config.reader import from_dict
 from titan_bridge.config.train_schema import TrainConfig
 from titan_bridge.errors import BridgeError
+from titan_bridge.run_folder import Record, whole_steps
 from titan_bridge.train import compat, data
 from titan_bridge.train.build import Job, build, on_cpu
 from titan_bridge.train.guard import die_with_parent
-from titan_bridge.train.output import LOGS, METRICS, Record, remove_partial, whole_steps
+from titan_bridge.train.output import LOGS, METRICS, remove_partial
 from titan_bridge.train.progress import add_progress
 
 _ROOM = 1 << 20
@@ -40,13 +41,13 @@ _FULL = {
 }
 
 
-def main(checkpoint: str) -> int:
-    """Train to the end, or to an error; the log says which."""
+def main(checkpoint: str, begin: str) -> int:
+    """Train from the checkpoint of step `begin` (-1: from the start) to the end, or to an error; the log says which."""
     die_with_parent()
     folder = Path(checkpoint)
     screen = _redirect(folder.parent / LOGS)
     try:
-        _train(folder, screen)
+        _train(folder, int(begin), screen)
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
         # Before the log, which may need the room that this makes.
@@ -59,7 +60,7 @@ def main(checkpoint: str) -> int:
     return 0
 
 
-def _train(folder: Path, screen: TextIO) -> None:
+def _train(folder: Path, begin: int, screen: TextIO) -> None:
     record = Record.read(folder)
     config = from_dict(TrainConfig, record.config)
     compat.apply()
@@ -68,6 +69,8 @@ def _train(folder: Path, screen: TextIO) -> None:
 
         cpu.apply()
     job = build(config, record.origin, name=folder.parent.name)
+    # TorchTitan by itself takes the last step, which may be an export that it cannot load.
+    job.trainer.checkpoint.load_step = begin
     if config.data is not None:
         data.register()
     _run(job, folder, screen)
@@ -132,12 +135,12 @@ def _failed_save(text: str, folder: Path) -> str | None:
         why = _FULL[errno.ENOSPC]
     remove_partial(folder)  # on every rank: the first that fails may be the last that is let live
     whole = whole_steps(folder)
-    last = f"the last whole checkpoint is step-{whole[-1]}" if whole else "there is no whole checkpoint yet"
+    last = f"the last whole checkpoint is step-{max(whole)}" if whole else "there is no whole checkpoint yet"
     advice = "make room and run the same command to go on" if why else "run the same command to go on"
     return f"a checkpoint could not be saved in {folder}: {why or text.strip().splitlines()[-1]}; {last}; {advice}"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise BridgeError("usage: python -m titan_bridge.train.worker OUT/checkpoint (under torchrun)")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) != 3:
+        raise BridgeError("usage: python -m titan_bridge.train.worker OUT/checkpoint STEP (under torchrun)")
+    sys.exit(main(*sys.argv[1:]))
