@@ -13,6 +13,7 @@ from titan_bridge.checkpoint import load, open_checkpoint
 from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare
+from titan_bridge.cpu import WORKERS
 from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.models import family_for
@@ -98,3 +99,11 @@ def test_a_weight_with_padding_is_not_said_to_be_read_whole(tmp_path: Path) -> N
         assert told.keys() == live.keys()
         padded = {fqn for fqn, whole in told.items() if not whole}
         assert padded == ({"tok_embeddings.weight", "lm_head.weight"} if rank else set())
+
+
+def test_cores_are_shared_out_among_the_workers_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = frozenset(range(16))
+    monkeypatch.delenv(WORKERS, raising=False)
+    assert load._threads(cpus, 8) == 1
+    monkeypatch.setenv(WORKERS, "4")  # the other half is on another machine
+    assert load._threads(cpus, 8) == 3

@@ -6,13 +6,14 @@ chooses it for `load_format="auto"`; every other format goes through `load_weigh
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
 from torch import nn
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, weights_directory
@@ -30,7 +31,11 @@ class TitanModelLoader(BaseModelLoader):
         """Nothing is downloaded: the model is a directory."""
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Fill the live parameters of `model` (a `TitanForCausalLM`)."""
+        """Fill the live parameters of `model` (a `TitanForCausalLM`, or the draft model beside one)."""
+        if model_config.runner_type == "draft":  # vLLM's own class, which inherits the load format
+            vllms = get_model_loader(dataclasses.replace(self.load_config, load_format="auto"))
+            vllms.load_weights(model, model_config)
+            return
         served: Any = model
         if not hasattr(served, "load_checkpoint"):
             raise BridgeError(

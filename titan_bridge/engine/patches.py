@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_bridge import cpu
-from titan_bridge.checks import model_directory, rope_covers
+from titan_bridge.checks import model_directory, overridden, rope_covers
 from titan_bridge.engine import forking, patching
 from titan_bridge.engine.options import titan_options
 from titan_bridge.engine.patching import after_import, patch
@@ -191,12 +191,35 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
     require()
     if self.model_impl != "torchtitan":
         return original(self)
+    _bind_workers(self)
     if Path(self.model).is_dir() and self.hf_config_path is None:
-        rope_covers(model_directory(self.model), self.max_model_len)
+        rope_covers(overridden(model_directory(self.model), self.hf_overrides), self.max_model_len)
     config = original(self)
     if titan_options(self.additional_config).dense == "shard":
         config.model_arch_config.num_experts = max(1, config.model_arch_config.num_experts)
     return config
+
+
+def _bind_workers(args: Any) -> None:
+    """Set what several workers need on a CPU, as `titan-bridge` does; what the user has set stays."""
+    if cpu.BOUND in os.environ and os.environ[cpu.BOUND] == os.environ.get(
+        cpu.BIND
+    ):  # ours, for another engine
+        for name in (cpu.BIND, cpu.BOUND, cpu.SHARED, cpu.WORKERS):
+            os.environ.pop(name, None)
+    workers = cpu.local_workers(
+        max(args.data_parallel_size, int(os.environ.get("VLLM_DP_SIZE", "1"))),
+        args.tensor_parallel_size,
+        nnodes=args.nnodes,
+        dp_local=args.data_parallel_size_local,
+    )
+    if workers == 1 or cpu.BIND in os.environ:
+        return
+    sizes = ("kv_cache_memory_bytes", "gpu_memory_utilization")
+    given = {name: 1 for name in sizes if getattr(args, name) != getattr(type(args), name)}
+    added = cpu.environment(workers, given=os.environ, options=given)
+    if cpu.BIND in added:
+        os.environ.update({**added, cpu.BOUND: added[cpu.BIND]})
 
 
 @patch(

@@ -36,6 +36,8 @@ from titan_bridge.engine.offline import Completion, Prompt, Sampling, complete, 
 from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 EXIT_SECONDS = 60
 """How long a dp rank may take to shut down after all ranks are done."""
 
@@ -164,10 +166,22 @@ def rank_environment(
             "VLLM_DP_MASTER_IP": "127.0.0.1",
             "VLLM_DP_MASTER_PORT": str(port),
         }
-    if cpu.BIND not in common:
-        return {}
-    cores = common[cpu.BIND].split("|")
+    if not cpu.is_cpu_backend():
+        return {} if dp == 1 else {VISIBLE: ",".join(devices(common, rank, dp, tp))}
+    cores = common.get(cpu.BIND, "").split("|")
     return {cpu.BIND: "|".join(cores[rank * tp : (rank + 1) * tp])} if len(cores) == dp * tp else {}
+
+
+def devices(common: Mapping[str, str], rank: int, dp: int, tp: int) -> list[str]:
+    """The GPUs of a dp rank whose engine knows of no other; each would take the first ones."""
+    if not common.get(VISIBLE):
+        return [str(device) for device in range(rank * tp, (rank + 1) * tp)]
+    visible = common[VISIBLE].split(",")
+    if len(visible) < dp * tp:
+        raise BridgeError(
+            f"{VISIBLE}={common[VISIBLE]} names {len(visible)} GPUs; dp={dp} with tp={tp} needs {dp * tp}"
+        )
+    return visible[rank * tp : (rank + 1) * tp]
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], files: Sequence[Path]) -> list[dict[str, Any]]:
