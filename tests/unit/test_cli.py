@@ -166,6 +166,18 @@ def test_ctrl_c_exits_130_without_a_word():
     assert (process.returncode, stderr) == (130, "")
 
 
+def test_a_command_that_froze_its_objects_ends_without_triton_counting_leaks():
+    """vLLM's server freezes what it has loaded, and Triton lists each of its objects that is never collected."""
+    pytest.importorskip("triton")
+    code = (
+        "import gc, sys, triton; from titan_bridge import cli\n"
+        "def serve(arguments):\n    gc.freeze(); return 0\n"
+        "cli._run = serve; sys.exit(cli.script(['serve']))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_serve_passes_every_option_on(model, monkeypatch):
     found = run(
         "serve", model, "--tp", "2", "--dp", "2", "--port", "18123", "--dtype", "float32", "--max-model-len", "64",
