@@ -18,6 +18,9 @@ from titan_bridge.commands.infer import (
 )
 from titan_bridge.errors import BridgeError
 
+SHUTDOWN_SECONDS = 5
+"""For requests that run when the server is told to end. vLLM's 0 kills the engine, whose shared memory then leaks."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve(InferCommand):
@@ -57,6 +60,8 @@ class Serve(InferCommand):
         added = cpu.environment(workers, given=os.environ, options=given)
         options = config.engine_options()
         options["data_parallel_size"] = parallel.dp
+        if "shutdown_timeout" not in given:
+            options["shutdown_timeout"] = SHUTDOWN_SECONDS
         if parallel.ep == 1:
             del options["enable_expert_parallel"]  # vLLM's default
         arguments = ["serve", options.pop("model"), *format_vllm_options(options)]

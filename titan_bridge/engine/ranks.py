@@ -41,6 +41,9 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 EXIT_SECONDS = 60
 """How long a dp rank may take to shut down after all ranks are done."""
 
+INTERRUPT_SECONDS = 20
+"""How long the ranks may take to shut down after Ctrl-C."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -105,6 +108,9 @@ def start(config: InferConfig) -> Iterator[Ranks]:
                 )
             )
         yield Ranks(config, processes, lockstep=lockstep)
+    except KeyboardInterrupt:
+        interrupt(processes)
+        raise
     finally:
         for process in processes:
             end_group(process)
@@ -225,6 +231,16 @@ def _tell(rank: subprocess.Popen[bytes], line: str) -> None:
         assert rank.stdin is not None
         rank.stdin.write(f"{line}\n".encode())
         rank.stdin.flush()
+
+
+def interrupt(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Hand Ctrl-C on, and wait a little: an engine that is killed leaves its sockets and shared memory behind."""
+    for process in ranks:
+        process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + INTERRUPT_SECONDS
+    for process in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
