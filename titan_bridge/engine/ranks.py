@@ -297,6 +297,8 @@ def _run_rank() -> int:
             }
             _write(job["answer"], answer)
             told.get()
+    except KeyboardInterrupt:  # handed on by the parent, which says what there is to say
+        return 130
     except Exception as error:
         traceback.print_exc()
         _write(job["answer"], {"error": users_mistake(error), "failure": f"{type(error).__name__}: {error}"})
