@@ -24,7 +24,7 @@ def check(config: InferConfig) -> dict[str, Any]:
     Raises:
         BridgeError: the first thing that is wrong.
     """
-    hf_config = model_directory(config.model)
+    hf_config = overridden(model_directory(config.model), config.vllm.get("hf_overrides"))
     parallel = config.parallel
     experts = experts_in(hf_config)
     if parallel.ep > 1 and not experts:
@@ -56,6 +56,11 @@ def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int
     config = family_for(hf_config).model_config(hf_config)
     check_divides(config, sizes)
     rope_covers(hf_config, max_model_len)
+
+
+def overridden(hf_config: Mapping[str, Any], overrides: Any) -> dict[str, Any]:
+    """config.json with vLLM's `hf_overrides` in it; a function among these is left to vLLM."""
+    return {**hf_config, **overrides} if isinstance(overrides, Mapping) else dict(hf_config)
 
 
 def rope_covers(hf_config: Mapping[str, Any], max_model_len: int | None) -> None:

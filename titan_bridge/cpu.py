@@ -19,9 +19,14 @@ from importlib import metadata
 from pathlib import Path
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
+BOUND = "TITAN_BRIDGE_BOUND"
+"""The value of `BIND` that the plugin has set, which it may change for the next engine of the process."""
 KV_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 SHARED = "TITAN_BRIDGE_SHARED_CORES"
 """Set to 1 where workers share cores; a dp rank's own part of the binding does not show it."""
+
+WORKERS = "TITAN_BRIDGE_LOCAL_WORKERS"
+"""How many workers this machine runs, of all dp ranks; the rest of a layout's ranks may be elsewhere."""
 
 _MALLOC = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 """Variables with which a user tells glibc what memory to keep."""
@@ -113,6 +118,14 @@ def bind(workers: int, cores: Sequence[Core]) -> str | None:
     return "|".join(",".join(str(c.cpu) for c in (g[:-1] if len(g) >= 4 else g)) for g in groups)
 
 
+def local_workers(dp: int, tp: int, *, nnodes: int = 1, dp_local: int | None = None) -> int:
+    """Workers on this machine, as vLLM spreads them over `nnodes`; `dp_local` is its `data_parallel_size_local`."""
+    if nnodes == 1:
+        return (dp_local or dp) * tp
+    dp_local = dp_local or max(1, dp // nnodes)
+    return dp_local * tp // max(1, nnodes * dp_local // dp)
+
+
 def shares_cores(given: Mapping[str, str]) -> bool:
     """Whether some workers are bound to the same core, by the environment of one of them."""
     if SHARED in given:
@@ -193,16 +206,16 @@ def variables(added: Mapping[str, str]) -> Iterator[None]:
 def environment(
     workers: int, *, given: Mapping[str, str], options: Mapping[str, object] | None = None
 ) -> dict[str, str]:
-    """Variables to add for `workers` ranks on this machine; empty on a GPU.
+    """Variables to add for `workers` on this machine; empty on a GPU.
 
     Args:
-        workers: dp * tp.
+        workers: what `local_workers` says.
         given: the environment so far; a variable that is in it stays as it is.
         options: vLLM options by Python name; one that sizes the KV cache leaves that to vLLM.
     """
     if not is_cpu_backend():
         return {}
-    added: dict[str, str] = {}
+    added = {WORKERS: str(workers)}
     if BIND not in given and (value := bind(workers, cores())):
         added[BIND] = value
     if SHARED not in given and shares_cores({**given, **added}):

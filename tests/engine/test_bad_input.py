@@ -195,6 +195,11 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     model = make_checkpoint(tmp_path / "qwen3", "qwen3")
     run = make_run(tmp_path / "out", model, model)
     steps = run / "checkpoint"
+    moe = str(make_checkpoint(tmp_path / "moe", "qwen3_moe", tokenizer=False))
+    llama = str(make_checkpoint(tmp_path / "llama3", "llama3", tokenizer=False))
+    classifier = {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 2}
+    speculation = {"model": str(model), "num_speculative_tokens": 2}
+    longer = {"max_position_embeddings": 8192}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported with model_impl='torchtitan'"),
         ({"enable_lora": True}, "LoRA is not supported with model_impl='torchtitan'"),
@@ -214,6 +219,21 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
             {"model": f"{steps}/step-1", "additional_config": {"titan": {"step": 2}}},
             "step-1 is one step, and step 2 is asked for",
         ),
+        ({"enable_dbo": True}, "microbatches (enable_dbo) are not supported with model_impl='torchtitan'"),
+        ({"runner": "pooling", "convert": "classify"}, "runner='pooling' (convert='classify') is not supported"),
+        ({"model": folder_with(model, tmp_path / "head", config=classifier)}, "runner='pooling' (convert='classify')"),
+        ({"model": llama, "speculative_config": {"method": "eagle", **speculation, "model": llama}},
+         "speculative method 'eagle' is not supported"),
+        ({"speculative_config": {"method": "eagle3", **speculation}}, "speculative method 'eagle3' is not supported"),
+        ({"model": moe, "additional_config": {"titan": {"ep": 2}}, "tensor_parallel_size": 2},
+         "additional_config.titan.ep=2 needs enable_expert_parallel"),
+        ({"hf_overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
+        ({"hf_overrides": longer, "max_model_len": 9000}, "max_position_embeddings=8192; allowed: up to 8192"),
+        # What must go on:
+        ({"hf_overrides": longer, "max_model_len": 4096}, "taken"),
+        ({"speculative_config": {"method": "draft_model", **speculation}}, "taken"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "taken"),
+        ({"model": moe, "additional_config": {"titan": {"ep": 1}}}, "taken"),
     ]  # fmt: skip
     answers = answers_of(UNSUPPORTED, [options for options, _ in cases], str(model))
     wrong = [(text, answer) for (_, text), answer in zip(cases, answers, strict=True) if text not in answer]

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import descendants
 from titan_bridge import cpu, parity
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.engine import forking, patches
+from titan_bridge.engine import forking, patches, patching
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
@@ -164,4 +164,4 @@ def test_vllm_starts_its_processes_through_functions_that_are_known() -> None:
 
     patches.install()
     for module in (vllm.v1.engine.utils, vllm.v1.engine.coordinator, vllm.v1.executor.multiproc_executor):
-        assert getattr(module.get_mp_context, patches.MARK)
+        assert getattr(module.get_mp_context, patching.MARK)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from titan_bridge import cpu
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(200)]
@@ -111,3 +112,27 @@ def test_wrong_versions_refuse_torchtitan_and_nothing_else(models: dict[str, Pat
         line = "titan_bridge does not support torchtitan 0.3.0; install 'torchtitan==0.9.*'"
         assert (line in done.stderr) == refused
         assert (done.returncode != 0) == refused
+
+
+CORES = """
+import json, os, sys
+from vllm.engine.arg_utils import EngineArgs
+from titan_bridge import cpu
+found = []
+for tp, impl in ((2, "vllm"), (1, "torchtitan"), (2, "torchtitan"), (4, "torchtitan")):
+    EngineArgs(model=sys.argv[1], model_impl=impl, tensor_parallel_size=tp).create_model_config()
+    found.append(os.environ.get(cpu.BIND))
+os.environ[cpu.BIND] = "nobind"
+EngineArgs(model=sys.argv[1], model_impl="torchtitan", tensor_parallel_size=2).create_model_config()
+print(json.dumps([*found, os.environ[cpu.BIND]]))
+"""
+
+
+def test_workers_of_torchtitans_model_are_bound_where_the_user_has_not_said_how(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(cpu.BIND, raising=False)
+    done = run(CORES.replace("sys.argv[1]", repr(str(models["qwen3"]))))
+    assert done.returncode == 0, done.stderr
+    two, four = (cpu.bind(workers, cpu.cores()) for workers in (2, 4))
+    assert json.loads(done.stdout.splitlines()[-1]) == [None, None, two, four, "nobind"]

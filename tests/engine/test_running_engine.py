@@ -203,3 +203,28 @@ def test_weights_are_not_saved_in_vllms_sharded_format(llm: Any, tmp_path: Path)
     with pytest.raises(Exception, match="save_sharded_state is not supported with model_impl='torchtitan'"):
         llm.llm_engine.engine_core.save_sharded_state(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_model_is_vllms_and_all_its_drafts_are_accepted(tmp_path: Path) -> None:
+    """The draft is the served checkpoint itself, so only another model or other weights could be refused."""
+    from titan_bridge.engine.offline import complete, engine
+
+    model = str(make_checkpoint(tmp_path / "model", "qwen3", tokenizer=False))
+    config = InferConfig(
+        model=model,
+        dtype="float32",
+        max_model_len=128,
+        vllm={
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": False,
+            "speculative_config": {"method": "draft_model", "model": model, "num_speculative_tokens": 3},
+        },
+    )
+    with engine(config) as (llm, _, _):
+        sampling = {"max_tokens": 24, "temperature": 0, "detokenize": False, "ignore_eos": True}
+        complete(llm, [PROMPT], sampling)
+        counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    drafted = counters["vllm:spec_decode_num_draft_tokens"]
+    assert drafted >= 18
+    assert counters["vllm:spec_decode_num_accepted_tokens"] == drafted

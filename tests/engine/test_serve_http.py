@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ import openai
 import pytest
 import torch
 
-from titan_bridge import cpu
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint, make_run
 
@@ -41,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., Any]) 
     )  # fmt: skip
     vllm = (str(Path(sys.executable).parent / "vllm"), "serve")
     log = folder / "server.log"
-    with serve(model, log, *options, by=vllm, **cpu.environment(2, given=os.environ)) as url:
+    with serve(model, log, *options, by=vllm) as url:
         yield Server(
             model=model, url=url, client=openai.OpenAI(base_url=f"{url}/v1", api_key="none"), log=log
         )

@@ -14,6 +14,7 @@ from titan_bridge.checkpoint import load, open_checkpoint
 from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare
+from titan_bridge.cpu import WORKERS
 from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.models import family_for
@@ -120,3 +121,11 @@ def test_a_weight_is_put_together_from_tensors_of_different_types(
         found.append(live)
     for fqn, tensor in found[0].items():
         assert torch.equal(tensor, found[1][fqn]), fqn
+
+
+def test_cores_are_shared_out_among_the_workers_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = frozenset(range(16))
+    monkeypatch.delenv(WORKERS, raising=False)
+    assert load._threads(cpus, 8) == 1
+    monkeypatch.setenv(WORKERS, "4")  # the other half is on another machine
+    assert load._threads(cpus, 8) == 3

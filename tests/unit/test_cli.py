@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from titan_bridge import cli
+from titan_bridge import cli, cpu
 from titan_bridge.commands import doctor
 from titan_bridge.commands.quiet import last_error, quiet, user_error
 from titan_bridge.engine import forking
+from titan_bridge.engine.ranks import devices
 from titan_bridge.errors import BridgeError
+from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint, make_run
 
 
@@ -251,6 +253,18 @@ def test_ctrl_c_exits_130_without_a_word():
     assert (process.returncode, stderr) == (130, "")
 
 
+def test_a_command_that_froze_its_objects_ends_without_triton_counting_leaks():
+    """vLLM's server freezes what it has loaded, and Triton lists each of its objects that is never collected."""
+    pytest.importorskip("triton")
+    code = (
+        "import gc, sys, triton; from titan_bridge import cli\n"
+        "def serve(arguments):\n    gc.freeze(); return 0\n"
+        "cli._run = serve; sys.exit(cli.script(['serve']))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_serve_passes_every_option_on(model, monkeypatch):
     found = run(
         "serve", model, "--tp", "2", "--dp", "2", "--port", "18123", "--dtype", "float32", "--max-model-len", "64",
@@ -310,6 +324,69 @@ def test_a_file_of_the_repository_says_what_makes_its_model(tmp_path, monkeypatc
     assert (
         f"the working directory {tmp_path}; in the repository's root `bash scripts/demo.sh` makes it" in error
     )
+
+
+PASSED = {
+    "as --tp": (["--tensor-parallel-size", "2"], ["--tensor-parallel-size 2"]),
+    "as --tp, short": (["-tp", "2"], ["--tensor-parallel-size 2"]),
+    "as --dp": (["--data-parallel-size=2"], ["--data-parallel-size 2"]),
+    "model_impl": (["--model-impl", "vllm"], ["--model-impl vllm"]),
+    "json": (["--compilation-config", '{"mode": 0}'], ["--compilation-config '{\"mode\": 0}'"]),
+    "dotted": (["-O0", "-cc.mode", "0"], ["-O0 -cc.mode 0"]),
+    "ours beside theirs": (
+        ["--dp", "2", "--dense", "shard", "--additional-config", '{"other": 1}'],
+        ["""--additional-config '{"other": 1, "titan": {"dense": "shard"}}'"""],
+    ),
+    "longer": (
+        ["--hf-overrides", '{"max_position_embeddings": 8192}', "--max-model-len", "4096"],
+        ["""--hf-overrides '{"max_position_embeddings": 8192}'""", "--max-model-len 4096"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PASSED)
+def test_an_option_of_vllms_is_the_flag_that_says_the_same(case, model, capsys):
+    arguments, expected = PASSED[case]
+    assert cli.main(["serve", model, "--port", str(free_port()), "--dry-run", *arguments]) == 0
+    command = capsys.readouterr().out
+    for text in expected:
+        assert text in command
+    names = [word.partition("=")[0] for word in shlex.split(command) if word.startswith("-")]
+    assert len(names) == len(set(names)), command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--", "--tensor-parallel-size", "2"], "--tensor-parallel-size is set by parallel.tp; write it there"),
+        (["--tp", "2", "--enable-expert-parallel"], "ep=2, but "),
+        (["--additional-config", '{"titan": {"ep": 2}}'], "vllm.additional_config.titan.ep is set by parallel.ep"),
+        (["--max-model-len", "9000", "--hf-overrides", '{"max_position_embeddings": 8192}'], "up to 8192"),
+        (["--hf-overrides", '{"attention_bias": true}'], "attention_bias=true"),
+    ],
+)  # fmt: skip
+def test_options_of_vllms_that_contradict_ours_are_refused(arguments, expected, model, capsys):
+    assert cli.main(["serve", model, "--port", str(free_port()), "--dry-run", *arguments]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_node_without_a_server_needs_no_port_and_binds_its_own_workers(
+    model, busy_port, capsys, monkeypatch
+):
+    monkeypatch.delenv(cpu.BIND, raising=False)
+    nodes = ["--tp", "4", "--nnodes", "2", "--node-rank", "1", "--headless"]
+    assert cli.main(["serve", model, "--port", str(busy_port), "--dry-run", *nodes]) == 0
+    variables = dict(word.partition("=")[::2] for word in shlex.split(capsys.readouterr().out))
+    assert variables[cpu.WORKERS] == "2"
+    assert variables.get(cpu.BIND) == cpu.bind(2, cpu.cores())
+
+
+def test_dp_ranks_of_a_dense_model_take_gpus_of_their_own():
+    assert [devices({}, rank, 2, 2) for rank in range(2)] == [["0", "1"], ["2", "3"]]
+    given = {"CUDA_VISIBLE_DEVICES": "7,5,3"}
+    assert [devices(given, rank, 3, 1) for rank in range(3)] == [["7"], ["5"], ["3"]]
+    with pytest.raises(BridgeError, match="names 3 GPUs; dp=2 with tp=2 needs 4"):
+        devices(given, 0, 2, 2)
 
 
 def test_serve_binds_threads_where_the_user_did_not(model):

@@ -145,6 +145,7 @@ REFUSED = {
     'model = "m"\n[generate]\nprompts = [1]': "generate.prompts.0 = 1 (int) is not allowed; it must be a string",
     'model = "m"\n[generate]\ntop_p = 1.5': "generate.top_p = 1.5 (float)",
     'model = "m"\n[vllm]\ntensor_parallel_size = 2': "vllm.tensor_parallel_size is set by parallel.tp",
+    'model = "m"\n[vllm.additional_config.titan]\nep = 2': "vllm.additional_config.titan.ep is set by parallel.ep",
     'model = "m"\n[vllm.additional_config]\ntitan = 1': "vllm.additional_config.titan is 1; it must be a table",
     "[parallel]\ntp = 1": "the key model is missing; it is required",
 }
@@ -338,5 +339,18 @@ def test_vllm_options_from_the_command_line():
         "name": "a",
     }
     assert parse_vllm_options(format_vllm_options(options)) == options
+    assert parse_vllm_options(
+        [
+            *("--compilation-config", '{"mode": 0, "x": [true, null]}', "-O0", "--additional-config={}"),
+            *("--kv-transfer-config.a.b", "-1", "--kv-transfer-config.a.c=d", "--names", "a", "b", "-n", "2"),
+        ]
+    ) == {
+        "compilation_config": {"mode": 0, "x": [True, None]},
+        "optimization_level": 0,
+        "additional_config": {},
+        "kv_transfer_config": {"a": {"b": -1, "c": "d"}},
+        "names": ["a", "b"],
+        "nnodes": 2,
+    }
     with pytest.raises(BridgeError, match="'4' is not an option"):
         parse_vllm_options(["4"])

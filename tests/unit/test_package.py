@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -107,3 +108,26 @@ def test_version_is_said_once():
     assert PYPROJECT["project"]["dynamic"] == ["version"]
     assert metadata.version("titan-bridge") == titan_bridge.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", titan_bridge.__version__)
+
+
+WATCH = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "torchtitan"):
+            print(name, os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK"))
+
+sys.meta_path.insert(0, Watch())
+import titan_bridge.device
+"""
+
+
+def test_cuda_is_looked_for_by_nvml_before_torchtitan_is_imported():
+    """Else the import of TorchTitan initialises CUDA, and vLLM cannot fork."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTORCH_NVML_BASED_CUDA_CHECK"}
+    found = subprocess.run(
+        [sys.executable, "-c", WATCH], env=clean, capture_output=True, text=True, check=True
+    )
+    assert {"torch 1", "torchtitan 1"} <= set(found.stdout.splitlines())
+    assert "None" not in found.stdout

@@ -13,7 +13,7 @@ import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.mapping import check_source, views_between
-from titan_bridge.cpu import unbound_cpus
+from titan_bridge.cpu import WORKERS, unbound_cpus
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import plan
@@ -122,7 +122,7 @@ def load_into(
 
 def _threads(cpus: frozenset[int], ranks: int) -> int:
     """How many read at a time; a core is left to whoever is told what arrived, and packs it meanwhile."""
-    own = len(cpus) if cpus == os.sched_getaffinity(0) else len(cpus) // ranks
+    own = len(cpus) if cpus == os.sched_getaffinity(0) else len(cpus) // int(os.environ.get(WORKERS, ranks))
     return min(_THREADS, own - 1)
 
 

@@ -23,12 +23,16 @@ class InferCommand:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Directory of the model, a training run or one step of it, a name on the Hugging Face hub, or a .toml file."""
-    dp: int | None = None
+    dp: Annotated[int | None, tyro.conf.arg(aliases=("--data-parallel-size", "-dp"))] = None
     """Data parallel groups."""
-    tp: int | None = None
+    tp: Annotated[int | None, tyro.conf.arg(aliases=("--tensor-parallel-size", "-tp"))] = None
     """Tensor parallel ranks in a group."""
     ep: int | None = None
     """Ranks that share the experts: 1 (none) or dp * tp."""
+    enable_expert_parallel: Annotated[bool, tyro.conf.arg(aliases=("-ep",))] = False
+    """The same as --ep with dp * tp."""
+    model_impl: str | None = None
+    """torchtitan, or a value of vLLM's own option to compare with."""
     dense: str | None = None
     """Dense weights over dp: replicate or shard."""
     dtype: str | None = None
@@ -61,6 +65,7 @@ class InferCommand:
                 "parallel.tp": self.tp,
                 "parallel.ep": self.ep,
                 "parallel.dense": self.dense,
+                "model_impl": self.model_impl,
                 "dtype": self.dtype,
                 "max_model_len": self.max_model_len,
                 **(flags or {}),
@@ -68,6 +73,11 @@ class InferCommand:
             others={"titan-bridge train": TrainConfig},
         )
         config = resolved.config
+        sizes = config.parallel
+        if self.enable_expert_parallel and self.ep is None and sizes.ep == 1:
+            sizes = dataclasses.replace(sizes, ep=sizes.dp * sizes.tp)
+            config = dataclasses.replace(config, parallel=sizes)
+            resolved = dataclasses.replace(resolved, config=config)
         additional = dict(config.vllm.get("additional_config") or {})
         titan = additional.get("titan") or {}
         found = local_folder(config.model, self.model if is_file else None, weights=self.needs_weights)
@@ -112,34 +122,71 @@ def local_folder(model: str, file: str | None, *, weights: bool) -> str:
         raise BridgeError(f"{model} does not exist; {hint}; as a name on the hub it {reason}") from None
 
 
+SHORT = {
+    "-O": "--optimization-level",
+    "-cc": "--compilation-config",
+    "-sc": "--speculative-config",
+    "-q": "--quantization",
+    "-pp": "--pipeline-parallel-size",
+    "-n": "--nnodes",
+    "-r": "--node-rank",
+    "-dpl": "--data-parallel-size-local",
+}
+"""vLLM's short names of options that are read here."""
+
+
 def parse_vllm_options(arguments: Sequence[str]) -> dict[str, Any]:
     """vLLM options from the command line as keyword arguments: `--max-num-seqs 4` -> `{"max_num_seqs": 4}`.
 
-    A value is read as TOML or JSON, else as text; an option without a value is True, `--no-x` is False.
+    A value is read as TOML or JSON, else as text; an option without a value is True, `--no-x` is False; several values
+    are a list. `--x.y.z 1` is `{"x": {"y": {"z": 1}}}`.
 
     Raises:
-        BridgeError: an argument that is no option.
+        BridgeError: an argument that is no option, or an option that a flag of ours says.
     """
     from titan_bridge.config.reader import toml_value  # tomli, not needed for --help
+    from titan_bridge.config.schema import OWNED_BY_US
 
     options: dict[str, Any] = {}
-    rest = [argument for argument in arguments if argument != "--"]
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--"):
+    for argument, *values in split_options(arguments):
+        name, *path = option_name(argument)
+        if not name:
             raise BridgeError(
-                f"{name!r} is not an option; vLLM options begin with --, see `vllm serve --help=all`"
+                f"{argument!r} is not an option; vLLM options begin with -, see `vllm serve --help=all`"
             )
-        key = name.removeprefix("--").replace("-", "_")
-        if equals:
-            options[key] = toml_value(value)
-        elif rest and not rest[0].startswith("--"):
-            options[key] = toml_value(rest.pop(0))
-        elif key.startswith("no_"):
-            options[key.removeprefix("no_")] = False
-        else:
-            options[key] = True
+        if name in OWNED_BY_US:
+            raise BridgeError(f"{argument} is set by {OWNED_BY_US[name]}; write it there, or before a --")
+        if "=" in argument:
+            values.insert(0, argument.partition("=")[2])
+        elif argument[:2] == "-O" and argument[2:]:
+            values.insert(0, argument[2:])
+        given = [toml_value(value) for value in values]
+        value = given if len(given) > 1 else given[0] if given else True
+        if not given and name.startswith("no_"):
+            name, value = name.removeprefix("no_"), False
+        place = options
+        for key in (name, *path)[:-1]:
+            place = place.setdefault(key, {})
+        place[(name, *path)[-1]] = value
     return options
+
+
+def split_options(arguments: Sequence[str]) -> list[list[str]]:
+    """Each option with its values, as written: `["--a=1", "--b", "2", "3"]` -> `[["--a=1"], ["--b", "2", "3"]]`."""
+    found: list[list[str]] = []
+    for argument in arguments:
+        if option_name(argument)[0] or not found:
+            found.append([argument])
+        else:
+            found[-1].append(argument)
+    return found
+
+
+def option_name(argument: str) -> list[str]:
+    """`"--compilation-config.mode=0"` -> `["compilation_config", "mode"]`; `[""]` for what is not an option."""
+    first, *path = argument.partition("=")[0].split(".")
+    first = "--optimization-level" if re.fullmatch(r"-O.*", first) else SHORT.get(first, first)
+    return [first[2:].replace("-", "_"), *path] if first.startswith("--") else [""]
 
 
 def format_vllm_options(options: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,17 @@ import sys
 
 import tyro
 
-from titan_bridge.commands.infer import InferCommand, format_vllm_options
+from titan_bridge.commands.infer import (
+    InferCommand,
+    format_vllm_options,
+    option_name,
+    parse_vllm_options,
+    split_options,
+)
 from titan_bridge.errors import BridgeError
+
+SHUTDOWN_SECONDS = 5
+"""For requests that run when the server is told to end. vLLM's 0 kills the engine, whose shared memory then leaks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,26 +40,35 @@ class Serve(InferCommand):
     vllm_options: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
-        config = self.resolve().config
+        passed = parse_vllm_options(self.vllm_options)
+        # What the checks need, and what has a part of ours, is read; all else goes to vLLM as it was written.
+        read = {
+            name: value for name, value in passed.items() if name in ("additional_config", "hf_overrides")
+        }
+        config = self.resolve({f"vllm.{name}": value for name, value in read.items()}).config
 
         from titan_bridge import cpu
         from titan_bridge.checks import check, port_free
         from titan_bridge.engine import forking
 
-        port_free(self.host, self.port)
-        passed = {
-            option.removeprefix("--").partition("=")[0].replace("-", "_") for option in self.vllm_options
-        }
+        given = {**config.vllm, **passed}
+        if not given.get("headless"):
+            port_free(self.host, self.port)
         parallel = config.parallel
-        added = cpu.environment(
-            parallel.dp * parallel.tp, given=os.environ, options={**config.vllm, **dict.fromkeys(passed)}
-        )
+        nodes, dp_local = given.get("nnodes", 1), given.get("data_parallel_size_local")
+        workers = cpu.local_workers(parallel.dp, parallel.tp, nnodes=nodes, dp_local=dp_local)
+        added = cpu.environment(workers, given=os.environ, options=given)
         options = config.engine_options()
         options["data_parallel_size"] = parallel.dp
+        if "shutdown_timeout" not in given:
+            options["shutdown_timeout"] = SHUTDOWN_SECONDS
         if parallel.ep == 1:
             del options["enable_expert_parallel"]  # vLLM's default
         arguments = ["serve", options.pop("model"), *format_vllm_options(options)]
-        arguments += ["--host", self.host, "--port", str(self.port), *self.vllm_options]
+        arguments += ["--host", self.host, "--port", str(self.port)]
+        for option in split_options(self.vllm_options):
+            if option_name(option[0])[0] not in read:
+                arguments += option
         if self.dry_run:
             check(config)
             command = [sys.executable, "-m", "titan_bridge.engine.server", *arguments]

@@ -102,10 +102,14 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def toml_value(text: str) -> Any:
-    """The TOML value that `text` spells, or `text` itself."""
+    """The TOML value that `text` spells, or the JSON object or list, or `text` itself."""
     try:
         return tomli.loads(f"v = {text}")["v"] if "\n" not in text else text
     except tomli.TOMLDecodeError:
+        pass
+    try:
+        return json.loads(text) if text.startswith(("{", "[")) else text
+    except ValueError:
         return text
 
 

@@ -90,6 +90,11 @@ class InferConfig:
         titan = self.additional_config().get("titan")
         if titan is not None and not isinstance(titan, dict):
             raise ValueError(f"vllm.additional_config.titan is {titan!r}; it must be a table")
+        for key in ("dense", "ep"):
+            if key in ((self.vllm.get("additional_config") or {}).get("titan") or {}):
+                raise ValueError(
+                    f"vllm.additional_config.titan.{key} is set by parallel.{key}; write it there"
+                )
 
     def additional_config(self) -> dict[str, Any]:
         """vLLM's `additional_config`, with our options under "titan" where they differ from the default."""

@@ -6,6 +6,7 @@ chooses it for `load_format="auto"`; every other format goes through `load_weigh
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import time
 from collections import defaultdict
@@ -16,7 +17,7 @@ from torch import nn
 from vllm.config import ModelConfig
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
@@ -39,7 +40,11 @@ class TitanModelLoader(BaseModelLoader):
         """Nothing is downloaded: the model is a directory."""
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Fill the live parameters of `model` (a `TitanForCausalLM`)."""
+        """Fill the live parameters of `model` (a `TitanForCausalLM`, or the draft model beside one)."""
+        if model_config.runner_type == "draft":  # vLLM's own class, which inherits the load format
+            vllms = get_model_loader(dataclasses.replace(self.load_config, load_format="auto"))
+            vllms.load_weights(model, model_config)
+            return
         served: Any = model
         if not hasattr(served, "load_checkpoint"):
             raise BridgeError(

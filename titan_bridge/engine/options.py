@@ -18,7 +18,7 @@ class TitanOptions:
     dense: Literal["replicate", "shard"] = "replicate"
     """Dense weights on each dp rank: a whole copy, or `1/dp` of them, gathered layer by layer."""
     ep: int | None = None
-    """Expert-parallel size if not `dp * tp`, for example 2; a divisor of `dp * tp` and of the experts."""
+    """Expert-parallel size if not `dp * tp`: a divisor of that and of the experts, with `enable_expert_parallel`."""
     step: int | None = None
     """Of a training run's folder, the checkpoint to serve; the last whole one if not given."""
     cpu_pack: bool = True

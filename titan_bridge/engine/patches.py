@@ -1,29 +1,25 @@
 """Every change we make to somebody else's code, one function a patch.
 
-Each says what it changes, why, for which version, and when it can be deleted; each checks that its target
-looks as expected and refuses otherwise. Nothing else in the project patches anything.
+Each says what it changes, why, for which version, and when it can be deleted. Its decorator names the target and the
+parameters that it must have; where one differs, `require` refuses whatever needs us. Nothing else in the project
+patches anything.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
-import importlib.abc
-import importlib.util
-import inspect
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterable
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from titan_bridge import cpu
-from titan_bridge.checks import model_directory, rope_covers
-from titan_bridge.engine import forking
+from titan_bridge.checks import model_directory, overridden, rope_covers
+from titan_bridge.engine import forking, patching
 from titan_bridge.engine.options import titan_options
+from titan_bridge.engine.patching import after_import, patch
 from titan_bridge.engine.plugin import (
     ARCHITECTURE,
     MODEL_CLASS,
@@ -36,68 +32,51 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import model_and_step
 from titan_bridge.versions import unsupported
 
-MARK = "_titan_bridge_patch"
-"""Attribute on a replaced function: a target that carries it is never wrapped twice."""
-
 SPEC_METHODS = (LAYOUT, NATIVE, VERIFY)
 
 
 def install() -> None:
-    """Apply the patches that `model_impl="torchtitan"` needs in every vLLM process."""
-    registry = importlib.import_module("vllm.model_executor.models.registry")
-    if ARCHITECTURE not in registry.ModelRegistry.models:
-        registry.ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
-    route_model_impl(registry)
-    check_config_early()
-    read_any_checkpoint()
-    wait_without_spinning()
-    complete_model_config()
-    read_all_replies()
-    reload_any_checkpoint()
-    register_weight_transfer()
-    fork_processes()
+    """Apply the patches and registrations that every vLLM process needs.
 
-
-def route_model_impl(registry: Any) -> None:
-    """Make `model_impl="torchtitan"` resolve to our class.
-
-    What: wraps `_ModelRegistry.inspect_model_cls` and `resolve_model_cls`. Why: `ModelConfig.model_impl` takes
-    any string, but the registry knows only its own four and serves vLLM's own model for all others without a
-    word. Version: vllm 0.32 (`vllm/model_executor/models/registry.py`). Delete when: vLLM lets a plugin
-    register a model implementation by name.
+    What fails here is said by `require`, to those who ask for us: all others keep a vLLM that works.
     """
-    for name, result in (
-        ("inspect_model_cls", "_try_inspect_model_cls"),
-        ("resolve_model_cls", "_try_load_model_cls"),
-    ):
-        _wrap(registry._ModelRegistry, name, ["self", "architectures", "model_config"], _route(result))
+    for register in REGISTRATIONS:
+        with contextlib.suppress(Exception):
+            register()
+    patching.apply("start")
 
 
-def _route(result: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def routed(self: Any, architectures: Any, model_config: Any) -> Any:
-            if getattr(model_config, "model_impl", None) != "torchtitan":
-                if result == "_try_load_model_cls":
-                    declare_native_specs()
-                return original(self, architectures, model_config)
-            if problem := unsupported():
-                raise BridgeError(problem)
-            found = getattr(self, result)(ARCHITECTURE)
-            if result == "_try_load_model_cls":
-                answer_about_specs()
-                tell_compiled_graphs_apart()
-                load_compiled_step()
-            if found is None:  # vLLM logged why and would go on with its own model
-                raise BridgeError(
-                    f"model_impl='torchtitan' was asked for, but {MODEL_CLASS} does not import; "
-                    "the log above has the reason, and `titan-bridge doctor` says what to install"
-                )
-            return found, ARCHITECTURE
+def require() -> None:
+    """Check that everything of `install` is in force, and that all patches know their targets.
 
-        return routed
+    Called wherever torchtitan, weight transfer "titan" or `attach_specs` is asked for.
 
-    return wrap
+    Raises:
+        BridgeError: a target that is not there or takes other parameters, or a registration that fails.
+    """
+    found = patching.problems()
+    for register in REGISTRATIONS:
+        try:
+            register()
+        except Exception as error:
+            found["vllm"] = f"{register.__name__}: {error}"
+    if found:
+        raise patching.refusal(found)
+    patching.apply("start")
+
+
+def wanted(model_impl: str, additional_config: Any, weight_transfer_config: Any) -> bool:
+    """Whether options of vLLM's ask for anything of ours."""
+    backend = getattr(weight_transfer_config, "backend", None)
+    specs = titan_options(additional_config).attach_specs
+    return model_impl == "torchtitan" or backend == TRANSFER_BACKEND or specs
+
+
+def register_model() -> None:
+    """Make our class known to vLLM's model registry, by its public function."""
+    models = importlib.import_module("vllm.model_executor.models.registry").ModelRegistry
+    if ARCHITECTURE not in models.models:
+        models.register_model(ARCHITECTURE, MODEL_CLASS)
 
 
 def check_config_early() -> None:
@@ -135,52 +114,164 @@ def register_weight_transfer() -> None:
             registry.register_engine(TRANSFER_BACKEND, TRANSFER_MODULE, name)
 
 
-def declare_native_specs() -> None:
-    """Attach ShardingSpecs to vLLM's own model where `additional_config.titan.attach_specs` asks for it.
+def read_any_checkpoint() -> None:
+    """Make vLLM's load format "titan" known where models are loaded.
 
-    Called in the process that is about to build the model; without the option it does nothing.
+    What: imports `titan_bridge.engine.model_loader`, which registers with vLLM's `register_model_loader`, right
+    after vLLM imports its own loaders; nothing of vLLM's is replaced. Why: importing them here would cost every
+    vLLM process most of a second, and a plugin has no later moment in a worker. Version: vllm 0.32
+    (`vllm/model_executor/model_loader/__init__.py`). Delete when: loaders can be registered by name
+    ("module:class"), as models can.
+    """
+    after_import("vllm.model_executor.model_loader", _register_loader)
+
+
+def _register_loader() -> None:
+    importlib.import_module("titan_bridge.engine.model_loader")
+
+
+REGISTRATIONS = (register_model, check_config_early, register_weight_transfer, read_any_checkpoint)
+"""What vLLM has a place for, so that nothing of it is replaced; each may be called again."""
+
+
+REGISTRY = "vllm.model_executor.models.registry:_ModelRegistry"
+"""Wrapped in two places to make `model_impl="torchtitan"` resolve to our class.
+
+Why: `ModelConfig.model_impl` takes any string, but the registry knows only its own four and serves vLLM's own model for
+all others without a word. Version: vllm 0.32 (`vllm/model_executor/models/registry.py`). Delete when: vLLM lets a
+plugin register a model implementation by name.
+"""
+
+
+@patch(f"{REGISTRY}.inspect_model_cls", "self", "architectures", "model_config")
+def inspect_our_class(original: Callable[..., Any], self: Any, architectures: Any, model_config: Any) -> Any:
+    """What vLLM asks about the class where the config is made; see `REGISTRY`."""
+    if getattr(model_config, "model_impl", None) != "torchtitan":
+        return original(self, architectures, model_config)
+    return _ours(self._try_inspect_model_cls)
+
+
+@patch(f"{REGISTRY}.resolve_model_cls", "self", "architectures", "model_config")
+def resolve_our_class(original: Callable[..., Any], self: Any, architectures: Any, model_config: Any) -> Any:
+    """The class itself, in a process that is about to build the model; see `REGISTRY`."""
+    if getattr(model_config, "model_impl", None) != "torchtitan":
+        declare_native_specs()
+        return original(self, architectures, model_config)
+    found = _ours(self._try_load_model_cls)
+    answer_about_specs()
+    patching.apply("build")
+    return found
+
+
+def _ours(find: Callable[[str], Any]) -> tuple[Any, str]:
+    if problem := unsupported():
+        raise BridgeError(problem)
+    require()
+    found = find(ARCHITECTURE)
+    if found is None:  # vLLM logged why and would go on with its own model
+        raise BridgeError(
+            f"model_impl='torchtitan' was asked for, but {MODEL_CLASS} does not import; "
+            "the log above has the reason, and `titan-bridge doctor` says what to install"
+        )
+    return found, ARCHITECTURE
+
+
+@patch("vllm.engine.arg_utils:EngineArgs.create_model_config", "self")
+def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
+    """Find a training run's folder and step, check config.json, and run dp ranks in lockstep that share weights.
+
+    What: wraps `EngineArgs.create_model_config` for whatever asks for us. Before it, for `model_impl="torchtitan"`, the
+    output folder of a run or one step in it becomes the model folder and the step for all workers, and a missing
+    config.json and a length over the rope limit are refused in our words. After it, a dense model with
+    `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too late
+    for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
+    together, and an engine's process asks before it loads plugins, so that the data must say it. Version: vllm 0.32
+    (`vllm/engine/arg_utils.py`, `vllm/config/model.py`). Delete when: lockstep is a setting of its own.
+    """
+    if not wanted(self.model_impl, self.additional_config, self.weight_transfer_config):
+        return original(self)
+    require()
+    if self.model_impl != "torchtitan":
+        return original(self)
+    _bind_workers(self)
+    options = titan_options(self.additional_config)
+    if Path(self.model).is_dir():
+        self.served_model_name = self.served_model_name or self.model
+        self.model, step = model_and_step(self.model, options.step)
+        if step is not None:
+            ours = {**self.additional_config.get("titan", {}), "step": step}
+            self.additional_config = {**self.additional_config, "titan": ours}
+        if self.hf_config_path is None:
+            rope_covers(overridden(model_directory(self.model), self.hf_overrides), self.max_model_len)
+    config = original(self)
+    if options.dense == "shard":
+        config.model_arch_config.num_experts = max(1, config.model_arch_config.num_experts)
+    return config
+
+
+def _bind_workers(args: Any) -> None:
+    """Set what several workers need on a CPU, as `titan-bridge` does; what the user has set stays."""
+    if cpu.BOUND in os.environ and os.environ[cpu.BOUND] == os.environ.get(
+        cpu.BIND
+    ):  # ours, for another engine
+        for name in (cpu.BIND, cpu.BOUND, cpu.SHARED, cpu.WORKERS):
+            os.environ.pop(name, None)
+    workers = cpu.local_workers(
+        max(args.data_parallel_size, int(os.environ.get("VLLM_DP_SIZE", "1"))),
+        args.tensor_parallel_size,
+        nnodes=args.nnodes,
+        dp_local=args.data_parallel_size_local,
+    )
+    if workers == 1 or cpu.BIND in os.environ:
+        return
+    sizes = ("kv_cache_memory_bytes", "gpu_memory_utilization")
+    given = {name: 1 for name in sizes if getattr(args, name) != getattr(type(args), name)}
+    added = cpu.environment(workers, given=os.environ, options=given)
+    if cpu.BIND in added:
+        os.environ.update({**added, cpu.BOUND: added[cpu.BIND]})
+
+
+@patch(
+    "vllm.model_executor.model_loader.base_loader:process_weights_after_loading",
+    "model", "model_config", "target_device",
+    when="specs",
+)  # fmt: skip
+def declare_while_loading(
+    original: Callable[..., Any], model: Any, model_config: Any, target_device: Any
+) -> Any:
+    """Attach ShardingSpecs to vLLM's own model where `additional_config.titan.attach_specs` asks for it.
 
     What: wraps `process_weights_after_loading` in the base model loader, which runs when all parameters are built
     and filled and before the first one is repacked. Why: vLLM's layers know how they are cut, and no attribute
     says it. Version: vllm 0.32 (`vllm/model_executor/model_loader/base_loader.py`). Upstream: the proposal to
     expose the sharding of each parameter as DTensor metadata. Delete when: vLLM's layers carry it themselves.
-
-    Raises:
-        BridgeError: The loader is not the one that is known.
     """
-    if _asks_for_specs() is None:
-        return
-    answer_about_specs()
-    loader: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
-    original = loader.process_weights_after_loading
-    if getattr(original, MARK, False):
-        return
-    if list(inspect.signature(original).parameters) != ["model", "model_config", "target_device"]:
-        raise BridgeError(
-            unsupported() or "attach_specs does not know this vLLM's model loader; leave it out"
-        )
+    config = _current_config()
+    if config is None or not titan_options(config.additional_config).attach_specs:
+        return original(model, model_config, target_device)
     native_specs = importlib.import_module("titan_bridge.engine.native_specs")
-
-    @functools.wraps(original)
-    def declaring(model: Any, model_config: Any, target_device: Any) -> Any:
-        config = _asks_for_specs()
-        if config is None:
-            return original(model, model_config, target_device)
-        if not native_specs.is_declared(model):  # a reload comes here, too
-            native_specs.declare(model, config)
-        before = native_specs.glimpse(model)
-        result = original(model, model_config, target_device)
-        native_specs.settle(model, before)
-        return result
-
-    setattr(declaring, MARK, True)
-    loader.process_weights_after_loading = declaring
+    if not native_specs.is_declared(model):  # a reload comes here, too
+        native_specs.declare(model, config)
+    before = native_specs.glimpse(model)
+    result = original(model, model_config, target_device)
+    native_specs.settle(model, before)
+    return result
 
 
-def _asks_for_specs() -> Any | None:
-    """vLLM's config of the model that is being built here, if it has `attach_specs`."""
-    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
-    return config if config is not None and titan_options(config.additional_config).attach_specs else None
+def declare_native_specs() -> None:
+    """Get ready for `attach_specs` where vLLM's own model is about to be built; without the option, do nothing."""
+    config = _current_config()
+    if config is None or not wanted("", config.additional_config, config.weight_transfer_config):
+        return
+    require()
+    if titan_options(config.additional_config).attach_specs:
+        answer_about_specs()
+        patching.apply("specs")
+
+
+def _current_config() -> Any:
+    """vLLM's config of the model that is being built here; None where there is none."""
+    return importlib.import_module("vllm.config").get_current_vllm_config_or_none()
 
 
 def answer_about_specs() -> None:
@@ -200,7 +291,14 @@ def answer_about_specs() -> None:
             setattr(base, name, getattr(live, name))
 
 
-def tell_compiled_graphs_apart() -> None:
+@patch(
+    "torch._functorch._aot_autograd.autograd_cache:autograd_cache_key",
+    "mod", "example_inputs", "config", "compiler_config_extra",
+    when="build",
+)  # fmt: skip
+def tell_compiled_graphs_apart(
+    original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[str, list[str]]:
     """Never take another rank's, or another program's, compiled graph for one's own.
 
     Called in the process that is about to build our model; vLLM's own models are compiled as ever.
@@ -211,20 +309,13 @@ def tell_compiled_graphs_apart() -> None:
     a router's autocast is enough. Version: torch 2.13 (`torch/_functorch/_aot_autograd/autograd_cache.py`).
     Upstream: pytorch/pytorch issue 191323. Delete when: torch makes such keys from something that nobody seeds.
     """
-    cache = importlib.import_module("torch._functorch._aot_autograd.autograd_cache")
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def autograd_cache_key(*args: Any, **kwargs: Any) -> tuple[str, list[str]]:
-            key, lines = original(*args, **kwargs)
-            return (key if key.startswith(cache.AOTAUTOGRAD_CACHE_PREFIX) else uuid.uuid4().hex), lines
-
-        return autograd_cache_key
-
-    _wrap(cache, "autograd_cache_key", ["mod", "example_inputs", "config", "compiler_config_extra"], wrap)
+    prefix = importlib.import_module("torch._functorch._aot_autograd.autograd_cache").AOTAUTOGRAD_CACHE_PREFIX
+    key, lines = original(*args, **kwargs)
+    return (key if key.startswith(prefix) else uuid.uuid4().hex), lines
 
 
-def load_compiled_step() -> None:
+@patch("torch.compiler:load_compiled_function", "file", "f_globals", "external_data", when="build")
+def load_compiled_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let a start use the step that an earlier one compiled, on the CPU, too.
 
     Called in the process that is about to build our model.
@@ -234,38 +325,19 @@ def load_compiled_step() -> None:
     CPU, where the backend is inductor, the call fails, and each start compiles again. Version: vllm 0.32
     (`_try_load_aot_compiled_fn` in `vllm/compilation/decorators.py`). Delete when: vLLM asks before it calls.
     """
-    compiler = importlib.import_module("torch.compiler")
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def load_compiled_function(*args: Any, **kwargs: Any) -> Any:
-            loaded = original(*args, **kwargs)
-            step = loaded._artifacts.compiled_fn
-            if not hasattr(step, "finalize_loading"):
-                step.finalize_loading = lambda vllm_config: None
-            return loaded
-
-        return load_compiled_function
-
-    _wrap(compiler, "load_compiled_function", ["file", "f_globals", "external_data"], wrap)
+    loaded = original(*args, **kwargs)
+    step = loaded._artifacts.compiled_fn
+    if not hasattr(step, "finalize_loading"):
+        step.finalize_loading = lambda vllm_config: None
+    return loaded
 
 
-def read_any_checkpoint() -> None:
-    """Make vLLM's load format "titan" known where models are loaded.
-
-    What: imports `titan_bridge.engine.model_loader`, which registers with vLLM's `register_model_loader`, right
-    after vLLM imports its own loaders; nothing of vLLM's is replaced. Why: importing them here would cost every
-    vLLM process most of a second, and a plugin has no later moment in a worker. Version: vllm 0.32
-    (`vllm/model_executor/model_loader/__init__.py`). Delete when: loaders can be registered by name
-    ("module:class"), as models can.
-    """
-    _after_import(
-        "vllm.model_executor.model_loader",
-        lambda _: importlib.import_module("titan_bridge.engine.model_loader"),
-    )
-
-
-def wait_without_spinning() -> None:
+@patch(
+    "vllm.distributed.device_communicators.cpu_communicator:"
+    "CpuCommunicator._all_group_ranks_share_shm_group_name",
+    "self",
+)
+def wait_without_spinning(original: Callable[..., Any], self: Any) -> bool:
     """Let processes that share a core wait for each other asleep.
 
     What: wraps `CpuCommunicator._all_group_ranks_share_shm_group_name`, whose "no" makes a tp group use gloo, and, with
@@ -276,62 +348,12 @@ def wait_without_spinning() -> None:
     (`vllm/distributed/device_communicators/cpu_communicator.py`, `shm_broadcast.py` beside it,
     `vllm/v1/executor/multiproc_executor.py`). Delete when: both yield, or vLLM has a switch for it.
     """
-    _after_import("vllm.distributed.device_communicators.cpu_communicator", _use_gloo)
+    ours = getattr(getattr(_current_config(), "model_config", None), "model_impl", None) == "torchtitan"
+    return original(self) and not (ours and cpu.shares_cores(os.environ))
 
 
-def _use_gloo(module: Any) -> None:
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def same_name(self: Any) -> bool:
-            config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
-            ours = getattr(getattr(config, "model_config", None), "model_impl", None) == "torchtitan"
-            return original(self) and not (ours and cpu.shares_cores(os.environ))
-
-        return same_name
-
-    _wrap(module.CpuCommunicator, "_all_group_ranks_share_shm_group_name", ["self"], wrap)
-
-
-def complete_model_config() -> None:
-    """Find a training run's folder and step, check config.json, and run dp ranks in lockstep that share weights.
-
-    What: wraps `EngineArgs.create_model_config` for `model_impl="torchtitan"`. Before it, the output folder of a run
-    or one step in it becomes the model folder and the step for all workers, and a missing config.json and a length
-    over the rope limit are refused in our words. After it, a dense model with
-    `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too late
-    for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
-    together, and an engine's process asks before it loads plugins, so that the data must say it. Version: vllm 0.32
-    (`vllm/engine/arg_utils.py`, `vllm/config/model.py`). Delete when: lockstep is a setting of its own.
-    """
-    _after_import("vllm.engine.arg_utils", _around_model_config)
-
-
-def _around_model_config(module: Any) -> None:
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def create_model_config(self: Any) -> Any:
-            if self.model_impl != "torchtitan":
-                return original(self)
-            options = titan_options(self.additional_config)
-            if Path(self.model).is_dir():
-                self.served_model_name = self.served_model_name or self.model
-                self.model, step = model_and_step(self.model, options.step)
-                if step is not None:
-                    ours = {**self.additional_config.get("titan", {}), "step": step}
-                    self.additional_config = {**self.additional_config, "titan": ours}
-                if self.hf_config_path is None:
-                    rope_covers(model_directory(self.model), self.max_model_len)
-            config = original(self)
-            if options.dense == "shard":
-                config.model_arch_config.num_experts = max(1, config.model_arch_config.num_experts)
-            return config
-
-        return create_model_config
-
-    _wrap(module.EngineArgs, "create_model_config", ["self"], wrap)
-
-
-def read_all_replies() -> None:
+@patch("vllm.v1.executor.multiproc_executor:MultiprocExecutor._init_executor", "self")
+def read_all_replies(original: Callable[..., Any], self: Any) -> None:
     """Keep the replies of several workers in step after one of them answered with an error.
 
     What: wraps `MultiprocExecutor._init_executor`, and makes the list of reply queues one that reads all of them.
@@ -340,37 +362,24 @@ def read_all_replies() -> None:
     (`vllm/v1/executor/multiproc_executor.py`). Upstream: vllm-project/vllm pull request 57846. Delete when: an
     error leaves no reply behind. Only for `model_impl="torchtitan"` and weight transfer "titan".
     """
-    _after_import("vllm.v1.executor.multiproc_executor", _in_step)
+    original(self)
+    config = self.vllm_config
+    _sleep_in(self.response_mqs, config)
+    if wanted(config.model_config.model_impl, None, config.weight_transfer_config):
+        replies = importlib.import_module("titan_bridge.engine.replies")
+        self.response_mqs = replies.Replies(self.response_mqs)
 
 
-def _in_step(module: Any) -> None:
-    _fork(module)
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def init_executor(self: Any) -> None:
-            original(self)
-            config = self.vllm_config
-            _sleep_in(self.response_mqs, config)
-            transfer = getattr(config.weight_transfer_config, "backend", None)
-            if config.model_config.model_impl == "torchtitan" or transfer == TRANSFER_BACKEND:
-                replies = importlib.import_module("titan_bridge.engine.replies")
-                self.response_mqs = replies.Replies(self.response_mqs)
-
-        return init_executor
-
-    _wrap(module.MultiprocExecutor, "_init_executor", ["self"], wrap)
-
-    def wrap_worker(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def init_message_queues(self: Any, input_shm_handle: Any, vllm_config: Any) -> None:
-            original(self, input_shm_handle, vllm_config)
-            _sleep_in([self.rpc_broadcast_mq], vllm_config)
-
-        return init_message_queues
-
-    parameters = ["self", "input_shm_handle", "vllm_config"]
-    _wrap(module.WorkerProc, "_init_message_queues", parameters, wrap_worker)
+@patch(
+    "vllm.v1.executor.multiproc_executor:WorkerProc._init_message_queues",
+    "self", "input_shm_handle", "vllm_config",
+)  # fmt: skip
+def sleep_in_workers(
+    original: Callable[..., Any], self: Any, input_shm_handle: Any, vllm_config: Any
+) -> None:
+    """The worker's part of `wait_without_spinning`."""
+    original(self, input_shm_handle, vllm_config)
+    _sleep_in([self.rpc_broadcast_mq], vllm_config)
 
 
 def _sleep_in(queues: Iterable[Any], vllm_config: Any) -> None:
@@ -380,7 +389,10 @@ def _sleep_in(queues: Iterable[Any], vllm_config: Any) -> None:
             waiting.sleep_while_waiting(queue)
 
 
-def fork_processes() -> None:
+@patch("vllm.v1.engine.utils:get_mp_context")
+@patch("vllm.v1.engine.coordinator:get_mp_context")
+@patch("vllm.v1.executor.multiproc_executor:get_mp_context")
+def fork_processes(original: Callable[..., Any]) -> Any:
     """Start engine and workers from the server of `engine/forking.py`, where the launcher has started one.
 
     What: wraps `get_mp_context` where vLLM's modules have it, and answers for itself then; else vLLM's own answer. Why:
@@ -388,19 +400,7 @@ def fork_processes() -> None:
     vllm 0.32 (`get_mp_context` in `vllm/utils/system_utils.py`). Delete when: vLLM's CPU platform leaves
     VLLM_WORKER_MULTIPROC_METHOD alone and the variable allows "forkserver", with what to import there.
     """
-    for name in ("vllm.v1.engine.utils", "vllm.v1.engine.coordinator"):  # and the executor, in `_in_step`
-        _after_import(name, _fork)
-
-
-def _fork(module: Any) -> None:
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def get_mp_context() -> Any:
-            return forking.process_context() or original()
-
-        return get_mp_context
-
-    _wrap(module, "get_mp_context", [], wrap)
+    return forking.process_context() or original()
 
 
 def share_fork_server(server: Any, pid: int) -> None:
@@ -414,7 +414,18 @@ def share_fork_server(server: Any, pid: int) -> None:
     server.ensure_running = lambda: None
 
 
-def reload_any_checkpoint() -> None:
+@patch(
+    "vllm.model_executor.model_loader.reload.inplace:reload_weights",
+    "vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format",
+)  # fmt: skip
+def reload_any_checkpoint(
+    original: Callable[..., Any],
+    vllm_config: Any,
+    model: Any,
+    weights_iterator: Any,
+    weights_path: str | None,
+    is_checkpoint_format: bool,
+) -> None:
     """Let `collective_rpc("reload_weights")` read what `load_format="titan"` reads, into TorchTitan's classes.
 
     What: wraps the function `reload_weights` of vLLM's loaders. Why: it knows loaders that turn a directory into a
@@ -422,75 +433,6 @@ def reload_any_checkpoint() -> None:
     come to vLLM's own. Version: vllm 0.32 (`vllm/model_executor/model_loader/reload/inplace.py`, which says itself
     that it is to be generalized to all loaders). Delete when: a loader can say how it reloads.
     """
-    _after_import("vllm.model_executor.model_loader.reload.inplace", _reload_ours)
-
-
-def _reload_ours(module: Any) -> None:
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def reload_weights(
-            vllm_config: Any,
-            model: Any,
-            weights_iterator: Any,
-            weights_path: str | None,
-            is_checkpoint_format: bool,
-        ) -> None:
-            ours = vllm_config.model_config.model_impl == "torchtitan"
-            reload = importlib.import_module("titan_bridge.engine.reload").reload if ours else original
-            reload(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
-
-        return reload_weights
-
-    parameters = ["vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format"]
-    _wrap(module, "reload_weights", parameters, wrap)
-
-
-def _after_import(name: str, then: Callable[[ModuleType], Any]) -> None:
-    if name in sys.modules:
-        then(sys.modules[name])
-    elif not any(isinstance(finder, _After) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _After(name, then))
-
-
-class _After(importlib.abc.MetaPathFinder):
-    """Calls `then` with module `name` once it was imported by whoever needs it."""
-
-    def __init__(self, name: str, then: Callable[[ModuleType], Any]) -> None:
-        self.name, self._then = name, then
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_both(module: ModuleType) -> None:
-            execute(module)
-            self._then(module)
-
-        spec.loader.exec_module = execute_both  # type: ignore[method-assign]
-        return spec
-
-
-def _wrap(owner: Any, name: str, parameters: list[str], wrapper: Callable[..., Any]) -> None:
-    """Replace the function `owner.name`, once; one that does not take `parameters` refuses torchtitan instead."""
-    original = inspect.getattr_static(owner, name, None)
-    if original is None or getattr(original, MARK, False):
-        return
-    known = list(inspect.signature(original).parameters) == parameters
-    patched = wrapper(original) if known else _refuse(original)
-    setattr(patched, MARK, True)
-    setattr(owner, name, patched)
-
-
-def _refuse(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def refusing(*args: Any, **kwargs: Any) -> Any:
-        if any(getattr(arg, "model_impl", None) == "torchtitan" for arg in (*args, *kwargs.values())):
-            raise BridgeError(unsupported() or f"titan_bridge does not know this {original.__qualname__}")
-        return original(*args, **kwargs)
-
-    return refusing
+    ours = vllm_config.model_config.model_impl == "torchtitan"
+    reload = importlib.import_module("titan_bridge.engine.reload").reload if ours else original
+    reload(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -11,6 +13,9 @@ from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.build import Plan, captures_experts, model_config, plan_from
 from titan_bridge.errors import BridgeError
 from titan_bridge.layout import layout
+
+SPECULATION = ("draft_model", "ngram", "ngram_gpu", "suffix")
+"""Methods that need no more of the served model than its logits."""
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -23,29 +28,15 @@ def check(vllm_config: VllmConfig) -> None:
     Raises:
         BridgeError: One line that names the field, the value given and what is allowed.
     """
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        raise BridgeError(
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported with "
-            "model_impl='torchtitan'; allowed: 1"
-        )
-    if parallel.enable_eplb:
-        raise BridgeError(
-            "expert load balancing is not supported with model_impl='torchtitan'; leave enable_eplb off"
-        )
-    if vllm_config.lora_config is not None:
-        raise BridgeError("LoRA is not supported with model_impl='torchtitan'; leave enable_lora off")
-    if vllm_config.quant_config is not None or vllm_config.model_config.quantization is not None:
-        raise BridgeError(
-            f"quantization={vllm_config.model_config.quantization} is not supported with "
-            "model_impl='torchtitan'; leave it out"
-        )
-    model = vllm_config.model_config
-    if model.enable_prompt_embeds:
-        raise BridgeError(
-            "prompt embeddings are not supported with model_impl='torchtitan'; leave enable_prompt_embeds off"
-        )
+    for asked, what, allowed in _unsupported(vllm_config):
+        if asked:
+            raise BridgeError(f"{what} not supported with model_impl='torchtitan'; {allowed}")
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     plan = plan_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
+    if (plan.options.ep or 1) > 1 and not parallel.enable_expert_parallel:
+        raise BridgeError(
+            f"additional_config.titan.ep={plan.options.ep} needs enable_expert_parallel; set both, or leave ep out"
+        )
     if parallel.enable_expert_parallel and not experts_in(plan.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
@@ -67,6 +58,25 @@ def check(vllm_config: VllmConfig) -> None:
     load.load_format = LOAD_FORMAT
     buffers = plan.buffers(layout(model_config(plan), plan.sizes))
     check_weights(directory, plan.family, plan.hf, buffers)
+
+
+def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
+    """Whether it is asked for, what it is ("LoRA is"), and what to do instead; for each option that we lack."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    stages = parallel.pipeline_parallel_size
+    yield stages > 1, f"pipeline_parallel_size={stages} is", "allowed: 1"
+    yield parallel.enable_eplb, "expert load balancing is", "leave enable_eplb off"
+    yield parallel.use_ubatching, "microbatches (enable_dbo) are", "leave enable_dbo and ubatch_size out"
+    yield vllm_config.lora_config, "LoRA is", "leave enable_lora off"
+    quantization = model.quantization or vllm_config.quant_config
+    yield quantization, f"quantization={quantization} is", "leave it out"
+    yield model.enable_prompt_embeds, "prompt embeddings are", "leave enable_prompt_embeds off"
+    # A head for classes would be left without its weights.
+    runner = f"runner={model.runner_type!r} (convert={model.convert_type!r}) is"
+    yield model.runner_type != "generate", runner, "allowed: runner='generate'"
+    method = getattr(vllm_config.speculative_config, "method", None)
+    methods = ", ".join(map(repr, SPECULATION))
+    yield method not in (None, *SPECULATION), f"speculative method {method!r} is", f"allowed: {methods}"
 
 
 def limit_graphs(compilation: CompilationConfig, plan: Plan, *, captures: bool) -> None:

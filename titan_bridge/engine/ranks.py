@@ -36,8 +36,13 @@ from titan_bridge.engine.offline import Completion, Prompt, Sampling, complete, 
 from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 EXIT_SECONDS = 60
 """How long a dp rank may take to shut down after all ranks are done."""
+
+INTERRUPT_SECONDS = 20
+"""How long the ranks may take to shut down after Ctrl-C."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,9 @@ def start(config: InferConfig) -> Iterator[Ranks]:
                 )
             )
         yield Ranks(config, processes, lockstep=lockstep)
+    except KeyboardInterrupt:
+        interrupt(processes)
+        raise
     finally:
         for process in processes:
             end_group(process)
@@ -164,10 +172,22 @@ def rank_environment(
             "VLLM_DP_MASTER_IP": "127.0.0.1",
             "VLLM_DP_MASTER_PORT": str(port),
         }
-    if cpu.BIND not in common:
-        return {}
-    cores = common[cpu.BIND].split("|")
+    if not cpu.is_cpu_backend():
+        return {} if dp == 1 else {VISIBLE: ",".join(devices(common, rank, dp, tp))}
+    cores = common.get(cpu.BIND, "").split("|")
     return {cpu.BIND: "|".join(cores[rank * tp : (rank + 1) * tp])} if len(cores) == dp * tp else {}
+
+
+def devices(common: Mapping[str, str], rank: int, dp: int, tp: int) -> list[str]:
+    """The GPUs of a dp rank whose engine knows of no other; each would take the first ones."""
+    if not common.get(VISIBLE):
+        return [str(device) for device in range(rank * tp, (rank + 1) * tp)]
+    visible = common[VISIBLE].split(",")
+    if len(visible) < dp * tp:
+        raise BridgeError(
+            f"{VISIBLE}={common[VISIBLE]} names {len(visible)} GPUs; dp={dp} with tp={tp} needs {dp * tp}"
+        )
+    return visible[rank * tp : (rank + 1) * tp]
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -211,6 +231,16 @@ def _tell(rank: subprocess.Popen[bytes], line: str) -> None:
         assert rank.stdin is not None
         rank.stdin.write(f"{line}\n".encode())
         rank.stdin.flush()
+
+
+def interrupt(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Hand Ctrl-C on, and wait a little: an engine that is killed leaves its sockets and shared memory behind."""
+    for process in ranks:
+        process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + INTERRUPT_SECONDS
+    for process in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -267,6 +297,8 @@ def _run_rank() -> int:
             }
             _write(job["answer"], answer)
             told.get()
+    except KeyboardInterrupt:  # handed on by the parent, which says what there is to say
+        return 130
     except Exception as error:
         traceback.print_exc()
         _write(job["answer"], {"error": users_mistake(error), "failure": f"{type(error).__name__}: {error}"})
