@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -76,15 +76,10 @@ def _tensors(out: Any) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def pulled_back(graph: fx.GraphModule, pieces: list[Any]) -> list[str]:
-    """Nodes that vLLM put into an earlier piece than a node before them."""
-    calls = ("call_function", "call_method", "call_module", "get_attr")
-    piece_of = {
-        node.name: piece.graph_id for piece in pieces for node in piece.graph.graph.nodes if node.op in calls
-    }
-    numbers = [(piece_of[node.name], node.name) for node in graph.graph.nodes if node.name in piece_of]
-    latest = accumulate((number for number, _ in numbers), max)
-    return [name for (number, name), so_far in zip(numbers, latest, strict=True) if number < so_far]
+def pulled_back(nodes: list[fx.Node], pieces: list[int]) -> list[str]:
+    """Nodes that vLLM puts into an earlier piece than a node before them."""
+    latest = accumulate(pieces, max)
+    return [node.name for node, piece, so_far in zip(nodes, pieces, latest, strict=True) if piece < so_far]
 
 
 @contextmanager
@@ -94,10 +89,11 @@ def gpu_compiler(found: dict[str, Any], *, captures: bool) -> Iterator[None]:
     Those are split but not compiled: vLLM's pass for operators that write into an argument names operators that its
     CPU build does not have.
     """
+    from torch.fx.passes import split_module as splitting
     from vllm.compilation import backends
     from vllm.platforms.cpu import CpuPlatform
 
-    check, split = CpuPlatform.check_and_update_config, backends.split_graph
+    check, split = CpuPlatform.check_and_update_config, splitting.split_module
 
     def check_and_update_config(cls: type, config: Any) -> None:
         compilation = config.compilation_config
@@ -107,17 +103,18 @@ def gpu_compiler(found: dict[str, Any], *, captures: bool) -> Iterator[None]:
         if captures:
             compilation.backend = "eager"
 
-    def split_graph(graph: fx.GraphModule, ops: list[str]) -> Any:
-        whole, pieces = split(graph, ops)
-        found["splitting_ops"] = list(ops)
-        found["pieces"] = len(pieces)
-        found["pulled_back"] = pulled_back(graph, pieces)
-        return whole, pieces
+    def split_module(
+        graph: fx.GraphModule, root: Any, piece_of: Callable[[fx.Node], int], **options: Any
+    ) -> Any:
+        nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
+        pieces = [piece_of(node) for node in nodes]
+        found.update(pieces=len(set(pieces)), pulled_back=pulled_back(nodes, pieces))
+        return split(graph, root, piece_of, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
         patch.setattr(CpuPlatform, "support_static_graph_mode", classmethod(lambda cls: not captures))
-        patch.setattr(backends, "split_graph", split_graph)
+        patch.setattr(splitting, "split_module", split_module)
         patch.setattr(backends, "wrap_with_cudagraph_if_needed", lambda piece, *_: Replay(piece))
         yield
 
@@ -144,6 +141,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         answers(llm)  # captures
         found["replayed"] = answers(llm)
         found |= {"inputs": Replay.inputs, "moved": Replay.moved}
+        found["splitting_ops"] = llm.llm_engine.vllm_config.compilation_config.splitting_ops
         llm.apply_model(lambda model: setattr(model, "do_not_compile", True))
         found["eager"] = answers(llm)
     assert Replay.inputs == found["inputs"], "the eager model ran a compiled piece"
