@@ -18,9 +18,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from titan_bridge.models import family_for
-from titan_bridge.models.attention import use_plain_attention
+from titan_bridge.models.adapters import keep_expert_dtype, use_plain_attention
 from titan_bridge.models.build import build_on_meta, materialize
-from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.train import data
 from titan_bridge.train.output import find, whole_steps
 from titan_bridge.train.progress import read_metrics
@@ -204,7 +203,7 @@ def test_what_was_saved_is_what_was_trained(trained, family, layout):
     kind = family_for(hf)
     assert kind.name == run.record.family == family
     config = kind.model_config(hf)
-    use_plain_attention(kind, hf, config)
+    use_plain_attention(config)
     keep_expert_dtype(config)
     model = materialize(build_on_meta(config, dtype=torch.float32), "cpu")
     assert not model.load_state_dict(tensors(run.dcp), strict=False).missing_keys

@@ -18,6 +18,7 @@ from torchtitan.models.qwen3.model import Qwen3Model
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import UnsupportedModelError, families, family_for, family_of, load_hf_config
+from titan_bridge.models.adapters import inner_attention
 
 COMMON = {
     "vocab_size": 777,
@@ -141,12 +142,23 @@ def test_defaults_are_those_of_transformers() -> None:
         assert family_for(short).model_config(short).norm.eps == theirs.rms_norm_eps
 
 
-@pytest.mark.parametrize("hf", [LLAMA, QWEN3, MOE, MOE | {"mlp_only_layers": [], "decoder_sparse_step": 1}])
+@pytest.mark.parametrize(
+    "hf",
+    [
+        LLAMA,
+        QWEN3,
+        QWEN3 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3},
+        MOE,
+        MOE
+        | {"mlp_only_layers": [], "decoder_sparse_step": 1, "use_sliding_window": True, "sliding_window": 16},
+    ],
+)
 def test_a_config_written_back_means_the_same_to_us_and_to_transformers(hf: dict[str, Any]) -> None:
     family = family_for(hf)
     written = family.hf_config(family.model_config(hf), dtype="float32")
     assert json.loads(json.dumps(written)) == written
     assert family.views(written) == family.views(hf)
+    assert windows(written) == windows(hf)
     config, again = family.model_config(hf), family.model_config(written)
     assert again.layers[0].attention.rope == config.layers[0].attention.rope
     assert again.enable_weight_tying == config.enable_weight_tying
@@ -168,6 +180,10 @@ def test_a_config_written_back_means_the_same_to_us_and_to_transformers(hf: dict
             assert getattr(theirs, name) == getattr(original, name), name
 
 
+def windows(hf: dict[str, Any]) -> list[int | None]:
+    return [inner_attention(layer.attention).window for layer in family_for(hf).model_config(hf).layers]
+
+
 def test_sliding_windows_are_those_of_transformers() -> None:
     for extra in (
         {},
@@ -184,10 +200,10 @@ def test_sliding_windows_are_those_of_transformers() -> None:
         expected = [
             theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types
         ]
-        assert [family_for(hf).sliding_window(hf, layer) for layer in range(4)] == expected
+        assert windows(hf) == expected
     hf = MOE | {"use_sliding_window": True, "sliding_window": 16}
-    assert [family_for(hf).sliding_window(hf, layer) for layer in range(4)] == [16] * 4
-    assert family_for(LLAMA).sliding_window(LLAMA, 0) is None
+    assert windows(hf) == [16] * 4
+    assert windows(LLAMA) == [None] * 4
 
 
 @pytest.mark.parametrize(

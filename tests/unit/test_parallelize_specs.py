@@ -20,7 +20,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.layout import specs, stated_dtype
 from titan_bridge.mesh import MESH_AXES, Sizes, describe, to_parallel_dims
 from titan_bridge.models import families, family_for
-from titan_bridge.models.attention import use_plain_attention
+from titan_bridge.models.adapters import use_plain_attention
 from titan_bridge.models.build import build_on_meta, tie
 from titan_bridge.parallelize import plan_for
 from titan_bridge.sharding.spec import placement_to_str
@@ -86,7 +86,7 @@ def fake_world(sizes: Sizes, rank: int, spmd_backend: str) -> Iterator[None]:
 def config_of(hf: dict[str, Any], sizes: Sizes) -> Decoder.Config:
     family = family_for(hf)
     config = family.model_config(hf, expert_bias=True)
-    use_plain_attention(family, hf, config)
+    use_plain_attention(config)
     plan_for(family).set_sharding(config, enable_ep=sizes.ep > 1)
     return config
 

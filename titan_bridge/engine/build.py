@@ -39,8 +39,8 @@ from titan_bridge.mesh import (
     to_parallel_dims,
 )
 from titan_bridge.models import Family, family_for
+from titan_bridge.models.adapters import check_served, inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
-from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.parallelize import plan_for
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
@@ -144,16 +144,16 @@ def build(vllm_config: VllmConfig) -> Built:
     tp = vllm_config.parallel_config.tensor_parallel_size
     plan = plan_from(vllm_config, dp=dist.get_world_size() // tp)
     config = model_config(plan)
+    check_served(config)
     check_divides(config, plan.sizes)
     for index, layer in enumerate(config.layers):
-        attention = layer.attention
-        heads, kv_heads = attention.n_heads, attention.n_kv_heads or attention.n_heads
-        attention.inner_attention = PagedAttention.Config(
+        inner = inner_attention(layer.attention)
+        layer.attention.inner_attention = PagedAttention.Config(
             layer=index,
-            n_heads=heads // tp,
-            n_kv_heads=kv_heads // tp,
-            head_dim=attention.head_dim or config.dim // heads,
-            sliding_window=plan.family.sliding_window(plan.hf, index),
+            n_heads=inner.n_heads // tp,
+            n_kv_heads=inner.n_kv_heads // tp,
+            head_dim=inner.qk_head_dim,
+            sliding_window=inner.window,
         )
     family_plan = plan_for(plan.family)
     family_plan.set_sharding(config, enable_ep=plan.sizes.ep > 1)

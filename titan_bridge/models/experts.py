@@ -7,12 +7,11 @@ bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import GroupedExperts
 
 # torch._grouped_mm wants every row to start at a multiple of this many bytes.
@@ -66,23 +65,3 @@ class KeepDtypeGroupedExperts(GroupedExperts):
 def _is_odd(weight: torch.Tensor) -> bool:
     """Whether rows of the matrices ``[E, out, in]`` or of their products are of a length that grouped_mm refuses."""
     return any(size * weight.element_size() % _ROW_BYTES for size in weight.shape[1:])
-
-
-def keep_expert_dtype(config: Decoder.Config) -> None:
-    """Swap the variant in for every MoE layer of a config tree, in place; call it again freely.
-
-    Raises:
-        TypeError: A layer's experts are a subclass of ``GroupedExperts`` that this variant would drop.
-    """
-    for layer in config.layers:
-        if layer.moe is None or isinstance(
-            layer.moe.routed_experts.inner_experts, KeepDtypeGroupedExperts.Config
-        ):
-            continue
-        experts = layer.moe.routed_experts.inner_experts
-        if type(experts) is not GroupedExperts.Config:
-            raise TypeError(
-                f"experts are {type(experts).__qualname__}; only GroupedExperts can keep their dtype"
-            )
-        stated = {field.name: getattr(experts, field.name) for field in fields(experts) if field.init}
-        layer.moe.routed_experts.inner_experts = KeepDtypeGroupedExperts.Config(**stated)

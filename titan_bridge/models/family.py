@@ -21,6 +21,8 @@ from titan_bridge.sharding.view import View
 if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
 
+    from titan_bridge.models.adapter import Adapter
+
 
 class Family(ABC):
     """Maps configs and weights of some Hugging Face architectures to one TorchTitan model class and back.
@@ -43,7 +45,7 @@ class Family(ABC):
     def model_config(
         self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, expert_bias: bool = False
     ) -> Decoder.Config:
-        """A new TorchTitan config tree: fused qkv, flex attention, no sharding yet.
+        """A new TorchTitan config tree: fused qkv, flex attention (varlen where there are windows), no sharding yet.
 
         Nothing in it is shared between layers, so a caller may replace
         ``layers[i].attention.inner_attention``.
@@ -87,9 +89,9 @@ class Family(ABC):
         """Whether a checkpoint's tensor ``name`` holds nothing but what the model computes for itself."""
         return name.endswith(".self_attn.rotary_emb.inv_freq")
 
-    def sliding_window(self, hf: Mapping[str, Any], layer: int) -> int | None:
-        """Tokens that a query of ``layer`` sees, itself included, or ``None`` for all of them."""
-        return None
+    def adapters(self) -> Mapping[type, Adapter]:
+        """Adapters of the config classes that this family brings, beside those that are common."""
+        return {}
 
     @abstractmethod
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -48,10 +48,10 @@ class Llama3(Family):
             Llama3TransformerBlock.Config(
                 attention_norm=parts.norm_config(dims.dim, dims.eps),
                 ffn_norm=parts.norm_config(dims.dim, dims.eps),
-                attention=parts.attention_config(dims, ComplexRoPE.Config, qk_norm=False),
+                attention=parts.attention_config(dims, ComplexRoPE.Config, qk_norm=False, inner=inner),
                 feed_forward=parts.ffn_config(dims, hidden_dim),
             )
-            for _ in range(dims.layers)
+            for inner in parts.inner_attention_configs([None] * dims.layers)
         ]
         return Llama3Model.Config(layers=layers, **parts.root_fields(dims, padded_vocab))
 

@@ -6,15 +6,14 @@ only names and cuts tensors does without.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 from torchtitan.models.common import Embedding, Linear, RMSNorm, RoPE
-from torchtitan.models.common.attention import GQAttention
+from torchtitan.models.common.attention import FlexAttention, GQAttention, VarlenAttention
 from torchtitan.models.common.config_utils import (
-    get_attention_config,
     make_ffn_config,
     make_gqa_config,
     make_moe_config,
@@ -25,6 +24,7 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.param_init import skip_param_init
+from torchtitan.protocols.module import Module
 
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.models import rope
@@ -44,7 +44,16 @@ def norm_config(dim: int, eps: float) -> RMSNorm.Config:
     return RMSNorm.Config(normalized_shape=dim, eps=eps, param_init={"weight": nn.init.ones_})
 
 
-def attention_config(dims: DecoderDims, kind: type[RoPE.Config], *, qk_norm: bool) -> GQAttention.Config:
+def inner_attention_configs(windows: Sequence[int | None]) -> list[Module.Config]:
+    """Inner attention of each layer. Varlen states a window in its config; flex, in masks that the model makes."""
+    if not any(windows):
+        return [FlexAttention.Config() for _ in windows]
+    return [VarlenAttention.Config(window_size=(window - 1 if window else -1, 0)) for window in windows]
+
+
+def attention_config(
+    dims: DecoderDims, kind: type[RoPE.Config], *, qk_norm: bool, inner: Module.Config
+) -> GQAttention.Config:
     """Grouped-query attention with fused qkv; a head size that the others imply is left unset."""
     return make_gqa_config(
         dim=dims.dim,
@@ -53,7 +62,7 @@ def attention_config(dims: DecoderDims, kind: type[RoPE.Config], *, qk_norm: boo
         head_dim=None if dims.head_dim_is_implied and not qk_norm else dims.head_dim,
         wqkv_param_init=_init(dims),
         wo_param_init=_init(dims),
-        inner_attention=get_attention_config("flex"),
+        inner_attention=inner,
         rope=dims.rope.config(kind, head_dim=dims.head_dim, max_seq_len=dims.max_seq_len),
         fuse_qkv=True,
         qk_norm=norm_config(dims.head_dim, dims.eps) if qk_norm else None,

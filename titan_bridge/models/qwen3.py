@@ -126,11 +126,11 @@ class Qwen3(Family):
             Qwen3TransformerBlock.Config(
                 attention_norm=parts.norm_config(dims.dim, dims.eps),
                 ffn_norm=parts.norm_config(dims.dim, dims.eps),
-                attention=parts.attention_config(dims, CosSinRoPE.Config, qk_norm=True),
+                attention=parts.attention_config(dims, CosSinRoPE.Config, qk_norm=True, inner=inner),
                 feed_forward=None if sparse else parts.ffn_config(dims, model.hidden_dim),
                 moe=_moe_config(dims, model.experts, expert_bias) if sparse and model.experts else None,
             )
-            for sparse in model.sparse
+            for sparse, inner in zip(model.sparse, parts.inner_attention_configs(model.windows), strict=True)
         ]
         return Qwen3Model.Config(layers=layers, **parts.root_fields(dims, padded_vocab))
 
@@ -164,15 +164,13 @@ class Qwen3(Family):
             f"layers.{layer}.moe.expert_bias_E": (model.experts.count,) for layer in sparse if model.experts
         }
 
-    def sliding_window(self, hf: Mapping[str, Any], layer: int) -> int | None:
-        return _read(hf).windows[layer]
-
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
         from titan_bridge.models import parts  # noqa: PLC0415  TorchTitan, two seconds
 
         dense = [layer.feed_forward for layer in config.layers if layer.moe is None]
         sparse = [layer.moe for layer in config.layers if layer.moe is not None]
         hidden = {"intermediate_size": dense[0].w1.out_features} if dense else {}
+        hidden |= _hf_windows(config)
         if not sparse:
             return parts.hf_root(config, architecture=_DENSE, model_type="qwen3", dtype=dtype) | hidden
         root = parts.hf_root(config, architecture=_SPARSE, model_type="qwen3_moe", dtype=dtype)
@@ -211,6 +209,16 @@ def _moe_views(layer: int, dims: decoder.DecoderDims, experts: _Experts) -> Iter
                 index=((expert, expert + 1), (0, shape[0]), (0, shape[1])),
                 permute=(0, 1, 2),
             )
+
+
+def _hf_windows(config: Decoder.Config) -> dict[str, Any]:
+    from titan_bridge.models.adapters import inner_attention  # noqa: PLC0415  TorchTitan, two seconds
+
+    windows = [inner_attention(layer.attention).window for layer in config.layers]
+    if not any(windows):
+        return {}
+    types = [_LAYER_TYPES[window is not None] for window in windows]
+    return {"use_sliding_window": True, "sliding_window": max(filter(None, windows)), "layer_types": types}
 
 
 def _hf_experts(config: Decoder.Config, moe: MoE.Config) -> dict[str, Any]:
