@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.rope import RoPE
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 from torchtitan.protocols.module import Module
 from vllm.config import VllmConfig
@@ -22,7 +23,7 @@ from vllm.platforms.interface import DeviceCapability
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
-from titan_bridge.engine.attention import PagedAttention
+from titan_bridge.engine.attention import PagedAttention, bind_sinks
 from titan_bridge.engine.cpu_packed import use_packed_weights
 from titan_bridge.engine.fsdp import shard_dense
 from titan_bridge.engine.lower import lower, strip
@@ -128,11 +129,12 @@ def model_config(plan: Plan) -> Decoder.Config:
     """TorchTitan's config tree with sharding declared, for `plan`; attention still TorchTitan's."""
     config = plan.family.model_config(plan.hf, padded_vocab=plan.padded_vocab, expert_bias=plan.expert_bias)
     keep_expert_dtype(config)
-    for layer in config.layers:
-        layer.attention.rope.max_seq_len = plan.max_model_len
-        if layer.moe is not None and plan.spread:
-            local = layer.moe.routed_experts.token_dispatcher
-            layer.moe.routed_experts.token_dispatcher = AllToAllTokenDispatcher.Config(
+    for _, rope, _, _ in config.traverse(RoPE.Config, recurse=True):
+        rope.max_seq_len = plan.max_model_len
+    for _, experts, _, _ in config.traverse(RoutedExperts.Config, recurse=True):
+        local = experts.token_dispatcher
+        if plan.spread:
+            experts.token_dispatcher = AllToAllTokenDispatcher.Config(
                 num_experts=local.num_experts, top_k=local.top_k
             )
     return config
@@ -147,14 +149,8 @@ def build(vllm_config: VllmConfig) -> Built:
     check_served(config)
     check_divides(config, plan.sizes)
     for index, layer in enumerate(config.layers):
-        inner = inner_attention(layer.attention)
-        layer.attention.inner_attention = PagedAttention.Config(
-            layer=index,
-            n_heads=inner.n_heads // tp,
-            n_kv_heads=inner.n_kv_heads // tp,
-            head_dim=inner.qk_head_dim,
-            sliding_window=inner.window,
-        )
+        computes = inner_attention(layer.attention)
+        layer.attention.inner_attention = PagedAttention.Config(layer=index, tp=tp, computes=computes)
     family_plan = plan_for(plan.family)
     family_plan.set_sharding(config, enable_ep=plan.sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
@@ -172,6 +168,7 @@ def build(vllm_config: VllmConfig) -> Built:
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
     ropes.fill(device)
+    bind_sinks(model, vllm_config.model_config.dtype)
     if plan.sharded:
         meshes = get_device_meshes(plan.sizes, device_type=device.type)
         shard_dense(model, meshes, plan.sizes, family_plan)

@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 from titan_bridge import cpu
 from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
+from titan_bridge.engine.attention import bind_sinks
 from titan_bridge.engine.build import build
 from titan_bridge.engine.compiled import name_compiled_step
 from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
@@ -56,6 +57,7 @@ class TitanForCausalLM(nn.Module):
         self.plan = plan
         self.layout = built.layout
         self.vocab_size = plan.hf["vocab_size"]
+        self.dtype = vllm_config.model_config.dtype
         self.live = built.live()
         self.packing = Packing(self.model, self.live, keep=vllm_config.weight_transfer_config is not None)
         self._tp = plan.sizes.tp
@@ -148,3 +150,4 @@ class TitanForCausalLM(nn.Module):
         if self.plan.sharded:
             drop_gathered(self.model)
         self.packing.refresh(changed)
+        bind_sinks(self.model, self.dtype)
