@@ -15,12 +15,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import ShardPlacement, Sizes
 
 if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
 
-    from titan_bridge.mesh import ShardPlacement, Sizes
     from titan_bridge.models import Family
+
+
+def routed_experts_placement(fqn: str, shape: Sequence[int], sizes: Sizes) -> ShardPlacement:
+    """Routed experts (global ``shape``, experts first) go to the sparse mesh where ep > 1; all else is dense.
+
+    FSDP shards dim 0, but dim 1 of experts that are fewer than the ranks to shard them over, as in
+    ``torchtitan/distributed/fsdp.py`` (which counts replicas in when ep is 1).
+    """
+    if ".routed_experts.inner_experts." not in fqn:
+        return ShardPlacement(mesh="dense")
+    if sizes.ep > 1:
+        return ShardPlacement(mesh="sparse", dim=1 if sizes.efsdp * sizes.ep > shape[0] else 0)
+    return ShardPlacement(mesh="dense", dim=1 if sizes.dp_replicate * sizes.fsdp > shape[0] else 0)
 
 
 class Plan(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchtitan.distributed.utils as titan_distributed
+import transformers
 from torch.distributed.tensor import DTensor, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
@@ -46,6 +48,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
         "mlp_only_layers": [1],
     },
+    "deepseek": _COMMON
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": 8,
+        "q_lora_rank": 40,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
 }
 DENSE_SIZES = [
     Sizes(tp=2),
@@ -66,7 +84,7 @@ MOE_SIZES = [
     Sizes(dp=8, dp_replicate=2),
 ]
 CASES = [(model, sizes) for model in MODELS for sizes in DENSE_SIZES] + [
-    ("qwen3-moe", sizes) for sizes in MOE_SIZES
+    (model, sizes) for model in MODELS if model not in ("llama3", "qwen3-tied") for sizes in MOE_SIZES
 ]
 
 
@@ -219,6 +237,59 @@ def test_a_layout_of_61_layers_with_384_experts_takes_less_than_ten_seconds() ->
         "sparse",
         ["R", "R", "S(0)"],
     )
+
+
+V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "first_k_dense_replace": 3,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+}
+K2 = V3 | {
+    "model_type": "kimi_k2",
+    "vocab_size": 163840,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": V3["rope_scaling"] | {"beta_fast": 1.0, "factor": 32.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("hf", "sizes"), [(V3, Sizes(dp=32, tp=8, ep=256)), (K2, Sizes(dp=32, tp=8, ep=128))], ids=["V3", "K2"]
+)
+def test_published_sizes_at_256_ranks_take_less_than_15_seconds(hf: dict[str, Any], sizes: Sizes) -> None:
+    start = time.perf_counter()
+    computed = specs(hf, sizes)
+    assert time.perf_counter() - start < 15
+    with torch.device("meta"):
+        theirs = transformers.DeepseekV3ForCausalLM(
+            transformers.DeepseekV3Config(**hf | {"model_type": "deepseek_v3"})
+        )
+    expected = sum(tensor.numel() for tensor in theirs.state_dict().values())
+    assert sum(math.prod(param.shape) for param in computed.values()) == expected > 670e9
 
 
 def test_wrong_requests_are_refused() -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from titan_bridge.models import Family
 
 
+_BIASES = (".expert_bias_E", ".e_score_correction_bias")
+"""Ends of the names of expert biases, which choose experts and stay float32 whatever the weights are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorMap:
     """The destination's tensors and the views that fill them."""
@@ -77,7 +81,7 @@ def check_source(
                 problems.append(f"{name} has shape {stored.shape}, config.json says {wanted[name]}")
             if not stored.dtype.is_floating_point:
                 problems.append(f"{name} has dtype {stored.dtype}; weights are floating-point")
-        elif name in known or name in buffers or (source.format == "hf" and family.ignores(name)):
+        elif name in known or name in buffers or (source.format == "hf" and family.ignores(name, hf)):
             left.append(name)
         else:
             unexpected.append(f"{name} {stored.shape}")
@@ -91,7 +95,10 @@ def check_source(
 def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
     """The destination has what the source has (Hugging Face to Hugging Face, DCP to DCP)."""
     tensors = [
-        Wanted(name=s.name, shape=s.shape, dtype=cast(s.dtype, dtype)) for s in source.tensors.values()
+        Wanted(
+            name=s.name, shape=s.shape, dtype=s.dtype if s.name.endswith(_BIASES) else cast(s.dtype, dtype)
+        )
+        for s in source.tensors.values()
     ]
     return TensorMap(tensors=tuple(tensors))
 
@@ -112,7 +119,8 @@ def make_mapping(
         source: What `check_source` accepted.
         form: Of the destination.
         dtype: Of the destination's weights; else they keep their own.
-        buffers: FQN to shape of the float32 buffers that TorchTitan checkpoints may have and others have not.
+        buffers: FQN to shape of TorchTitan's float32 buffers. Those without a view may be in TorchTitan checkpoints
+            only.
         padded_vocab: Rows of the embedding in engine files.
     """
     views: tuple[View, ...]
@@ -130,9 +138,14 @@ def make_mapping(
     fillers = _fillers(views, form, source)
     aliases = dict(family.tied_names(hf)) if form == "dcp" else {}
     tensors, empty = [], {}
+    known = [view for view in family.views(hf) if view.fqn in buffers]
+    mapped = {view.name if form == "hf" else view.fqn for view in known}
+    buffers = {fqn: shape for fqn, shape in buffers.items() if fqn not in {view.fqn for view in known}}
     for name in order:
         sources = fillers.get(name) or [(name, 1)]
         dtypes = {cast(source.tensor(filler).dtype, dtype) for filler, _ in sources}
+        if name in mapped:
+            dtypes = {torch.float32}
         if len(dtypes) > 1:
             raise BridgeError(
                 f"{name} is put together from {', '.join(sorted(map(str, dtypes)))}; choose one with --dtype"
@@ -156,7 +169,7 @@ def make_mapping(
         views=views,
         empty=empty,
         aliases=aliases,
-        buffers=frozenset(kept),
+        buffers=frozenset(kept) | mapped,
         dropped=tuple(dropped),
     )
 

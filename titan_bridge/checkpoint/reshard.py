@@ -26,7 +26,7 @@ from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_ta
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes, padded_vocab
-from titan_bridge.models import families, family_for, family_of
+from titan_bridge.models import families, family_for
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.plan import plan
 from titan_bridge.train.output import model_and_step
@@ -139,17 +139,16 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
     """config.json for one of the models that TorchTitan has by name."""
-    known = [family.name for family in families()]
+    known = {family.name: family for family in families()}
     if name not in known:
         raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
-    package = importlib.import_module(f"torchtitan.models.{name}")
-    flavors = getattr(package, f"{name}_configs")
+    flavors = known[name].flavors()
     if flavor not in flavors:
         raise BridgeError(
             f"--config {name}:{flavor}: TorchTitan has no such flavor; allowed: {', '.join(flavors)}"
         )
-    config = package.model_registry(flavor).model
-    return family_of(config).hf_config(config)
+    package = importlib.import_module(f"torchtitan.models.{name}")
+    return known[name].hf_config(package.model_registry(flavor).model)
 
 
 def _between(

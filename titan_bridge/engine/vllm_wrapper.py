@@ -108,7 +108,7 @@ class TitanForCausalLM(nn.Module):
             dist.get_rank(),
             plan.family.views(plan.hf, padded_vocab=plan.padded_vocab),
             plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab),
-            plan.family.ignores,
+            lambda name: plan.family.ignores(name, plan.hf),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_bridge import parallelize
 from titan_bridge.errors import BridgeError
+from titan_bridge.models.adapter import adds_nothing
 from titan_bridge.models.family import Family, load_hf_config
 from titan_bridge.models.fields import UnsupportedModelError
 
@@ -56,10 +57,15 @@ def family_of(config: Decoder.Config) -> Family:
     """The family of a TorchTitan config tree.
 
     Raises:
-        BridgeError: No family uses its model class.
+        BridgeError: No family uses its model class, or it adds to one that a family uses.
     """
     for family in families():
-        if isinstance(config, family.model_class.Config):
+        if isinstance(config, family.model_class.Config) and adds_nothing(
+            type(config), family.model_class.Config
+        ):
             return family
     classes = ", ".join(family.model_class.__name__ for family in families())
-    raise BridgeError(f"{type(config).__qualname__} belongs to no family here; allowed: configs of {classes}")
+    raise BridgeError(
+        f"{type(config).__module__}.{type(config).__qualname__} belongs to no family here; "
+        f"allowed: configs of {classes}"
+    )

@@ -7,7 +7,7 @@ import TorchTitan, so that a family can be imported without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,3 +53,14 @@ class Adapter:
     """Experts only: the class that computes in its weights' dtype; the fields of its config are the same."""
     not_served: str | None = None
     """Why the engine cannot serve such a module."""
+
+
+def adds_nothing(kind: type[Any], base: type[Any]) -> bool:
+    """Whether a config class has the fields of `base` only and builds a module that overrides nothing of its module."""
+    if {field.name for field in fields(kind)} != {field.name for field in fields(base)}:
+        return False
+    built: type[Any] = kind._owner
+    between = built.__mro__[: built.__mro__.index(base._owner)]
+    return not any(
+        callable(value) for cls in between for name, value in vars(cls).items() if name != "Config"
+    )

@@ -20,7 +20,7 @@ from torchtitan.protocols.module import Module
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import families
-from titan_bridge.models.adapter import Adapter, Division, InnerAttention
+from titan_bridge.models.adapter import Adapter, Division, InnerAttention, adds_nothing
 from titan_bridge.models.attention import PlainAttention
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
@@ -111,7 +111,7 @@ def adapter_for(config: Module.Config, fqn: str) -> Adapter | None:
     special = isinstance(config, (BaseAttention.Config, GroupedExperts.Config))
     known = table()
     base = next((parent for parent in kind.__mro__ if parent in known), None)
-    if base is not None and (not special or _adds_nothing(kind, base)):
+    if base is not None and (not special or adds_nothing(kind, base)):
         return known[base]
     if special:
         what = (
@@ -121,19 +121,6 @@ def adapter_for(config: Module.Config, fqn: str) -> Adapter | None:
             f"{fqn}: {kind.__module__}.{kind.__qualname__} {what}; give it one in Family.adapters()"
         )
     return None
-
-
-def _adds_nothing(kind: type[Module.Config], base: type[Module.Config]) -> bool:
-    """Whether a config class has the fields of `base` only and builds a module that overrides nothing."""
-    if {field.name for field in fields(kind)} != {field.name for field in fields(base)}:
-        return False
-    built, own = kind._owner, base._owner
-    assert built is not None
-    assert own is not None
-    between = built.__mro__[: built.__mro__.index(own)]
-    return not any(
-        name for cls in between for name, value in vars(cls).items() if callable(value) and name != "Config"
-    )
 
 
 def adapted(config: Decoder.Config) -> list[Adapted]:

@@ -8,6 +8,7 @@ imports TorchTitan where it makes a config tree.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -35,6 +36,9 @@ class Family(ABC):
     """Family name, also the name of its file in ``parallelize/``, e.g. ``"qwen3"``."""
     architectures: tuple[str, ...]
     """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
+
+    trains_from_sizes = True
+    """Whether the fields of ``[model.sizes]`` in a training TOML describe the model."""
 
     @property
     @abstractmethod
@@ -82,16 +86,24 @@ class Family(ABC):
         return {}
 
     def expert_biases(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """FQN and global shape of the float32 buffers of ``model_config(hf, expert_bias=True)``."""
+        """FQN and global shape of the float32 buffers of ``model_config(hf, expert_bias=True)``.
+
+        Where Hugging Face knows them they have a view, too, and every checkpoint has them.
+        """
         return {}
 
-    def ignores(self, name: str) -> bool:
-        """Whether a checkpoint's tensor ``name`` holds nothing but what the model computes for itself."""
+    def ignores(self, name: str, hf: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's tensor ``name`` is left out: the model computes it for itself, or has no such part."""
         return name.endswith(".self_attn.rotary_emb.inv_freq")
 
     def adapters(self) -> Mapping[type, Adapter]:
         """Adapters of the config classes that this family brings, beside those that are common."""
         return {}
+
+    def flavors(self) -> Mapping[str, Any]:
+        """TorchTitan's own models of this class by name, e.g. ``{"debugmodel": ..., "8B": ...}``."""
+        package = importlib.import_module(self.model_class.__module__.rpartition(".")[0])
+        return next(value for name, value in vars(package).items() if name.endswith("_configs"))
 
     @abstractmethod
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:

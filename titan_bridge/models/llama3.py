@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from titan_bridge.models import decoder
+from titan_bridge.models import decoder, rope
 from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields
 from titan_bridge.sharding.view import View
@@ -20,7 +20,10 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
     fields = Fields(hf, "LlamaForCausalLM")
     fields.only("mlp_bias", (False,))
     dims = decoder.read_dims(
-        fields, rope_types=("default", "llama3"), default_kv_heads=None, default_head_dim=None
+        fields,
+        rope=rope.read(fields, rope_types=("default", "llama3")),
+        default_kv_heads=None,
+        default_head_dim=None,
     )
     return dims, fields.integer("intermediate_size")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from titan_bridge.models import decoder
+from titan_bridge.models import decoder, rope
 from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields, UnsupportedModelError
 from titan_bridge.sharding.view import View
@@ -47,7 +47,7 @@ def _read(hf: Mapping[str, Any]) -> _Qwen3:
     # The defaults are those of transformers' config classes, which differ between the two architectures.
     dims = decoder.read_dims(
         fields,
-        rope_types=("default",),
+        rope=rope.read(fields, rope_types=("default",)),
         default_kv_heads=4 if moe else None,
         default_head_dim=None if moe else 128,
     )
@@ -146,7 +146,7 @@ class Qwen3(Family):
                 layer, dims, qk_norm=True, interleaved=False, fused_qkv=fused_qkv
             )
             if sparse and model.experts:
-                views += _moe_views(layer, dims, model.experts)
+                views += decoder.expert_views(layer, dims, model.experts.count, model.experts.hidden_dim)
             else:
                 views += decoder.ffn_views(layer, dims, model.hidden_dim)
         return tuple(views)
@@ -186,29 +186,9 @@ def _moe_config(dims: decoder.DecoderDims, experts: _Experts, expert_bias: bool)
         hidden_dim=experts.hidden_dim,
         top_k=experts.top_k,
         score_func="softmax",
-        renormalise=experts.renormalise,
+        route_norm=experts.renormalise,
         expert_bias=expert_bias,
     )
-
-
-def _moe_views(layer: int, dims: decoder.DecoderDims, experts: _Experts) -> Iterator[View]:
-    hf, titan = f"model.layers.{layer}.mlp", f"layers.{layer}.moe"
-    yield View.identity(f"{hf}.gate.weight", f"{titan}.router.gate.weight", (experts.count, dims.dim))
-    wide, tall = (experts.hidden_dim, dims.dim), (dims.dim, experts.hidden_dim)
-    for name, parameter, shape in (
-        ("gate", "w1_EFD", wide),
-        ("up", "w3_EFD", wide),
-        ("down", "w2_EDF", tall),
-    ):
-        for expert in range(experts.count):
-            yield View(
-                name=f"{hf}.experts.{expert}.{name}_proj.weight",
-                fqn=f"{titan}.routed_experts.inner_experts.{parameter}",
-                shape=shape,
-                factors=((experts.count,), (shape[0],), (shape[1],)),
-                index=((expert, expert + 1), (0, shape[0]), (0, shape[1])),
-                permute=(0, 1, 2),
-            )
 
 
 def _hf_windows(config: Decoder.Config) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def trainer_config(config: TrainConfig, origin: Mapping[str, str]) -> tuple[Trai
     family = _family(str(model.family), origin)
     registry = importlib.import_module(family.model_class.__module__.rsplit(".", 1)[0])
     if model.sizes is None:
-        flavors = getattr(registry, f"{family.name}_configs")
+        flavors = family.flavors()
         if model.flavor not in flavors:
             place = origin.get("model.flavor", "the configuration")
             raise BridgeError(_unknown(place, "model.flavor", str(model.flavor), flavors))
@@ -57,7 +57,7 @@ def trainer_config(config: TrainConfig, origin: Mapping[str, str]) -> tuple[Trai
         assert config.data is not None
         rows = model.sizes.vocab_size or _rounded(tokenizer.planned_size(config.data))
         spec = dataclasses.replace(
-            registry.model_registry(next(iter(getattr(registry, f"{family.name}_configs")))),
+            registry.model_registry(next(iter(family.flavors()))),
             flavor="sizes",
             model=_model_config(family, model.sizes, rows),
         )
@@ -135,6 +135,10 @@ def _unknown(place: str, what: str, given: str, known: Any) -> str:
 
 
 def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Config:
+    if not family.trains_from_sizes:
+        raise BridgeError(
+            f"model.sizes: family {family.name} has more sizes than there are fields; give model.config instead"
+        )
     stated: dict[str, Any] = {
         key: value for key, value in dataclasses.asdict(sizes).items() if value is not None
     }
