@@ -26,6 +26,7 @@ from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.engine.attention import PagedAttention, bind_sinks
 from titan_bridge.engine.cpu_packed import use_packed_weights
 from titan_bridge.engine.fsdp import shard_dense
+from titan_bridge.engine.latent import cache_latents
 from titan_bridge.engine.lower import lower, strip
 from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.engine.options import TitanOptions, titan_options
@@ -148,7 +149,8 @@ def build(vllm_config: VllmConfig) -> Built:
     config = model_config(plan)
     check_served(config)
     check_divides(config, plan.sizes)
-    for index, layer in enumerate(config.layers):
+    latent = vllm_config.model_config.use_mla
+    for index, layer in enumerate(config.layers if not latent else ()):
         computes = inner_attention(layer.attention)
         layer.attention.inner_attention = PagedAttention.Config(layer=index, tp=tp, computes=computes)
     family_plan = plan_for(plan.family)
@@ -160,6 +162,8 @@ def build(vllm_config: VllmConfig) -> Built:
     set_spmd_backend("partial_dtensor")
     model.parallelize(to_parallel_dims(plan.sizes, spmd_backend="partial_dtensor"))
     _localise(model)
+    if latent:
+        cache_latents(model, tp=tp)
     _serve_experts(model, plan, vllm_config)
     if plan.options.cpu_pack and not plan.sharded:
         use_packed_weights(model, vllm_config.model_config.dtype)

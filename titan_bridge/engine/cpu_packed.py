@@ -19,6 +19,7 @@ from torchtitan.models.common.linear import Linear
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
+from titan_bridge.engine.latent import LatentAttention
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
 
@@ -250,7 +251,9 @@ def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Make TorchTitan's plain linears and routed experts of `model` packed ones; nothing on GPUs and in float32."""
     if not current_platform.is_cpu() or dtype != torch.bfloat16 or not hasattr(torch.ops._C, "onednn_mm"):
         return
-    merged = set()
+    merged = {
+        module.wkv_b for module in model.modules() if isinstance(module, LatentAttention)
+    }  # read as it is
     for module in model.modules():  # parents first
         if type(module) is FeedForward and module.w1.bias is None and module.w3.bias is None:
             module.__class__ = PackedFeedForward

@@ -312,9 +312,15 @@ def _around_model_config(module: Any) -> None:
                 return original(self)
             if Path(self.model).is_dir() and self.hf_config_path is None:
                 rope_covers(model_directory(self.model), self.max_model_len)
-            config = original(self)
-            if titan_options(self.additional_config).dense == "shard":
-                config.model_arch_config.num_experts = max(1, config.model_arch_config.num_experts)
+            config, options = original(self), titan_options(self.additional_config)
+            model = config.model_arch_config
+            if options.dense == "shard":
+                model.num_experts = max(1, model.num_experts)
+            on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()
+            if model.is_deepseek_mla and (options.mla == "expanded" or (options.mla == "auto" and on_cpu)):
+                model.is_deepseek_mla = False
+                text = config.hf_text_config
+                model.head_size = text.qk_nope_head_dim + text.qk_rope_head_dim
             return config
 
         return create_model_config

@@ -28,6 +28,7 @@ from titan_bridge.engine.attention import bind_sinks
 from titan_bridge.engine.build import build
 from titan_bridge.engine.compiled import name_compiled_step
 from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
+from titan_bridge.engine.latent import derive
 from titan_bridge.engine.loader import WeightLoader
 from titan_bridge.engine.options import titan_options
 from titan_bridge.engine.packing import Loading, Packing
@@ -137,6 +138,7 @@ class TitanForCausalLM(nn.Module):
     def _loading(self, *, piecemeal: bool = False) -> Iterator[Loading]:
         with self.packing.loading(piecemeal=piecemeal) as loading:
             yield loading
+        self._derive()
         if self.plan.sharded:
             drop_gathered(self.model)
         if current_platform.is_cpu():  # from here on: what loading used is given back
@@ -150,4 +152,9 @@ class TitanForCausalLM(nn.Module):
         if self.plan.sharded:
             drop_gathered(self.model)
         self.packing.refresh(changed)
+        self._derive()
+
+    def _derive(self) -> None:
+        """What attention layers of vLLM's keep besides our parameters."""
         bind_sinks(self.model, self.dtype)
+        derive(self.model, self.dtype)

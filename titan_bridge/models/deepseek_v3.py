@@ -144,7 +144,6 @@ class DeepSeekV3(Family):
             Attention.Config: Adapter(
                 divides=_divisions,
                 inner_attention=_inner_attention,
-                not_served="latent attention is not served yet; inspect, reshard and titan_bridge.reference take it",
             )
         }
 
