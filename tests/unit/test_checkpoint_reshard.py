@@ -35,12 +35,14 @@ KINDS = {
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_mixed": ("qwen3_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}),
     "deepseek_v3": ("deepseek_v3", {"num_key_value_heads": 8}),
+    "gpt_oss": ("gpt_oss", {}),
 }
 ADAPTERS = {
     "llama3": Llama3StateDictAdapter,
     "qwen3": Qwen3StateDictAdapter,
     "deepseek_v3": DeepSeekV3StateDictAdapter,
 }
+"""TorchTitan's adapter for gpt-oss drops the experts."""
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -81,7 +83,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt_oss"])
 def test_to_dcp_equals_from_hf(made, tmp_path, kind):
     source = made(kind)
     outcome = reshard(source, tmp_path / "dcp", "dcp")
@@ -102,7 +104,7 @@ def test_to_dcp_equals_from_hf(made, tmp_path, kind):
         assert torch.equal(state[name], tensor)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt_oss"])
 def test_to_hf_equals_to_hf(made, tmp_path, kind):
     """From a DCP that torch wrote, with TorchTitan's values; expected is TorchTitan's adapter."""
     source = made(kind)
@@ -135,7 +137,7 @@ def test_to_hf_equals_to_hf(made, tmp_path, kind):
 def test_transformers_loads_what_was_written(made, tmp_path):
     import transformers
 
-    for kind in ("llama3_tied", "qwen3_moe", "deepseek_v3"):
+    for kind in ("llama3_tied", "qwen3_moe", "deepseek_v3", "gpt_oss"):
         source, base = made(kind), tmp_path / kind
         reshard(source, base / "dcp", "dcp")
         reshard(base / "dcp", base / "hf", "hf", dtype=torch.bfloat16)
@@ -155,6 +157,7 @@ sizes_of = {
     "qwen3_moe": [(1, 2, 1), (2, 2, 4), (2, 2, 2), (4, 1, 4)],
     "qwen3_mixed": [(2, 2, 4), (1, 4, 1)],
     "deepseek_v3": [(2, 2, 4), (1, 4, 1), (1, 2, 2)],
+    "gpt_oss": [(2, 2, 4), (1, 4, 1), (1, 2, 2)],
 }
 
 
@@ -190,7 +193,13 @@ def test_there_and_back_is_the_identity(made, tmp_path_factory, journey):
 @pytest.mark.parametrize("dense", ["replicate", "shard"])
 @pytest.mark.parametrize(
     ("kind", "dp", "tp", "ep"),
-    [("qwen3", 2, 2, 1), ("qwen3_mixed", 2, 2, 4), ("qwen3_moe", 2, 2, 2), ("deepseek_v3", 2, 2, 4)],
+    [
+        ("qwen3", 2, 2, 1),
+        ("qwen3_mixed", 2, 2, 4),
+        ("qwen3_moe", 2, 2, 2),
+        ("deepseek_v3", 2, 2, 4),
+        ("gpt_oss", 2, 2, 1),
+    ],
 )
 def test_engine_files_are_the_local_shards(made, tmp_path, kind, dp, tp, ep, dense):
     source = made(kind)

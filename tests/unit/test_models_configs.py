@@ -14,6 +14,7 @@ from torchtitan.models import deepseek_v3
 from torchtitan.models.common import ComplexRoPE, CosSinRoPE
 from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
+from torchtitan.models.gpt_oss.model import GptOssModel
 from torchtitan.models.kimi_k2_7 import kimi_k2_5_configs
 from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.models.qwen3.model import Qwen3Model
@@ -80,6 +81,15 @@ DEEPSEEK = {name: value for name, value in COMMON.items() if name != "head_dim"}
     "routed_scaling_factor": 1.5,
     "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
 }
+GPT_OSS = COMMON | {
+    "architectures": ["GptOssForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 16,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+    "swiglu_limit": 5.0,
+    "rope_parameters": YARN | {"truncate": False},
+}
 
 
 def test_every_supported_architecture_builds_torchtitans_own_model() -> None:
@@ -88,9 +98,10 @@ def test_every_supported_architecture_builds_torchtitans_own_model() -> None:
         "Qwen3ForCausalLM": Qwen3Model,
         "Qwen3MoeForCausalLM": Qwen3Model,
         "DeepseekV3ForCausalLM": DeepSeekV3Model,
+        "GptOssForCausalLM": GptOssModel,
     }
     assert {name for family in families() for name in family.architectures} == expected.keys()
-    for hf in (LLAMA, QWEN3, MOE, DEEPSEEK):
+    for hf in (LLAMA, QWEN3, MOE, DEEPSEEK, GPT_OSS):
         config = family_for(hf).model_config(hf)
         with torch.device("meta"):
             assert type(config.build()) is expected[hf["architectures"][0]]
@@ -185,6 +196,8 @@ def test_defaults_are_those_of_transformers() -> None:
         DEEPSEEK,
         DEEPSEEK
         | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": {"rope_theta": 5e4}},
+        GPT_OSS,
+        GPT_OSS | {"layer_types": None, "rope_parameters": None, "num_key_value_heads": 8},
     ],
 )
 def test_a_config_written_back_means_the_same_to_us_and_to_transformers(hf: dict[str, Any]) -> None:
@@ -336,6 +349,27 @@ def test_sliding_windows_are_those_of_transformers() -> None:
             "Qwen3MoeForCausalLM: mlp_only_layers=[-1] in config.json is not supported; "
             "allowed: a list of layer numbers",
         ),
+        (
+            GPT_OSS,
+            {"attention_bias": False},
+            "GptOssForCausalLM: attention_bias=false in config.json is not supported; allowed: true",
+        ),
+        (
+            GPT_OSS,
+            {"swiglu_alpha": 1.5},
+            "GptOssForCausalLM: swiglu_alpha=1.5 in config.json is not supported; allowed: 1.702",
+        ),
+        (
+            GPT_OSS,
+            {"layer_types": ["full_attention"]},
+            "GptOssForCausalLM: layer_types=['full_attention'] in config.json is not supported; "
+            "allowed: a list of 4 out of full_attention, sliding_attention",
+        ),
+        (
+            GPT_OSS,
+            {"rope_parameters": YARN | {"mscale": 1.0}},
+            "GptOssForCausalLM, rope_parameters: mscale=1.0 in config.json is not supported; allowed: leaving it out",
+        ),
         *(
             (DEEPSEEK, change, f"DeepseekV3ForCausalLM{message}")
             for change, message in (
@@ -402,7 +436,10 @@ def test_what_torchtitan_cannot_compute_is_refused_by_name(
 
 
 def test_unknown_architectures_are_refused_with_the_known_ones() -> None:
-    allowed = "allowed: DeepseekV3ForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+    known = (
+        "DeepseekV3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+    )
+    allowed = f"allowed: {known}"
     with pytest.raises(
         UnsupportedModelError, match=f"^architecture MambaForCausalLM is not supported; {allowed}$"
     ):
@@ -460,7 +497,7 @@ def test_a_model_that_adds_to_a_familys_belongs_to_no_family() -> None:
         family_of(kimi)
 
 
-@pytest.mark.parametrize("hf", [LLAMA, QWEN3, MOE, DEEPSEEK])
+@pytest.mark.parametrize("hf", [LLAMA, QWEN3, MOE, DEEPSEEK, GPT_OSS])
 def test_what_an_adapter_says_of_attention_is_what_torchtitan_computes(hf: dict[str, Any]) -> None:
     config = family_for(hf).model_config(hf)
     with torch.device("meta"):

@@ -61,6 +61,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-not-renormalised": ("deepseek_v3", {"norm_topk_prob": False, "routed_scaling_factor": 1.7}),
     "deepseek-tied-odd-vocab": ("deepseek_v3", {"tie_word_embeddings": True, "vocab_size": 777}),
     "kimi-k2": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "rope_parameters": KIMI_ROPE}),
+    "gpt-oss": ("gpt_oss", {"num_hidden_layers": 3}),
+    "gpt-oss-plain-rope": ("gpt_oss", {"rope_parameters": PLAIN_ROPE}),
+    "gpt-oss-windows-everywhere": (
+        "gpt_oss",
+        {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2},
+    ),
+    "gpt-oss-no-window-clamped": ("gpt_oss", {"layer_types": ["full_attention"] * 2, "swiglu_limit": 0.5}),
+    "gpt-oss-tied-odd-vocab": ("gpt_oss", {"tie_word_embeddings": True, "vocab_size": 777}),
     "moonlight": (
         "deepseek_v3",
         {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": PLAIN_ROPE},

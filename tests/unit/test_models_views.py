@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.deepseek_v3.state_dict_adapter import DeepSeekV3StateDictAdapter
+from torchtitan.models.gpt_oss.state_dict_adapter import GptOssStateDictAdapter
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
@@ -46,6 +47,13 @@ _DEEPSEEK = {
     "moe_intermediate_size": 10,
     "n_shared_experts": 2,
 }
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "intermediate_size": 10,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default"},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama3": _COMMON | {"architectures": ["LlamaForCausalLM"]},
     "llama3-tied": _COMMON | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
@@ -55,6 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-tied": _COMMON | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
     "moe": _COMMON | _MOE,
     "moe-mixed": _COMMON | _MOE | {"mlp_only_layers": [0]},
+    "gpt-oss": _COMMON | _GPT_OSS,
     "deepseek": _COMMON | _DEEPSEEK,
     "deepseek-without-q-latent": _COMMON | _DEEPSEEK | {"q_lora_rank": None},
 }
@@ -63,6 +72,7 @@ ADAPTERS = {
     "qwen3": Qwen3StateDictAdapter,
     "moe": Qwen3StateDictAdapter,
     "deepseek": DeepSeekV3StateDictAdapter,
+    "gpt": GptOssStateDictAdapter,
 }
 
 
@@ -92,11 +102,15 @@ def test_reading_every_view_is_torchtitans_own_conversion(name: str, fused_qkv: 
     expected = adapter_class(model.config, None).to_hf(dict(state))
     tensors = tensors_of(model) if fused_qkv else state
     views = family_for(hf).views(hf, fused_qkv=fused_qkv)
-    assert {view.name for view in views} == expected.keys()
+    names = {view.name for view in views}
+    assert expected.keys() <= names
+    # TorchTitan's adapter drops gpt-oss's experts; they are held against transformers in test_models_reference.py.
+    dropped = {name for name in names if ".mlp.experts." in name} if name == "gpt-oss" else set()
+    assert names - expected.keys() == dropped
     for view in views:
         read = view.read(tensors[view.fqn])
         assert tuple(read.shape) == view.shape
-        assert torch.equal(read, expected[view.name]), view.name
+        assert view.name in dropped or torch.equal(read, expected[view.name]), view.name
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -65,6 +65,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
     },
 }
+MODELS["gpt-oss"] = _COMMON | {
+    "architectures": ["GptOssForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 64,
+}
 DENSE_SIZES = [
     Sizes(tp=2),
     Sizes(dp=2),

@@ -37,31 +37,32 @@ class KeepDtypeGroupedExperts(GroupedExperts):
             weight.to_local() if isinstance(weight, DTensor) else weight
             for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
         )
-        if w1.dtype == torch.bfloat16 and not _is_odd(w1):
+        if w1.dtype == torch.bfloat16 and not is_odd(w1):
             return GroupedExperts.forward(self, x_RD, num_tokens_per_expert_E)
         ends = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         x = x_RD.to(w1.dtype)
-        gate = F.silu(self._product(x, w1, ends))
-        return self._product(gate * self._product(x, w3, ends), w2, ends).type_as(x_RD)
-
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """``x[rows of e] @ weight[e].T`` for each expert e: ``[R, in], [E, out, in] -> [R, out]``."""
-        if _is_odd(weight):
-            return self._product_of_odd_sizes(x, weight, ends)
-        return self._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)
-
-    @staticmethod
-    def _product_of_odd_sizes(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """The same for rows that ``torch._grouped_mm`` refuses; reads ``ends`` on the host."""
-        out = x.new_zeros(x.shape[0], weight.shape[1])
-        start = 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > start:
-                out[start:end] = x[start:end] @ weight[expert].T
-            start = end
-        return out
+        hidden = F.silu(grouped_product(self, x, w1, ends)) * grouped_product(self, x, w3, ends)
+        return grouped_product(self, hidden, w2, ends).type_as(x_RD)
 
 
-def _is_odd(weight: torch.Tensor) -> bool:
+def grouped_product(
+    experts: GroupedExperts, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """``x[rows of e] @ weight[e].T`` for each expert e: ``[R, in], [E, out, in] -> [R, out]``.
+
+    Sizes that ``torch._grouped_mm`` refuses are computed one by one, which reads ``ends`` on the host.
+    """
+    if not is_odd(weight):
+        return experts._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            out[start:end] = x[start:end] @ weight[expert].T
+        start = end
+    return out
+
+
+def is_odd(weight: torch.Tensor) -> bool:
     """Whether rows of the matrices ``[E, out, in]`` or of their products are of a length that grouped_mm refuses."""
     return any(size * weight.element_size() % _ROW_BYTES for size in weight.shape[1:])
