@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
+from titan_bridge.mesh import Sizes, to_parallel_dims
 from titan_bridge.models import family_for
 from titan_bridge.models.adapters import keep_expert_dtype
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
@@ -120,29 +117,21 @@ def test_no_tokens_are_no_output(kind: type[GroupedExperts]) -> None:
         assert made(torch.empty(0, dim), torch.zeros(4, dtype=torch.int64)).shape == (0, dim)
 
 
-def test_the_second_bias_counts_once_over_tp() -> None:
+@pytest.mark.parametrize("sizes", [Sizes(tp=2), Sizes(tp=2, ep=2)])
+def test_the_second_bias_counts_once(sizes: Sizes) -> None:
     made = experts(KeepDtypeGptOssExperts, torch.float32)
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1))
     whole, total = made(x, COUNTS), torch.zeros(10, 32)
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-        for rank in range(2):
-            part = experts(KeepDtypeGptOssExperts, torch.float32)
-            for name, dim in (
-                ("mlp1_weight_EGD", 1),
-                ("mlp1_bias_EG", 1),
-                ("mlp2_weight_EDF", 2),
-                ("mlp2_bias_ED", None),
-            ):
-                parameter = getattr(made, name)
-                local = parameter if dim is None else parameter.chunk(2, dim)[rank].contiguous()
-                placement = Replicate() if dim is None else Shard(dim)
-                shard = DTensor.from_local(local, mesh, [placement], run_check=False)
-                setattr(part, name, torch.nn.Parameter(shard, requires_grad=False))
+    for rank in range(2):
+        part = experts(KeepDtypeGptOssExperts, torch.float32)
+        part.parallelize(to_parallel_dims(sizes))
+        if sizes.ep == 1:  # every rank has a slice of every expert, and the outputs are added up
+            for name, dim in (("mlp1_weight_EGD", 1), ("mlp1_bias_EG", 1), ("mlp2_weight_EDF", 2)):
+                local = getattr(made, name).chunk(2, dim)[rank].contiguous()
+                setattr(part, name, torch.nn.Parameter(local, requires_grad=False))
             total += part(x, COUNTS)
-    finally:
-        dist.destroy_process_group()
+        else:  # every rank has whole experts, here all of them
+            total += part(x, COUNTS) / 2
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
 
 

@@ -1,8 +1,8 @@
 """DeepSeek's attention on the latent cache: vLLM's `MLAAttention` below TorchTitan's projections.
 
-TorchTitan expands the latent of a token to keys and values of every head. Any backend can cache those (`PagedAttention`).
-The latent is much smaller; vLLM's MLA backends cache that, and multiply the query by the key's part of `wkv_b` instead.
-Both compute the same sums in another order.
+TorchTitan expands the latent of a token to keys and values of every head; any backend can cache those
+(`PagedAttention`). The latent is much smaller; vLLM's MLA backends cache that, and multiply the query by the key's part
+of `wkv_b` instead. Both compute the same sums in another order.
 
 Shape suffixes as in `attention`; R = width of the latent, P = width of the rotated part of a key.
 """

@@ -105,7 +105,6 @@ class GptOss(Family):
             Attention.Config: Adapter(
                 divides=head_divisions,
                 inner_attention=_inner_attention,
-                not_served="sinks are not served yet; inspect, reshard and titan_bridge.reference take it",
             ),
             GptOssGroupedExperts.Config: Adapter(
                 divides=expert_divisions, keeps_dtype=KeepDtypeGptOssExperts
