@@ -266,9 +266,15 @@ def test_sliding_windows_are_those_of_transformers() -> None:
         ),
         (
             QWEN3,
-            {"quantization_config": {"quant_method": "fp8"}},
-            "Qwen3ForCausalLM: quantization_config={'quant_method': 'fp8'} in config.json is not supported; "
-            "allowed: leaving it out",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "Qwen3ForCausalLM, quantization_config: quant_method='gptq' in config.json is not supported; "
+            "allowed: 'fp8', 'mxfp4'",
+        ),
+        (
+            QWEN3,
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            "Qwen3ForCausalLM, quantization_config: weight_block_size=[128] in config.json is not supported; "
+            "allowed: rows and columns: [128, 128]",
         ),
         (
             QWEN3,
