@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torchtitan.distributed import parallel_dims
-from torchtitan.models import deepseek_v3
+from torchtitan.models import deepseek_v3, gpt_oss
 from torchtitan.models.common import ComplexRoPE, CosSinRoPE
 from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
@@ -266,9 +266,15 @@ def test_sliding_windows_are_those_of_transformers() -> None:
         ),
         (
             QWEN3,
-            {"quantization_config": {"quant_method": "fp8"}},
-            "Qwen3ForCausalLM: quantization_config={'quant_method': 'fp8'} in config.json is not supported; "
-            "allowed: leaving it out",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "Qwen3ForCausalLM, quantization_config: quant_method='gptq' in config.json is not supported; "
+            "allowed: 'fp8', 'mxfp4'",
+        ),
+        (
+            QWEN3,
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            "Qwen3ForCausalLM, quantization_config: weight_block_size=[128] in config.json is not supported; "
+            "allowed: rows and columns: [128, 128]",
         ),
         (
             QWEN3,
@@ -528,3 +534,21 @@ def test_deepseek_of_torchtitan_that_config_json_cannot_state_is_refused() -> No
     config.layers[1].moe.router.score_func = "softmax"
     with pytest.raises(UnsupportedModelError, match="score_func=softmax, shared experts present"):
         family.hf_config(config)
+
+
+@pytest.mark.parametrize(("flavor", "parameters"), [("20b", 20_914_757_184), ("120b", 116_829_156_672)])
+def test_gpt_oss_of_torchtitan_is_written_and_read_again(flavor: str, parameters: int) -> None:
+    config = gpt_oss.model_registry(flavor).model
+    hf = family_of(config).hf_config(config)
+    again = family_for(hf).model_config(hf, expert_bias=True)
+    for ours, theirs in zip(again.layers, config.layers, strict=True):
+        assert ours.attention.rope == theirs.attention.rope
+        assert inner_attention(ours.attention) == inner_attention(theirs.attention)
+    with torch.device("meta"):
+        ours, theirs = again.build().state_dict(), config.build().state_dict()
+        published = transformers.GptOssForCausalLM(transformers.GptOssConfig(**hf)).state_dict()
+    assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    assert {view.name: torch.Size(view.shape) for view in family_for(hf).views(hf)} == {
+        name: tensor.shape for name, tensor in published.items()
+    }
+    assert sum(tensor.numel() for tensor in published.values()) == parameters

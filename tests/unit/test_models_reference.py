@@ -118,6 +118,10 @@ def test_settings_that_matter_change_the_numbers(tmp_path: Path) -> None:
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+        ("deepseek_v3", {"rope_parameters": KIMI_ROPE}),
+        ("gpt_oss", {"swiglu_limit": 0.5}),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}),
     ):
         plain = make_checkpoint(tmp_path / f"{family}-plain", family, tokenizer=False)  # type: ignore[arg-type]
         changed = make_checkpoint(tmp_path / f"{family}-changed", family, tokenizer=False, **change)  # type: ignore[arg-type]

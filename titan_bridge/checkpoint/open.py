@@ -9,6 +9,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.checkpoint.engine_files import is_engine, open_engine
 from titan_bridge.checkpoint.hf import is_hf, open_hf
+from titan_bridge.checkpoint.quantized import dequantized
 from titan_bridge.errors import BridgeError
 
 
@@ -20,7 +21,7 @@ def is_checkpoint(directory: Path) -> bool:
 def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Checkpoint:
     """Open a directory: DCP, engine files or Hugging Face safetensors, in this order of looking.
 
-    Headers are read and checked in full; no weight is read.
+    Headers are read and checked in full; no weight is read. Quantized weights are presented multiplied out.
 
     Args:
         extra: DCP: look up optimizer state and other entries that are no model tensors, too.
@@ -37,7 +38,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Che
     if is_engine(directory):
         return open_engine(directory)
     if is_hf(directory):
-        return open_hf(directory)
+        return dequantized(open_hf(directory))
     if any(directory.glob("model_*.pt")):
         raise BridgeError(
             f"{directory} was written by torch_checkpointing, which is not read; have TorchTitan write DCP "

@@ -20,6 +20,7 @@ from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.checkpoint.strips import held_strips, strips_of
 from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
@@ -51,6 +52,7 @@ def prepare(options: Options, team: Team | None = None) -> Job:
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
         )
     config, small = _config(options, source)
+    config = config and without_quantization(config)
     same = source.format == options.to and options.to != "engine"
     layout = None
     if same:

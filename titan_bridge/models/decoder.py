@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from titan_bridge.models import quantization
 from titan_bridge.models.fields import Fields
 from titan_bridge.models.rope import RopeSettings
 from titan_bridge.sharding.view import View
@@ -55,7 +56,7 @@ def read_dims(
         UnsupportedModelError: Missing or impossible sizes, and settings that TorchTitan's decoders do not
             have.
     """
-    fields.only("quantization_config", ())
+    quantization.read(fields.hf, fields.architecture)
     fields.only("hidden_act", ("silu",))
     fields.only("attention_bias", (attention_bias,))
     dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
