@@ -5,7 +5,8 @@ A family's file defines
 - ``set_sharding(config, *, enable_ep)``: fills ``sharding_config`` on TorchTitan's config tree;
 - ``shard_placement_fn(fqn, shape, sizes)``: mesh of a parameter, and the dim that its FSDP axis shards.
 
-The file has the name of the family in ``titan_bridge/models/``; nothing else lists it.
+The file has the name of the family in ``titan_bridge/models/``; nothing else lists it. A family of
+another package brings the two functions as ``Family.sharding``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from titan_bridge.mesh import ShardPlacement, Sizes
 
 if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
-
-    from titan_bridge.models import Family
 
 
 def routed_experts_placement(fqn: str, shape: Sequence[int], sizes: Sizes) -> ShardPlacement:
@@ -36,7 +35,7 @@ def routed_experts_placement(fqn: str, shape: Sequence[int], sizes: Sizes) -> Sh
     return ShardPlacement(mesh="dense", dim=1 if sizes.dp_replicate * sizes.fsdp > shape[0] else 0)
 
 
-class Plan(Protocol):
+class ShardingRules(Protocol):
     """What a family's file here offers."""
 
     def set_sharding(self, config: Decoder.Config, *, enable_ep: bool) -> None: ...
@@ -44,16 +43,15 @@ class Plan(Protocol):
     def shard_placement_fn(self, fqn: str, shape: Sequence[int], sizes: Sizes) -> ShardPlacement: ...
 
 
-def plan_for(family: Family | str) -> Plan:
-    """The sharding plan of a family.
+def rules_of(name: str) -> ShardingRules:
+    """The file of the family called ``name``.
 
     Raises:
         BridgeError: There is no file of that name here.
     """
-    name = family if isinstance(family, str) else family.name
     module = f"{__name__}.{name}"
     try:
-        return cast(Plan, importlib.import_module(module))
+        return cast(ShardingRules, importlib.import_module(module))
     except ModuleNotFoundError as error:
         if error.name != module:
             raise

@@ -24,7 +24,7 @@ from titan_bridge.mesh import MESH_AXES, Sizes, describe, to_parallel_dims
 from titan_bridge.models import families, family_for
 from titan_bridge.models.adapters import use_plain_attention
 from titan_bridge.models.build import build_on_meta, tie
-from titan_bridge.parallelize import plan_for
+from titan_bridge.parallelize import rules_of
 from titan_bridge.sharding.spec import placement_to_str
 
 _COMMON = {
@@ -111,7 +111,7 @@ def config_of(hf: dict[str, Any], sizes: Sizes) -> Decoder.Config:
     family = family_for(hf)
     config = family.model_config(hf, expert_bias=True)
     use_plain_attention(config)
-    plan_for(family).set_sharding(config, enable_ep=sizes.ep > 1)
+    family.sharding.set_sharding(config, enable_ep=sizes.ep > 1)
     return config
 
 
@@ -304,11 +304,11 @@ def test_wrong_requests_are_refused() -> None:
     with pytest.raises(BridgeError, match=r"dtype='int8' in config\.json is not supported; allowed: float32"):
         stated_dtype({"torch_dtype": "int8"})
     with pytest.raises(BridgeError, match=r"family 'mamba' has no file parallelize/mamba\.py; add one"):
-        plan_for("mamba")
+        rules_of("mamba")
 
 
 def test_every_family_has_a_sharding_plan() -> None:
     for family in families():
-        plan = plan_for(family)
+        plan = family.sharding
         assert callable(plan.set_sharding)
         assert callable(plan.shard_placement_fn)

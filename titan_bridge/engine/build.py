@@ -43,7 +43,6 @@ from titan_bridge.mesh import (
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.adapters import check_served, inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
-from titan_bridge.parallelize import plan_for
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
 
@@ -153,10 +152,10 @@ def build(vllm_config: VllmConfig) -> Built:
     for index, layer in enumerate(config.layers if not latent else ()):
         computes = inner_attention(layer.attention)
         layer.attention.inner_attention = PagedAttention.Config(layer=index, tp=tp, computes=computes)
-    family_plan = plan_for(plan.family)
-    family_plan.set_sharding(config, enable_ep=plan.sizes.ep > 1)
+    rules = plan.family.sharding
+    rules.set_sharding(config, enable_ep=plan.sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    layout = as_layout(specs_of_module(model, family_plan, plan.sizes, plan.options.dense), plan.sizes)
+    layout = as_layout(specs_of_module(model, rules, plan.sizes, plan.options.dense), plan.sizes)
     # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
     # token dispatcher asks at run time which backend is on, so it is set for the whole process.
     set_spmd_backend("partial_dtensor")
@@ -175,7 +174,7 @@ def build(vllm_config: VllmConfig) -> Built:
     bind_sinks(model, vllm_config.model_config.dtype)
     if plan.sharded:
         meshes = get_device_meshes(plan.sizes, device_type=device.type)
-        shard_dense(model, meshes, plan.sizes, family_plan)
+        shard_dense(model, meshes, plan.sizes, rules)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
     return Built(plan=plan, model=model, ropes=ropes, layout=layout)

@@ -19,10 +19,10 @@ from torch.distributed.tensor import Shard
 from torchtitan.models.common.decoder import Decoder
 
 from titan_bridge.mesh import Sizes
-from titan_bridge.parallelize import Plan
+from titan_bridge.parallelize import ShardingRules
 
 
-def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], sizes: Sizes, plan: Plan) -> Decoder:
+def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], sizes: Sizes, rules: ShardingRules) -> Decoder:
     """Shard the weights of `model` (plain local tp or ep shards on the device) over the fsdp and efsdp axes, in place.
 
     Experts whose efsdp axis has size 1 are left alone: a gather over one rank saves nothing and its in-place
@@ -38,7 +38,7 @@ def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], sizes: Sizes, pla
                 sparse = meshes["sparse"]["dp_replicate", "efsdp"]
                 prefix = f"layers.{name}.moe.routed_experts.inner_experts"
                 dims = {
-                    param: plan.shard_placement_fn(
+                    param: rules.shard_placement_fn(
                         f"{prefix}.{own}", (param.shape[0] * sizes.ep, *param.shape[1:]), sizes
                     ).dim
                     for own, param in experts.named_parameters()

@@ -19,7 +19,7 @@ from torchtitan.protocols.module import Module
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes
-from titan_bridge.models import families
+from titan_bridge.models import Family, families
 from titan_bridge.models.adapter import Adapter, Division, InnerAttention, adds_nothing
 from titan_bridge.models.attention import PlainAttention
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
@@ -91,11 +91,15 @@ COMMON: Mapping[type, Adapter] = {
 """Adapters of the classes that several families use; each family adds those of its own."""
 
 
-@cache
 def table() -> Mapping[type, Adapter]:
     """Config class to adapter. The variants that keep their dtype are in it under the adapter that names them."""
+    return _table(families())
+
+
+@cache
+def _table(families: tuple[Family, ...]) -> Mapping[type, Adapter]:
     named = dict(COMMON)
-    for family in families():
+    for family in families:
         named |= family.adapters()
     variants = [adapter for adapter in named.values() if adapter.keeps_dtype is not None]
     return named | {cast(Any, adapter.keeps_dtype).Config: adapter for adapter in variants}

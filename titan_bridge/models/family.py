@@ -1,7 +1,7 @@
 """What a model family is: the two-way road between a Hugging Face checkpoint and TorchTitan's own model.
 
-A family is one file in this package that defines ``FAMILY``, and one of the same name in ``parallelize/``.
-Nothing else lists families.
+A family is one file in this package that defines ``FAMILY``, and one of the same name in ``parallelize/``; `registry`
+finds it, and those of other packages.
 Importing it must not import TorchTitan, which takes two seconds: what only names tensors does without. So a family
 imports TorchTitan where it makes a config tree.
 """
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.parallelize import ShardingRules, rules_of
 from titan_bridge.sharding.view import View
 
 if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
+    from transformers import PreTrainedConfig
 
     from titan_bridge.models.adapter import Adapter
 
@@ -33,7 +35,7 @@ class Family(ABC):
     """
 
     name: str
-    """Family name, also the name of its file in ``parallelize/``, e.g. ``"qwen3"``."""
+    """Family name, e.g. ``"qwen3"``."""
     architectures: tuple[str, ...]
     """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
 
@@ -95,6 +97,16 @@ class Family(ABC):
     def ignores(self, name: str, hf: Mapping[str, Any]) -> bool:
         """Whether a checkpoint's tensor ``name`` is left out: the model computes it for itself, or has no such part."""
         return name.endswith(".self_attn.rotary_emb.inv_freq")
+
+    @property
+    def sharding(self) -> ShardingRules:
+        """``set_sharding`` and ``shard_placement_fn``: a module or any object that has them; see ``parallelize``."""
+        return rules_of(self.name)
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig] | None:
+        """A class for config.json whose ``model_type`` transformers does not know; its module must be importable."""
+        return None
 
     def adapters(self) -> Mapping[type, Adapter]:
         """Adapters of the config classes that this family brings, beside those that are common."""
