@@ -71,7 +71,8 @@ def _ffn_divisions(config: FeedForward.Config, sizes: Sizes) -> Iterator[Divisio
     yield Division(axis="tp", name="hidden_size", size=config.w1.out_features)
 
 
-def _grouped_query_attention(config: GQAttention.Config) -> InnerAttention:
+def grouped_query_attention(config: GQAttention.Config) -> InnerAttention:
+    """Inside of `GQAttention` and of what computes like it."""
     head_dim = config.head_dim or config.dim // config.n_heads
     return InnerAttention(
         n_heads=config.n_heads,
@@ -84,7 +85,7 @@ def _grouped_query_attention(config: GQAttention.Config) -> InnerAttention:
 
 
 COMMON: Mapping[type, Adapter] = {
-    GQAttention.Config: Adapter(divides=head_divisions, inner_attention=_grouped_query_attention),
+    GQAttention.Config: Adapter(divides=head_divisions, inner_attention=grouped_query_attention),
     GroupedExperts.Config: Adapter(divides=expert_divisions, keeps_dtype=KeepDtypeGroupedExperts),
     FeedForward.Config: Adapter(divides=_ffn_divisions),
 }
