@@ -11,28 +11,13 @@ from torchtitan.models.common.attention import GQAttention, ScaledDotProductAtte
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import GroupedExperts
 
+from tests.unit.test_models_experts import HF
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes, check_divides
 from titan_bridge.models import family_for
 from titan_bridge.models.adapters import adapted, check_served, keep_expert_dtype, use_plain_attention
 from titan_bridge.models.attention import PlainAttention
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
-
-HF = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 64,
-    "max_position_embeddings": 32,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "mlp_only_layers": [0],
-}
 
 
 class Renamed(GroupedExperts):

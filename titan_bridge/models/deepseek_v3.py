@@ -129,7 +129,6 @@ def _read_experts(fields: Fields) -> _Experts:
 class DeepSeekV3(Family):
     name = "deepseek_v3"
     architectures = (_NAME,)
-    trains_from_sizes = False
 
     @property
     def model_class(self) -> type[DeepSeekV3Model]:

@@ -39,9 +39,6 @@ class Family(ABC):
     architectures: tuple[str, ...]
     """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
 
-    trains_from_sizes = True
-    """Whether the fields of ``[model.sizes]`` in a training TOML describe the model."""
-
     @property
     @abstractmethod
     def model_class(self) -> type[Decoder]:

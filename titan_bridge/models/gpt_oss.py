@@ -85,7 +85,6 @@ def _read_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
 class GptOss(Family):
     name = "gpt_oss"
     architectures = (_NAME,)
-    trains_from_sizes = False
 
     @property
     def model_class(self) -> type[GptOssModel]:

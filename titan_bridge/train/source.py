@@ -135,23 +135,16 @@ def _unknown(place: str, what: str, given: str, known: Any) -> str:
 
 
 def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Config:
-    if not family.trains_from_sizes:
-        raise BridgeError(
-            f"model.sizes: family {family.name} has more sizes than there are fields; give model.config instead"
-        )
     stated: dict[str, Any] = {
         key: value for key, value in dataclasses.asdict(sizes).items() if value is not None
     }
-    stated |= {"vocab_size": vocab}
+    stated |= {**stated.pop("other"), "vocab_size": vocab}
     sparse = [name for name in family.architectures if "Moe" in name]
-    dense = [name for name in family.architectures if "Moe" not in name]
-    if sizes.num_experts is not None and not sparse:
-        raise BridgeError(
-            f"model.sizes.num_experts: family {family.name} has no mixture of experts; leave it out"
-        )
-    stated["architectures"] = (sparse if sizes.num_experts is not None else dense)[:1]
+    stated["architectures"] = (sparse if sizes.num_experts is not None and sparse else family.architectures)[
+        :1
+    ]
     try:
-        return family.model_config(stated)
+        config = family.model_config(stated)
     except BridgeError as error:
         text = (
             str(error)
@@ -159,6 +152,11 @@ def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Conf
             .replace("config.json", "[model.sizes]")
         )
         raise BridgeError(text) from None
+    if sizes.num_experts is not None and not any(layer.moe for layer in config.layers):
+        raise BridgeError(
+            f"model.sizes.num_experts: family {family.name} has no mixture of experts; leave it out"
+        )
+    return config
 
 
 def _rounded(entries: int) -> int:
