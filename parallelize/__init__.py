@@ -5,7 +5,8 @@ A family's file defines
 - ``set_sharding(config, *, enable_ep)``: fills ``sharding_config`` on TorchTitan's config tree;
 - ``shard_placement_fn(fqn, shape, sizes)``: mesh of a parameter, and the dim that its FSDP axis shards.
 
-The file has the name of the family in ``titan_bridge/models/``; nothing else lists it.
+The file has the name of the family in ``titan_bridge/models/``; nothing else lists it. A family of
+another package brings the two functions as ``Family.sharding``.
 """
 
 from __future__ import annotations
@@ -15,15 +16,26 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import ShardPlacement, Sizes
 
 if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
 
-    from titan_bridge.mesh import ShardPlacement, Sizes
-    from titan_bridge.models import Family
+
+def routed_experts_placement(fqn: str, shape: Sequence[int], sizes: Sizes) -> ShardPlacement:
+    """Routed experts (global ``shape``, experts first) go to the sparse mesh where ep > 1; all else is dense.
+
+    FSDP shards dim 0, but dim 1 of experts that are fewer than the ranks to shard them over, as in
+    ``torchtitan/distributed/fsdp.py`` (which counts replicas in when ep is 1).
+    """
+    if ".routed_experts.inner_experts." not in fqn:
+        return ShardPlacement(mesh="dense")
+    if sizes.ep > 1:
+        return ShardPlacement(mesh="sparse", dim=1 if sizes.efsdp * sizes.ep > shape[0] else 0)
+    return ShardPlacement(mesh="dense", dim=1 if sizes.dp_replicate * sizes.fsdp > shape[0] else 0)
 
 
-class Plan(Protocol):
+class ShardingRules(Protocol):
     """What a family's file here offers."""
 
     def set_sharding(self, config: Decoder.Config, *, enable_ep: bool) -> None: ...
@@ -31,16 +43,15 @@ class Plan(Protocol):
     def shard_placement_fn(self, fqn: str, shape: Sequence[int], sizes: Sizes) -> ShardPlacement: ...
 
 
-def plan_for(family: Family | str) -> Plan:
-    """The sharding plan of a family.
+def rules_of(name: str) -> ShardingRules:
+    """The file of the family called ``name``.
 
     Raises:
         BridgeError: There is no file of that name here.
     """
-    name = family if isinstance(family, str) else family.name
     module = f"{__name__}.{name}"
     try:
-        return cast(Plan, importlib.import_module(module))
+        return cast(ShardingRules, importlib.import_module(module))
     except ModuleNotFoundError as error:
         if error.name != module:
             raise

@@ -34,7 +34,7 @@ from titan_bridge.mesh import (
 )
 from titan_bridge.models import family_for, family_of
 from titan_bridge.models.build import build_on_meta
-from titan_bridge.parallelize import Plan, plan_for
+from titan_bridge.parallelize import ShardingRules
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 
@@ -94,9 +94,9 @@ def specs(
     else:
         family, config = family_of(model), copy.deepcopy(model)
     check_divides(config, sizes)
-    plan = plan_for(family)
-    plan.set_sharding(config, enable_ep=sizes.ep > 1)
-    return specs_of_module(build_on_meta(config, dtype=dtype or torch.float32), plan, sizes, dense)
+    rules = family.sharding
+    rules.set_sharding(config, enable_ep=sizes.ep > 1)
+    return specs_of_module(build_on_meta(config, dtype=dtype or torch.float32), rules, sizes, dense)
 
 
 def layout(
@@ -137,7 +137,7 @@ def _mesh(name: str, sizes: Sizes) -> MeshLayout:
 
 
 def specs_of_module(
-    model: nn.Module, plan: Plan, sizes: Sizes, dense: Dense = "replicate"
+    model: nn.Module, rules: ShardingRules, sizes: Sizes, dense: Dense = "replicate"
 ) -> dict[str, ParamSpec]:
     """The same for a model that is built but not yet parallelised, so that its shapes are the global ones.
 
@@ -171,7 +171,7 @@ def specs_of_module(
                 shape=tuple(tensor.shape),
                 dtype=tensor.dtype,
                 spec=_spec(
-                    fqn, tuple(tensor.shape), layout, plan, sizes, dense, is_buffer=name in persistent
+                    fqn, tuple(tensor.shape), layout, rules, sizes, dense, is_buffer=name in persistent
                 ),
                 is_buffer=name in persistent,
             )
@@ -182,7 +182,7 @@ def _spec(
     fqn: str,
     shape: tuple[int, ...],
     layout: SpmdLayout,
-    plan: Plan,
+    rules: ShardingRules,
     sizes: Sizes,
     dense: Dense,
     *,
@@ -199,7 +199,7 @@ def _spec(
     shard_axis = SHARD_AXIS[mesh]
     # FSDP shards parameters only; a buffer keeps its declared layout.
     if dense == "shard" and sizes.axis(shard_axis) > 1 and not is_buffer:
-        chosen = plan.shard_placement_fn(fqn, shape, sizes)
+        chosen = rules.shard_placement_fn(fqn, shape, sizes)
         assert chosen.mesh == mesh, (
             f"{fqn} is declared on the {mesh} mesh, shard_placement_fn says {chosen.mesh}"
         )

@@ -166,43 +166,33 @@ def padded_vocab(vocab: int, sizes: Sizes) -> int:
 
 
 def check_divides(config: Decoder.Config, sizes: Sizes) -> None:
-    """Check heads, kv heads, hidden sizes and experts of a TorchTitan config tree against the sizes.
+    """Check every size in a TorchTitan config tree that an axis must divide: heads, hidden sizes, experts.
 
     The vocabulary is not checked: see ``padded_vocab``.
 
     Raises:
-        BridgeError: One line with every size that does not divide, and what is allowed instead.
+        BridgeError: One line with every size that does not divide, and what is allowed instead; or attention or
+            experts that nobody here knows how to divide.
     """
-    by_tp: dict[str, int] = {}
-    experts: set[int] = set()
-    for layer in config.layers:
-        attention = layer.attention
-        by_tp[f"n_heads={attention.n_heads}"] = attention.n_heads
-        kv_heads = attention.n_kv_heads or attention.n_heads
-        by_tp[f"n_kv_heads={kv_heads}"] = kv_heads
-        feed_forward = layer.feed_forward
-        if layer.moe is not None:
-            experts.add(layer.moe.num_experts)
-            feed_forward = layer.moe.shared_experts
-            if sizes.ep == 1:
-                hidden = layer.moe.routed_experts.inner_experts.hidden_dim
-                by_tp[f"moe_hidden_size={hidden}"] = hidden
-        if feed_forward is not None:
-            hidden = feed_forward.w1.out_features
-            by_tp[f"hidden_size={hidden}"] = hidden
+    # Imported here because describing meshes must not cost the import of TorchTitan.
+    from titan_bridge.models.adapters import divisions  # noqa: PLC0415
+
+    by_axis: dict[str, dict[str, int]] = {}
+    for division in divisions(config, sizes):
+        by_axis.setdefault(division.axis, {})[f"{division.name}={division.size}"] = division.size
     problems = []
-    bad = [name for name, size in by_tp.items() if size % sizes.tp]
-    if bad:
-        allowed = _listed(divisors(math.gcd(*by_tp.values())))
-        problems.append(f"tp={sizes.tp} does not divide {', '.join(bad)}; allowed for this model: {allowed}")
-    for count in sorted(experts):
-        if count % sizes.ep:
-            allowed = _listed(n for n in divisors(sizes.dp * sizes.tp) if count % n == 0)
-            problems.append(
-                f"ep={sizes.ep} does not divide num_experts={count}; "
-                f"allowed with dp={sizes.dp}, tp={sizes.tp}: {allowed}"
-            )
-    if sizes.ep > 1 and not experts:
+    for axis, wanted in by_axis.items():
+        bad = [name for name, size in wanted.items() if size % sizes.axis(axis)]
+        if not bad:
+            continue
+        where, allowed = "for this model", divisors(math.gcd(*wanted.values()))
+        if axis == "ep":
+            where = f"with dp={sizes.dp}, tp={sizes.tp}"
+            allowed = tuple(n for n in allowed if (sizes.dp * sizes.tp) % n == 0)
+        problems.append(
+            f"{axis}={sizes.axis(axis)} does not divide {', '.join(bad)}; allowed {where}: {_listed(allowed)}"
+        )
+    if sizes.ep > 1 and "ep" not in by_axis:
         problems.append(f"ep={sizes.ep} but the model has no experts; allowed: 1")
     if problems:
         raise BridgeError("; ".join(problems))

@@ -21,9 +21,8 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import Family, family_for, load_hf_config
-from titan_bridge.models.attention import use_plain_attention
+from titan_bridge.models.adapters import keep_expert_dtype, use_plain_attention
 from titan_bridge.models.build import build_on_meta, materialize
-from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.run_folder import model_and_step
 
 
@@ -81,7 +80,7 @@ def load_reference(
     family = family_for(hf)
     config = family.model_config(hf, expert_bias=has_expert_bias(model_dir, step))
     keep_expert_dtype(config)
-    use_plain_attention(family, hf, config)
+    use_plain_attention(config)
     model = materialize(build_on_meta(config, dtype=dtype), device).eval().requires_grad_(False)
     directory = weights_directory(model_dir, step)
     if directory is None:

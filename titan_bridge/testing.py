@@ -25,9 +25,15 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.models import family_for
 from titan_bridge.run_folder import CHECKPOINT, Record
 
-FamilyName = Literal["llama3", "qwen3", "qwen3_moe"]
+FamilyName = Literal["llama3", "qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 
-_CLASSES = {"llama3": "Llama", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+_CLASSES = {
+    "llama3": "Llama",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "deepseek_v3": "DeepseekV3",
+    "gpt_oss": "GptOss",
+}
 _EOS, _START, _END = "<|endoftext|>", "<|start|>", "<|end|>"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,6 +52,15 @@ _COMMON = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    # Small enough that all three ranges of frequencies occur.
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 _BY_FAMILY: dict[str, dict[str, Any]] = {
     "llama3": {"head_dim": 16},
     "qwen3": {},
@@ -54,6 +69,30 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
         "norm_topk_prob": True,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 8,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "head_dim": 16,
+        "v_head_dim": 24,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 64,
+        "num_mtp_layers": 0,
+        "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "gpt_oss": {
+        "intermediate_size": 64,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "rope_parameters": _YARN | {"truncate": False},
     },
 }
 
@@ -124,6 +163,10 @@ def _random_model(
         for name, parameter in model.named_parameters():
             noise = torch.empty(parameter.shape).normal_(std=std, generator=generator)
             parameter.copy_(noise + 1.0 if "norm" in name else noise)
+        for module in model.modules():
+            if "e_score_correction_bias" in module._buffers:
+                bias = torch.empty(module._buffers["e_score_correction_bias"].shape, dtype=torch.float32)
+                module._buffers["e_score_correction_bias"] = bias.normal_(std=std, generator=generator)
     return model
 
 

@@ -22,7 +22,6 @@ from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.mesh import DENSE, SPARSE, Sizes, get_device_meshes, to_parallel_dims
 from titan_bridge.models import family_for, load_hf_config
 from titan_bridge.models.build import build_on_meta
-from titan_bridge.parallelize import plan_for
 from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 
@@ -38,7 +37,7 @@ CASES = {
 def parallel_model(hf: dict, sizes: Sizes) -> torch.nn.Module:
     """TorchTitan's model as it trains: tp and ep declared, FSDP around layers, experts on their own mesh."""
     family = family_for(hf)
-    plan = plan_for(family)
+    plan = family.sharding
     config = family.model_config(hf, expert_bias=True)
     plan.set_sharding(config, enable_ep=sizes.ep > 1)
     set_spmd_backend("partial_dtensor")

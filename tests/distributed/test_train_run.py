@@ -20,9 +20,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from titan_bridge import cli
 from titan_bridge.models import family_for
-from titan_bridge.models.attention import use_plain_attention
+from titan_bridge.models.adapters import keep_expert_dtype, use_plain_attention
 from titan_bridge.models.build import build_on_meta, materialize
-from titan_bridge.models.experts import keep_expert_dtype
 from titan_bridge.run_folder import find, whole_steps
 from titan_bridge.sharding import Layout
 from titan_bridge.train import data
@@ -217,7 +216,7 @@ def test_what_was_saved_is_what_was_trained(trained, family, layout):
     kind = family_for(hf)
     assert kind.name == run.record.family == family
     config = kind.model_config(hf)
-    use_plain_attention(kind, hf, config)
+    use_plain_attention(config)
     keep_expert_dtype(config)
     model = materialize(build_on_meta(config, dtype=torch.float32), "cpu")
     assert not model.load_state_dict(tensors(run.directory), strict=False).missing_keys

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 
 from tests.unit.checkpoint_samples import SMALL, contents
 from titan_bridge.checkpoint.engine_files import map_rank
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
 from titan_bridge.checks import weights_fit
+from titan_bridge.errors import BridgeError
 from titan_bridge.models import load_hf_config
 from titan_bridge.sharding import Layout
 from titan_bridge.testing import make_checkpoint
@@ -78,3 +80,49 @@ def test_an_expert_bias_reaches_the_engine_and_comes_back(hf, tmp_path, sizes):
     assert not has_expert_bias(str(hf))
     reshard(hf, tmp_path / "plain", "engine", **sizes)
     assert not has_expert_bias(str(tmp_path / "plain"))
+
+
+def test_a_bias_that_hugging_face_knows_stays_float32(tmp_path):
+    source = make_checkpoint(
+        tmp_path / "hf", "deepseek_v3", tokenizer=False, **SMALL | {"num_key_value_heads": 4, "head_dim": 16}
+    )
+    hf_name, fqn = "model.layers.1.mlp.gate.e_score_correction_bias", "layers.1.moe.expert_bias_E"
+    bias = contents(source)[hf_name]
+    assert bias.any()
+    at = source
+    for number, to in enumerate(["hf", "dcp", "dcp", "engine", "dcp", "hf"]):
+        reshard(at, tmp_path / str(number), to, dtype=torch.bfloat16)
+        at = tmp_path / str(number)
+        held = contents(at)
+        found = held.pop(hf_name if to == "hf" else fqn)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, bias)
+        assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
+        assert to == "hf" or load_hf_config(at)["dtype"] == "bfloat16"
+    weights_fit(str(tmp_path / "1"), None, load_hf_config(source))
+    state = contents(tmp_path / "1")
+    del state[fqn]
+    dcp.save(state, checkpoint_id=tmp_path / "without", no_dist=True)
+    with pytest.raises(BridgeError, match=f"missing: {fqn}"):
+        reshard(tmp_path / "without", tmp_path / "x", "hf", config=source)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    source = make_checkpoint(
+        tmp_path / "hf", "deepseek_v3", tokenizer=False, **SMALL | {"num_key_value_heads": 4, "head_dim": 16}
+    )
+    whole = contents(source)
+    further = {
+        name.replace("layers.1", "layers.2"): tensor.clone()
+        for name, tensor in whole.items()
+        if "layers.1." in name
+    } | {"model.layers.2.eh_proj.weight": torch.ones(32, 64)}
+    save_file(whole | further, source / "model.safetensors")
+    config = load_hf_config(source)
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    reshard(source, tmp_path / "dcp", "dcp")
+    reshard(tmp_path / "dcp", tmp_path / "back", "hf")
+    assert_same(contents(tmp_path / "back"), whole)
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(BridgeError, match=r"unexpected: model\.layers\.2"):
+        reshard(source, tmp_path / "x", "dcp")

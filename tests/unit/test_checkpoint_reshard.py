@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torchtitan.models.deepseek_v3.state_dict_adapter import DeepSeekV3StateDictAdapter
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.models.qwen3 import model_registry
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
@@ -34,8 +35,15 @@ KINDS = {
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_mixed": ("qwen3_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}),
+    "deepseek_v3": ("deepseek_v3", {"num_key_value_heads": 8}),
+    "gpt_oss": ("gpt_oss", {}),
 }
-ADAPTERS = {"llama3": Llama3StateDictAdapter, "qwen3": Qwen3StateDictAdapter}
+ADAPTERS = {
+    "llama3": Llama3StateDictAdapter,
+    "qwen3": Qwen3StateDictAdapter,
+    "deepseek_v3": DeepSeekV3StateDictAdapter,
+}
+"""TorchTitan's adapter for gpt-oss drops the experts."""
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -76,7 +84,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt_oss"])
 def test_to_dcp_equals_from_hf(made, tmp_path, kind):
     source = made(kind)
     outcome = reshard(source, tmp_path / "dcp", "dcp")
@@ -85,7 +93,7 @@ def test_to_dcp_equals_from_hf(made, tmp_path, kind):
     files = {k: v for file in source.glob("*.safetensors") for k, v in load_file(file).items()}
     expected = ADAPTERS[family_for(hf).name](config, None).from_hf(dict(files))
     found = contents(tmp_path / "dcp")
-    zeros = {name for name in found if name.endswith("expert_bias_E")}
+    zeros = {name for name in found.keys() - expected.keys() if name.endswith("expert_bias_E")}
     assert all(not found.pop(name).any() for name in zeros)
     assert_same(found, expected)
     assert outcome.bytes_read == sum(tensor.nbytes for tensor in files.values())
@@ -97,7 +105,7 @@ def test_to_dcp_equals_from_hf(made, tmp_path, kind):
         assert torch.equal(state[name], tensor)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt_oss"])
 def test_to_hf_equals_to_hf(made, tmp_path, kind):
     """From a DCP that torch wrote, with TorchTitan's values; expected is TorchTitan's adapter."""
     source = made(kind)
@@ -130,7 +138,7 @@ def test_to_hf_equals_to_hf(made, tmp_path, kind):
 def test_transformers_loads_what_was_written(made, tmp_path):
     import transformers
 
-    for kind in ("llama3_tied", "qwen3_moe"):
+    for kind in ("llama3_tied", "qwen3_moe", "deepseek_v3", "gpt_oss"):
         source, base = made(kind), tmp_path / kind
         reshard(source, base / "dcp", "dcp")
         reshard(base / "dcp", base / "hf", "hf", dtype=torch.bfloat16)
@@ -149,6 +157,8 @@ sizes_of = {
     "qwen3_tied": [(2, 4, 1)],
     "qwen3_moe": [(1, 2, 1), (2, 2, 4), (2, 2, 2), (4, 1, 4)],
     "qwen3_mixed": [(2, 2, 4), (1, 4, 1)],
+    "deepseek_v3": [(2, 2, 4), (1, 4, 1), (1, 2, 2)],
+    "gpt_oss": [(2, 2, 4), (1, 4, 1), (1, 2, 2)],
 }
 
 
@@ -183,7 +193,14 @@ def test_there_and_back_is_the_identity(made, tmp_path_factory, journey):
 
 @pytest.mark.parametrize("dense", ["replicate", "shard"])
 @pytest.mark.parametrize(
-    ("kind", "dp", "tp", "ep"), [("qwen3", 2, 2, 1), ("qwen3_mixed", 2, 2, 4), ("qwen3_moe", 2, 2, 2)]
+    ("kind", "dp", "tp", "ep"),
+    [
+        ("qwen3", 2, 2, 1),
+        ("qwen3_mixed", 2, 2, 4),
+        ("qwen3_moe", 2, 2, 2),
+        ("deepseek_v3", 2, 2, 4),
+        ("gpt_oss", 2, 2, 1),
+    ],
 )
 def test_engine_files_are_the_local_shards(made, tmp_path, kind, dp, tp, ep, dense):
     source = made(kind)

@@ -11,8 +11,12 @@ import pytest
 import torch
 import transformers
 from torchtitan.distributed import parallel_dims
+from torchtitan.models import deepseek_v3, gpt_oss
 from torchtitan.models.common import ComplexRoPE, CosSinRoPE
 from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
+from torchtitan.models.gpt_oss.model import GptOssModel
+from torchtitan.models.kimi_k2_7 import kimi_k2_5_configs
 from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.models.qwen3.model import Qwen3Model
 
@@ -21,6 +25,7 @@ from titan_bridge.checks import model_directory
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import UnsupportedModelError, families, family_for, family_of, load_hf_config
+from titan_bridge.models.adapters import inner_attention
 
 COMMON = {
     "vocab_size": 777,
@@ -52,6 +57,42 @@ MOE = COMMON | {
     "mlp_only_layers": [3],
     "norm_topk_prob": True,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+    "original_max_position_embeddings": 128,
+}
+DEEPSEEK = {name: value for name, value in COMMON.items() if name != "head_dim"} | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 8,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 16,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+}
+GPT_OSS = COMMON | {
+    "architectures": ["GptOssForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 16,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+    "swiglu_limit": 5.0,
+    "rope_parameters": YARN | {"truncate": False},
+}
 
 
 def test_every_supported_architecture_builds_torchtitans_own_model() -> None:
@@ -59,9 +100,11 @@ def test_every_supported_architecture_builds_torchtitans_own_model() -> None:
         "LlamaForCausalLM": Llama3Model,
         "Qwen3ForCausalLM": Qwen3Model,
         "Qwen3MoeForCausalLM": Qwen3Model,
+        "DeepseekV3ForCausalLM": DeepSeekV3Model,
+        "GptOssForCausalLM": GptOssModel,
     }
     assert {name for family in families() for name in family.architectures} == expected.keys()
-    for hf in (LLAMA, QWEN3, MOE):
+    for hf in (LLAMA, QWEN3, MOE, DEEPSEEK, GPT_OSS):
         config = family_for(hf).model_config(hf)
         with torch.device("meta"):
             assert type(config.build()) is expected[hf["architectures"][0]]
@@ -144,31 +187,44 @@ def test_defaults_are_those_of_transformers() -> None:
         assert family_for(short).model_config(short).norm.eps == theirs.rms_norm_eps
 
 
-@pytest.mark.parametrize("hf", [LLAMA, QWEN3, MOE, MOE | {"mlp_only_layers": [], "decoder_sparse_step": 1}])
+@pytest.mark.parametrize(
+    "hf",
+    [
+        LLAMA,
+        QWEN3,
+        QWEN3 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3},
+        MOE,
+        MOE
+        | {"mlp_only_layers": [], "decoder_sparse_step": 1, "use_sliding_window": True, "sliding_window": 16},
+        DEEPSEEK,
+        DEEPSEEK
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": {"rope_theta": 5e4}},
+        GPT_OSS,
+        GPT_OSS | {"layer_types": None, "rope_parameters": None, "num_key_value_heads": 8},
+    ],
+)
 def test_a_config_written_back_means_the_same_to_us_and_to_transformers(hf: dict[str, Any]) -> None:
     family = family_for(hf)
     written = family.hf_config(family.model_config(hf), dtype="float32")
     assert json.loads(json.dumps(written)) == written
     assert family.views(written) == family.views(hf)
+    assert windows(written) == windows(hf)
     config, again = family.model_config(hf), family.model_config(written)
     assert again.layers[0].attention.rope == config.layers[0].attention.rope
     assert again.enable_weight_tying == config.enable_weight_tying
-    config_class = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}.get(
-        written["model_type"], transformers.Qwen3MoeConfig
-    )
+    config_class = transformers.CONFIG_MAPPING[written["model_type"]]
     theirs, original = config_class(**written), config_class(**hf)
-    for name in (
-        "hidden_size",
-        "num_key_value_heads",
-        "head_dim",
-        "rope_parameters",
-        "vocab_size",
-        "rms_norm_eps",
-    ):
-        assert getattr(theirs, name) == getattr(original, name), name
-    if "num_experts" in hf:
-        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
+    for name in hf.keys() | {"head_dim", "num_key_value_heads", "rope_parameters", "rms_norm_eps"}:
+        if name not in NOT_WRITTEN:
             assert getattr(theirs, name) == getattr(original, name), name
+
+
+NOT_WRITTEN = ("max_window_layers", "decoder_sparse_step", "mlp_only_layers", "intermediate_size")
+"""Other spellings of what `layer_types` and `mlp_only_layers` say, and a size that a model may have no layer of."""
+
+
+def windows(hf: dict[str, Any]) -> list[int | None]:
+    return [inner_attention(layer.attention).window for layer in family_for(hf).model_config(hf).layers]
 
 
 def test_sliding_windows_are_those_of_transformers() -> None:
@@ -187,10 +243,10 @@ def test_sliding_windows_are_those_of_transformers() -> None:
         expected = [
             theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types
         ]
-        assert [family_for(hf).sliding_window(hf, layer) for layer in range(4)] == expected
+        assert windows(hf) == expected
     hf = MOE | {"use_sliding_window": True, "sliding_window": 16}
-    assert [family_for(hf).sliding_window(hf, layer) for layer in range(4)] == [16] * 4
-    assert family_for(LLAMA).sliding_window(LLAMA, 0) is None
+    assert windows(hf) == [16] * 4
+    assert windows(LLAMA) == [None] * 4
 
 
 @pytest.mark.parametrize(
@@ -213,9 +269,15 @@ def test_sliding_windows_are_those_of_transformers() -> None:
         ),
         (
             QWEN3,
-            {"quantization_config": {"quant_method": "fp8"}},
-            "Qwen3ForCausalLM: quantization_config={'quant_method': 'fp8'} in config.json is not supported; "
-            "allowed: leaving it out",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "Qwen3ForCausalLM, quantization_config: quant_method='gptq' in config.json is not supported; "
+            "allowed: 'fp8', 'mxfp4'",
+        ),
+        (
+            QWEN3,
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            "Qwen3ForCausalLM, quantization_config: weight_block_size=[128] in config.json is not supported; "
+            "allowed: rows and columns: [128, 128]",
         ),
         (
             QWEN3,
@@ -296,6 +358,79 @@ def test_sliding_windows_are_those_of_transformers() -> None:
             "Qwen3MoeForCausalLM: mlp_only_layers=[-1] in config.json is not supported; "
             "allowed: a list of layer numbers",
         ),
+        (
+            GPT_OSS,
+            {"attention_bias": False},
+            "GptOssForCausalLM: attention_bias=false in config.json is not supported; allowed: true",
+        ),
+        (
+            GPT_OSS,
+            {"swiglu_alpha": 1.5},
+            "GptOssForCausalLM: swiglu_alpha=1.5 in config.json is not supported; allowed: 1.702",
+        ),
+        (
+            GPT_OSS,
+            {"layer_types": ["full_attention"]},
+            "GptOssForCausalLM: layer_types=['full_attention'] in config.json is not supported; "
+            "allowed: a list of 4 out of full_attention, sliding_attention",
+        ),
+        (
+            GPT_OSS,
+            {"rope_parameters": YARN | {"mscale": 1.0}},
+            "GptOssForCausalLM, rope_parameters: mscale=1.0 in config.json is not supported; allowed: leaving it out",
+        ),
+        *(
+            (DEEPSEEK, change, f"DeepseekV3ForCausalLM{message}")
+            for change, message in (
+                (
+                    {"scoring_func": "softmax"},
+                    ": scoring_func='softmax' in config.json is not supported; allowed: 'sigmoid'",
+                ),
+                (
+                    {"topk_method": "group_limited_greedy"},
+                    ": topk_method='group_limited_greedy' in config.json is not supported; allowed: 'noaux_tc'",
+                ),
+                (
+                    {"rope_interleave": False},
+                    ": rope_interleave=false in config.json is not supported; allowed: true",
+                ),
+                (
+                    {"num_key_value_heads": 4},
+                    ": num_key_value_heads=4 in config.json is not supported; "
+                    "allowed: num_attention_heads=8: every head has its own",
+                ),
+                (
+                    {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+                    ", rope_parameters: mscale=1.0 in config.json is not supported; allowed: 0.7",
+                ),
+                (
+                    {"rope_parameters": YARN},
+                    ", rope_parameters: config.json has no mscale_all_dim, which is needed; add it",
+                ),
+                (
+                    {
+                        "rope_parameters": YARN
+                        | {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.2}
+                    },
+                    ", rope_parameters: attention_factor=1.2 in config.json is not supported; "
+                    "allowed: leaving it out",
+                ),
+                (
+                    {"n_group": 16},
+                    ": n_group=16 in config.json is not supported; "
+                    "allowed: a divisor of n_routed_experts=16 that leaves two in a group",
+                ),
+                (
+                    {"topk_group": 5},
+                    ": topk_group=5 in config.json is not supported; allowed: 1 to n_group=4",
+                ),
+                (
+                    {"num_experts_per_tok": 9},
+                    ": num_experts_per_tok=9 in config.json is not supported; "
+                    "allowed: 1 to 8, the experts of topk_group groups",
+                ),
+            )
+        ),
     ],
 )
 def test_what_torchtitan_cannot_compute_is_refused_by_name(
@@ -310,7 +445,10 @@ def test_what_torchtitan_cannot_compute_is_refused_by_name(
 
 
 def test_unknown_architectures_are_refused_with_the_known_ones() -> None:
-    allowed = "allowed: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+    known = (
+        "DeepseekV3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+    )
+    allowed = f"allowed: {known}"
     with pytest.raises(
         UnsupportedModelError, match=f"^architecture MambaForCausalLM is not supported; {allowed}$"
     ):
@@ -388,3 +526,61 @@ def test_torchtitan_uses_the_accelerator_or_else_the_cpu(monkeypatch: pytest.Mon
     assert use_cpu_if_no_accelerator() == expected
     assert parallel_dims.device_type == expected
     assert use_cpu_if_no_accelerator() == expected
+
+
+def test_a_model_that_adds_to_a_familys_belongs_to_no_family() -> None:
+    # TorchTitan's Kimi K2.5 is a DeepSeek-V3 with a vision encoder.
+    kimi = kimi_k2_5_configs["debugmodel"](attn_backend="flex", moe_comm_backend="standard")
+    with pytest.raises(BridgeError, match=r"KimiK25Model\.Config belongs to no family here"):
+        family_of(kimi)
+
+
+@pytest.mark.parametrize("hf", [LLAMA, QWEN3, MOE, DEEPSEEK, GPT_OSS])
+def test_what_an_adapter_says_of_attention_is_what_torchtitan_computes(hf: dict[str, Any]) -> None:
+    config = family_for(hf).model_config(hf)
+    with torch.device("meta"):
+        model = config.build()
+    given: dict[str, Any] = {}
+    attention = model.layers["1"].attention
+
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        given.update(keywords, q=q.shape, k=k.shape, v=v.shape)
+        return v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+
+    attention.inner_attention.forward = record
+    attention(torch.empty(1, 5, 192, device="meta"), None)
+    inner = inner_attention(config.layers[1].attention)
+    assert given["q"] == (1, 5, inner.n_heads, inner.qk_head_dim)
+    assert given["k"] == (1, 5, inner.n_kv_heads, inner.qk_head_dim)
+    assert given["v"] == (1, 5, inner.n_kv_heads, inner.v_head_dim)
+    assert (given["scale"] or inner.qk_head_dim**-0.5) == pytest.approx(inner.scale, rel=1e-12)
+    assert inner.sinks == (given.get("out_transform") is not None)
+
+
+def test_deepseek_of_torchtitan_that_config_json_cannot_state_is_refused() -> None:
+    family = family_for(DEEPSEEK)
+    spec = deepseek_v3.model_registry("671B", attn_backend="flex", moe_comm_backend="standard")
+    with pytest.raises(UnsupportedModelError, match="eps=1e-05 of the norm of a latent cannot be written"):
+        family.hf_config(spec.model)
+    config = family.model_config(DEEPSEEK)
+    config.layers[1].moe.router.score_func = "softmax"
+    with pytest.raises(UnsupportedModelError, match="score_func=softmax, shared experts present"):
+        family.hf_config(config)
+
+
+@pytest.mark.parametrize(("flavor", "parameters"), [("20b", 20_914_757_184), ("120b", 116_829_156_672)])
+def test_gpt_oss_of_torchtitan_is_written_and_read_again(flavor: str, parameters: int) -> None:
+    config = gpt_oss.model_registry(flavor).model
+    hf = family_of(config).hf_config(config)
+    again = family_for(hf).model_config(hf, expert_bias=True)
+    for ours, theirs in zip(again.layers, config.layers, strict=True):
+        assert ours.attention.rope == theirs.attention.rope
+        assert inner_attention(ours.attention) == inner_attention(theirs.attention)
+    with torch.device("meta"):
+        ours, theirs = again.build().state_dict(), config.build().state_dict()
+        published = transformers.GptOssForCausalLM(transformers.GptOssConfig(**hf)).state_dict()
+    assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    assert {view.name: torch.Size(view.shape) for view in family_for(hf).views(hf)} == {
+        name: tensor.shape for name, tensor in published.items()
+    }
+    assert sum(tensor.numel() for tensor in published.values()) == parameters

@@ -6,9 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchtitan.models.common.moe import GroupedExperts
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
+from titan_bridge.mesh import Sizes, to_parallel_dims
 from titan_bridge.models import family_for
-from titan_bridge.models.experts import KeepDtypeGroupedExperts, keep_expert_dtype
+from titan_bridge.models.adapters import keep_expert_dtype
+from titan_bridge.models.experts import KeepDtypeGroupedExperts
+from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
 
 COUNTS = torch.tensor([3, 0, 5, 2])
 HF = {
@@ -29,9 +33,9 @@ HF = {
 
 
 def experts(
-    kind: type[GroupedExperts], dtype: torch.dtype, *, dim: int = 32, hidden_dim: int = 16
+    kind: type[GroupedExperts], dtype: torch.dtype, *, dim: int = 32, hidden_dim: int = 16, **settings: float
 ) -> GroupedExperts:
-    made = kind(kind.Config(dim=dim, hidden_dim=hidden_dim, num_experts=4)).to(dtype)
+    made = kind(kind.Config(dim=dim, hidden_dim=hidden_dim, num_experts=4, **settings)).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -41,46 +45,94 @@ def experts(
 
 def expert_by_expert(made: GroupedExperts, x: torch.Tensor) -> torch.Tensor:
     """SwiGLU of each expert on its rows, in float64."""
+    if isinstance(made, GptOssGroupedExperts):
+        return gpt_oss_expert_by_expert(made, x)
     w1, w2, w3, rows = (tensor.double() for tensor in (made.w1_EFD, made.w2_EDF, made.w3_EFD, x))
     parts = rows.split(COUNTS.tolist())
     return torch.cat([(F.silu(part @ w1[e].T) * (part @ w3[e].T)) @ w2[e].T for e, part in enumerate(parts)])
 
 
+def gpt_oss_expert_by_expert(made: GptOssGroupedExperts, x: torch.Tensor) -> torch.Tensor:
+    w1, b1, w2, b2 = (
+        p.double() for p in (made.mlp1_weight_EGD, made.mlp1_bias_EG, made.mlp2_weight_EDF, made.mlp2_bias_ED)
+    )
+    out = []
+    for e, part in enumerate(x.double().split(COUNTS.tolist())):
+        both = part @ w1[e].T + b1[e]
+        gate, up = (
+            both[:, ::2].clamp(max=made.swiglu_limit),
+            both[:, 1::2].clamp(-made.swiglu_limit, made.swiglu_limit),
+        )
+        out.append((up + 1) * gate * torch.sigmoid(1.702 * gate) @ w2[e].T + b2[e])
+    return torch.cat(out)
+
+
+VARIANTS = [(KeepDtypeGroupedExperts, GroupedExperts), (KeepDtypeGptOssExperts, GptOssGroupedExperts)]
+
+
+@pytest.mark.parametrize("kind", [ours for ours, _ in VARIANTS])
 @pytest.mark.parametrize(("dim", "hidden_dim"), [(32, 16), (30, 16), (32, 15), (29, 13)])
-def test_float32_experts_compute_in_float32(dim: int, hidden_dim: int) -> None:
-    made = experts(KeepDtypeGroupedExperts, torch.float32, dim=dim, hidden_dim=hidden_dim)
+def test_float32_experts_compute_in_float32(kind: type[GroupedExperts], dim: int, hidden_dim: int) -> None:
+    limit = {"swiglu_limit": 1.0} if kind is KeepDtypeGptOssExperts else {}
+    made = experts(kind, torch.float32, dim=dim, hidden_dim=hidden_dim, **limit)
     x = torch.randn(10, dim, generator=torch.Generator().manual_seed(1))
     out = made(x, COUNTS)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), expert_by_expert(made, x), rtol=1e-5, atol=1e-5)
 
 
-def test_torchtitans_own_experts_round_float32_to_bfloat16() -> None:
+@pytest.mark.parametrize("kind", [theirs for _, theirs in VARIANTS])
+def test_torchtitans_own_experts_round_float32_to_bfloat16(kind: type[GroupedExperts]) -> None:
     # The reason for the variant; when this fails, it can go.
-    made = experts(GroupedExperts, torch.float32)
+    made = experts(kind, torch.float32)
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1))
     assert (made(x, COUNTS).double() - expert_by_expert(made, x)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kinds", VARIANTS)
 @pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float32])
-def test_bfloat16_experts_are_torchtitans_bit_for_bit(input_dtype: torch.dtype) -> None:
-    ours, theirs = (experts(kind, torch.bfloat16) for kind in (KeepDtypeGroupedExperts, GroupedExperts))
+def test_bfloat16_experts_are_torchtitans_bit_for_bit(
+    kinds: tuple[type[GroupedExperts], ...], input_dtype: torch.dtype
+) -> None:
+    ours, theirs = (experts(kind, torch.bfloat16) for kind in kinds)
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1)).to(input_dtype)
-    assert torch.equal(ours(x, COUNTS), theirs(x, COUNTS))
+    out = ours(x, COUNTS)
+    assert out.dtype == input_dtype
+    assert torch.equal(out, theirs(x, COUNTS).to(input_dtype))
 
 
-def test_bfloat16_experts_of_odd_sizes_are_computed_too() -> None:
-    made = experts(KeepDtypeGroupedExperts, torch.bfloat16, dim=30, hidden_dim=13)
+@pytest.mark.parametrize("kind", [ours for ours, _ in VARIANTS])
+def test_bfloat16_experts_of_odd_sizes_are_computed_too(kind: type[GroupedExperts]) -> None:
+    made = experts(kind, torch.bfloat16, dim=30, hidden_dim=13)
     x = torch.randn(10, 30, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     out = made(x, COUNTS)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), expert_by_expert(made, x), rtol=3e-2, atol=3e-2)
 
 
-def test_no_tokens_are_no_output() -> None:
+@pytest.mark.parametrize("kind", [ours for ours, _ in VARIANTS])
+def test_no_tokens_are_no_output(kind: type[GroupedExperts]) -> None:
     for dim in (32, 30):
-        made = experts(KeepDtypeGroupedExperts, torch.float32, dim=dim)
+        made = experts(kind, torch.float32, dim=dim)
         assert made(torch.empty(0, dim), torch.zeros(4, dtype=torch.int64)).shape == (0, dim)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(tp=2), Sizes(tp=2, ep=2)])
+def test_the_second_bias_counts_once(sizes: Sizes) -> None:
+    made = experts(KeepDtypeGptOssExperts, torch.float32)
+    x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1))
+    whole, total = made(x, COUNTS), torch.zeros(10, 32)
+    for rank in range(2):
+        part = experts(KeepDtypeGptOssExperts, torch.float32)
+        part.parallelize(to_parallel_dims(sizes))
+        if sizes.ep == 1:  # every rank has a slice of every expert, and the outputs are added up
+            for name, dim in (("mlp1_weight_EGD", 1), ("mlp1_bias_EG", 1), ("mlp2_weight_EDF", 2)):
+                local = getattr(made, name).chunk(2, dim)[rank].contiguous()
+                setattr(part, name, torch.nn.Parameter(local, requires_grad=False))
+            total += part(x, COUNTS)
+        else:  # every rank has whole experts, here all of them
+            total += part(x, COUNTS) / 2
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_the_variant_is_swapped_in_for_every_sparse_layer_and_keeps_its_settings() -> None:
@@ -99,13 +151,3 @@ def test_the_variant_is_swapped_in_for_every_sparse_layer_and_keeps_its_settings
     assert after.param_init is before.param_init
     with torch.device("meta"):
         assert type(config.build().layers["1"].moe.routed_experts.inner_experts) is KeepDtypeGroupedExperts
-
-
-def test_experts_that_are_something_else_are_not_replaced() -> None:
-    class Other(GroupedExperts.Config):
-        pass
-
-    config = family_for(HF).model_config(HF)
-    config.layers[1].moe.routed_experts.inner_experts = Other(dim=32, hidden_dim=16, num_experts=4)
-    with pytest.raises(TypeError, match="only GroupedExperts can keep their dtype"):
-        keep_expert_dtype(config)

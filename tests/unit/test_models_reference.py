@@ -24,6 +24,17 @@ LLAMA3_ROPE = {
     # Small enough that all three ranges of frequencies occur.
     "original_max_position_embeddings": 64,
 }
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 50000.0}
+KIMI_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 50000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 1.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama3", {}),
     "llama3-tied": ("llama3", {"tie_word_embeddings": True}),
@@ -44,6 +55,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "moe-tied": ("qwen3_moe", {"tie_word_embeddings": True}),
     "moe-odd-vocab": ("qwen3_moe", {"vocab_size": 777}),
     "moe-windows": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}),
+    "deepseek": ("deepseek_v3", {"num_hidden_layers": 3}),
+    "deepseek-without-q-latent": ("deepseek_v3", {"q_lora_rank": None}),
+    "deepseek-all-sparse-two-shared": ("deepseek_v3", {"first_k_dense_replace": 0, "n_shared_experts": 2}),
+    "deepseek-not-renormalised": ("deepseek_v3", {"norm_topk_prob": False, "routed_scaling_factor": 1.7}),
+    "deepseek-tied-odd-vocab": ("deepseek_v3", {"tie_word_embeddings": True, "vocab_size": 777}),
+    "kimi-k2": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "rope_parameters": KIMI_ROPE}),
+    "gpt-oss": ("gpt_oss", {"num_hidden_layers": 3}),
+    "gpt-oss-plain-rope": ("gpt_oss", {"rope_parameters": PLAIN_ROPE}),
+    "gpt-oss-windows-everywhere": (
+        "gpt_oss",
+        {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2},
+    ),
+    "gpt-oss-no-window-clamped": ("gpt_oss", {"layer_types": ["full_attention"] * 2, "swiglu_limit": 0.5}),
+    "gpt-oss-tied-odd-vocab": ("gpt_oss", {"tie_word_embeddings": True, "vocab_size": 777}),
+    "moonlight": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": PLAIN_ROPE},
+    ),
 }
 
 
@@ -89,6 +118,10 @@ def test_settings_that_matter_change_the_numbers(tmp_path: Path) -> None:
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+        ("deepseek_v3", {"rope_parameters": KIMI_ROPE}),
+        ("gpt_oss", {"swiglu_limit": 0.5}),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}),
     ):
         plain = make_checkpoint(tmp_path / f"{family}-plain", family, tokenizer=False)  # type: ignore[arg-type]
         changed = make_checkpoint(tmp_path / f"{family}-changed", family, tokenizer=False, **change)  # type: ignore[arg-type]
@@ -187,6 +220,7 @@ def test_a_made_tokenizer_fits_the_vocabulary_and_round_trips_text(tmp_path: Pat
 
 def test_only_known_families_are_made(tmp_path: Path) -> None:
     with pytest.raises(
-        BridgeError, match="family='gpt2' is not one that can be made; allowed: llama3, qwen3, qwen3_moe"
+        BridgeError,
+        match="family='gpt2' is not one that can be made; allowed: llama3, qwen3, qwen3_moe, deepseek_v3, gpt_oss",
     ):
         make_checkpoint(tmp_path, "gpt2")  # type: ignore[arg-type]

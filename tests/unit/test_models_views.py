@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.deepseek_v3.state_dict_adapter import DeepSeekV3StateDictAdapter
+from torchtitan.models.gpt_oss.state_dict_adapter import GptOssStateDictAdapter
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
@@ -29,6 +31,29 @@ _MOE = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 10,
 }
+_DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 4,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 10,
+    "n_shared_experts": 2,
+}
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "intermediate_size": 10,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default"},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama3": _COMMON | {"architectures": ["LlamaForCausalLM"]},
     "llama3-tied": _COMMON | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
@@ -38,15 +63,31 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-tied": _COMMON | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
     "moe": _COMMON | _MOE,
     "moe-mixed": _COMMON | _MOE | {"mlp_only_layers": [0]},
+    "gpt-oss": _COMMON | _GPT_OSS,
+    "deepseek": _COMMON | _DEEPSEEK,
+    "deepseek-without-q-latent": _COMMON | _DEEPSEEK | {"q_lora_rank": None},
 }
+ADAPTERS = {
+    "llama3": Llama3StateDictAdapter,
+    "qwen3": Qwen3StateDictAdapter,
+    "moe": Qwen3StateDictAdapter,
+    "deepseek": DeepSeekV3StateDictAdapter,
+    "gpt": GptOssStateDictAdapter,
+}
+
+
+def tensors_of(model: Decoder) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers of the live model."""
+    persistent = model.state_dict().keys()
+    return dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in persistent}
 
 
 def random_model(hf: dict[str, Any], **options: Any) -> Decoder:
     model = materialize(build_on_meta(family_for(hf).model_config(hf, **options), dtype=torch.float32), "cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(generator=generator)
+        for tensor in tensors_of(model).values():
+            tensor.normal_(generator=generator)
     return model
 
 
@@ -55,23 +96,27 @@ def random_model(hf: dict[str, Any], **options: Any) -> Decoder:
 def test_reading_every_view_is_torchtitans_own_conversion(name: str, fused_qkv: bool) -> None:
     hf = MODELS[name]
     model = random_model(hf)
-    adapter_class = Llama3StateDictAdapter if name.startswith("llama3") else Qwen3StateDictAdapter
+    adapter_class = ADAPTERS[name.partition("-")[0]]
     # TorchTitan's state dict has wq, wk and wv where the live model has wqkv.
     state = model.state_dict()
     expected = adapter_class(model.config, None).to_hf(dict(state))
-    tensors = dict(model.named_parameters()) if fused_qkv else state
+    tensors = tensors_of(model) if fused_qkv else state
     views = family_for(hf).views(hf, fused_qkv=fused_qkv)
-    assert {view.name for view in views} == expected.keys()
+    names = {view.name for view in views}
+    assert expected.keys() <= names
+    # TorchTitan's adapter drops gpt-oss's experts; they are held against transformers in test_models_reference.py.
+    dropped = {name for name in names if ".mlp.experts." in name} if name == "gpt-oss" else set()
+    assert names - expected.keys() == dropped
     for view in views:
         read = view.read(tensors[view.fqn])
         assert tuple(read.shape) == view.shape
-        assert torch.equal(read, expected[view.name]), view.name
+        assert view.name in dropped or torch.equal(read, expected[view.name]), view.name
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_views_cover_every_element_of_every_parameter_exactly_once(name: str) -> None:
+def test_views_cover_every_element_of_every_tensor_exactly_once(name: str) -> None:
     hf = MODELS[name]
-    shapes = {fqn: parameter.shape for fqn, parameter in random_model(hf).named_parameters()}
+    shapes = {fqn: tensor.shape for fqn, tensor in tensors_of(random_model(hf)).items()}
     read: dict[str, list[torch.Tensor]] = {fqn: [] for fqn in shapes}
     for view in family_for(hf).views(hf):
         assert view.titan_shape == tuple(shapes[view.fqn])
@@ -85,7 +130,7 @@ def test_views_cover_every_element_of_every_parameter_exactly_once(name: str) ->
 def test_writing_what_was_read_gives_the_same_model(name: str) -> None:
     hf = MODELS[name]
     model, other = random_model(hf), random_model(hf)
-    source, target = dict(model.named_parameters()), dict(other.named_parameters())
+    source, target = tensors_of(model), tensors_of(other)
     with torch.no_grad():
         for parameter in target.values():
             parameter.fill_(float("nan"))
@@ -126,6 +171,16 @@ def test_a_tie_survives_materialisation() -> None:
 
 
 def test_rotary_frequencies_in_old_checkpoints_are_ignored() -> None:
-    family = family_for(MODELS["llama3"])
-    assert family.ignores("model.layers.0.self_attn.rotary_emb.inv_freq")
-    assert not family.ignores("model.layers.0.self_attn.q_proj.weight")
+    hf = MODELS["llama3"]
+    assert family_for(hf).ignores("model.layers.0.self_attn.rotary_emb.inv_freq", hf)
+    assert not family_for(hf).ignores("model.layers.0.self_attn.q_proj.weight", hf)
+
+
+def test_layers_past_the_last_are_left_out() -> None:
+    hf = MODELS["deepseek"] | {"num_nextn_predict_layers": 1}
+    ignores = family_for(hf).ignores
+    assert ignores("model.layers.2.eh_proj.weight", hf)
+    assert ignores("model.layers.2.mlp.experts.0.up_proj.weight", hf)
+    assert not ignores("model.layers.1.mlp.experts.0.up_proj.weight", hf)
+    assert not ignores("model.layers.3.eh_proj.weight", hf)
+    assert not ignores("model.layers.2.eh_proj.weight", hf | {"num_nextn_predict_layers": 0})

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchtitan.distributed.utils as titan_distributed
+import transformers
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor, Replicate
@@ -24,9 +25,9 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.layout import ParamSpec, as_layout, specs, stated_dtype
 from titan_bridge.mesh import MESH_AXES, Sizes, describe, get_device_meshes, to_parallel_dims
 from titan_bridge.models import families, family_for
-from titan_bridge.models.attention import use_plain_attention
+from titan_bridge.models.adapters import use_plain_attention
 from titan_bridge.models.build import build_on_meta, tie
-from titan_bridge.parallelize import plan_for
+from titan_bridge.parallelize import rules_of
 from titan_bridge.sharding.spec import placement_to_str
 
 _COMMON = {
@@ -50,6 +51,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
         "mlp_only_layers": [1],
     },
+    "deepseek": _COMMON
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": 8,
+        "q_lora_rank": 40,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+}
+MODELS["gpt-oss"] = _COMMON | {
+    "architectures": ["GptOssForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 64,
 }
 DENSE_SIZES = [
     Sizes(tp=2),
@@ -70,7 +93,7 @@ MOE_SIZES = [
     Sizes(dp=8, dp_replicate=2),
 ]
 CASES = [(model, sizes) for model in MODELS for sizes in DENSE_SIZES] + [
-    ("qwen3-moe", sizes) for sizes in MOE_SIZES
+    (model, sizes) for model in MODELS if model not in ("llama3", "qwen3-tied") for sizes in MOE_SIZES
 ]
 
 
@@ -90,8 +113,8 @@ def fake_world(sizes: Sizes, rank: int, spmd_backend: str) -> Iterator[None]:
 def config_of(hf: dict[str, Any], sizes: Sizes) -> Decoder.Config:
     family = family_for(hf)
     config = family.model_config(hf, expert_bias=True)
-    use_plain_attention(family, hf, config)
-    plan_for(family).set_sharding(config, enable_ep=sizes.ep > 1)
+    use_plain_attention(config)
+    family.sharding.set_sharding(config, enable_ep=sizes.ep > 1)
     return config
 
 
@@ -271,18 +294,71 @@ def test_a_layout_of_61_layers_with_384_experts_takes_less_than_ten_seconds() ->
     )
 
 
+V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "first_k_dense_replace": 3,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+}
+K2 = V3 | {
+    "model_type": "kimi_k2",
+    "vocab_size": 163840,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": V3["rope_scaling"] | {"beta_fast": 1.0, "factor": 32.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("hf", "sizes"), [(V3, Sizes(dp=32, tp=8, ep=256)), (K2, Sizes(dp=32, tp=8, ep=128))], ids=["V3", "K2"]
+)
+def test_published_sizes_at_256_ranks_take_less_than_15_seconds(hf: dict[str, Any], sizes: Sizes) -> None:
+    start = time.perf_counter()
+    computed = specs(hf, sizes)
+    assert time.perf_counter() - start < 15
+    with torch.device("meta"):
+        theirs = transformers.DeepseekV3ForCausalLM(
+            transformers.DeepseekV3Config(**hf | {"model_type": "deepseek_v3"})
+        )
+    expected = sum(tensor.numel() for tensor in theirs.state_dict().values())
+    assert sum(math.prod(param.shape) for param in computed.values()) == expected > 670e9
+
+
 def test_wrong_requests_are_refused() -> None:
     with pytest.raises(BridgeError, match="dense='split' is not a layout; allowed: replicate, shard"):
         specs(MODELS["llama3"], Sizes(), "split")  # type: ignore[arg-type]
     with pytest.raises(BridgeError, match=r"dtype='int8' in config\.json is not supported; allowed: float32"):
         stated_dtype({"torch_dtype": "int8"})
     with pytest.raises(BridgeError, match=r"family 'mamba' has no file parallelize/mamba\.py; add one"):
-        plan_for("mamba")
+        rules_of("mamba")
 
 
 def test_every_family_has_a_sharding_plan() -> None:
     for family in families():
-        plan = plan_for(family)
+        plan = family.sharding
         assert callable(plan.set_sharding)
         assert callable(plan.shard_placement_fn)
 

@@ -165,7 +165,7 @@ REFUSED = {
     (
         "",
         "model.family=lama3",
-    ): "--set: model.family = 'lama3' is unknown; did you mean llama3? allowed: llama3, qwen3",
+    ): "--set: model.family = 'lama3' is unknown; did you mean llama3? allowed: deepseek_v3, gpt_oss, llama3, qwen3",
     ("", "model.flavor=8B"): "a.toml, --set: model.flavor and [model.sizes]: both given; give exactly one",
     ("", "model.flavr=8B"): "--set model.flavr: unknown key model.flavr; did you mean model.flavor?",
     ("", "model.config=a"): "model.config is given together with family",
@@ -237,7 +237,7 @@ FUNCTIONS = {
     "torchtitan.components.optimizer:default_adamw": "returns OptimizersContainer.Config; it must be a Trainer.Config",
     "torchtitan.trainer:Trainer": "fails: TypeError",
     "no_colon": "is not module:function",
-    "torchtitan.models.deepseek_v3.config_registry:deepseek_v3_debugmodel": "belongs to no family here",
+    "torchtitan.models.deepseek_v3.config_registry:deepseek_v3_debugmodel": "norm of a latent cannot be written",
 }
 
 
@@ -338,3 +338,57 @@ def test_every_shim_says_why_and_until_when():
     for name, shim in cpu.SHIMS.items():
         assert all(vars(shim).values()), name
         assert "torchtitan 0.3.0" in shim.seen
+
+
+DEEPSEEK = """
+[model]
+family = "deepseek_v3"
+[model.sizes]
+hidden_size = 64
+intermediate_size = 128
+num_hidden_layers = 2
+num_attention_heads = 4
+num_experts_per_tok = 2
+moe_intermediate_size = 64
+[model.sizes.other]
+q_lora_rank = 32
+kv_lora_rank = 32
+qk_nope_head_dim = 16
+qk_rope_head_dim = 16
+v_head_dim = 16
+first_k_dense_replace = 1
+n_routed_experts = 4
+n_group = 2
+topk_group = 1
+"""
+GPT_OSS = """
+[model]
+family = "gpt_oss"
+[model.sizes]
+hidden_size = 64
+intermediate_size = 64
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 16
+num_experts = 4
+num_experts_per_tok = 2
+[model.sizes.other]
+sliding_window = 16
+"""
+
+
+@pytest.mark.parametrize("text", [DEEPSEEK, GPT_OSS])
+def test_fields_of_config_json_that_few_families_have(job, text):
+    made = job(text, "data.tokenizer=bytes")
+    assert made.expert_bias == ("deepseek" in text)
+    assert made.hf_config["hidden_size"] == 64
+    assert made.hf_config.get("n_routed_experts", made.hf_config.get("num_local_experts")) == 4
+    served = family_for(made.hf_config).model_config(made.hf_config, expert_bias=made.expert_bias)
+    with torch.device("meta"):
+        ours, theirs = made.trainer.model_spec.model.build(), served.build()
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {
+        n: t.shape for n, t in theirs.state_dict().items()
+    }
+    windows = [layer.attention.inner_attention.window for layer in made.trainer.model_spec.model.layers]
+    assert windows == ([16, None] if "gpt_oss" in text else [None, None])

@@ -28,6 +28,10 @@ _MOST = 8
 """Names in one message."""
 
 
+_BIASES = (".expert_bias_E", ".e_score_correction_bias")
+"""Ends of the names of expert biases, which choose experts and stay float32 whatever the weights are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorMap:
     """The destination's tensors and the views that fill them."""
@@ -90,9 +94,7 @@ def check_source(
                 problems.append(f"{name} has shape {stored.shape}, config.json says {wanted[name]}")
             if not stored.dtype.is_floating_point:
                 problems.append(f"{name} has dtype {stored.dtype}; weights are floating-point")
-            elif stored.dtype.itemsize == 1:
-                problems.append(f"{name} has dtype {stored.dtype}; quantized weights are not read")
-        elif name in known or name in buffers or (source.format == "hf" and family.ignores(name)):
+        elif name in known or name in buffers or (source.format == "hf" and family.ignores(name, hf)):
             left.append(name)
         else:
             unexpected.append(f"{name} {stored.shape}")
@@ -106,7 +108,10 @@ def check_source(
 def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
     """The destination has what the source has (Hugging Face to Hugging Face, DCP to DCP)."""
     tensors = [
-        Wanted(name=s.name, shape=s.shape, dtype=cast(s.dtype, dtype)) for s in source.tensors.values()
+        Wanted(
+            name=s.name, shape=s.shape, dtype=s.dtype if s.name.endswith(_BIASES) else cast(s.dtype, dtype)
+        )
+        for s in source.tensors.values()
     ]
     return TensorMap(tensors=tuple(tensors))
 
@@ -145,16 +150,22 @@ def make_mapping(
         source: What `check_source` accepted.
         form: Of the destination.
         dtype: Of the destination's weights; else they keep their own.
-        buffers: FQN to shape of the float32 buffers that TorchTitan checkpoints may have and others have not.
+        buffers: FQN to shape of TorchTitan's float32 buffers. Those without a view may be in TorchTitan checkpoints
+            only.
         padded_vocab: Rows of the embedding in engine files.
     """
     views, shapes = views_between(source, family, hf, form, padded_vocab)
     fillers = _fillers(views, form, source)
     aliases = dict(family.tied_names(hf)) if form == "dcp" else {}
     tensors, empty = [], {}
+    known = [view for view in family.views(hf) if view.fqn in buffers]
+    mapped = {view.name if form == "hf" else view.fqn for view in known}
+    buffers = {fqn: shape for fqn, shape in buffers.items() if fqn not in {view.fqn for view in known}}
     for name in shapes:
         sources = fillers.get(name) or [(name, 1)]
         dtypes = {cast(source.tensor(filler).dtype, dtype) for filler, _ in sources}
+        if name in mapped:
+            dtypes = {torch.float32}
         if len(dtypes) > 1:
             raise BridgeError(
                 f"{name} is put together from {', '.join(sorted(map(str, dtypes)))}; choose one with --dtype"
@@ -178,7 +189,7 @@ def make_mapping(
         views=views,
         empty=empty,
         aliases=aliases,
-        buffers=frozenset(kept),
+        buffers=frozenset(kept) | mapped,
         dropped=tuple(dropped),
     )
 

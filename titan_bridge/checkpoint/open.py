@@ -21,7 +21,7 @@ def is_checkpoint(directory: Path) -> bool:
 def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Checkpoint:
     """Open a directory: DCP, engine files or Hugging Face safetensors, in this order of looking.
 
-    Headers are read and checked in full (of DCP its `.metadata`); no weight is read.
+    Headers are read and checked in full; no weight is read. Quantized weights are presented multiplied out.
 
     Args:
         extra: DCP: look up optimizer state and other entries that are no model tensors, too.

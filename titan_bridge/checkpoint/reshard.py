@@ -20,6 +20,7 @@ from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.checkpoint.strips import held_strips, strips_of
 from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
@@ -27,7 +28,7 @@ from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
 from titan_bridge.mesh import Sizes, padded_vocab
-from titan_bridge.models import families, family_for, family_of
+from titan_bridge.models import families, family_for
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.plan import plan
 
@@ -51,6 +52,7 @@ def prepare(options: Options, team: Team | None = None) -> Job:
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
         )
     config, small = _config(options, source)
+    config = config and without_quantization(config)
     if options.dtype is not None:
         _check_not_quantized(source, config)
     same = source.format == options.to and options.to != "engine"
@@ -154,17 +156,16 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
     """config.json for one of the models that TorchTitan has by name."""
-    known = [family.name for family in families()]
+    known = {family.name: family for family in families()}
     if name not in known:
         raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
-    package = importlib.import_module(f"torchtitan.models.{name}")
-    flavors = getattr(package, f"{name}_configs")
+    flavors = known[name].flavors()
     if flavor not in flavors:
         raise BridgeError(
             f"--config {name}:{flavor}: TorchTitan has no such flavor; allowed: {', '.join(flavors)}"
         )
-    config = package.model_registry(flavor).model
-    return family_of(config).hf_config(config)
+    package = importlib.import_module(f"torchtitan.models.{name}")
+    return known[name].hf_config(package.model_registry(flavor).model)
 
 
 def _between(

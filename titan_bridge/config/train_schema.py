@@ -77,6 +77,8 @@ class ModelSizes:
     """Hidden width of an expert."""
     norm_topk_prob: bool = True
     """Scale the chosen experts' weights to the sum 1."""
+    other: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of config.json, for instance `n_routed_experts = 8` (deepseek_v3)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -84,7 +86,7 @@ class Model:
     """What is trained: a family with one of TorchTitan's flavors or explicit sizes, or a Python function."""
 
     family: str | None = None
-    """Model family: llama3 or qwen3."""
+    """Model family: llama3, qwen3, deepseek_v3 or gpt_oss."""
     flavor: str | None = None
     """One of TorchTitan's own flavors of the family, for instance "debugmodel" or "8B"."""
     sizes: ModelSizes | None = None

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.rope import RoPE
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 from torchtitan.protocols.module import Module
 from vllm.config import VllmConfig
@@ -22,9 +23,10 @@ from vllm.platforms.interface import DeviceCapability
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
-from titan_bridge.engine.attention import PagedAttention
+from titan_bridge.engine.attention import PagedAttention, bind_sinks
 from titan_bridge.engine.cpu_packed import use_packed_weights
 from titan_bridge.engine.fsdp import shard_dense
+from titan_bridge.engine.latent import cache_latents
 from titan_bridge.engine.lower import lower, strip
 from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts, SpreadDispatcher, TopKSumDispatcher
 from titan_bridge.engine.options import TitanOptions, titan_options
@@ -40,9 +42,9 @@ from titan_bridge.mesh import (
     to_parallel_dims,
 )
 from titan_bridge.models import Family, family_for
+from titan_bridge.models.adapters import check_served, inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
-from titan_bridge.models.experts import keep_expert_dtype, rows_fit
-from titan_bridge.parallelize import plan_for
+from titan_bridge.models.experts import rows_fit
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
 
@@ -129,11 +131,12 @@ def model_config(plan: Plan) -> Decoder.Config:
     """TorchTitan's config tree with sharding declared, for `plan`; attention still TorchTitan's."""
     config = plan.family.model_config(plan.hf, padded_vocab=plan.padded_vocab, expert_bias=plan.expert_bias)
     keep_expert_dtype(config)
-    for layer in config.layers:
-        layer.attention.rope.max_seq_len = plan.max_model_len
-        if layer.moe is not None and plan.spread:
-            local = layer.moe.routed_experts.token_dispatcher
-            layer.moe.routed_experts.token_dispatcher = AllToAllTokenDispatcher.Config(
+    for _, rope, _, _ in config.traverse(RoPE.Config, recurse=True):
+        rope.max_seq_len = plan.max_model_len
+    for _, experts, _, _ in config.traverse(RoutedExperts.Config, recurse=True):
+        if plan.spread:
+            local = experts.token_dispatcher
+            experts.token_dispatcher = AllToAllTokenDispatcher.Config(
                 num_experts=local.num_experts, top_k=local.top_k
             )
     return config
@@ -145,26 +148,23 @@ def build(vllm_config: VllmConfig) -> Built:
     tp = vllm_config.parallel_config.tensor_parallel_size
     plan = plan_from(vllm_config, dp=dist.get_world_size() // tp)
     config = model_config(plan)
+    check_served(config)
     check_divides(config, plan.sizes)
-    for index, layer in enumerate(config.layers):
-        attention = layer.attention
-        heads, kv_heads = attention.n_heads, attention.n_kv_heads or attention.n_heads
-        attention.inner_attention = PagedAttention.Config(
-            layer=index,
-            n_heads=heads // tp,
-            n_kv_heads=kv_heads // tp,
-            head_dim=attention.head_dim or config.dim // heads,
-            sliding_window=plan.family.sliding_window(plan.hf, index),
-        )
-    family_plan = plan_for(plan.family)
-    family_plan.set_sharding(config, enable_ep=plan.sizes.ep > 1)
+    latent = vllm_config.model_config.use_mla
+    for index, layer in enumerate(config.layers if not latent else ()):
+        computes = inner_attention(layer.attention)
+        layer.attention.inner_attention = PagedAttention.Config(layer=index, tp=tp, computes=computes)
+    rules = plan.family.sharding
+    rules.set_sharding(config, enable_ep=plan.sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    layout = as_layout(specs_of_module(model, family_plan, plan.sizes, plan.options.dense), plan.sizes)
+    layout = as_layout(specs_of_module(model, rules, plan.sizes, plan.options.dense), plan.sizes)
     # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
     # token dispatcher asks at run time which backend is on, so it is set for the whole process.
     set_spmd_backend("partial_dtensor")
     model.parallelize(to_parallel_dims(plan.sizes, spmd_backend="partial_dtensor"))
     _localise(model)
+    if latent:
+        cache_latents(model, tp=tp)
     _serve_experts(model, plan, vllm_config)
     if plan.options.cpu_pack and not plan.sharded:
         use_packed_weights(model, vllm_config.model_config.dtype)
@@ -173,6 +173,7 @@ def build(vllm_config: VllmConfig) -> Built:
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
     ropes.fill(device)
+    bind_sinks(model, vllm_config.model_config.dtype)
     if plan.sharded:
         meshes = get_device_meshes(plan.sizes, device_type=device.type)
         shard_dense(model, meshes, layout)

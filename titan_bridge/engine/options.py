@@ -21,6 +21,9 @@ class TitanOptions:
     """Expert-parallel size if not `dp * tp`: a divisor of that and of the experts, with `enable_expert_parallel`."""
     step: int | None = None
     """Of a training run's folder, the checkpoint to serve; the last whole one if not given."""
+    mla: Literal["auto", "latent", "expanded"] = "auto"
+    """What DeepSeek's attention caches: a token's latent, or the keys and values of all heads, which any backend can.
+    "auto" takes the latter on CPUs, where vLLM's latent attention has neither prefix caching nor chunked prefill."""
     cpu_pack: bool = True
     """On the CPU backend in bfloat16, compute with packed copies of linear weights, which is faster. With weight
     transfer the plain ones stay beside them: twice the memory."""

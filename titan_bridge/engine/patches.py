@@ -182,7 +182,8 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
 
     What: wraps `EngineArgs.create_model_config` for whatever asks for us. Before it, for `model_impl="torchtitan"`, the
     output folder of a run or one step in it becomes the model folder and the step for all workers, and a missing
-    config.json and a length over the rope limit are refused in our words. After it, a dense model with
+    config.json and a length over the rope limit are refused in our words. After it, DeepSeek that caches expanded keys
+    and values is no latent attention to vLLM, and a dense model with
     `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too late
     for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
     together, and an engine's process asks before it loads plugins, so that the data must say it. Version: vllm 0.32
@@ -204,8 +205,13 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
         if self.hf_config_path is None:
             rope_covers(overridden(model_directory(self.model), self.hf_overrides), self.max_model_len)
     config = original(self)
+    model = config.model_arch_config
     if options.dense == "shard":
-        config.model_arch_config.num_experts = max(1, config.model_arch_config.num_experts)
+        model.num_experts = max(1, model.num_experts)
+    on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()
+    if model.is_deepseek_mla and (options.mla == "expanded" or (options.mla == "auto" and on_cpu)):
+        model.is_deepseek_mla = False
+        model.head_size = config.hf_text_config.qk_nope_head_dim + config.hf_text_config.qk_rope_head_dim
     return config
 
 

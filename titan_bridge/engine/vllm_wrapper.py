@@ -25,9 +25,11 @@ from vllm.platforms import current_platform
 from titan_bridge import cpu
 from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
+from titan_bridge.engine.attention import bind_sinks
 from titan_bridge.engine.build import build
 from titan_bridge.engine.compiled import name_compiled_step
 from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
+from titan_bridge.engine.latent import derive
 from titan_bridge.engine.loader import WeightLoader
 from titan_bridge.engine.options import titan_options
 from titan_bridge.engine.packing import Loading, Packing
@@ -58,6 +60,7 @@ class TitanForCausalLM(nn.Module):
         self.plan = plan
         self.layout = built.layout
         self.vocab_size = plan.hf["vocab_size"]
+        self.dtype = vllm_config.model_config.dtype
         self.live = built.live()
         self.source: Path | None = None  # the directory that was read last
         self.packing = Packing(self.model, self.live, keep=vllm_config.weight_transfer_config is not None)
@@ -109,7 +112,7 @@ class TitanForCausalLM(nn.Module):
             dist.get_rank(),
             plan.family.views(plan.hf, padded_vocab=plan.padded_vocab),
             plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab),
-            plan.family.ignores,
+            lambda name: plan.family.ignores(name, plan.hf),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -138,6 +141,7 @@ class TitanForCausalLM(nn.Module):
     def _loading(self, *, piecemeal: bool = False) -> Iterator[Loading]:
         with self.packing.loading(piecemeal=piecemeal) as loading:
             yield loading
+        self._derive()
         if self.plan.sharded:
             drop_gathered(self.model)
         if current_platform.is_cpu():  # from here on: what loading used is given back
@@ -158,3 +162,9 @@ class TitanForCausalLM(nn.Module):
         if self.plan.sharded:
             drop_gathered(self.model)
         self.packing.refresh(changed)
+        self._derive()
+
+    def _derive(self) -> None:
+        """What attention layers of vLLM's keep besides our parameters."""
+        bind_sinks(self.model, self.dtype)
+        derive(self.model, self.dtype)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from titan_bridge.models import rope
+from titan_bridge.models import quantization
 from titan_bridge.models.fields import Fields
+from titan_bridge.models.rope import RopeSettings
 from titan_bridge.sharding.view import View
 
 
@@ -31,7 +32,7 @@ class DecoderDims:
     max_seq_len: int
     tied: bool
     init_std: float
-    rope: rope.RopeSettings
+    rope: RopeSettings
 
     @property
     def heads_per_kv(self) -> int:
@@ -39,17 +40,25 @@ class DecoderDims:
 
 
 def read_dims(
-    fields: Fields, *, rope_types: tuple[str, ...], default_kv_heads: int | None, default_head_dim: int | None
+    fields: Fields,
+    *,
+    rope: RopeSettings,
+    default_kv_heads: int | None,
+    default_head_dim: int | None,
+    default_eps: float = 1e-6,
+    attention_bias: bool = False,
 ) -> DecoderDims:
     """The common part of a config; ``None`` as a default means what the other sizes imply.
+
+    ``attention_bias`` is the one value that the model can have, and its default.
 
     Raises:
         UnsupportedModelError: Missing or impossible sizes, and settings that TorchTitan's decoders do not
             have.
     """
-    fields.only("quantization_config", ())
+    quantization.read(fields.hf, fields.architecture)
     fields.only("hidden_act", ("silu",))
-    fields.only("attention_bias", (False,))
+    fields.only("attention_bias", (attention_bias,))
     dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads", maximum=1 << 16)
     kv_heads = fields.integer("num_key_value_heads", default=default_kv_heads or heads)
     if fields.hf.get("head_dim") is None and default_head_dim is None and dim % heads:
@@ -72,11 +81,11 @@ def read_dims(
         kv_heads=kv_heads,
         head_dim=head_dim,
         head_dim_is_implied=head_dim * heads == dim,
-        eps=fields.number("rms_norm_eps", default=1e-6),
+        eps=fields.number("rms_norm_eps", default=default_eps),
         max_seq_len=fields.integer("max_position_embeddings"),
         tied=fields.flag("tie_word_embeddings"),
         init_std=fields.number("initializer_range", default=0.02),
-        rope=rope.read(fields, rope_types=rope_types),
+        rope=rope,
     )
 
 
@@ -106,17 +115,47 @@ def norm_views(layer: int, dims: DecoderDims) -> Iterator[View]:
     yield View.identity(f"{hf}.post_attention_layernorm.weight", f"{titan}.ffn_norm.weight", (dims.dim,))
 
 
-def ffn_views(layer: int, dims: DecoderDims, hidden_dim: int) -> Iterator[View]:
-    hf, titan = f"model.layers.{layer}.mlp", f"layers.{layer}.feed_forward"
+def ffn_views(
+    layer: int, dims: DecoderDims, hidden_dim: int, *, hf: str = "mlp", titan: str = "feed_forward"
+) -> Iterator[View]:
+    """A gated feed-forward: by default a dense layer's."""
+    hf, titan = f"model.layers.{layer}.{hf}", f"layers.{layer}.{titan}"
     yield View.identity(f"{hf}.gate_proj.weight", f"{titan}.w1.weight", (hidden_dim, dims.dim))
     yield View.identity(f"{hf}.up_proj.weight", f"{titan}.w3.weight", (hidden_dim, dims.dim))
     yield View.identity(f"{hf}.down_proj.weight", f"{titan}.w2.weight", (dims.dim, hidden_dim))
 
 
+def expert_views(layer: int, dims: DecoderDims, experts: int, hidden_dim: int) -> Iterator[View]:
+    """Router and routed experts of one layer; Hugging Face has a tensor for each expert's matrix."""
+    hf, titan = f"model.layers.{layer}.mlp", f"layers.{layer}.moe"
+    yield View.identity(f"{hf}.gate.weight", f"{titan}.router.gate.weight", (experts, dims.dim))
+    wide, tall = (hidden_dim, dims.dim), (dims.dim, hidden_dim)
+    for name, parameter, shape in (
+        ("gate", "w1_EFD", wide),
+        ("up", "w3_EFD", wide),
+        ("down", "w2_EDF", tall),
+    ):
+        for expert in range(experts):
+            yield View(
+                name=f"{hf}.experts.{expert}.{name}_proj.weight",
+                fqn=f"{titan}.routed_experts.inner_experts.{parameter}",
+                shape=shape,
+                factors=((experts,), (shape[0],), (shape[1],)),
+                index=((expert, expert + 1), (0, shape[0]), (0, shape[1])),
+                permute=(0, 1, 2),
+            )
+
+
 def attention_views(
-    layer: int, dims: DecoderDims, *, qk_norm: bool, interleaved: bool, fused_qkv: bool
+    layer: int,
+    dims: DecoderDims,
+    *,
+    qk_norm: bool,
+    interleaved: bool,
+    fused_qkv: bool,
+    bias: bool = False,
 ) -> Iterator[View]:
-    """Projections and head norms of one layer.
+    """Projections (and their biases) and head norms of one layer.
 
     ``interleaved``: TorchTitan rotates neighbours (2i, 2i+1) of a head where Hugging Face rotates (i, i +
     H/2), so that rows of q and k within a head are ``[H/2, 2]`` in the one and ``[2, H/2]`` in the other.
@@ -124,7 +163,7 @@ def attention_views(
     hf, titan = f"model.layers.{layer}.self_attn", f"layers.{layer}.attention"
     queries = dims.heads_per_kv
     for letter, heads, start in (("q", queries, 0), ("k", 1, queries), ("v", 1, queries + 1)):
-        name, shape = f"{hf}.{letter}_proj.weight", (dims.kv_heads * heads * dims.head_dim, dims.dim)
+        name, shape = f"{hf}.{letter}_proj", (dims.kv_heads * heads * dims.head_dim, dims.dim)
         halves = (dims.head_dim // 2, 2) if interleaved and letter != "v" else (dims.head_dim,)
         rows = (dims.kv_heads, queries + 2) if fused_qkv else (dims.kv_heads * heads,)
         factors = ((*rows, *halves), (dims.dim,))
@@ -135,14 +174,26 @@ def attention_views(
         if len(halves) == 2:
             first = len(rows)
             order[first], order[first + 1] = first + 1, first
+        fqn = f"{titan}.qkv_linear.{'wqkv' if fused_qkv else 'w' + letter}"
         yield View(
-            name=name,
-            fqn=f"{titan}.qkv_linear.{'wqkv' if fused_qkv else 'w' + letter}.weight",
+            name=f"{name}.weight",
+            fqn=f"{fqn}.weight",
             shape=shape,
             factors=factors,
             index=tuple(index),
             permute=tuple(order),
         )
+        if bias:
+            yield View(
+                name=f"{name}.bias",
+                fqn=f"{fqn}.bias",
+                shape=shape[:1],
+                factors=factors[:1],
+                index=tuple(index[:-1]),
+                permute=tuple(order[:-1]),
+            )
+    if bias:
+        yield View.identity(f"{hf}.o_proj.bias", f"{titan}.wo.bias", (dims.dim,))
     yield View.identity(f"{hf}.o_proj.weight", f"{titan}.wo.weight", (dims.dim, dims.heads * dims.head_dim))
     if qk_norm:
         for letter in "qk":

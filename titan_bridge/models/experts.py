@@ -8,12 +8,11 @@ bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import GroupedExperts
 
 # torch._grouped_mm wants every row to start at a multiple of this many bytes.
@@ -43,47 +42,28 @@ class KeepDtypeGroupedExperts(GroupedExperts):
             return GroupedExperts.forward(self, x_RD, num_tokens_per_expert_E)
         ends = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         x = x_RD.to(w1.dtype)
-        gate = F.silu(self._product(x, w1, ends))
-        return self._product(gate * self._product(x, w3, ends), w2, ends).type_as(x_RD)
+        hidden = F.silu(grouped_product(self, x, w1, ends)) * grouped_product(self, x, w3, ends)
+        return grouped_product(self, hidden, w2, ends).type_as(x_RD)
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """``x[rows of e] @ weight[e].T`` for each expert e: ``[R, in], [E, out, in] -> [R, out]``."""
-        if rows_fit(weight.shape[1:], weight.dtype):
-            return self._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)
-        return self._product_of_odd_sizes(x, weight, ends)
 
-    @staticmethod
-    def _product_of_odd_sizes(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """The same for rows that ``torch._grouped_mm`` refuses; reads ``ends`` on the host."""
-        out = x.new_zeros(x.shape[0], weight.shape[1])
-        start = 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > start:
-                out[start:end] = x[start:end] @ weight[expert].T
-            start = end
-        return out
+def grouped_product(
+    experts: GroupedExperts, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """``x[rows of e] @ weight[e].T`` for each expert e: ``[R, in], [E, out, in] -> [R, out]``.
+
+    Sizes that ``torch._grouped_mm`` refuses are computed one by one, which reads ``ends`` on the host.
+    """
+    if rows_fit(weight.shape[1:], weight.dtype):
+        return experts._grouped_mm(A=x, B_t=weight.transpose(-2, -1), offs=ends)
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            out[start:end] = x[start:end] @ weight[expert].T
+        start = end
+    return out
 
 
 def rows_fit(sizes: Iterable[int], dtype: torch.dtype) -> bool:
     """Whether ``torch._grouped_mm`` takes rows of these lengths (elements); both widths of an expert are lengths."""
     return not any(size * dtype.itemsize % _ROW_BYTES for size in sizes)
-
-
-def keep_expert_dtype(config: Decoder.Config) -> None:
-    """Swap the variant in for every MoE layer of a config tree, in place; call it again freely.
-
-    Raises:
-        TypeError: A layer's experts are a subclass of ``GroupedExperts`` that this variant would drop.
-    """
-    for layer in config.layers:
-        if layer.moe is None or isinstance(
-            layer.moe.routed_experts.inner_experts, KeepDtypeGroupedExperts.Config
-        ):
-            continue
-        experts = layer.moe.routed_experts.inner_experts
-        if type(experts) is not GroupedExperts.Config:
-            raise TypeError(
-                f"experts are {type(experts).__qualname__}; only GroupedExperts can keep their dtype"
-            )
-        stated = {field.name: getattr(experts, field.name) for field in fields(experts) if field.init}
-        layer.moe.routed_experts.inner_experts = KeepDtypeGroupedExperts.Config(**stated)

@@ -1,13 +1,14 @@
 """What a model family is: the two-way road between a Hugging Face checkpoint and TorchTitan's own model.
 
-A family is one file in this package that defines ``FAMILY``, and one of the same name in ``parallelize/``.
-Nothing else lists families.
+A family is one file in this package that defines ``FAMILY``, and one of the same name in ``parallelize/``; `registry`
+finds it, and those of other packages.
 Importing it must not import TorchTitan, which takes two seconds: what only names tensors does without. So a family
 imports TorchTitan where it makes a config tree.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -17,10 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
+from titan_bridge.parallelize import ShardingRules, rules_of
 from titan_bridge.sharding.view import View
 
 if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
+    from transformers import PreTrainedConfig
+
+    from titan_bridge.models.adapter import Adapter
 
 
 class Family(ABC):
@@ -31,7 +36,7 @@ class Family(ABC):
     """
 
     name: str
-    """Family name, also the name of its file in ``parallelize/``, e.g. ``"qwen3"``."""
+    """Family name, e.g. ``"qwen3"``."""
     architectures: tuple[str, ...]
     """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
     model_types: Mapping[str, str] = MappingProxyType({})
@@ -47,7 +52,7 @@ class Family(ABC):
     def model_config(
         self, hf: Mapping[str, Any], *, padded_vocab: int | None = None, expert_bias: bool = False
     ) -> Decoder.Config:
-        """A new TorchTitan config tree: fused qkv, flex attention, no sharding yet.
+        """A new TorchTitan config tree: fused qkv, flex attention (varlen where there are windows), no sharding yet.
 
         Nothing in it is shared between layers, so a caller may replace
         ``layers[i].attention.inner_attention``.
@@ -84,16 +89,34 @@ class Family(ABC):
         return {}
 
     def expert_biases(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """FQN and global shape of the float32 buffers of ``model_config(hf, expert_bias=True)``."""
+        """FQN and global shape of the float32 buffers of ``model_config(hf, expert_bias=True)``.
+
+        Where Hugging Face knows them they have a view, too, and every checkpoint has them.
+        """
         return {}
 
-    def ignores(self, name: str) -> bool:
-        """Whether a checkpoint's tensor ``name`` holds nothing but what the model computes for itself."""
+    def ignores(self, name: str, hf: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's tensor ``name`` is left out: the model computes it for itself, or has no such part."""
         return name.endswith(".self_attn.rotary_emb.inv_freq")
 
-    def sliding_window(self, hf: Mapping[str, Any], layer: int) -> int | None:
-        """Tokens that a query of ``layer`` sees, itself included, or ``None`` for all of them."""
+    @property
+    def sharding(self) -> ShardingRules:
+        """``set_sharding`` and ``shard_placement_fn``: a module or any object that has them; see ``parallelize``."""
+        return rules_of(self.name)
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig] | None:
+        """A class for config.json whose ``model_type`` transformers does not know; its module must be importable."""
         return None
+
+    def adapters(self) -> Mapping[type, Adapter]:
+        """Adapters of the config classes that this family brings, beside those that are common."""
+        return {}
+
+    def flavors(self) -> Mapping[str, Any]:
+        """TorchTitan's own models of this class by name, e.g. ``{"debugmodel": ..., "8B": ...}``."""
+        package = importlib.import_module(self.model_class.__module__.rpartition(".")[0])
+        return next(value for name, value in vars(package).items() if name.endswith("_configs"))
 
     @abstractmethod
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from titan_bridge.models import decoder
+from titan_bridge.models import decoder, rope
 from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields
 from titan_bridge.sharding.view import View
@@ -21,7 +21,10 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
     fields = Fields(hf, "LlamaForCausalLM")
     fields.only("mlp_bias", (False,))
     dims = decoder.read_dims(
-        fields, rope_types=("default", "llama3"), default_kv_heads=None, default_head_dim=None
+        fields,
+        rope=rope.read(fields, rope_types=("default", "llama3")),
+        default_kv_heads=None,
+        default_head_dim=None,
     )
     return dims, fields.integer("intermediate_size")
 
@@ -50,10 +53,10 @@ class Llama3(Family):
             Llama3TransformerBlock.Config(
                 attention_norm=parts.norm_config(dims.dim, dims.eps),
                 ffn_norm=parts.norm_config(dims.dim, dims.eps),
-                attention=parts.attention_config(dims, ComplexRoPE.Config, qk_norm=False),
+                attention=parts.attention_config(dims, ComplexRoPE.Config, qk_norm=False, inner=inner),
                 feed_forward=parts.ffn_config(dims, hidden_dim),
             )
-            for _ in range(dims.layers)
+            for inner in parts.inner_attention_configs([None] * dims.layers)
         ]
         return Llama3Model.Config(layers=layers, **parts.root_fields(dims, padded_vocab))
 

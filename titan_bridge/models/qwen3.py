@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from titan_bridge.models import decoder
+from titan_bridge.models import decoder, rope
 from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields, UnsupportedModelError
 from titan_bridge.sharding.view import View
@@ -48,7 +48,7 @@ def _read(hf: Mapping[str, Any]) -> _Qwen3:
     # The defaults are those of transformers' config classes, which differ between the two architectures.
     dims = decoder.read_dims(
         fields,
-        rope_types=("default",),
+        rope=rope.read(fields, rope_types=("default",)),
         default_kv_heads=4 if moe else None,
         default_head_dim=None if moe else 128,
     )
@@ -128,11 +128,11 @@ class Qwen3(Family):
             Qwen3TransformerBlock.Config(
                 attention_norm=parts.norm_config(dims.dim, dims.eps),
                 ffn_norm=parts.norm_config(dims.dim, dims.eps),
-                attention=parts.attention_config(dims, CosSinRoPE.Config, qk_norm=True),
+                attention=parts.attention_config(dims, CosSinRoPE.Config, qk_norm=True, inner=inner),
                 feed_forward=None if sparse else parts.ffn_config(dims, model.hidden_dim),
                 moe=_moe_config(dims, model.experts, expert_bias) if sparse and model.experts else None,
             )
-            for sparse in model.sparse
+            for sparse, inner in zip(model.sparse, parts.inner_attention_configs(model.windows), strict=True)
         ]
         return Qwen3Model.Config(layers=layers, **parts.root_fields(dims, padded_vocab))
 
@@ -148,7 +148,7 @@ class Qwen3(Family):
                 layer, dims, qk_norm=True, interleaved=False, fused_qkv=fused_qkv
             )
             if sparse and model.experts:
-                views += _moe_views(layer, dims, model.experts)
+                views += decoder.expert_views(layer, dims, model.experts.count, model.experts.hidden_dim)
             else:
                 views += decoder.ffn_views(layer, dims, model.hidden_dim)
         return tuple(views)
@@ -166,15 +166,13 @@ class Qwen3(Family):
             f"layers.{layer}.moe.expert_bias_E": (model.experts.count,) for layer in sparse if model.experts
         }
 
-    def sliding_window(self, hf: Mapping[str, Any], layer: int) -> int | None:
-        return _read(hf).windows[layer]
-
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
         from titan_bridge.models import parts  # noqa: PLC0415  TorchTitan, two seconds
 
         dense = [layer.feed_forward for layer in config.layers if layer.moe is None]
         sparse = [layer.moe for layer in config.layers if layer.moe is not None]
         hidden = {"intermediate_size": dense[0].w1.out_features} if dense else {}
+        hidden |= _hf_windows(config)
         if not sparse:
             return parts.hf_root(config, architecture=_DENSE, model_type="qwen3", dtype=dtype) | hidden
         root = parts.hf_root(config, architecture=_SPARSE, model_type="qwen3_moe", dtype=dtype)
@@ -190,29 +188,19 @@ def _moe_config(dims: decoder.DecoderDims, experts: _Experts, expert_bias: bool)
         hidden_dim=experts.hidden_dim,
         top_k=experts.top_k,
         score_func="softmax",
-        renormalise=experts.renormalise,
+        route_norm=experts.renormalise,
         expert_bias=expert_bias,
     )
 
 
-def _moe_views(layer: int, dims: decoder.DecoderDims, experts: _Experts) -> Iterator[View]:
-    hf, titan = f"model.layers.{layer}.mlp", f"layers.{layer}.moe"
-    yield View.identity(f"{hf}.gate.weight", f"{titan}.router.gate.weight", (experts.count, dims.dim))
-    wide, tall = (experts.hidden_dim, dims.dim), (dims.dim, experts.hidden_dim)
-    for name, parameter, shape in (
-        ("gate", "w1_EFD", wide),
-        ("up", "w3_EFD", wide),
-        ("down", "w2_EDF", tall),
-    ):
-        for expert in range(experts.count):
-            yield View(
-                name=f"{hf}.experts.{expert}.{name}_proj.weight",
-                fqn=f"{titan}.routed_experts.inner_experts.{parameter}",
-                shape=shape,
-                factors=((experts.count,), (shape[0],), (shape[1],)),
-                index=((expert, expert + 1), (0, shape[0]), (0, shape[1])),
-                permute=(0, 1, 2),
-            )
+def _hf_windows(config: Decoder.Config) -> dict[str, Any]:
+    from titan_bridge.models.adapters import inner_attention  # noqa: PLC0415  TorchTitan, two seconds
+
+    windows = [inner_attention(layer.attention).window for layer in config.layers]
+    if not any(windows):
+        return {}
+    types = [_LAYER_TYPES[window is not None] for window in windows]
+    return {"use_sliding_window": True, "sliding_window": max(filter(None, windows)), "layer_types": types}
 
 
 def _hf_experts(config: Decoder.Config, moe: MoE.Config) -> dict[str, Any]:

@@ -27,14 +27,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.module import Module
 
 from titan_bridge.device import use_cpu_if_no_accelerator
-from titan_bridge.models.experts import keep_expert_dtype
+from titan_bridge.models.adapters import keep_expert_dtype, use_plain_attention
 from titan_bridge.sharding import pieces_of
 
 TORCHTITAN = "0.3."
@@ -68,7 +67,7 @@ SHIMS = {
         until="torchtitan.tools.utils.get_device_info returns cpu where there is no accelerator",
     ),
     "attention": Shim(
-        what="inner attention is ScaledDotProductAttention; it is causal over the whole row, so that a document also "
+        what="inner attention is PlainAttention; it is causal over the whole row, so that a document also "
         "sees the one before it in its row",
         why="flex attention has no backward pass on a CPU, varlen attention no CPU kernel",
         seen=_SEEN,
@@ -140,9 +139,7 @@ def prepare_spec(spec: ModelSpec, *, float32: bool) -> ModelSpec:
     """
     _only_on_cpu()
     if isinstance(spec.model, Decoder.Config):
-        for layer in spec.model.layers:
-            if layer.attention is not None:
-                layer.attention.inner_attention = ScaledDotProductAttention.Config()
+        use_plain_attention(spec.model)
         if float32:
             keep_expert_dtype(spec.model)
     return replace(spec, parallelize_fn=_with_sum_reduction(spec.parallelize_fn))

@@ -48,7 +48,7 @@ def trainer_config(config: TrainConfig, origin: Mapping[str, str]) -> tuple[Trai
     family = _family(str(model.family), origin)
     registry = importlib.import_module(family.model_class.__module__.rsplit(".", 1)[0])
     if model.sizes is None:
-        flavors = getattr(registry, f"{family.name}_configs")
+        flavors = family.flavors()
         if model.flavor not in flavors:
             place = origin.get("model.flavor", "the configuration")
             raise BridgeError(_unknown(place, "model.flavor", str(model.flavor), flavors))
@@ -57,7 +57,7 @@ def trainer_config(config: TrainConfig, origin: Mapping[str, str]) -> tuple[Trai
         assert config.data is not None
         rows = model.sizes.vocab_size or _rounded(tokenizer.planned_size(config.data))
         spec = dataclasses.replace(
-            registry.model_registry(next(iter(getattr(registry, f"{family.name}_configs")))),
+            registry.model_registry(next(iter(family.flavors()))),
             flavor="sizes",
             model=_model_config(family, model.sizes, rows),
         )
@@ -138,16 +138,13 @@ def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Conf
     stated: dict[str, Any] = {
         key: value for key, value in dataclasses.asdict(sizes).items() if value is not None
     }
-    stated |= {"vocab_size": vocab}
+    stated |= {**stated.pop("other"), "vocab_size": vocab}
     sparse = [name for name in family.architectures if "Moe" in name]
-    dense = [name for name in family.architectures if "Moe" not in name]
-    if sizes.num_experts is not None and not sparse:
-        raise BridgeError(
-            f"model.sizes.num_experts: family {family.name} has no mixture of experts; leave it out"
-        )
-    stated["architectures"] = (sparse if sizes.num_experts is not None else dense)[:1]
+    stated["architectures"] = (sparse if sizes.num_experts is not None and sparse else family.architectures)[
+        :1
+    ]
     try:
-        return family.model_config(stated)
+        config = family.model_config(stated)
     except BridgeError as error:
         text = (
             str(error)
@@ -155,6 +152,11 @@ def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Conf
             .replace("config.json", "[model.sizes]")
         )
         raise BridgeError(text) from None
+    if sizes.num_experts is not None and not any(layer.moe for layer in config.layers):
+        raise BridgeError(
+            f"model.sizes.num_experts: family {family.name} has no mixture of experts; leave it out"
+        )
+    return config
 
 
 def _rounded(entries: int) -> int:

@@ -1,0 +1,217 @@
+"""Quantized Hugging Face checkpoints, presented as if they were not: values are multiplied out where they are read.
+
+- fp8 (DeepSeek-V3): `NAME` [R, C] in float8_e4m3fn and `NAME_scale_inv`, a scale for each block of 128 x 128.
+- mxfp4 (gpt-oss): `NAME_blocks` [E, R, C / 32, 16] of bytes with two values each, the first in the low bits, and
+  `NAME_scales` [E, R, C / 32], exponents biased by 127. `NAME` is the transpose of the last two dims, [E, C, R].
+
+Only the blocks that a read touches come from the files. The product is float32, cast once to what is asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from titan_bridge.checkpoint.checkpoint import Checkpoint, Stored, contiguous_stride
+from titan_bridge.errors import BridgeError
+from titan_bridge.models import quantization
+from titan_bridge.models.quantization import MXFP4_GROUP, Quantization
+from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.moves import Copy, Window
+
+_PIECE = 1 << 20
+"""Most values multiplied out at a time."""
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_PAIRS = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)])
+"""The two values of each byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Packed:
+    """Names in the files of one tensor's values and scales."""
+
+    values: str
+    scales: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DequantizedCheckpoint(Checkpoint):
+    """`raw` with the tensors in `packed` multiplied out; `tensors` and `config` are those of the result."""
+
+    raw: Checkpoint
+    packed: Mapping[str, _Packed]
+    quantization: Quantization
+
+    def fetch(self, copy: Copy, out: torch.Tensor) -> None:
+        if copy.source_name in self.packed:
+            self._copy(copy.source_name, copy.source_window, out)
+        else:
+            super().fetch(copy, out)
+
+    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+        if name not in self.packed:
+            super().read_into(name, box, out)
+            return
+        shape = self.tensor(name).shape
+        if not Box.whole(shape).contains(box) or tuple(out.shape) != box.shape:
+            raise BridgeError(f"{name}: box {box} into {tuple(out.shape)}; the tensor is {shape}")
+        stride = contiguous_stride(shape)
+        offset = sum(a * s for a, s in zip(box.start, stride, strict=True))
+        self._copy(name, Window(size=box.shape, stride=stride, offset=offset), out)
+
+    def _copy(self, name: str, window: Window, out: torch.Tensor) -> None:
+        if not math.prod(window.size):
+            return
+        shape = self.tensor(name).shape
+        dims = _dims_of(window, shape)
+        # Along the outermost dim of the file first, so that a piece lies together there.
+        rank = (0, 1) if self.quantization.method == "fp8" else (0, 2, 1)
+        order = sorted(range(len(dims)), key=lambda i: (rank[dims[i]], -window.stride[i]))
+        for index in _cut(window.size, order, _PIECE):
+            size = tuple(part.stop - part.start for part in index)
+            first = window.offset + sum(part.start * s for part, s in zip(index, window.stride, strict=True))
+            piece = Window(size=size, stride=window.stride, offset=first)
+            box, local = _hull(piece, shape, dims)
+            out[index].copy_(local.of(self._values(self.packed[name], box)))
+
+    def _values(self, packed: _Packed, box: Box) -> torch.Tensor:
+        """A box of the result in float32, contiguous."""
+        return (self._fp8 if self.quantization.method == "fp8" else self._mxfp4)(packed, box)
+
+    def _fp8(self, packed: _Packed, box: Box) -> torch.Tensor:
+        values = self._read(packed.values, box).float()
+        blocks = self.quantization.block
+        start = tuple(a // n for a, n in zip(box.start, blocks, strict=True))
+        stop = tuple(-(-b // n) for b, n in zip(box.stop, blocks, strict=True))
+        scales = self._read(packed.scales, Box(start=start, stop=stop)).float()
+        for dim, n in enumerate(blocks):
+            skipped = box.start[dim] - start[dim] * n
+            scales = scales.repeat_interleave(n, dim).narrow(dim, skipped, box.shape[dim])
+        return values.mul_(scales)
+
+    def _mxfp4(self, packed: _Packed, box: Box) -> torch.Tensor:
+        (expert, column, row), (last_expert, last_column, last_row) = box.start, box.stop
+        group, last_group = column // MXFP4_GROUP, -(-last_column // MXFP4_GROUP)
+        start, stop = (expert, row, group), (last_expert, last_row, last_group)
+        bytes_ = self._read(packed.values, Box(start=(*start, 0), stop=(*stop, MXFP4_GROUP // 2)))
+        exponents = self._read(packed.scales, Box(start=start, stop=stop)).int() - 127
+        values = _PAIRS.index_select(0, bytes_.flatten().int()).view(*bytes_.shape[:3], MXFP4_GROUP)
+        torch.ldexp(values, exponents.unsqueeze(-1), out=values)
+        skipped = column - group * MXFP4_GROUP
+        return values.flatten(2).narrow(2, skipped, last_column - column).transpose(1, 2).contiguous()
+
+    def _read(self, name: str, box: Box) -> torch.Tensor:
+        out = torch.empty(box.shape, dtype=self.raw.tensor(name).dtype)
+        self.raw.read_into(name, box, out)
+        return out
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """A Hugging Face checkpoint with full weights: itself, unless its config.json says that it is quantized.
+
+    Raises:
+        BridgeError: A quantization that is not read, or values and scales that do not belong together.
+    """
+    config = checkpoint.config or {}
+    how = quantization.read(config, str(checkpoint.path / "config.json"))
+    if how is None:
+        return checkpoint
+    dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    if dtype is None:
+        raise BridgeError(f"{checkpoint.path}/config.json: dtype is not one of {', '.join(_DTYPES)}")
+    held, tensors, packed = checkpoint.tensors, {}, {}
+    values_end, scales_end = ("", "_scale_inv") if how.method == "fp8" else ("_blocks", "_scales")
+    for stored in held.values():
+        name = stored.name.removesuffix(values_end)
+        if stored.name.endswith(scales_end):
+            if (values := stored.name.removesuffix(scales_end) + values_end) not in held:
+                raise BridgeError(f"{checkpoint.path}: {stored.name} has no {values}")
+        elif stored.name.endswith(values_end) and name + scales_end in held:
+            shape = _result_shape(checkpoint, how, stored, held[name + scales_end])
+            chunks = tuple(replace(chunk, box=Box.whole(shape)) for chunk in stored.chunks)
+            tensors[name] = Stored(name=name, shape=shape, dtype=dtype, chunks=chunks)
+            packed[name] = _Packed(values=stored.name, scales=name + scales_end)
+        elif stored.dtype.itemsize == 1:
+            raise BridgeError(f"{checkpoint.path}: {stored.name} has dtype {stored.dtype} and no scales")
+        else:
+            tensors[stored.name] = stored
+    return DequantizedCheckpoint(
+        path=checkpoint.path,
+        format=checkpoint.format,
+        tensors=tensors,
+        config=without_quantization(config),
+        pool=checkpoint.pool,
+        raw=checkpoint,
+        packed=packed,
+        quantization=how,
+    )
+
+
+def without_quantization(config: Mapping[str, object]) -> dict[str, object]:
+    """config.json for the same weights in full."""
+    return {key: value for key, value in config.items() if key != quantization.KEY}
+
+
+def _result_shape(
+    checkpoint: Checkpoint, how: Quantization, values: Stored, scales: Stored
+) -> tuple[int, ...]:
+    given = (
+        f"{checkpoint.path}: {values.name} {values.dtype} {values.shape} with {scales.dtype} {scales.shape}"
+    )
+    if how.method == "fp8":
+        wanted = tuple(-(-size // n) for size, n in zip(values.shape, how.block, strict=False))
+        if values.dtype != torch.float8_e4m3fn or len(values.shape) != 2 or scales.shape != wanted:
+            raise BridgeError(f"{given}; fp8 needs float8_e4m3fn and scales of shape {wanted}")
+        if scales.dtype not in (torch.float32, torch.bfloat16):
+            raise BridgeError(f"{given}; fp8 needs scales in float32 or bfloat16")
+        return values.shape
+    fits = len(values.shape) == 4 and values.shape[3] == MXFP4_GROUP // 2 and scales.shape == values.shape[:3]
+    if not fits or {values.dtype, scales.dtype} != {torch.uint8}:
+        raise BridgeError(
+            f"{given}; mxfp4 needs uint8, values of shape (E, R, G, 16) and scales of shape (E, R, G)"
+        )
+    experts, rows, groups, _ = values.shape
+    return experts, groups * MXFP4_GROUP, rows
+
+
+def _dims_of(window: Window, shape: Sequence[int]) -> list[int]:
+    """For each dim of a window, the dim of the contiguous tensor that it steps through."""
+    strides = contiguous_stride(shape)
+    real = [d for d in range(len(shape)) if shape[d] > 1] or [0]
+    return [next((d for d in real if strides[d] <= step), real[-1]) for step in window.stride]
+
+
+def _cut(size: Sequence[int], order: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of at most `limit` elements, cut along the dims in `order`."""
+    part = list(size)
+    for dim in order:
+        rest = math.prod(part) // part[dim]
+        part[dim] = max(1, min(part[dim], limit // rest))
+        if rest <= limit:
+            break
+    starts = itertools.product(*(range(0, n, step) for n, step in zip(size, part, strict=True)))
+    for start in starts:
+        yield tuple(slice(a, min(a + step, n)) for a, step, n in zip(start, part, size, strict=True))
+
+
+def _hull(window: Window, shape: Sequence[int], dims: Sequence[int]) -> tuple[Box, Window]:
+    """The smallest box of a contiguous tensor that holds a window, and the window of that box."""
+    strides = contiguous_stride(shape)
+    start = [window.offset // s % n for s, n in zip(strides, shape, strict=True)]
+    stop = [a + 1 for a in start]
+    steps = [0] * len(dims)
+    for i, d in enumerate(dims):
+        if window.size[i] > 1:
+            assert window.stride[i] % strides[d] == 0, (window, shape)
+            steps[i] = window.stride[i] // strides[d]
+            stop[d] += (window.size[i] - 1) * steps[i]
+    box = Box(start=tuple(start), stop=tuple(stop))
+    assert Box.whole(shape).contains(box), (window, shape)
+    local = contiguous_stride(box.shape)
+    stride = tuple(step * local[d] for step, d in zip(steps, dims, strict=True))
+    return box, Window(size=window.size, stride=stride, offset=0)
