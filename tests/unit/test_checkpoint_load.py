@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from titan_bridge.checkpoint import load, open_checkpoint
 from titan_bridge.checkpoint.job import Options
@@ -98,3 +100,32 @@ def test_a_weight_with_padding_is_not_said_to_be_read_whole(tmp_path: Path) -> N
         assert told.keys() == live.keys()
         padded = {fqn for fqn, whole in told.items() if not whole}
         assert padded == ({"tok_embeddings.weight", "lm_head.weight"} if rank else set())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_not_finite_is_counted_by_each_rank_in_what_it_holds(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_threads", lambda cpus, ranks: threads)
+    source = make_checkpoint(tmp_path, "llama3", num_hidden_layers=2, tokenizer=False)
+    state = load_file(source / "model.safetensors")
+    state["model.norm.weight"][3:5] = math.nan
+    state["model.layers.1.mlp.down_proj.weight"][0, :2] = -math.inf
+    state["model.layers.0.mlp.up_proj.weight"][-1, 0] = 1e6  # too large for float16
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    hf = json.loads((source / "config.json").read_text())
+    served = layout(hf, Sizes(tp=2))
+    found = []
+    for rank in (0, 1):
+        live = {fqn: torch.zeros(served.local_shape(fqn, rank), dtype=torch.float16) for fqn in served.params}
+        with open_checkpoint(source) as checkpoint:
+            loaded = load_into(
+                checkpoint, live, served, rank, family=family_for(hf), hf=hf, padded_vocab=768, buffers={}
+            )
+        assert loaded.dtypes == ("float32",)
+        found.append((loaded.nan, loaded.inf))
+    nan = {"norm.weight": 2}  # on every rank
+    assert found == [
+        (nan, {"layers.1.feed_forward.w2.weight": 2}),
+        (nan, {"layers.0.feed_forward.w3.weight": 1}),
+    ]

@@ -45,7 +45,7 @@ class Generate(InferCommand):
         ).config
 
         from titan_bridge.checks import check
-        from titan_bridge.commands.quiet import quiet
+        from titan_bridge.commands.quiet import quiet, warn_of_weights
 
         with quiet(f"loading {config.model} and generating", verbose=self.verbose, hold=True) as show:
             from titan_bridge.engine import ranks
@@ -68,12 +68,18 @@ class Generate(InferCommand):
             )
             if first["sizes"]:
                 print("mesh    " + " ".join(f"{axis}={size}" for axis, size in first["sizes"].items()))
+            stored = first["loaded"]["dtypes"] if first["loaded"] else [first["dtype"]]
+            print(
+                f"dtype   {first['dtype']}"
+                + (f" (the checkpoint's: {', '.join(stored)})" if list(stored) != [first["dtype"]] else "")
+            )
             print(
                 f"workers {len(outcome.workers)}, {max(w['local_bytes'] for w in outcome.workers):,} bytes each at most"
             )
             print(
                 f"time    {outcome.load_seconds:.1f} s to load, {tokens} tokens in {outcome.generate_seconds:.1f} s"
             )
+        warn_of_weights(outcome.workers)
         if outcome.killed_ranks:
             print(
                 f"titan-bridge: dp ranks {list(outcome.killed_ranks)} did not end and were killed",

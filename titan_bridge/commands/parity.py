@@ -17,7 +17,7 @@ class Parity(InferCommand):
     """Compare the engine's log-probabilities with transformers' and TorchTitan's own, token by token.
 
     Runs in float32 unless --dtype says otherwise; the references are always float32. Exit code 0 if every
-    difference is within the tolerance and every greedy token is the reference's, 1 if not.
+    difference is finite and within the tolerance and every greedy token is the reference's, 1 if not.
 
     Example: titan-bridge parity out/demo/qwen3_moe --tp 2 --ep 2
     """
@@ -42,7 +42,7 @@ class Parity(InferCommand):
             tolerance = FLOAT32_TOLERANCE
 
         from titan_bridge.checks import check, model_directory
-        from titan_bridge.commands.quiet import quiet
+        from titan_bridge.commands.quiet import quiet, warn_of_weights
 
         hf = model_directory(config.model)
         limit = min(config.max_model_len or 10**9, hf.get("max_position_embeddings") or 10**9, parity.LONGEST)
@@ -59,11 +59,7 @@ class Parity(InferCommand):
         with quiet("running the references", verbose=self.verbose):
             step = (config.additional_config().get("titan") or {}).get("step")
             found = [parity.compare(completions, *each) for each in parity.references(config.model, step)]
-        right = all(
-            (tolerance is None or difference.max <= tolerance)
-            and (difference.diverged is None or config.dtype != "float32")
-            for difference in found
-        )
+        right = all(difference.holds(tolerance, greedy=config.dtype == "float32") for difference in found)
         facts = {
             "holds": right,
             "tolerance": tolerance,
@@ -74,9 +70,10 @@ class Parity(InferCommand):
             "references": [dataclasses.asdict(difference) for difference in found],
         }
         if self.json:
-            print(json.dumps(facts))
+            print(json.dumps(facts, allow_nan=False))
         else:
             _show(facts)
+        warn_of_weights(outcome.workers)
         return 0 if right and not outcome.killed_ranks else 1
 
 
@@ -92,12 +89,14 @@ def _show(facts: dict) -> None:
         table.add_row(
             row["reference"],
             f"{row['tokens']:,}",
-            f"{row['max']:.1e}",
-            f"{row['mean']:.1e}",
+            *("not finite" if row[which] is None else f"{row[which]:.1e}" for which in ("max", "mean")),
             row["diverged"] or "none",
         )
     console = Console()
     console.print(table)
+    for row in facts["references"]:
+        if row["not_finite"]:
+            console.print(f"NaN or infinity first at {row['not_finite']}", soft_wrap=True)
     judged = "not judged" if facts["tolerance"] is None else f"allowed {facts['tolerance']:.0e}"
     word = "holds" if facts["holds"] else "DOES NOT HOLD"
     console.print(

@@ -9,8 +9,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from titan_bridge.errors import BridgeError
 
@@ -101,6 +103,19 @@ def _explain(failure: Exception, path: str, verbose: bool) -> None:
         raise RuntimeError(
             f"{last_error(log) or f'{type(failure).__name__}: {failure}'} (log: {path})"
         ) from failure
+
+
+def warn_of_weights(workers: Sequence[Mapping[str, Any]]) -> None:
+    """Say on stderr which weights are NaN or infinite, which vLLM's log says, too; `workers`: their reports."""
+    from titan_bridge.checkpoint.finite import not_finite_lines  # torch
+
+    nan: Counter[str] = Counter()
+    inf: Counter[str] = Counter()
+    for loaded in (worker["loaded"] for worker in workers if worker["loaded"]):
+        nan |= Counter(loaded["nan"])  # the larger one: ranks hold a weight in parts, or each all of it
+        inf |= Counter(loaded["inf"])
+    for line in not_finite_lines(nan, inf):
+        print(f"titan-bridge: {line}", file=sys.stderr)
 
 
 def user_error(log: str) -> str | None:

@@ -270,15 +270,9 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
 
 
 def _warnings(outcome: Outcome) -> list[str]:
-    lines = []
-    for what, counts in (("NaN", outcome.nan), ("infinite", outcome.inf)):
-        if counts:
-            worst = sorted(counts, key=lambda name: -counts[name])[:3]
-            named = ", ".join(f"{name} ({counts[name]:,})" for name in worst)
-            more = f" and {len(counts) - 3} more tensors" if len(counts) > 3 else ""
-            lines.append(
-                f"{sum(counts.values()):,} weights are {what}: {named}{more}; they were copied as they are"
-            )
+    from titan_bridge.checkpoint.finite import not_finite_lines
+
+    lines = [f"{line}; they were copied as they are" for line in not_finite_lines(outcome.nan, outcome.inf)]
     if outcome.lost:
         named = ", ".join(sorted(outcome.lost)[:3])
         lines.append(f"{len(outcome.lost)} tensors that are not zero have no place in this format: {named}")

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from titan_bridge.checkpoint.finite import not_finite_lines
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.errors import BridgeError
@@ -52,3 +53,8 @@ class TitanModelLoader(BaseModelLoader):
             loaded.bytes_planned / 2**20,
             time.perf_counter() - started,
         )
+        dtype = str(model_config.dtype).removeprefix("torch.")
+        if loaded.dtypes != (dtype,):
+            logger.warning("%s holds %s; it is served in %s", directory, ", ".join(loaded.dtypes), dtype)
+        for line in not_finite_lines(loaded.nan, loaded.inf):
+            logger.warning("%s: %s", directory, line)
