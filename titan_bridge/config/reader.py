@@ -61,7 +61,7 @@ def resolve(
     origin: dict[str, str] = {}
     if file is not None:
         name = str(file)
-        values = _read(Path(file))
+        values = read_toml(Path(file))
         _check_kind(schema, values, name, others or {})
         _check_keys(schema, values, name)
         origin.update({key: name for key, _ in _walk(values)})
@@ -109,7 +109,8 @@ def toml_value(text: str) -> Any:
         return text
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises BridgeError that says what is wrong with it, and where."""
     try:
         return tomli.loads(path.read_text(encoding="utf-8"))
     except tomli.TOMLDecodeError as error:
@@ -136,6 +137,19 @@ def _without_none(hint: Any) -> Any:
         arguments = [argument for argument in typing.get_args(hint) if argument is not type(None)]
         return arguments[0] if len(arguments) == 1 else hint
     return hint
+
+
+def known_keys(schema: Any, values: Mapping[str, Any]) -> int:
+    """How many values are where the schema has one: a table where it has a value, or the reverse, is not."""
+    fields, count = fields_of(schema) or {}, 0
+    for key, value in values.items():
+        if key not in fields:
+            continue
+        if fields_of(fields[key]) is not None:
+            count += known_keys(fields[key], value) if isinstance(value, Mapping) else 0
+        else:
+            count += not isinstance(value, Mapping) or typing.get_origin(fields[key]) is dict
+    return count
 
 
 def _check_keys(schema: Any, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
