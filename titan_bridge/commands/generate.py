@@ -47,12 +47,12 @@ class Generate(InferCommand):
         from titan_bridge.checks import check
         from titan_bridge.commands.quiet import quiet, warn_of_weights
 
-        with quiet(f"loading {config.model} and generating", verbose=self.verbose, hold=True) as show:
+        with quiet(verbose=self.verbose) as say:
             from titan_bridge.engine import ranks
 
             with ranks.start(config) as started:
                 check(config)  # while they import vLLM
-                show()
+                say(f"importing vLLM to run {config.model}")
                 outcome = started.generate()
         if self.json:
             print(json.dumps(dataclasses.asdict(outcome) | {"model_class": outcome.model_class}))

@@ -47,18 +47,22 @@ class Parity(InferCommand):
         hf = model_directory(config.model)
         limit = min(config.max_model_len or 10**9, hf.get("max_position_embeddings") or 10**9, parity.LONGEST)
         asked, config = config, dataclasses.replace(config, max_model_len=limit)
-        with quiet(f"running {config.model} in vLLM", verbose=self.verbose, hold=True) as show:
+        with quiet(verbose=self.verbose) as say:
             from titan_bridge.engine import ranks
 
             with ranks.start(config) as started:
                 check(asked)  # while they import vLLM
-                show()
+                say(f"importing vLLM to run {config.model}")
                 prompts = parity.prompts(hf["vocab_size"], max_model_len=limit)
                 outcome = started.generate(*parity.rounds(prompts))
         completions = [dataclasses.asdict(completion) for completion in outcome.completions]
-        with quiet("running the references", verbose=self.verbose):
+        found = []
+        with quiet(verbose=self.verbose) as say:
             step = (config.additional_config().get("titan") or {}).get("step")
-            found = [parity.compare(completions, *each) for each in parity.references(config.model, step)]
+            say("loading the references")
+            for name, logprobs in parity.references(config.model, step):
+                say(f"comparing with {name}")
+                found.append(parity.compare(completions, name, logprobs))
         right = all(difference.holds(tolerance, greedy=config.dtype == "float32") for difference in found)
         facts = {
             "holds": right,
