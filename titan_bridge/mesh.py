@@ -177,10 +177,10 @@ def check_divides(config: Decoder.Config, sizes: Sizes) -> None:
             feed_forward = layer.moe.shared_experts
             if sizes.ep == 1:
                 hidden = layer.moe.routed_experts.inner_experts.hidden_dim
-                by_tp[f"moe_hidden_size={hidden}"] = hidden
+                by_tp[f"moe_intermediate_size={hidden}"] = hidden
         if feed_forward is not None:
             hidden = feed_forward.w1.out_features
-            by_tp[f"hidden_size={hidden}"] = hidden
+            by_tp[f"intermediate_size={hidden}"] = hidden
     problems = []
     bad = [name for name, size in by_tp.items() if size % sizes.tp]
     if bad:

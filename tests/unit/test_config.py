@@ -147,6 +147,9 @@ REFUSED = {
     'model = "m"\n[generate]\ntop_p = 1.5': "generate.top_p = 1.5 (float)",
     'model = "m"\n[vllm]\ntensor_parallel_size = 2': "vllm.tensor_parallel_size is set by parallel.tp",
     'model = "m"\n[vllm.additional_config]\ntitan = 1': "vllm.additional_config.titan is 1; it must be a table",
+    'model = ""': "model = '' (str) is not allowed; it must be a text that is not empty",
+    'model = "m"\n[generate]\ntemperature = inf': "temperature = inf (float) is not allowed; it must be a finite",
+    'model = "m"\n[generate]\ntemperature = nan': "temperature = nan (float) is not allowed; it must be a finite",
     "[parallel]\ntp = 1": "the key model is missing; it is required",
 }
 
@@ -201,7 +204,7 @@ def test_what_a_file_is_depends_on_its_keys_not_on_its_folder(path, folder, tmp_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr = 1\nnproc = 2\n[paralel]\ntp = 2", "unknown key paralel; did you mean parallel? allowed in the top level: data"),
+        ("lr = 1\nnproc = 2\n[paralel]\ntp = 2", "unknown key paralel; did you mean parallel? allowed in"),
         ('model = "m"\nlr = 1', "unknown key lr; allowed in the top level: dtype"),
         ('[model]\nfamily = "llama3"\n[generate]', "unknown key generate; allowed in the top level: data"),
         ("", "the key model is missing"),

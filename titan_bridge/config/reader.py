@@ -223,6 +223,7 @@ _WANTED = {
     "dict_type": "a table",
     "dataclass_type": "a table",
     "too_short": "a list that is not empty",
+    "string_too_short": "a text that is not empty",
 }
 
 
