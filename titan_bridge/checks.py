@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_bridge.cpu import is_cpu_backend
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ def check(config: InferConfig) -> dict[str, Any]:
         together = experts or parallel.dense == "shard"
         sizes = Sizes(dp=parallel.dp if together else 1, tp=parallel.tp, ep=parallel.ep)
         model_fits(hf_config, sizes, max_model_len=config.max_model_len)
+        if is_cpu_backend():
+            from titan_bridge.engine.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
+
+            check_head_dim(hf_config)
         weights_fit(config.model, options.step, hf_config)
     else:
         weights_present(config.model)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from titan_bridge.cpu import is_cpu_backend
+from titan_bridge.errors import BridgeError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,15 @@ class Train:
             for key, value, origin in rows:
                 print(f"{key:<{width}}  {json.dumps(value, default=str):<24}  {origin}")
             return 0
+        if is_cpu_backend():
+            from titan_bridge.engine.head_dims import check_head_dim  # vLLM's platform, seconds
+
+            try:
+                check_head_dim(job.hf_config)
+            except BridgeError as error:
+                print(
+                    f"titan-bridge: this model can be trained, but not served here: {error}", file=sys.stderr
+                )
         from titan_bridge.train.launch import train
         from titan_bridge.train.output import METRICS, find
         from titan_bridge.train.progress import duration, read_metrics
