@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 
 import pytest
 
@@ -19,6 +20,7 @@ from titan_bridge.commands import quiet as quiet_module
 from titan_bridge.commands.quiet import last_error, quiet, user_error
 from titan_bridge.engine import forking
 from titan_bridge.errors import BridgeError
+from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 
 
@@ -204,6 +206,18 @@ def test_serve_binds_threads_where_the_user_did_not(model):
     )  # fmt: skip
     bind = next(w for w in shlex.split(found.stdout) if w.startswith("VLLM_CPU_OMP_THREADS_BIND="))
     assert len(bind.split("|")) == 64
+
+
+@pytest.mark.parametrize("given", [None, "theirs,other"])
+def test_the_route_of_the_sharding_shuts_no_plugin_out(given, model, monkeypatch, capsys):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if given:
+        monkeypatch.setenv("VLLM_PLUGINS", given)
+    assert cli.main(["serve", model, "--sharding-spec", "--port", str(free_port()), "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    (named,) = (word.partition("=")[2].split(",") for word in words if word.startswith("VLLM_PLUGINS="))
+    installed = {point.name for point in metadata.entry_points(group="vllm.general_plugins")}
+    assert set(named) == ({"theirs", "other", "titan_bridge"} if given else installed)
 
 
 def test_config_shows_values_with_their_origin(tmp_path, capsys):

@@ -18,7 +18,7 @@ class Inspect(InferCommand):
     """Show where every parameter of a model lives on dp * tp ranks: mesh, placements, local shapes, bytes a rank.
 
     Needs config.json only: no weights, no GPU and no second process, at any size. The same layout comes from a
-    running engine (`titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec).
+    running engine: `titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec of `serve --sharding-spec`.
 
     Example: titan-bridge inspect out/demo/qwen3_moe --dp 2 --tp 2 --ep 4 --picture layout.svg
     """
