@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +144,25 @@ def test_bad_models_are_refused_in_one_line_before_an_engine_starts(
     assert captured.out == ""
     assert dict(os.environ) == environment
     assert forking.server_pid() is None
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "parity"])
+def test_a_tokenizer_that_cannot_be_read_is_refused_with_its_file(
+    command, model, tmp_path, capfd, no_orphans
+):
+    file = Path(shutil.copytree(model, tmp_path / "model")) / "tokenizer.json"
+    file.write_text('{"version": "1.0", ')
+    assert cli.main([command, str(file.parent)]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith(f"titan-bridge: {file} is no tokenizer: EOF while parsing")
+    assert captured.err.count("\n") == 1
+    if command != "generate":
+        return
+    file.unlink()
+    assert cli.main([command, str(file.parent)]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith(f"titan-bridge: {file.parent} has no tokenizer (tokenizer.json, ")
+    assert captured.err.count("\n") == 1
 
 
 def test_a_busy_port_is_refused(model, busy_port):

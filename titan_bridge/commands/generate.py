@@ -51,7 +51,7 @@ class Generate(InferCommand):
             from titan_bridge.engine import ranks
 
             with ranks.start(config) as started:
-                check(config)  # while they import vLLM
+                check(config, text=True)  # while they import vLLM
                 say(f"importing vLLM to run {config.model}")
                 outcome = started.generate()
         if self.json:

@@ -85,7 +85,8 @@ def _summary(totals: dict[str, Any]) -> str:
             f"least {human(least['bytes'])} on rank {least['rank']}"
         )
     return (
-        f"{totals['parameters']:,} parameters, {human(totals['global_bytes'])} in {totals['tensors']:,} tensors, "
+        f"{totals['parameters']:,} parameters, {human(totals['global_bytes'])} in {totals['tensors']:,} tensors "
+        f"of {', '.join(totals['dtypes'])}, "
         f"on {totals['ranks']:,} ranks: {each}"
     )
 
