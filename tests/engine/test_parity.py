@@ -14,7 +14,8 @@ from typing import Any, Literal
 import pytest
 from safetensors.torch import load_file, save_file
 
-from titan_bridge import cpu, parity
+from tests.unit.test_examples import words_of
+from titan_bridge import cli, cpu, parity
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.models import load_hf_config
 from titan_bridge.testing import make_checkpoint
@@ -112,6 +113,14 @@ def test_the_command_finds_the_numbers_of_both_references(
     models: dict[str, Path], model: str, options: str, bin_dir: Path, no_orphans: None
 ) -> None:
     check(*answer_of(bin_dir, models[model], options))
+
+
+def test_the_example_in_the_help_is_one_of_these_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["parity", "--help"])
+    command, _, *options = words_of(capsys.readouterr().out)
+    assert command == "parity"
+    assert ("moe", " ".join(options)) in COMMANDS
 
 
 def test_a_model_with_a_weight_that_is_nan_fails(bin_dir: Path, tmp_path: Path, no_orphans: None) -> None:

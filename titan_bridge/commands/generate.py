@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from titan_bridge.commands.infer import InferCommand, parse_vllm_options
+from titan_bridge.commands.infer import InferCommand, Int, Number, parse_vllm_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class Generate(InferCommand):
 
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; may be repeated. Without it: the prompts of the TOML."""
-    max_tokens: int | None = None
+    max_tokens: Int = None
     """New tokens a prompt."""
-    temperature: float | None = None
+    temperature: Number = None
     """0 takes the likeliest token each time."""
     json: bool = False
     """Print one JSON object."""

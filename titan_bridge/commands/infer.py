@@ -15,23 +15,29 @@ if TYPE_CHECKING:
     from titan_bridge.config.schema import InferConfig
 
 
+Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+"""Options that may be left out, without "None" in the help."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InferCommand:
     """Flags of a command that takes a model directory or a TOML file. A flag overrides the file."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Directory of the model, or a .toml file (see configs/infer/)."""
-    dp: int | None = None
+    dp: Int = None
     """Data parallel groups."""
-    tp: int | None = None
+    tp: Int = None
     """Tensor parallel ranks in a group."""
-    ep: int | None = None
-    """Ranks that share the experts: 1 (none) or dp * tp."""
-    dense: str | None = None
+    ep: Int = None
+    """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
+    dense: Text = None
     """Dense weights over dp: replicate or shard."""
-    dtype: str | None = None
+    dtype: Text = None
     """auto, float32, bfloat16 or float16."""
-    max_model_len: int | None = None
+    max_model_len: Int = None
     """Longest sequence in tokens."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Set one key of the TOML, for instance --set vllm.max_num_seqs=8; may be repeated."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from titan_bridge.commands.infer import InferCommand
+from titan_bridge.commands.infer import InferCommand, Int
 from titan_bridge.errors import BridgeError
 
 
@@ -23,7 +23,7 @@ class Inspect(InferCommand):
     Example: titan-bridge inspect out/demo/qwen3_moe --dp 2 --tp 2 --ep 4 --picture layout.svg
     """
 
-    rank: int | None = None
+    rank: Int = None
     """Show the local shapes and bytes of this rank."""
     all: bool = False
     """One row for every parameter, not one for all layers that look alike."""

@@ -7,7 +7,7 @@ import json
 
 import tyro
 
-from titan_bridge.commands.infer import InferCommand, parse_vllm_options
+from titan_bridge.commands.infer import InferCommand, Number, parse_vllm_options
 
 FLOAT32_TOLERANCE = 1e-4
 
@@ -22,7 +22,7 @@ class Parity(InferCommand):
     Example: titan-bridge parity out/demo/qwen3_moe --tp 2 --ep 2
     """
 
-    tolerance: float | None = None
+    tolerance: Number = None
     """Largest |difference| of log-probabilities allowed; 1e-4 in float32, not judged in other types."""
     json: bool = False
     """Print one JSON object."""

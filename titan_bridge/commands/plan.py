@@ -23,7 +23,7 @@ class Plan:
     SRC is a layout file (`titan-bridge inspect MODEL ... --json > file.json`) or a checkpoint directory in any
     format; DST is a layout file.
 
-    Example: titan-bridge plan train.json serve.json --picture traffic.svg
+    Example: titan-bridge plan out/demo/qwen3_moe serve.json --picture traffic.svg
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from titan_bridge.commands.infer import Int, Text
 from titan_bridge.cpu import is_cpu_backend
 from titan_bridge.errors import BridgeError
 
@@ -27,9 +28,9 @@ class Train:
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A .toml file (see configs/train/)."""
-    nproc: int | None = None
+    nproc: Int = None
     """Processes: the product of the degrees. On a GPU one a device, on a CPU with gloo."""
-    out: str | None = None
+    out: Text = None
     """Folder for checkpoints, logs and TensorBoard."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Set one key, for instance --set trainer.training.steps=50 or --set parallel.tp=2; may be repeated."""
