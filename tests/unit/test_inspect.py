@@ -132,6 +132,7 @@ def test_pictures(model, tmp_path, capsys):
     svg, png = tmp_path / "a.svg", tmp_path / "a.png"
     run(capsys, model, "--dp", 2, "--tp", 2, "--ep", 4, "--picture", svg, "--picture", png)
     assert len(list(ET.parse(svg).iter())) > 100
+    assert f"<!-- {model.name} (Qwen3MoeForCausalLM): dp=2 tp=2 ep=4, dense weights " in svg.read_text()
     with Image.open(png) as image:
         assert len(image.convert("L").getcolors()) > 10
 

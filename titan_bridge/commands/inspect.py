@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
@@ -55,7 +57,7 @@ class Inspect(InferCommand):
         for file in self.picture:
             from titan_bridge.sharding.picture import layout_picture  # matplotlib
 
-            layout_picture(found, file, title=_title(config.model, sizes, parallel.dense))
+            layout_picture(found, file, title=_title(config.model, hf, sizes, parallel.dense))
         if self.json and self.rank is None:
             print(json.dumps(found.to_json()))
         elif self.json:
@@ -82,8 +84,10 @@ class Inspect(InferCommand):
         return 0
 
 
-def _title(model: str, sizes: object, dense: str) -> str:
-    from pathlib import Path
-
+def _title(model: str, hf: Mapping[str, Any], sizes: object, dense: str) -> str:
+    folder = Path(model).resolve()
+    while folder.name == "checkpoint" or folder.name.startswith("step-"):  # of a training run
+        folder = folder.parent
+    architecture = ", ".join(hf.get("architectures") or ["unknown architecture"])
     numbers = " ".join(f"{axis}={getattr(sizes, axis)}" for axis in ("dp", "tp", "ep"))
-    return f"{Path(model).resolve().name}: {numbers}, dense weights {dense}"
+    return f"{folder.name} ({architecture}): {numbers}, dense weights {dense}"

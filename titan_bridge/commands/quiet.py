@@ -20,10 +20,10 @@ _COLOR = "VLLM_LOGGING_COLOR"
 STAGES = {
     "Initializing a V1 LLM engine": "starting the workers",
     "Starting to load model": "building the model and reading its weights",
-    "Model loading took": "reserving the cache and warming up",
+    "on this rank": "reserving the cache and warming up",
     "init engine (": "generating",
 }
-"""What vLLM logs when a stage of a start begins, in their order -> what the progress line says from then on."""
+"""What vLLM and our loader log when a stage of a start begins, in their order -> what the progress line says then."""
 
 
 class Progress:
