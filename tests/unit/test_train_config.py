@@ -182,6 +182,10 @@ REFUSED = {
         "nproc = 3\n",
         "parallel.dp=2",
     ): "a.toml: nproc=3 is not the product of the degrees dp=2 = 2; set nproc=2",
+    (
+        "",
+        "trainer.parallelism.pipeline_parallel_degree=2",
+    ): "--set: trainer.parallelism.pipeline_parallel_degree = 2 is not supported by titan-bridge train; allowed: 1",
     ("", "lr=inf"): "--set: lr = inf (float) is not allowed; it must be a finite number",
     ("", "out="): "--set: out = '' (str) is not allowed; it must be a text that is not empty",
     (
