@@ -182,8 +182,8 @@ def _degrees(
     if parallelism.pipeline_parallel_degree > 1:
         key = "trainer.parallelism.pipeline_parallel_degree"
         raise BridgeError(
-            f"{origin.get(key, 'the configuration')}: {key} = {parallelism.pipeline_parallel_degree} is not supported by "
-            "titan-bridge train; allowed: 1"
+            f"{origin.get(key, 'the configuration')}: {key} = {parallelism.pipeline_parallel_degree} is not supported "
+            "by titan-bridge train; allowed: 1"
         )
     others = (
         parallelism.data_parallel_replicate_degree
