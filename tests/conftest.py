@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -27,6 +28,7 @@ for _name, _value in {
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKSTOP_SECONDS = 30
+GRACE_SECONDS = 5
 _PR_SET_CHILD_SUBREAPER = 36
 _STDERR = os.dup(2)  # before pytest captures it
 
@@ -106,12 +108,20 @@ def kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def _left(before: set[int]) -> list[int]:
+    return [pid for pid in descendants() if pid not in before and not _stays(pid)]
+
+
 @pytest.fixture
 def no_orphans() -> Iterator[None]:
-    """Fails the test if a process that it started is still alive at its end."""
+    """Fails the test if a process that it started is still alive `GRACE_SECONDS` after its end."""
     before = set(descendants())
     yield
-    left = [p for p in descendants() if p not in before and not _stays(p)]
+    left = _left(before)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while left and time.monotonic() < deadline:  # one that was told to end needs a moment of a busy machine
+        time.sleep(0.05)
+        left = _left(before)
     commands = [_command(pid) for pid in left]
     kill(left)
     assert not left, f"left alive: {commands}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_bridge.cpu import is_cpu_backend
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
 
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
     from titan_bridge.mesh import Sizes
 
 
-def check(config: InferConfig) -> dict[str, Any]:
+_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+"""Files of tokenizers that have no tokenizer.json."""
+
+
+def check(config: InferConfig, *, text: bool = False) -> dict[str, Any]:
     """All checks on the model that need no engine; returns the parsed config.json.
 
+    `text`: prompts will be text, so that a tokenizer must be there.
     For "torchtitan" these are the family, the sizes and our options, too, which imports torchtitan (3 s).
 
     Raises:
@@ -38,10 +44,38 @@ def check(config: InferConfig) -> dict[str, Any]:
         together = experts or parallel.dense == "shard"
         sizes = Sizes(dp=parallel.dp if together else 1, tp=parallel.tp, ep=parallel.ep)
         model_fits(hf_config, sizes, max_model_len=config.max_model_len)
+        if is_cpu_backend():
+            from titan_bridge.engine.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
+
+            check_head_dim(hf_config)
         weights_fit(config.model, options.step, hf_config)
     else:
         weights_present(config.model)
+    vllm = config.engine_options()
+    if not vllm.get("skip_tokenizer_init"):
+        tokenizer_reads(Path(vllm.get("tokenizer") or config.model), needed=text)
     return hf_config
+
+
+def tokenizer_reads(folder: Path, *, needed: bool) -> None:
+    """Check that the tokenizer in a folder can be read, and, if it is `needed`, that there is one.
+
+    Raises:
+        BridgeError: the file that is missing or broken.
+    """
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer  # noqa: PLC0415  not needed for what is refused before
+
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # it raises nothing more special
+            raise BridgeError(f"{file} is no tokenizer: {error}; copy or download it again") from None
+    elif needed and folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise BridgeError(
+            f"{folder} has no tokenizer (tokenizer.json, or one of {', '.join(_TOKENIZERS)}), which text needs; "
+            "put it there, or name the folder of one: --set vllm.tokenizer=DIR"
+        )
 
 
 def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int | None = None) -> None:

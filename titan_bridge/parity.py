@@ -7,6 +7,7 @@ time out of the prefix cache, so that a fault in any of these shows as a number.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,10 +44,20 @@ class Difference:
     reference: str
     tokens: int
     """Log-probabilities compared, prompt tokens included."""
-    max: float
-    mean: float
+    max: float | None
+    """Largest |difference|; None where a log-probability is not finite."""
+    mean: float | None
+    """Mean |difference|; None where a log-probability is not finite."""
     diverged: str | None
     """The first greedy token that the reference would not have taken; None if there is none."""
+    not_finite: str | None
+    """The first token with a log-probability that is NaN or infinite, and on which side; None if there is none."""
+
+    def holds(self, tolerance: float | None, *, greedy: bool) -> bool:
+        """Whether every number is finite and within `tolerance` (None: any), and with `greedy` every token the same."""
+        if self.not_finite is not None or (greedy and self.diverged is not None):
+            return False
+        return tolerance is None or (self.max is not None and self.max <= tolerance)
 
 
 def prompts(vocab_size: int, *, max_model_len: int | None = None) -> list[list[int]]:
@@ -111,8 +122,8 @@ def compare(completions: Sequence[Mapping[str, Any]], name: str, logprobs: Logpr
         name: Of the reference.
         logprobs: Of the reference.
     """
-    total, worst, count = 0.0, 0.0, 0
-    diverged = None
+    differences: list[float] = []
+    diverged = not_finite = None
     known: dict[tuple[int, ...], torch.Tensor] = {}
     for index, completion in enumerate(completions):
         prompt, new = list(completion["prompt_token_ids"]), list(completion["token_ids"])
@@ -120,14 +131,17 @@ def compare(completions: Sequence[Mapping[str, Any]], name: str, logprobs: Logpr
         if key not in known:
             known[key] = logprobs(key)
         expected_LV = known[key]
-        engine: list[tuple[int, float]] = list(enumerate(completion["logprobs"], start=len(prompt)))
-        if completion["prompt_logprobs"] is not None:
-            engine += [
-                (i, value) for i, value in enumerate(completion["prompt_logprobs"]) if value is not None
-            ]
-        for position, value in engine:
-            difference = abs(value - expected_LV[position - 1, key[position]].item())
-            worst, total, count = max(worst, difference), total + difference, count + 1
+        of_prompt = completion["prompt_logprobs"] or [None] * len(prompt)
+        for position, value in enumerate([*of_prompt, *completion["logprobs"]]):
+            if value is None:
+                continue
+            expected = expected_LV[position - 1, key[position]].item()
+            if not_finite is None and not (math.isfinite(value) and math.isfinite(expected)):
+                not_finite = (
+                    f"prompt {index} ({len(prompt)} tokens), position {position}, token {key[position]}: "
+                    f"the engine says {value}, {name} {expected}"
+                )
+            differences.append(abs(value - expected))
         if diverged is None:
             best = expected_LV[len(prompt) - 1 : len(key) - 1].argmax(-1).tolist()
             wrong = next(
@@ -135,4 +149,12 @@ def compare(completions: Sequence[Mapping[str, Any]], name: str, logprobs: Logpr
             )
             if wrong is not None:
                 diverged = f"prompt {index} ({len(prompt)} tokens), new token {wrong}: {new[wrong]}, not {best[wrong]}"
-    return Difference(reference=name, tokens=count, max=worst, mean=total / max(count, 1), diverged=diverged)
+    known_all = not_finite is None and differences
+    return Difference(
+        reference=name,
+        tokens=len(differences),
+        max=max(differences) if known_all else None,
+        mean=sum(differences) / len(differences) if known_all else None,
+        diverged=diverged,
+        not_finite=not_finite,
+    )

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from titan_bridge import cpu
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.engine.ranks import Outcome, generate
+from titan_bridge.engine.offline import complete, engine
+from titan_bridge.engine.ranks import generate
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
@@ -15,8 +17,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
 # vLLM steps the dp ranks of a mixture of experts together; those of a dense model only because we ask for it.
 @pytest.mark.parametrize(("family", "tied"), [("qwen3_moe", False), ("qwen3", True)])
-def test_sharded_dense_weights_give_the_same_bits(
-    tmp_path: Path, family: str, tied: bool, no_orphans: None
+def test_sharded_dense_weights_give_the_bits_of_one_rank_that_has_them_all(
+    tmp_path: Path, family: str, tied: bool, monkeypatch: pytest.MonkeyPatch, no_orphans: None
 ) -> None:
     model = make_checkpoint(tmp_path / family, family, tie_word_embeddings=tied, hidden_size=256)
     # Both ranks get prompts of their own and finish at different times, so that each idles while the other decodes.
@@ -26,23 +28,32 @@ def test_sharded_dense_weights_give_the_same_bits(
         for i in range(len(prompts))
     ]
 
-    def run(dense: str) -> Outcome:
-        config = InferConfig(
-            model=str(model),
-            dtype="float32",
-            parallel=Parallel(dp=2, dense=dense),  # type: ignore[arg-type]
-            max_model_len=256,
-            # One sequence a step: which requests share a batch is a matter of time, and bits of the shape of a batch.
-            vllm={"enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 1},
+    def config(parallel: Parallel, **options: object) -> InferConfig:
+        # One sequence a step: which requests share a batch is a matter of time, and bits of the shape of a batch.
+        few = {
+            "enforce_eager": True,
+            "max_num_batched_tokens": 64,
+            "max_num_seqs": 1,
+            "num_gpu_blocks_override": 32,
+        }
+        return InferConfig(
+            model=str(model), dtype="float32", parallel=parallel, max_model_len=256, vllm={**few, **options}
         )
-        return generate(config, prompts, sampling)
 
-    whole, sharded = run("replicate"), run("shard")
-    for outcome in (whole, sharded):
-        assert outcome.model_class == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
-        assert not outcome.killed_ranks
-    assert sharded.completions == whole.completions
-    before, after = (max(w["local_bytes"] for w in o.workers) for o in (whole, sharded))
-    print(f"bytes of parameters a rank: {before:,} replicated, {after:,} sharded")
+    sharded = generate(config(Parallel(dp=2, dense="shard")), prompts, sampling)
+    assert sharded.model_class == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+    assert not sharded.killed_ranks
+    with monkeypatch.context() as patch:
+        patch.setenv(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # the scheduler runs here, which saves an import of vLLM
+        patch.setenv(
+            cpu.BIND, str(cpu.cores()[0].cpu)
+        )  # as many threads as each of two ranks: bits depend on it
+        with engine(config(Parallel(), distributed_executor_backend="mp")) as (llm, (whole,), _):
+            completions, _ = complete(llm, prompts, sampling)
+    assert list(sharded.completions) == completions
+    after = max(worker["local_bytes"] for worker in sharded.workers)
+    print(f"bytes of parameters a rank: {whole['local_bytes']:,} whole, {after:,} sharded")
     # Experts are dense here (ep=1), so that all weights are halved but those rows that do not divide.
-    assert after <= 0.51 * before
+    assert after <= 0.51 * whole["local_bytes"]

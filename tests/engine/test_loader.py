@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,23 @@ def test_every_rank_gets_its_slices_and_reads_no_more(moe: Path, sizes: Sizes, d
                     assert torch.equal(mine[piece.local.slices], whole[fqn][piece.box.slices]), fqn
             padding = sizes.tp * -(-777 // sizes.tp) - 777
             assert 0 <= sum(t.nbytes for t in live.values()) - loader.bytes_read <= 2 * padding * 128 * 4
+
+
+def test_weights_that_are_not_finite_are_told(moe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = load_file(moe / "model.safetensors")
+    tensors["model.norm.weight"][3:5] = torch.nan
+    tensors["model.layers.1.mlp.experts.7.up_proj.weight"][0, 0] = torch.inf
+    loader, _, _ = rank_of(moe, Sizes(tp=2, ep=2), 1)
+    logging.getLogger("vllm").addHandler(caplog.handler)  # vLLM's loggers do not propagate
+    try:
+        loader.load(iter(tensors.items()))
+    finally:
+        logging.getLogger("vllm").removeHandler(caplog.handler)
+    told = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    assert told == {
+        "2 weights are NaN: norm.weight (2)",
+        "1 weights are infinite: layers.1.moe.routed_experts.inner_experts.w3_EFD (1)",
+    }
 
 
 def test_all_offenders_are_named(moe: Path) -> None:

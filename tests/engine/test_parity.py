@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 from itertools import pairwise
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from titan_bridge import cpu, parity
+from tests.unit.test_examples import words_of
+from titan_bridge import cli, cpu, parity
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.models import load_hf_config
 from titan_bridge.testing import make_checkpoint
@@ -110,6 +113,32 @@ def test_the_command_finds_the_numbers_of_both_references(
     models: dict[str, Path], model: str, options: str, bin_dir: Path, no_orphans: None
 ) -> None:
     check(*answer_of(bin_dir, models[model], options))
+
+
+def test_the_example_in_the_help_is_one_of_these_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["parity", "--help"])
+    command, _, *options = words_of(capsys.readouterr().out)
+    assert command == "parity"
+    assert ("moe", " ".join(options)) in COMMANDS
+
+
+def test_a_model_with_a_weight_that_is_nan_fails(bin_dir: Path, tmp_path: Path, no_orphans: None) -> None:
+    """The difference of NaN and NaN is within no tolerance; the log names the weight, the answer the first token."""
+    model = make_checkpoint(tmp_path / "nan", "qwen3", num_hidden_layers=1)
+    state = load_file(model / "model.safetensors")
+    state["model.norm.weight"][7] = math.nan
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    command = [str(bin_dir / "titan-bridge"), "parity", str(model), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    facts = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert not facts["holds"]
+    for row in facts["references"]:
+        assert row["max"] is row["mean"] is None
+        assert row["not_finite"].startswith("prompt 0 (3 tokens), position 1, token ")
+        assert row["not_finite"].endswith(f": the engine says nan, {row['reference']} nan")
+    assert "titan-bridge: 1 weights are NaN: norm.weight (1)\n" in done.stderr
 
 
 def answer_here(

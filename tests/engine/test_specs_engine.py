@@ -47,14 +47,12 @@ def from_python(model):
 
 @pytest.fixture(scope="module")
 def url(model, tmp_path_factory, serve) -> Iterator[str]:
-    """A real server whose VLLM_PLUGINS names the plugin."""
+    """A real server with the route."""
     options = (
         "--tp", "2", "--ep", "2", "--dtype", "float32", "--max-model-len", "64", "--enforce-eager",
-        "--max-num-seqs", "2",
+        "--max-num-seqs", "2", "--sharding-spec",
     )  # fmt: skip
-    with serve(
-        model, tmp_path_factory.mktemp("server") / "log", *options, VLLM_PLUGINS="titan_bridge"
-    ) as url:
+    with serve(model, tmp_path_factory.mktemp("server") / "log", *options) as url:
         yield url
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,32 @@ def test_cores_are_shared_out_among_the_workers_of_this_machine(monkeypatch: pyt
     assert load._threads(cpus, 8) == 1
     monkeypatch.setenv(WORKERS, "4")  # the other half is on another machine
     assert load._threads(cpus, 8) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_not_finite_is_counted_by_each_rank_in_what_it_holds(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_threads", lambda cpus, ranks: threads)
+    source = make_checkpoint(tmp_path, "llama3", num_hidden_layers=2, tokenizer=False)
+    state = load_file(source / "model.safetensors")
+    state["model.norm.weight"][3:5] = math.nan
+    state["model.layers.1.mlp.down_proj.weight"][0, :2] = -math.inf
+    state["model.layers.0.mlp.up_proj.weight"][-1, 0] = 1e6  # too large for float16
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    hf = json.loads((source / "config.json").read_text())
+    served = layout(hf, Sizes(tp=2))
+    found = []
+    for rank in (0, 1):
+        live = {fqn: torch.zeros(served.local_shape(fqn, rank), dtype=torch.float16) for fqn in served.params}
+        with open_checkpoint(source) as checkpoint:
+            loaded = load_into(
+                checkpoint, live, served, rank, family=family_for(hf), hf=hf, padded_vocab=768, buffers={}
+            )
+        assert loaded.dtypes == ("float32",)
+        found.append((loaded.nan, loaded.inf))
+    nan = {"norm.weight": 2}  # on every rank
+    assert found == [
+        (nan, {"layers.1.feed_forward.w2.weight": 2}),
+        (nan, {"layers.0.feed_forward.w3.weight": 1}),
+    ]

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from titan_bridge import cli, cpu
 from titan_bridge.commands import doctor
+from titan_bridge.commands import quiet as quiet_module
 from titan_bridge.commands.quiet import last_error, quiet, user_error
 from titan_bridge.engine import forking
 from titan_bridge.engine.ranks import devices
@@ -27,6 +30,12 @@ from titan_bridge.testing import make_checkpoint, make_run
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(make_checkpoint(tmp_path_factory.mktemp("qwen3"), "qwen3", tokenizer=False))
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama3")
+    return str(make_checkpoint(path, "llama3", head_dim=16, num_hidden_layers=1, tokenizer=False))
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -110,20 +119,24 @@ BAD_MODELS = {
         "unknown key additional_config.titan.foo; allowed: dense, ",
     ),
     "architecture": (["{other}"], "BertForMaskedLM"),
+    "head_dim": (
+        ["{narrow}"],
+        "head_dim=16 has no kernel in vLLM's attention on CPUs; allowed: 32, 48, 64, 80, ",
+    ),
 }
 
 
 @pytest.mark.parametrize("command", ["serve", "generate", "parity"])
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_bad_models_are_refused_in_one_line_before_an_engine_starts(
-    case, command, tmp_path, model, capfd, no_orphans
+    case, command, tmp_path, model, narrow, capfd, no_orphans
 ):
     other = tmp_path / "other"
     (empty := tmp_path / "empty").mkdir()
     other.mkdir()
     (other / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
     arguments, expected = BAD_MODELS[case]
-    names = {"folder": str(empty), "model": model, "other": str(other)}
+    names = {"folder": str(empty), "model": model, "other": str(other), "narrow": narrow}
     environment = dict(os.environ)
     assert cli.main([command, *(argument.format(**names) for argument in arguments)]) == 2
     captured = capfd.readouterr()
@@ -217,6 +230,25 @@ def test_a_full_disk_has_no_name_of_its_own(monkeypatch, capsys):
     monkeypatch.setenv(cli.DEBUG, "1")
     with pytest.raises(OSError, match="No space"):
         cli.main(["inspect"])
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "parity"])
+def test_a_tokenizer_that_cannot_be_read_is_refused_with_its_file(
+    command, model, tmp_path, capfd, no_orphans
+):
+    file = Path(shutil.copytree(model, tmp_path / "model")) / "tokenizer.json"
+    file.write_text('{"version": "1.0", ')
+    assert cli.main([command, str(file.parent)]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith(f"titan-bridge: {file} is no tokenizer: EOF while parsing")
+    assert captured.err.count("\n") == 1
+    if command != "generate":
+        return
+    file.unlink()
+    assert cli.main([command, str(file.parent)]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith(f"titan-bridge: {file.parent} has no tokenizer (tokenizer.json, ")
+    assert captured.err.count("\n") == 1
 
 
 def test_a_busy_port_is_refused(model, busy_port):
@@ -399,6 +431,18 @@ def test_serve_binds_threads_where_the_user_did_not(model):
     assert len(bind.split("|")) == 64
 
 
+@pytest.mark.parametrize("given", [None, "theirs,other"])
+def test_the_route_of_the_sharding_shuts_no_plugin_out(given, model, monkeypatch, capsys):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if given:
+        monkeypatch.setenv("VLLM_PLUGINS", given)
+    assert cli.main(["serve", model, "--sharding-spec", "--port", str(free_port()), "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    (named,) = (word.partition("=")[2].split(",") for word in words if word.startswith("VLLM_PLUGINS="))
+    installed = {point.name for point in metadata.entry_points(group="vllm.general_plugins")}
+    assert set(named) == ({"theirs", "other", "titan_bridge"} if given else installed)
+
+
 def test_config_shows_values_with_their_origin(tmp_path, capsys):
     file = tmp_path / "a.toml"
     file.write_text('model = "m"\n[parallel]\ntp = 2\n')
@@ -456,21 +500,54 @@ def test_doctor_finds_both_vllms_and_a_broken_torchvision(tmp_path, monkeypatch)
 
 def test_quiet_keeps_noise_of_children_out_and_finds_the_users_mistake_in_it(capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with quiet("working"):
+    with quiet() as say:
+        say("working")
         subprocess.run([sys.executable, "-c", "import sys; print('noise'); print('more', file=sys.stderr)"])
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "noise" not in captured.err
     assert "more" not in captured.err
-    with pytest.raises(BridgeError, match=r"^ep=3 does not divide$"), quiet("working"):
+    with pytest.raises(BridgeError, match=r"^ep=3 does not divide$"), quiet():
         os.write(1, b"(Worker pid=1) titan_bridge.errors.BridgeError: ep=3 does not divide\n")
         raise RuntimeError("Engine core initialization failed. See root cause above.")
-    with pytest.raises(BridgeError, match=r"^mine$"), quiet("working"):
+    with pytest.raises(BridgeError, match=r"^mine$"), quiet():
         raise RuntimeError("outer") from BridgeError("mine")
-    with pytest.raises(RuntimeError, match=r"OSError: no space \(log: .*\.log\)"), quiet("working"):
+    with pytest.raises(RuntimeError, match=r"OSError: no space \(log: .*\.log\)"), quiet():
         os.write(2, b"(EngineCore pid=1) ERROR 01-01 [core.py:1] OSError: no space\n")
         raise RuntimeError("Engine core initialization failed. See root cause above.")
-    assert len(list(tmp_path.glob("*.log"))) == 1  # only the failure that it could not explain keeps its log
+    (log,) = tmp_path.iterdir()  # only the failure that it could not explain keeps its log
+    assert "OSError: no space" in log.read_text()
+
+
+def test_the_progress_line_follows_the_log(capfd):
+    with quiet() as say:
+        say("importing vLLM")
+        for line in (*quiet_module.STAGES, "noise"):
+            os.write(1, f"(EngineCore pid=1) INFO 01-01 [core.py:1] {line} of x\n".encode())
+            time.sleep(0.4)
+    told = [f"titan-bridge: {what}\n" for what in ("importing vLLM", *quiet_module.STAGES.values())]
+    assert capfd.readouterr().err == "".join(told)
+
+
+ENDS = """
+import os, signal, sys
+from titan_bridge.commands.quiet import quiet
+with quiet() as say:
+    print("noise", flush=True)
+    END
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(3)", "raise KeyboardInterrupt"]
+)
+def test_no_log_is_left_whichever_way_a_command_ends(end, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS.replace("END", end)],
+        env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_reasons_in_vllms_log():

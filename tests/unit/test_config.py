@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import socket
 import subprocess
 import typing
@@ -147,6 +148,9 @@ REFUSED = {
     'model = "m"\n[vllm]\ntensor_parallel_size = 2': "vllm.tensor_parallel_size is set by parallel.tp",
     'model = "m"\n[vllm.additional_config.titan]\nep = 2': "vllm.additional_config.titan.ep is set by parallel.ep",
     'model = "m"\n[vllm.additional_config]\ntitan = 1': "vllm.additional_config.titan is 1; it must be a table",
+    'model = ""': "model = '' (str) is not allowed; it must be a text that is not empty",
+    'model = "m"\n[generate]\ntemperature = inf': "temperature = inf (float) is not allowed; it must be a finite",
+    'model = "m"\n[generate]\ntemperature = nan': "temperature = nan (float) is not allowed; it must be a finite",
     "[parallel]\ntp = 1": "the key model is missing; it is required",
 }
 
@@ -184,6 +188,32 @@ def test_a_file_of_the_other_kind_is_called_one(command, file, message, capsys):
     assert f"{path} {message}" in said
     assert "allowed here: " in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("folder", ["infer", "train", "elsewhere"])
+@pytest.mark.parametrize(
+    "path", [path for kind in KINDS for path in sorted((ROOT / "configs" / kind).glob("*.toml"))], ids=str
+)
+def test_what_a_file_is_depends_on_its_keys_not_on_its_folder(path, folder, tmp_path, capsys):
+    (tmp_path / folder).mkdir()
+    copied = shutil.copy(path, tmp_path / folder / "a.toml")
+    assert cli.main(["config", str(copied), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert ("model.family" in shown) == (path.parent.name == "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = 1\nnproc = 2\n[paralel]\ntp = 2", "unknown key paralel; did you mean parallel? allowed in"),
+        ('model = "m"\nlr = 1', "unknown key lr; allowed in the top level: dtype"),
+        ('[model]\nfamily = "llama3"\n[generate]', "unknown key generate; allowed in the top level: data"),
+        ("", "the key model is missing"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_file_is_held_against_the_kind_that_it_is_most_like(text, message, write, capsys):
+    assert cli.main(["config", write(text)]) == 2
+    assert message in capsys.readouterr().err
 
 
 SYNTAX = {

@@ -105,7 +105,10 @@ def test_table_says_which_rank_and_where(model, capsys):
         "layers.*.moe.routed_experts.inner_experts.w1_EFD  x2", "8 x 64 x 128", "sparse", "R, R, S(0)", "2 x 64 x 128",
         "131.07 kB",
     ]  # fmt: skip
-    assert "layers.1.attention.wo.weight" in run(capsys, model, "--all")
+    every = run(capsys, model, "--all", "--dtype", "bfloat16")
+    assert "layers.1.attention.wo.weight" in every
+    assert " tensors of float32; " in printed
+    assert " tensors of bfloat16; " in every
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,7 @@ def test_pictures(model, tmp_path, capsys):
     svg, png = tmp_path / "a.svg", tmp_path / "a.png"
     run(capsys, model, "--dp", 2, "--tp", 2, "--ep", 4, "--picture", svg, "--picture", png)
     assert len(list(ET.parse(svg).iter())) > 100
+    assert f"<!-- {model.name} (Qwen3MoeForCausalLM): dp=2 tp=2 ep=4, dense weights " in svg.read_text()
     with Image.open(png) as image:
         assert len(image.convert("L").getcolors()) > 10
 

@@ -137,7 +137,7 @@ def test_every_axis_of_every_mesh_has_a_size() -> None:
         ),
         (
             {"tp": 3, "ep": 3},
-            "tp=3 does not divide n_heads=8, n_kv_heads=4, hidden_size=256; allowed for this model: 1, 2, 4; "
+            "tp=3 does not divide n_heads=8, n_kv_heads=4, intermediate_size=256; allowed for this model: 1, 2, 4; "
             "ep=3 does not divide num_experts=8; allowed with dp=1, tp=3: 1",
         ),
     ],
@@ -153,7 +153,7 @@ def test_expert_hidden_sizes_need_to_divide_only_without_expert_parallelism() ->
     hf = QWEN3_MOE | {"moe_intermediate_size": 65}
     config = family_for(hf).model_config(hf)
     check_divides(config, Sizes(tp=2, ep=2))
-    with pytest.raises(BridgeError, match="tp=2 does not divide moe_hidden_size=65"):
+    with pytest.raises(BridgeError, match="tp=2 does not divide moe_intermediate_size=65"):
         check_divides(config, Sizes(tp=2))
 
 

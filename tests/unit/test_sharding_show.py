@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
 from tests.unit.test_sharding_boxes import shardings
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import Layout, MeshLayout, ParamLayout, ShardingSpec, placement_from_str
-from titan_bridge.sharding.holders import Held
-from titan_bridge.sharding.picture import layout_picture, traffic_picture
+from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.holders import BoxHolders, Held
+from titan_bridge.sharding.picture import layout_figure, layout_picture, traffic_figure, traffic_picture
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.show import (
     human,
@@ -160,6 +165,80 @@ def test_pictures(tmp_path, suffix):
                 assert len(image.convert("L").getcolors()) > 10
     with pytest.raises(BridgeError, match="must end in one of"):
         layout_picture(example(), tmp_path / "layout.txt")
+
+
+FILE = "/a/long/folder/model-00001-of-00099.tensors."
+
+
+def texts_of(figure) -> dict[str, list]:
+    """Where each visible text of a figure is: text -> boxes in pixels."""
+    FigureCanvasAgg(figure).draw()
+    found: dict[str, list] = {}
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible()):
+        if text.get_text().strip():
+            found.setdefault(text.get_text(), []).append(text.get_window_extent())
+    return found
+
+
+def is_readable(figure) -> None:
+    """No text lies on another, and none outside of the picture."""
+    boxes = [(text, box) for text, boxes in texts_of(figure).items() for box in boxes]
+    for text, box in boxes:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, text
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), (one, other)
+
+
+def test_dim_0_is_always_vertical_and_a_tensor_of_one_dim_is_a_strip():
+    layout = example()
+    layout = replace(layout, params=layout.params | {"layers.0.w1_EFD": param("sparse", (3, 4, 2), "S(1)")})
+    layout = replace(layout, params=layout.params | {"layers.0.w2_EDF": param("sparse", (3, 4, 2), "S(2)")})
+    figure = layout_figure(layout, title="a model: tp=2")
+    is_readable(figure)
+    assert "a model: tp=2" in texts_of(figure)
+    maps = [axes for axes in figure.axes if axes.get_ylabel().startswith("dim ")]
+    assert len(maps) == 6
+    across = {}
+    for axes in maps:
+        shape = next(
+            child.get_text() for child in axes.texts if " × " in child.get_text() or child.get_text() == "4"
+        )
+        length = int(shape.split(" × ")[0])
+        assert axes.get_ylabel() == f"dim 0: {length}"
+        assert axes.get_ylim() == (length, 0)  # the first row is above
+        across.setdefault(shape, []).append(axes.get_xlabel().splitlines()[0])
+        wide = axes.get_position().width * figure.get_size_inches()[0]
+        assert (wide < 0.8) == (shape == "4")
+    assert across["4"] == [""]
+    assert across["3 × 4 × 2"] == ["dim 1: 4", "dim 1: 4", "dim 2: 2"]
+
+
+@pytest.mark.parametrize(
+    ("senders", "receivers", "file"),
+    [(2, 4, ""), (1, 1, ""), (12, 12, FILE), (3, 64, FILE), (64, 64, "")],
+)
+def test_a_picture_of_traffic_has_units_and_no_text_on_another(senders, receivers, file):
+    count = math.lcm(senders, receivers) * 1000
+    source, target = (
+        [Held(name="w", shape=(count,), dtype="int8", by=BoxHolders(chunks=tuple(
+            (f"{name}{i}" if name else i, Box(start=(i * count // n,), stop=((i + 1) * count // n,))) for i in range(n)
+        )))]
+        for n, name in ((senders, file), (receivers, ""))
+    )  # fmt: skip
+    made = plan(source, target)
+    figure = traffic_figure(made, title="from here to there")
+    is_readable(figure)
+    texts = texts_of(figure)
+    assert "from here to there" in texts
+    assert "sender" in texts
+    assert "received" in texts
+    each = human(count // max(senders, receivers))
+    if max(senders, receivers) <= 12:
+        (grid,) = (axes for axes in figure.axes if axes.images)
+        assert [text.get_text() for text in grid.texts] == [each] * max(senders, receivers)
+    assert human(count // receivers) in texts  # the largest sum, on its bar or on the axis
+    assert not any("10^" in text or "\\times" in text for text in texts)  # bytes have units everywhere
 
 
 def test_pictures_of_little(tmp_path):

@@ -172,7 +172,7 @@ REFUSED = {
     (
         "",
         "parallel.tp=3",
-    ): "--set: tp=3 does not divide n_heads=4, n_kv_heads=2, hidden_size=128; allowed for this",
+    ): "--set: tp=3 does not divide n_heads=4, n_kv_heads=2, intermediate_size=128; allowed for this",
     ("", "parallel.ep=2"): "--set: ep=2 does not divide dp*tp=1; allowed with dp=1, tp=1: 1",
     (
         "",
@@ -182,6 +182,20 @@ REFUSED = {
         "nproc = 3\n",
         "parallel.dp=2",
     ): "a.toml: nproc=3 is not the product of the degrees dp=2 = 2; set nproc=2",
+    (
+        "",
+        "trainer.parallelism.pipeline_parallel_degree=2",
+    ): "--set: trainer.parallelism.pipeline_parallel_degree = 2 is not supported by titan-bridge train; allowed: 1",
+    ("", "lr=inf"): "--set: lr = inf (float) is not allowed; it must be a finite number",
+    ("", "out="): "--set: out = '' (str) is not allowed; it must be a text that is not empty",
+    (
+        "",
+        "trainer.training.max_norm=nan",
+    ): "trainer.training.max_norm = nan (float) is not allowed; it must be a finite number",
+    (
+        "",
+        "trainer.lr_scheduler.decay_ratio=inf",
+    ): "decay_ratio = inf (float) is not allowed; it must be a finite",
     ("", "lr=0"): "--set: lr = 0 (int) is not allowed; it must be greater than 0",
     ("", "trainer.training.stepz=1"): "--set: unknown key trainer.training.stepz; did you mean "
     "trainer.training.steps? allowed in [trainer.training]: disable_cuda_graphs",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.finite import NotFinite
 from titan_bridge.checkpoint.mapping import check_source, views_between
 from titan_bridge.cpu import WORKERS, unbound_cpus
 from titan_bridge.sharding.layout import Layout
@@ -37,6 +38,12 @@ class Loaded:
     """Bytes that came from the files; equal to `bytes_planned`."""
     bytes_total: int
     """Bytes of the whole model in the checkpoint."""
+    dtypes: tuple[str, ...]
+    """Types of the checkpoint's tensors, in order of their names."""
+    nan: Mapping[str, int]
+    """Elements that are NaN in live tensors of this rank, by FQN; those without any are left out."""
+    inf: Mapping[str, int]
+    """The same of infinite ones, those included that were too large for the live tensor's dtype."""
 
 
 def load_into(
@@ -78,7 +85,9 @@ def load_into(
 
     def fetch(copy: Copy) -> None:
         checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
+        not_finite.copied(copy)
 
+    not_finite = NotFinite(live, copies)
     left = Counter(copy.destination_name for copy in copies)
     elements: Counter[str] = Counter()
     for copy in copies:
@@ -117,6 +126,9 @@ def load_into(
         bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
         bytes_read=checkpoint.bytes_read - before,
         bytes_total=checkpoint.nbytes,
+        dtypes=tuple(sorted({dtype_name(stored.dtype) for stored in checkpoint.tensors.values()})),
+        nan=not_finite.nan,
+        inf=not_finite.inf,
     )
 
 

@@ -18,7 +18,9 @@ class Config:
     Example: titan-bridge config configs/infer/qwen3_moe_tp2_ep2.toml --set parallel.tp=4
     """
 
-    file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = None
+    file: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help_behavior_hint="")
+    ] = None
     """A .toml file (see configs/infer/ and configs/train/)."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Set one key, for instance --set parallel.tp=2; may be repeated."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from titan_bridge.commands.infer import InferCommand, parse_vllm_options
+from titan_bridge.commands.infer import InferCommand, Int, Number, parse_vllm_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class Generate(InferCommand):
 
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; may be repeated. Without it: the prompts of the TOML."""
-    max_tokens: int | None = None
+    max_tokens: Int = None
     """New tokens a prompt."""
-    temperature: float | None = None
+    temperature: Number = None
     """0 takes the likeliest token each time."""
     json: bool = False
     """Print one JSON object."""
@@ -45,14 +45,14 @@ class Generate(InferCommand):
         ).config
 
         from titan_bridge.checks import check
-        from titan_bridge.commands.quiet import quiet
+        from titan_bridge.commands.quiet import quiet, warn_of_weights
 
-        with quiet(f"loading {config.model} and generating", verbose=self.verbose, hold=True) as show:
+        with quiet(verbose=self.verbose) as say:
             from titan_bridge.engine import ranks
 
             with ranks.start(config) as started:
-                check(config)  # while they import vLLM
-                show()
+                check(config, text=True)  # while they import vLLM
+                say(f"importing vLLM to run {config.model}")
                 outcome = started.generate()
         if self.json:
             print(json.dumps(dataclasses.asdict(outcome) | {"model_class": outcome.model_class}))
@@ -68,12 +68,18 @@ class Generate(InferCommand):
             )
             if first["sizes"]:
                 print("mesh    " + " ".join(f"{axis}={size}" for axis, size in first["sizes"].items()))
+            stored = first["loaded"]["dtypes"] if first["loaded"] else [first["dtype"]]
+            print(
+                f"dtype   {first['dtype']}"
+                + (f" (the checkpoint's: {', '.join(stored)})" if list(stored) != [first["dtype"]] else "")
+            )
             print(
                 f"workers {len(outcome.workers)}, {max(w['local_bytes'] for w in outcome.workers):,} bytes each at most"
             )
             print(
                 f"time    {outcome.load_seconds:.1f} s to load, {tokens} tokens in {outcome.generate_seconds:.1f} s"
             )
+        warn_of_weights(outcome.workers)
         if outcome.killed_ranks:
             print(
                 f"titan-bridge: dp ranks {list(outcome.killed_ranks)} did not end and were killed",

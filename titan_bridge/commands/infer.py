@@ -17,27 +17,33 @@ if TYPE_CHECKING:
     from titan_bridge.config.schema import InferConfig
 
 
+Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+"""Options that may be left out, without "None" in the help."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InferCommand:
     """Flags of a command that takes a model directory or a TOML file. A flag overrides the file."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Directory of the model, a training run or one step of it, a name on the Hugging Face hub, or a .toml file."""
-    dp: Annotated[int | None, tyro.conf.arg(aliases=("--data-parallel-size", "-dp"))] = None
+    dp: Annotated[Int, tyro.conf.arg(aliases=("--data-parallel-size", "-dp"))] = None
     """Data parallel groups."""
-    tp: Annotated[int | None, tyro.conf.arg(aliases=("--tensor-parallel-size", "-tp"))] = None
+    tp: Annotated[Int, tyro.conf.arg(aliases=("--tensor-parallel-size", "-tp"))] = None
     """Tensor parallel ranks in a group."""
-    ep: int | None = None
-    """Ranks that share the experts: 1 (none) or dp * tp."""
+    ep: Int = None
+    """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
     enable_expert_parallel: Annotated[bool, tyro.conf.arg(aliases=("-ep",))] = False
     """The same as --ep with dp * tp."""
-    model_impl: str | None = None
+    model_impl: Text = None
     """torchtitan, or a value of vLLM's own option to compare with."""
-    dense: str | None = None
+    dense: Text = None
     """Dense weights over dp: replicate or shard."""
-    dtype: str | None = None
+    dtype: Text = None
     """auto, float32, bfloat16 or float16."""
-    max_model_len: int | None = None
+    max_model_len: Int = None
     """Longest sequence in tokens."""
     needs_weights: ClassVar[bool] = True
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()

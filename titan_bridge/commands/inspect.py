@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from titan_bridge.commands.infer import InferCommand
+from titan_bridge.commands.infer import InferCommand, Int
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -22,14 +23,14 @@ class Inspect(InferCommand):
     """Show where every parameter of a model lives on dp * tp ranks: mesh, placements, local shapes, bytes a rank.
 
     Needs config.json only: no weights, no GPU and no second process, at any size. The same layout comes from a
-    running engine (`titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec). For a TOML file of
-    `titan-bridge train` it is the trainer's layout.
+    running engine: `titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec of `serve --sharding-spec`. For a
+    TOML file of `titan-bridge train` it is the trainer's layout.
 
     Example: titan-bridge inspect out/demo/qwen3_moe --dp 2 --tp 2 --ep 4 --picture layout.svg
     """
 
     needs_weights = False
-    rank: int | None = None
+    rank: Int = None
     """Show the local shapes and bytes of this rank."""
     all: bool = False
     """One row for every parameter, not one for all layers that look alike."""
@@ -93,7 +94,7 @@ class Inspect(InferCommand):
                 "shown in float32, as config.json says; vLLM serves such a checkpoint in bfloat16 unless told "
                 "--dtype float32"
             )
-        title = _title(config.model, sizes, parallel.dense)
+        title = _title(config.model, hf, sizes, parallel.dense)
         return layout(hf, sizes, parallel.dense, dtype=dtype), title, note
 
     def _trainer(self) -> tuple[Layout, str, str]:
@@ -107,7 +108,7 @@ class Inspect(InferCommand):
                 )
         flags = {f"parallel.{axis}": getattr(self, axis) for axis in ("dp", "tp", "ep")}
         job = job_of(self.model, self.set, flags)
-        return job.layout(), _title(self.model, job.sizes, "shard"), ""
+        return job.layout(), _title(self.model, job.hf_config, job.sizes, "shard"), ""
 
 
 def _is_train_file(model: str) -> bool:
@@ -119,6 +120,10 @@ def _is_train_file(model: str) -> bool:
     return isinstance(read_toml(Path(model)).get("model"), dict)
 
 
-def _title(model: str, sizes: object, dense: str) -> str:
+def _title(model: str, hf: Mapping[str, Any], sizes: object, dense: str) -> str:
+    folder = Path(model).resolve()
+    while folder.name == "checkpoint" or folder.name.startswith("step-"):  # of a training run
+        folder = folder.parent
+    architecture = ", ".join(hf.get("architectures") or ["unknown architecture"])
     numbers = " ".join(f"{axis}={getattr(sizes, axis)}" for axis in ("dp", "tp", "ep"))
-    return f"{Path(model).resolve().name}: {numbers}, dense weights {dense}"
+    return f"{folder.name} ({architecture}): {numbers}, dense weights {dense}"

@@ -7,7 +7,7 @@ import json
 
 import tyro
 
-from titan_bridge.commands.infer import InferCommand, parse_vllm_options
+from titan_bridge.commands.infer import InferCommand, Number, parse_vllm_options
 
 FLOAT32_TOLERANCE = 1e-4
 
@@ -17,12 +17,12 @@ class Parity(InferCommand):
     """Compare the engine's log-probabilities with transformers' and TorchTitan's own, token by token.
 
     Runs in float32 unless --dtype says otherwise; the references are always float32. Exit code 0 if every
-    difference is within the tolerance and every greedy token is the reference's, 1 if not.
+    difference is finite and within the tolerance and every greedy token is the reference's, 1 if not.
 
     Example: titan-bridge parity out/demo/qwen3_moe --tp 2 --ep 2
     """
 
-    tolerance: float | None = None
+    tolerance: Number = None
     """Largest |difference| of log-probabilities allowed; 1e-4 in float32, not judged in other types."""
     json: bool = False
     """Print one JSON object."""
@@ -42,28 +42,28 @@ class Parity(InferCommand):
             tolerance = FLOAT32_TOLERANCE
 
         from titan_bridge.checks import check, model_directory
-        from titan_bridge.commands.quiet import quiet
+        from titan_bridge.commands.quiet import quiet, warn_of_weights
 
         hf = model_directory(config.model)
         limit = min(config.max_model_len or 10**9, hf.get("max_position_embeddings") or 10**9, parity.LONGEST)
         asked, config = config, dataclasses.replace(config, max_model_len=limit)
-        with quiet(f"running {config.model} in vLLM", verbose=self.verbose, hold=True) as show:
+        with quiet(verbose=self.verbose) as say:
             from titan_bridge.engine import ranks
 
             with ranks.start(config) as started:
                 check(asked)  # while they import vLLM
-                show()
+                say(f"importing vLLM to run {config.model}")
                 prompts = parity.prompts(hf["vocab_size"], max_model_len=limit)
                 outcome = started.generate(*parity.rounds(prompts))
         completions = [dataclasses.asdict(completion) for completion in outcome.completions]
-        with quiet("running the references", verbose=self.verbose):
+        found = []
+        with quiet(verbose=self.verbose) as say:
             step = (config.additional_config().get("titan") or {}).get("step")
-            found = [parity.compare(completions, *each) for each in parity.references(config.model, step)]
-        right = all(
-            (tolerance is None or difference.max <= tolerance)
-            and (difference.diverged is None or config.dtype != "float32")
-            for difference in found
-        )
+            say("loading the references")
+            for name, logprobs in parity.references(config.model, step):
+                say(f"comparing with {name}")
+                found.append(parity.compare(completions, name, logprobs))
+        right = all(difference.holds(tolerance, greedy=config.dtype == "float32") for difference in found)
         facts = {
             "holds": right,
             "tolerance": tolerance,
@@ -74,9 +74,10 @@ class Parity(InferCommand):
             "references": [dataclasses.asdict(difference) for difference in found],
         }
         if self.json:
-            print(json.dumps(facts))
+            print(json.dumps(facts, allow_nan=False))
         else:
             _show(facts)
+        warn_of_weights(outcome.workers)
         return 0 if right and not outcome.killed_ranks else 1
 
 
@@ -92,12 +93,14 @@ def _show(facts: dict) -> None:
         table.add_row(
             row["reference"],
             f"{row['tokens']:,}",
-            f"{row['max']:.1e}",
-            f"{row['mean']:.1e}",
+            *("not finite" if row[which] is None else f"{row[which]:.1e}" for which in ("max", "mean")),
             row["diverged"] or "none",
         )
     console = Console()
     console.print(table)
+    for row in facts["references"]:
+        if row["not_finite"]:
+            console.print(f"NaN or infinity first at {row['not_finite']}", soft_wrap=True)
     judged = "not judged" if facts["tolerance"] is None else f"allowed {facts['tolerance']:.0e}"
     word = "holds" if facts["holds"] else "DOES NOT HOLD"
     console.print(

@@ -31,7 +31,7 @@ class Reshard:
     Streams in one pass with flat memory. DST appears when it is complete, and not before; a run that was killed
     goes on with --resume. Under torchrun the files are shared out over the processes.
 
-    Example: titan-bridge reshard outputs/checkpoint/step-1000 out/hf --to hf --config assets/Qwen3-0.6B
+    Example: titan-bridge reshard out/demo/qwen3_moe_ep2 out/qwen3_moe_hf --to hf
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -41,10 +41,13 @@ class Reshard:
     to: Literal["hf", "dcp", "engine"]
     """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), engine (files that
     each rank of the given sizes maps without slicing)."""
-    config: Path | None = None
+    config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Where SRC has no config.json: a directory with one (and the tokenizer), the file itself, or one of TorchTitan's
     models as FAMILY:FLAVOR, for example qwen3:0.6B."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
+    ] = None
     """Of the weights; else they keep their own."""
     dp: int = 1
     """--to engine: data-parallel size."""
@@ -299,16 +302,10 @@ def _next(job: Job) -> str:
 
 
 def _warnings(outcome: Outcome, dtype: str | None) -> list[str]:
-    lines = []
+    from titan_bridge.checkpoint.finite import not_finite_lines
+
     infinite = Counter(outcome.inf) - Counter(outcome.overflow)
-    for what, counts in (("NaN", outcome.nan), ("infinite", infinite)):
-        if counts:
-            worst = sorted(counts, key=lambda name: -counts[name])[:3]
-            named = ", ".join(f"{name} ({counts[name]:,})" for name in worst)
-            more = f" and {len(counts) - 3} more tensors" if len(counts) > 3 else ""
-            lines.append(
-                f"{sum(counts.values()):,} weights are {what}: {named}{more}; they were copied as they are"
-            )
+    lines = [f"{line}; they were copied as they are" for line in not_finite_lines(outcome.nan, infinite)]
     if outcome.overflow:
         first, count = next(iter(outcome.overflow.items()))
         lines.append(

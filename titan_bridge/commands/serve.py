@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 import sys
+from importlib import metadata
 
 import tyro
 
@@ -35,6 +36,8 @@ class Serve(InferCommand):
     """Address to listen on; 0.0.0.0 for every one."""
     port: int = 8000
     """Port to listen on."""
+    sharding_spec: bool = False
+    """Answer GET /v1/sharding_spec, too: where every parameter lives."""
     dry_run: bool = False
     """Print the command and the variables that would be set, and stop."""
     vllm_options: tyro.conf.Suppress[tuple[str, ...]] = ()
@@ -58,6 +61,8 @@ class Serve(InferCommand):
         nodes, dp_local = given.get("nnodes", 1), given.get("data_parallel_size_local")
         workers = cpu.local_workers(parallel.dp, parallel.tp, nnodes=nodes, dp_local=dp_local)
         added = cpu.environment(workers, given=os.environ, options=given)
+        if self.sharding_spec:
+            added["VLLM_PLUGINS"] = _plugins(os.environ.get("VLLM_PLUGINS"))
         options = config.engine_options()
         options["data_parallel_size"] = parallel.dp
         if "shutdown_timeout" not in given:
@@ -90,3 +95,10 @@ class Serve(InferCommand):
             finally:
                 forking.stop()
         return 0
+
+
+def _plugins(given: str | None) -> str:
+    """`VLLM_PLUGINS` that names ours, which adds its route, and shuts nothing out that is on without it."""
+    groups = ("general_plugins", "platform_plugins", "io_processor_plugins", "stat_logger_plugins")
+    on = [point.name for group in groups for point in metadata.entry_points(group=f"vllm.{group}")]
+    return ",".join(dict.fromkeys([*(on if given is None else given.split(",")), "titan_bridge"]))

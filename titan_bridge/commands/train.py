@@ -7,12 +7,17 @@ import functools
 import json
 import logging
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from titan_bridge.commands.infer import Int, Text
+from titan_bridge.cpu import is_cpu_backend
+from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from titan_bridge.train.build import Job
@@ -29,9 +34,9 @@ class Train:
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A .toml file (see configs/train/)."""
-    nproc: int | None = None
+    nproc: Int = None
     """Processes: the product of the degrees. On a GPU one a device, on a CPU with gloo."""
-    out: str | None = None
+    out: Text = None
     """Folder for checkpoints, logs and TensorBoard."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Set one key, for instance --set trainer.training.steps=50 or --set parallel.tp=2; may be repeated."""
@@ -52,6 +57,15 @@ class Train:
             for key, value, origin in rows:
                 print(f"{key:<{width}}  {json.dumps(value, default=str):<24}  {origin}")
             return 0
+        if is_cpu_backend():
+            from titan_bridge.engine.head_dims import check_head_dim  # vLLM's platform, seconds
+
+            try:
+                check_head_dim(job.hf_config)
+            except BridgeError as error:
+                print(
+                    f"titan-bridge: this model can be trained, but not served here: {error}", file=sys.stderr
+                )
         from titan_bridge.run_folder import find
         from titan_bridge.train.launch import train
         from titan_bridge.train.output import METRICS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from titan_bridge.config.reader import known_keys, read_toml
 from titan_bridge.config.schema import SCHEMAS
 from titan_bridge.config.train_schema import TrainConfig
 
@@ -13,6 +14,10 @@ KINDS: dict[str, type[Any]] = {**SCHEMAS, "train": TrainConfig}
 
 
 def kind_of(file: str | Path) -> str:
-    """The kind of a file, by the folder that it lies in; elsewhere it counts as one for inference."""
-    folder = Path(file).absolute().parent.name
-    return folder if folder in KINDS else "infer"
+    """The kind that knows most keys of a file; "infer" where two know as many.
+
+    Raises:
+        BridgeError: no such file, or not TOML.
+    """
+    values = read_toml(Path(file))
+    return max(KINDS, key=lambda kind: known_keys(KINDS[kind], values))

@@ -145,6 +145,19 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
+def known_keys(schema: Any, values: Mapping[str, Any]) -> int:
+    """How many values are where the schema has one: a table where it has a value, or the reverse, is not."""
+    fields, count = fields_of(schema) or {}, 0
+    for key, value in values.items():
+        if key not in fields:
+            continue
+        if fields_of(fields[key]) is not None:
+            count += known_keys(fields[key], value) if isinstance(value, Mapping) else 0
+        else:
+            count += not isinstance(value, Mapping) or typing.get_origin(fields[key]) is dict
+    return count
+
+
 def _check_keys(schema: Any, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
     fields = fields_of(schema)
     if fields is None:
@@ -216,6 +229,7 @@ _WANTED = {
     "dict_type": "a table",
     "dataclass_type": "a table",
     "too_short": "a list that is not empty",
+    "string_too_short": "a text that is not empty",
 }
 
 

@@ -12,6 +12,7 @@ from titan_bridge.mesh import Sizes
 CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 Positive = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Dense = Literal["replicate", "shard"]
 
@@ -52,7 +53,7 @@ class Generate:
     """Texts to continue."""
     max_tokens: Positive = 32
     """New tokens a prompt."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """0 takes the likeliest token each time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens that has this probability."""
@@ -68,9 +69,9 @@ class Generate:
 class InferConfig:
     """One TOML file for `serve`, `generate`, `parity` and `inspect`."""
 
-    model: str
+    model: Text
     """Directory of the model (with config.json), relative to the working directory."""
-    model_impl: str = "torchtitan"
+    model_impl: Text = "torchtitan"
     """"torchtitan" for TorchTitan's classes; any value of vLLM's own --model-impl to compare with."""
     dtype: Dtype = "auto"
     """Type of weights and activations; "auto" takes the checkpoint's."""

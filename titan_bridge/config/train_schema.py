@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from titan_bridge.config.schema import CONFIG, Positive
+from titan_bridge.config.schema import CONFIG, Positive, Text
 
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 OWNED_BY_US = {
     "parallelism.data_parallel_shard_degree": "parallel.dp",
@@ -85,9 +85,9 @@ class ModelSizes:
 class Model:
     """What is trained: a family with one of TorchTitan's flavors or explicit sizes, or a Python function."""
 
-    family: str | None = None
+    family: Text | None = None
     """Model family: llama3, qwen3, deepseek_v3 or gpt_oss."""
-    flavor: str | None = None
+    flavor: Text | None = None
     """One of TorchTitan's own flavors of the family, for instance "debugmodel" or "8B"."""
     sizes: ModelSizes | None = None
     """Explicit sizes instead of a flavor."""
@@ -116,11 +116,11 @@ class Model:
 class Data:
     """Text to train on, and how it becomes tokens."""
 
-    path: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("stdlib",)
+    path: Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("stdlib",)
     """Text files or folders of them; "stdlib" is the Python standard library's sources. One path or a list."""
-    pattern: str = "*"
+    pattern: Text = "*"
     """Name of the files to take from folders, for instance "*.txt"; files that are not text are left out."""
-    tokenizer: str = "train"
+    tokenizer: Text = "train"
     """"bytes", "train" (byte-level BPE trained on the text), or a folder with tokenizer.json."""
     vocab_size: Annotated[int, Field(ge=260)] = 1024
     """Entries of a tokenizer that is trained, special tokens included."""
@@ -148,7 +148,7 @@ class TrainParallel:
 class TrainConfig:
     """One TOML file for `titan-bridge train`."""
 
-    out: str | None = None
+    out: Text | None = None
     """Folder for checkpoints, logs and TensorBoard; none: out/train/ and the TOML file's name."""
     nproc: Positive | None = None
     """Processes; none: the product of the degrees."""

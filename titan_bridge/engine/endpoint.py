@@ -1,8 +1,9 @@
 """`GET /v1/sharding_spec`: the Layout JSON of the running engine, as a vLLM endpoint plugin.
 
-vLLM adds the route only when `VLLM_PLUGINS` names the plugin. Its entry point has the same name as the general
-plugin, `titan_bridge`: `VLLM_PLUGINS` is one list for all kinds, and with a name of its own, naming the route alone
-would shut the general plugin out, so that vLLM would serve its own model without a word.
+vLLM adds the route only when `VLLM_PLUGINS` names the plugin; `titan-bridge serve --sharding-spec` does. Its entry
+point has the same name as the general plugin, `titan_bridge`: `VLLM_PLUGINS` is one list for all kinds, and with a name
+of its own, naming the route alone would shut the general plugin out, so that vLLM would serve its own model without a
+word.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from vllm.logger import init_logger
 
+from titan_bridge.checkpoint.finite import NotFinite, not_finite_lines
 from titan_bridge.checks import few
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.holders import Held
@@ -34,6 +35,7 @@ class _Round:
     problems: list[str] = field(default_factory=list)
     bytes_read: int = 0
     bytes_seen: int = 0
+    not_finite: NotFinite
 
 
 class WeightLoader:
@@ -76,7 +78,9 @@ class WeightLoader:
         Raises:
             BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line.
         """
-        seen = _Round()
+        seen = _Round(
+            not_finite=NotFinite(self._live, (copy for copies in self._copies.values() for copy in copies))
+        )
         for name, tensor in weights:
             self._take(name, tensor, seen)
         if missing := self._views.keys() - seen.done:
@@ -89,6 +93,8 @@ class WeightLoader:
             seen.bytes_read / 2**20,
             seen.bytes_seen / 2**20,
         )
+        for line in not_finite_lines(seen.not_finite.nan, seen.not_finite.inf):
+            logger.warning("%s", line)
         return {f"model.{self._views[name].fqn}" for name in seen.done & self._views.keys()}
 
     def _take(self, name: str, tensor: torch.Tensor, seen: _Round) -> None:
@@ -109,3 +115,4 @@ class WeightLoader:
         for copy in self._copies.get(name, ()):
             copy.destination_window.of(self._live[copy.destination_name]).copy_(copy.source_window.of(tensor))
             seen.bytes_read += copy.elements * tensor.element_size()
+            seen.not_finite.copied(copy)

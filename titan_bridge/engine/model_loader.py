@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.fingerprint import fingerprint
+from titan_bridge.checkpoint.finite import not_finite_lines
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.errors import BridgeError
@@ -75,6 +76,11 @@ def load(model: TitanForCausalLM, path: str, step: int | None = None) -> None:
         loaded.bytes_planned / 2**20,
         time.perf_counter() - started,
     )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if loaded.dtypes != (dtype,):
+        logger.warning("%s holds %s; it is served in %s", checkpoint.path, ", ".join(loaded.dtypes), dtype)
+    for line in not_finite_lines(loaded.nan, loaded.inf):
+        logger.warning("%s: %s", checkpoint.path, line)
 
 
 def _open_alike(path: str, step: int | None) -> Checkpoint:

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.build import Plan, captures_experts, model_config, plan_from
+from titan_bridge.engine.head_dims import check_head_dim
 from titan_bridge.errors import BridgeError
 from titan_bridge.layout import layout
 
@@ -40,6 +41,7 @@ def check(vllm_config: VllmConfig) -> None:
     if parallel.enable_expert_parallel and not experts_in(plan.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
+    check_head_dim(plan.hf)
     captures = captures_experts(plan, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, plan, captures=captures)
     load = vllm_config.load_config

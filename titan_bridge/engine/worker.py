@@ -14,7 +14,7 @@ class BridgeWorker:
     """Mixed into vLLM's worker class; adds methods only, and answers in plain types, so that RPC can carry them."""
 
     def bridge_report(self) -> dict[str, Any]:
-        """What this worker serves: rank, class, sizes, parameters and bytes that it holds, bytes that it read.
+        """What this worker serves: rank, class, dtype, sizes, parameters and bytes that it holds, bytes that it read.
 
         `model_class` is the class that vLLM loaded, `inner_class` the TorchTitan module inside it, `sizes` the
         parallel degrees, `loaded` the fields of `checkpoint.load.Loaded` (None where our loader did not read the
@@ -27,6 +27,7 @@ class BridgeWorker:
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
         return {
             "rank": self.rank,  # type: ignore[attr-defined]
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
             "model_class": _name(type(model)),
             "inner_class": None if inner is None else _name(type(inner)),
             "sizes": None if plan is None else _sizes(plan.sizes),

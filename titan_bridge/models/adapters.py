@@ -64,11 +64,11 @@ def expert_divisions(config: GroupedExperts.Config, sizes: Sizes) -> Iterator[Di
     """For routed experts: spread over ep, or else their hidden dim over tp."""
     yield Division(axis="ep", name="num_experts", size=config.num_experts)
     if sizes.ep == 1:
-        yield Division(axis="tp", name="moe_hidden_size", size=config.hidden_dim)
+        yield Division(axis="tp", name="moe_intermediate_size", size=config.hidden_dim)
 
 
 def _ffn_divisions(config: FeedForward.Config, sizes: Sizes) -> Iterator[Division]:
-    yield Division(axis="tp", name="hidden_size", size=config.w1.out_features)
+    yield Division(axis="tp", name="intermediate_size", size=config.w1.out_features)
 
 
 def grouped_query_attention(config: GQAttention.Config) -> InnerAttention:

@@ -14,7 +14,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box, boxes_of, shard_dim
@@ -27,26 +27,37 @@ _COLUMNS = 7
 _WIDTH, _LINE, _MAP = 16.0, 2.75, 1.5
 """Inches: the figure, a line of maps with their titles, and a map's height."""
 _LEFT = 0.025
+_STRIP = 0.3
+"""Width of the map of a tensor of one dim, in widths of a map."""
+_VALUES = 12
+"""Senders and receivers at most whose bytes are written into the cells."""
 _LABELLED = 32
 """Boxes in one map that still leave room for rank numbers."""
 _MODULES = 7
 _INK, _FAINT = "#1c2430", "#66707d"
 _HUES = ("#6fa8dc", "#f6b26b", "#8fc98b", "#e58b88", "#b39ddb", "#d7b98e", "#f2a7d0", "#7fd1c7")
 _HOW_TO_READ = (
-    "A map is a global tensor (and those that look like it), seen along the dims that are cut; "
+    "A map is a global tensor (and those that look like it), dim 0 downwards; "
     "the numbers are the ranks that hold a slice, a colour is one set of ranks."
 )
+_HOW_TO_READ_TRAFFIC = "A cell is what a sender sends to a receiver; a white one is nothing."
 _FORMATS = (".svg", ".png", ".pdf")
 _BYTES = FuncFormatter(lambda value, _: human(value).replace(".00", ""))
 
 
 def layout_picture(layout: Layout, path: str | Path, *, title: str = "") -> Path:
-    """Draw one map for each kind of parameter, and the bytes on each rank by module.
-
-    A map is the global tensor, seen along its sharded dims; every box is what some ranks hold, and boxes of the same
-    colour are on the same ranks. Returns `path`. Raises BridgeError for another file type than svg, png or pdf.
-    """
+    """`layout_figure` as a file. Returns `path`. Raises BridgeError for another file type than svg, png or pdf."""
     path = _checked(path)
+    layout_figure(layout, title=title).savefig(path, dpi=120)
+    return path
+
+
+def layout_figure(layout: Layout, *, title: str = "") -> Figure:
+    """One map for each kind of parameter, and the bytes on each rank by module.
+
+    A map is the global tensor, dim 0 downwards and the dim that is cut most beside it across; a tensor of one dim is a
+    strip. Every box is what some ranks hold, and boxes of the same colour are on the same ranks.
+    """
     shown, totals = _maps(layout), totals_of(layout)
     lines = {heading: math.ceil(len(maps) / _COLUMNS) for heading, maps in shown.items()}
     same = totals["most_loaded"]["bytes"] == totals["least_loaded"]["bytes"]
@@ -54,26 +65,34 @@ def layout_picture(layout: Layout, path: str | Path, *, title: str = "") -> Path
     # Inches, from the top: title, for each mesh a heading and its lines of maps, then the bars.
     height = 1.05 + sum(0.45 + _LINE * count for count in lines.values()) + bars + 0.35
     figure = Figure(figsize=(_WIDTH, height), facecolor="white")
-    text = figure.text
-    text(_LEFT, 1 - 0.38 / height, title or "Where every parameter lives", fontsize=15, fontweight="bold")
-    text(_LEFT, 1 - 0.66 / height, _summary(totals), fontsize=10, color=_INK)
-    text(_LEFT, 1 - 0.88 / height, _HOW_TO_READ, fontsize=8.5, color=_FAINT)
+    _head(figure, title or "Where every parameter lives", _summary(totals), _HOW_TO_READ)
     top = height - 1.05
     for heading, maps in shown.items():
-        text(_LEFT, (top - 0.3) / height, heading, fontsize=11, fontweight="bold", color=_INK)
+        figure.text(_LEFT, (top - 0.3) / height, heading, fontsize=11, fontweight="bold", color=_INK)
         top -= 0.45
         for line in range(lines[heading]):
             # Titles of a line stand on one level above maps of one height.
             for column, (names, param) in enumerate(maps[line * _COLUMNS : (line + 1) * _COLUMNS]):
                 left = _LEFT + column * (1 - 2 * _LEFT + 0.02) / _COLUMNS
                 width = (1 - 2 * _LEFT + 0.02) / _COLUMNS - 0.02
+                if len(param.shape) < 2:
+                    width *= _STRIP
                 at = (left, (top - 0.85 - _MAP) / height, width, _MAP / height)
                 _map(figure.add_axes(at), names, param, layout.meshes[param.spec.mesh])
             top -= _LINE
     at = (0.06, 0.42 / height, 0.72, (bars - 0.5) / height)
     _bars(figure.add_axes(at), layout, same=same)
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
+
+
+def _head(figure: Figure, title: str, summary: str, how_to_read: str) -> None:
+    """Title and two lines at the top left."""
+    width, height = figure.get_size_inches()
+    left = _LEFT * _WIDTH / width
+    size = min(15.0, 130 * width / max(len(title), 1))  # a long path is smaller, not cut
+    figure.text(left, 1 - 0.38 / height, title, fontsize=size, fontweight="bold", color=_INK)
+    figure.text(left, 1 - 0.66 / height, summary, fontsize=10, color=_INK)
+    figure.text(left, 1 - 0.88 / height, how_to_read, fontsize=8.5, color=_FAINT)
 
 
 def _summary(totals: dict[str, Any]) -> str:
@@ -85,7 +104,8 @@ def _summary(totals: dict[str, Any]) -> str:
             f"least {human(least['bytes'])} on rank {least['rank']}"
         )
     return (
-        f"{totals['parameters']:,} parameters, {human(totals['global_bytes'])} in {totals['tensors']:,} tensors, "
+        f"{totals['parameters']:,} parameters, {human(totals['global_bytes'])} in {totals['tensors']:,} tensors "
+        f"of {', '.join(totals['dtypes'])}, "
         f"on {totals['ranks']:,} ranks: {each}"
     )
 
@@ -107,43 +127,92 @@ def _maps(layout: Layout) -> dict[str, list[tuple[list[str], ParamLayout]]]:
 
 
 def traffic_picture(plan: Plan, path: str | Path, *, title: str = "") -> Path:
-    """Draw who sends how much to whom as a matrix, with the sums at its edges. Returns `path`; raises as above."""
+    """`traffic_figure` as a file. Returns `path`; raises as `layout_picture`."""
     path = _checked(path)
+    traffic_figure(plan, title=title).savefig(path, dpi=120)
+    return path
+
+
+def traffic_figure(plan: Plan, *, title: str = "") -> Figure:
+    """Who sends how much to whom, as a matrix with the sums at its edges; small ones have the bytes in their cells."""
     index = {holder: i for i, holder in enumerate(plan.holders)}
     sources, destinations = list(plan.sent), list(plan.received)
     matrix = plan.traffic()[np.ix_([index[h] for h in sources], [index[h] for h in destinations])]
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    figure.suptitle(title or f"{human(plan.bytes)} travel; most loaded sender over mean {plan.balance:.3f}")
-    grid = figure.add_gridspec(2, 2, width_ratios=[5, 1], height_ratios=[1, 5])
-    main = figure.add_subplot(grid[1, 0])
-    above = figure.add_subplot(grid[0, 0], sharex=main)
-    beside = figure.add_subplot(grid[1, 1], sharey=main)
+    rows, columns = matrix.shape
+    senders, receivers = _names(sources), _names(destinations)
+    values = max(rows, columns) <= _VALUES
+    # Inches. Left of the grid the senders' names, above and beside it the sums, below it the receivers' names.
+    left = 0.95 + 0.075 * max(map(len, senders), default=0)
+    slanted = max(map(len, receivers), default=0) > 8
+    below = 0.75 + (0.065 * max(map(len, receivers), default=0) if slanted else 0) + (0 if values else 0.75)
+    wide = min(max(0.95 * columns, 4.0), 9.0) if values else 8.0
+    high = min(max(0.5 * rows, 1.0), 6.0) if values else 7.0
+    width, height = max(left + wide + 2.4, 9.0), 1.05 + 1.3 + high + below
+    figure = Figure(figsize=(width, height), facecolor="white")
+    summary = f"{human(plan.bytes)} travel in {plan.copies_count:,} copies; "
+    summary += f"the busiest sender sends {plan.balance:.3f} times the mean"
+    _head(figure, title or "Who sends how much to whom", summary, _HOW_TO_READ_TRAFFIC)
+
+    def axes_at(x: float, y: float, w: float, h: float) -> Axes:
+        return figure.add_axes((x / width, y / height, w / width, h / height))
+
+    grid = axes_at(left, below, wide, high)
     masked = np.ma.masked_equal(matrix.astype(np.float64), 0)
-    norm = LogNorm(vmin=masked.min(), vmax=masked.max()) if masked.count() else None
-    image = main.imshow(masked, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest")
-    _ticks(main, sources, destinations)
-    main.set_xlabel("receiver")
-    main.set_ylabel("sender")
-    above.bar(range(len(destinations)), matrix.sum(axis=0), width=1, color="tab:green")
-    beside.barh(range(len(sources)), matrix.sum(axis=1), height=1, color="tab:blue")
-    above.set_ylabel("received")
-    beside.set_xlabel("sent")
-    above.yaxis.set_major_formatter(_BYTES)
-    beside.xaxis.set_major_formatter(_BYTES)
-    beside.tick_params(axis="x", rotation=45)
-    above.tick_params(labelbottom=False)
-    beside.tick_params(labelleft=False)
-    if norm is not None:
-        figure.colorbar(
-            image,
-            ax=[main, beside],
-            location="bottom",
-            shrink=0.6,
-            format=_BYTES,
-            ticks=LogLocator(numticks=7),
-        ).ax.tick_params(which="minor", bottom=False)
-    figure.savefig(path)
-    return path
+    low, top = (masked.min(), masked.max()) if masked.count() else (1.0, 1.0)
+    norm = LogNorm(vmin=low / 2, vmax=2 * top)
+    image = grid.imshow(masked, aspect="auto", norm=norm, cmap="Blues", interpolation="nearest")
+    if values:
+        for row, column in np.ndindex(rows, columns):
+            if matrix[row, column]:
+                ink = "white" if norm(matrix[row, column]) > 0.6 else _INK
+                text = human(int(matrix[row, column]))
+                grid.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+    for axis, names in ((grid.yaxis, senders), (grid.xaxis, receivers)):
+        step = max(1, math.ceil(len(names) / 16))
+        axis.set_ticks(range(0, len(names), step), names[::step], fontsize=8, color=_INK)
+    if slanted:
+        grid.tick_params(axis="x", rotation=60)
+    grid.set_ylabel("sender", fontsize=9, color=_FAINT)
+    grid.set_xlabel("receiver", fontsize=9, color=_FAINT)
+    _sums(axes_at(left, below + high + 0.15, wide, 0.75), grid, matrix.sum(axis=0), "received", values=values)
+    _sums(axes_at(left + wide + 0.15, below, 1.6, high), grid, matrix.sum(axis=1), "sent", values=values)
+    if not values and masked.count():
+        where = axes_at(left, 0.45, wide, 0.12)
+        ticks = np.geomspace(low, top, 2 + int(math.log10(top / low)) if top / low > 2 else 1)
+        scale = figure.colorbar(image, cax=where, orientation="horizontal", ticks=ticks, format=_BYTES)
+        scale.ax.minorticks_off()
+        scale.ax.tick_params(labelsize=8, colors=_INK)
+        scale.set_label("bytes of a pair", fontsize=8, color=_FAINT)
+    return figure
+
+
+def _sums(axes: Axes, grid: Axes, sums: np.ndarray, title: str, *, values: bool) -> None:
+    """Bars beside (`title` "sent") or above the grid, with their bytes at their ends or on an axis."""
+    beside, places, most = title == "sent", range(len(sums)), float(sums.max(initial=1)) or 1.0
+    draw = axes.barh if beside else axes.bar
+    bars = draw(places, sums, 0.8 if values else 1.0, color=_HUES[0])
+    across, along = (axes.xaxis, axes.yaxis) if beside else (axes.yaxis, axes.xaxis)
+    (axes.set_xlim if beside else axes.set_ylim)(0, most * (1.6 if values else 1.05))
+    (axes.set_ylim if beside else axes.set_xlim)(*(grid.get_ylim() if beside else grid.get_xlim()))
+    along.set_ticks([])
+    if values:
+        axes.bar_label(bars, [human(int(each)) for each in sums], padding=2, fontsize=8, color=_INK)
+        across.set_ticks([])
+    else:
+        across.set_ticks([0, most], ["0 B", human(most)], fontsize=8, color=_INK)
+    axes.set_title(title, fontsize=9, color=_FAINT, loc="left", pad=8 if beside else 3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _names(holders: Sequence[object]) -> list[str]:
+    """Ranks as numbers; files by as many of their last parts as tell them apart."""
+    texts = [str(holder) for holder in holders]
+    for count in range(1, 10):
+        short = ["/".join(text.split("/")[-count:]) for text in texts]
+        if len(set(short)) == len(set(texts)):
+            break
+    return [text if len(text) <= 32 else "…" + text[-31:] for text in short] if texts else []
 
 
 def _checked(path: str | Path) -> Path:
@@ -168,8 +237,11 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
             holders.setdefault(box, []).append(int(mesh.array[coordinate]))
             colours.setdefault(box, _colour([(coordinate[i], mesh.shape[i]) for i in cuts]))
     dims = {i: dim for i in cuts if (dim := shard_dim(placements[i])) is not None}
-    sharded = sorted(set(dims.values()))
-    y, x = ([*sharded, *(d for d in range(len(param.shape)) if d not in sharded), None, None])[:2]
+    # Across: the dim beside dim 0 that is cut into most parts.
+    across = max(
+        range(1, len(param.shape)), key=lambda d: sum(dim == d for dim in dims.values()), default=None
+    )
+    y, x = (0 if param.shape else None), across
     height, width = (1 if d is None else param.shape[d] for d in (y, x))
     rectangles = []
     for box, ranks in holders.items():
@@ -186,6 +258,7 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
                 va="center",
                 fontsize=6 if len(holders) > 8 else 9,
                 color=_INK,
+                rotation=90 if len(param.shape) < 2 and len(label) > 5 else 0,
             )
     line = 1.2 if len(holders) <= 16 else 0.5 if len(holders) <= 64 else 0
     axes.add_collection(
@@ -210,8 +283,8 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
         if slices == 1
         else f"{slices:,} slices, {human(numel * itemsize(param.dtype))} each"
     )
-    across = "" if x is None else f"dim {x}: {width:,}\n"
-    axes.set_xlabel(f"{across}{whole}", fontsize=7.5, color=_FAINT)
+    below = f"\n{whole}" if x is None else f"dim {x}: {width:,}\n{whole}"
+    axes.set_xlabel(below, fontsize=7.5, color=_FAINT, loc="left")
     how = ", ".join(f"{mesh.axes[i]} {placement_to_str(placements[i])}" for i in cuts) or "replicated"
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     shape = " × ".join(f"{size:,}" for size in param.shape) or "scalar"
@@ -328,11 +401,3 @@ def _by_module(layout: Layout, ranks: Sequence[int]) -> dict[str, np.ndarray]:
         module = ".".join(parts[:2]) or fqn
         modules[module] = modules.get(module, 0) + known[param]
     return modules
-
-
-def _ticks(axes: Axes, sources: list, destinations: list) -> None:
-    for axis, names in ((axes.yaxis, sources), (axes.xaxis, destinations)):
-        step = max(1, math.ceil(len(names) / 16))
-        axis.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]], fontsize=7)
-    if any(isinstance(name, str) for name in destinations):
-        axes.tick_params(axis="x", rotation=60)

@@ -132,11 +132,12 @@ def rows_of(layout: Layout, rank: int | None = None, *, collapse: bool = False) 
 
 
 def totals_of(layout: Layout) -> dict[str, Any]:
-    """Parameters, global bytes, bytes over all ranks, and the most and least loaded rank, as plain data."""
+    """Parameters, dtypes, global bytes, bytes over all ranks, and the most and least loaded rank, as plain data."""
     load = load_of(layout)
     elements = {param: math.prod(param.shape) * count for param, count in _distinct(layout).items()}
     return {
         "tensors": len(layout.params),
+        "dtypes": sorted({param.dtype for param in elements}),
         "parameters": sum(elements.values()),
         "global_bytes": sum(n * itemsize(param.dtype) for param, n in elements.items()),
         "all_ranks_bytes": sum(load.nbytes),
@@ -155,7 +156,7 @@ def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = Tr
     table = Table(
         title=f"{totals['parameters']:,} parameters on {totals['ranks']} ranks: {meshes}{more}",
         caption=(
-            f"{human(totals['global_bytes'])} in {totals['tensors']} tensors; "
+            f"{human(totals['global_bytes'])} in {totals['tensors']} tensors of {', '.join(totals['dtypes'])}; "
             f"{human(totals['all_ranks_bytes'])} over all ranks; "
             f"most: rank {most['rank']} with {human(most['bytes'])}; "
             f"least: rank {least['rank']} with {human(least['bytes'])}"

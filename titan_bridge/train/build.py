@@ -191,6 +191,12 @@ def _degrees(
         if value is not None:
             setattr(parallelism, theirs, value)
             found[f"trainer.parallelism.{theirs}"] = f"parallel.{ours}"
+    if parallelism.pipeline_parallel_degree > 1:
+        key = "trainer.parallelism.pipeline_parallel_degree"
+        raise BridgeError(
+            f"{origin.get(key, 'the configuration')}: {key} = {parallelism.pipeline_parallel_degree} is not supported "
+            "by titan-bridge train; allowed: 1"
+        )
     others = (
         parallelism.data_parallel_replicate_degree
         * parallelism.tensor_parallel_degree

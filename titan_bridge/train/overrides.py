@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -246,6 +247,8 @@ def _wanted(item: Any) -> str:
 def _check_range(path: str, value: Any, full: str, place: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
+    if not math.isfinite(value) and (path != "training.max_norm" or math.isnan(value)):  # inf: no clipping
+        raise _refusal(place, full, value, "a finite number")
     low, high = AT_LEAST.get(path), AT_MOST.get(path)
     if low is not None and value < low:
         raise _refusal(place, full, value, f"at least {low}")

@@ -1,0 +1,54 @@
+"""Which widths of an attention head vLLM's CPU kernels compute, asked of the kernels themselves.
+
+`CPUAttentionBackend.get_supported_head_sizes` is not asked: it leaves out 48, which the kernels compute.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.models import family_for
+
+_KERNELS = ("vec", "vec16", "amx", "neon", "rvv", "vxe", "vsx")
+"""vLLM's names of the instruction sets; which of them a wheel has depends on the machine that it is for."""
+
+
+def check_head_dim(hf_config: Mapping[str, Any]) -> None:
+    """Refuse a model whose attention heads have a width that this machine's CPU kernels lack; GPUs are not asked.
+
+    Raises:
+        BridgeError: the width, and those that there are.
+    """
+    if not current_platform.is_cpu():
+        return
+    config = family_for(hf_config).model_config(hf_config)
+    for attention in (layer.attention for layer in config.layers):
+        width = attention.head_dim or config.dim // attention.n_heads
+        if not _computes(width):
+            allowed = ", ".join(str(n) for n in range(8, 1025, 8) if _computes(n))
+            raise BridgeError(
+                f"head_dim={width} has no kernel in vLLM's attention on CPUs; allowed: {allowed}"
+            )
+
+
+@functools.cache
+def _computes(head_dim: int) -> bool:
+    current_platform.import_kernels()
+    lengths, starts = torch.ones(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    for kernel in _KERNELS:
+        try:  # plans one token of one request; touches no cache
+            torch.ops._C.get_scheduler_metadata(
+                1, 1, 1, head_dim, lengths, torch.float32, starts, True, -1, kernel, True, None, "auto"
+            )
+        except RuntimeError as error:
+            if "Unsupported CPU attention configuration" not in str(error):
+                raise
+        else:
+            return True
+    return False
