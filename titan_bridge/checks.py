@@ -86,15 +86,8 @@ def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int
     """
     from titan_bridge.mesh import check_divides  # noqa: PLC0415
     from titan_bridge.models import family_for  # noqa: PLC0415  torch and torchtitan
-    from titan_bridge.models.adapters import check_served  # noqa: PLC0415
 
     config = family_for(hf_config).model_config(hf_config)
-    if quantization := hf_config.get("quantization_config"):
-        raise BridgeError(
-            f"quantization_config={quantization} is not served; "
-            "`titan-bridge reshard SRC DST --to hf` writes full weights"
-        )
-    check_served(config)
     check_divides(config, sizes)
     rope_covers(hf_config, max_model_len)
 

@@ -15,7 +15,7 @@ from tests.unit.test_models_experts import HF
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes, check_divides
 from titan_bridge.models import family_for
-from titan_bridge.models.adapters import adapted, check_served, keep_expert_dtype, use_plain_attention
+from titan_bridge.models.adapters import adapted, keep_expert_dtype, use_plain_attention
 from titan_bridge.models.attention import PlainAttention
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
@@ -76,7 +76,7 @@ def test_experts_that_an_adapter_would_drop_are_refused_by_name(experts: type[Gr
         rf"^layers\.1\.moe\.routed_experts\.inner_experts: .*\.{experts.__name__}\.Config adds to "
         r"GroupedExperts\.Config, whose adapter would drop it; give it one in Family\.adapters\(\)$"
     )
-    for use in (keep_expert_dtype, use_plain_attention, check_served, lambda c: check_divides(c, Sizes())):
+    for use in (keep_expert_dtype, use_plain_attention, lambda c: check_divides(c, Sizes())):
         with pytest.raises(BridgeError, match=message):
             use(config)
 

@@ -42,7 +42,7 @@ from titan_bridge.mesh import (
     to_parallel_dims,
 )
 from titan_bridge.models import Family, family_for
-from titan_bridge.models.adapters import check_served, inner_attention, keep_expert_dtype
+from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.models.experts import rows_fit
 from titan_bridge.sharding.layout import Layout, ParamLayout
@@ -148,7 +148,6 @@ def build(vllm_config: VllmConfig) -> Built:
     tp = vllm_config.parallel_config.tensor_parallel_size
     plan = plan_from(vllm_config, dp=dist.get_world_size() // tp)
     config = model_config(plan)
-    check_served(config)
     check_divides(config, plan.sizes)
     latent = vllm_config.model_config.use_mla
     for index, layer in enumerate(config.layers if not latent else ()):

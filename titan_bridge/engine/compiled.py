@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import titan_bridge
 import titan_bridge.parallelize
 from titan_bridge import cpu
 from titan_bridge.engine.build import Plan
+from titan_bridge.models import Family
 from titan_bridge.versions import installed
 
 KEY = "titan_step"
@@ -54,12 +56,15 @@ def _digest(plan: Plan) -> str:
         "gloo": cpu.shares_cores(os.environ),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for path in _sources():
+    for path in _sources(plan.family):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _sources() -> Iterator[Path]:
-    for package in (titan_bridge, titan_bridge.parallelize):
+def _sources(family: Family) -> Iterator[Path]:
+    """Our source files and those of the package that brings the family."""
+    module = sys.modules[type(family).__module__]
+    for package in (titan_bridge, titan_bridge.parallelize, sys.modules[module.__name__.partition(".")[0]]):
         assert package.__file__ is not None
-        yield from sorted(Path(package.__file__).parent.rglob("*.py"))
+        file = Path(package.__file__)
+        yield from sorted(file.parent.rglob("*.py")) if hasattr(package, "__path__") else [file]

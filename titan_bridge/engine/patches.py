@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,9 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
             ours = {**self.additional_config.get("titan", {}), "step": step}
             self.additional_config = {**self.additional_config, "titan": ours}
         if self.hf_config_path is None:
-            rope_covers(overridden(model_directory(self.model), self.hf_overrides), self.max_model_len)
+            hf = model_directory(self.model)
+            rope_covers(overridden(hf, self.hf_overrides), self.max_model_len)
+            _read_as_it_is_served(self, hf)
     config = original(self)
     model = config.model_arch_config
     if options.dense == "shard":
@@ -213,6 +215,21 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
         model.is_deepseek_mla = False
         model.head_size = config.hf_text_config.qk_nope_head_dim + config.hf_text_config.qk_rope_head_dim
     return config
+
+
+def _read_as_it_is_served(args: Any, hf: Mapping[str, Any]) -> None:
+    """Let vLLM take a config.json that transformers does not know, or that says how weights are quantized.
+
+    The loader reads these as full ones.
+    """
+    # Here, so that a process that serves something else imports none of it.
+    from titan_bridge.models import family_for, quantization  # noqa: PLC0415
+
+    kind = family_for(hf).config_class
+    if kind is not None:
+        importlib.import_module("transformers").AutoConfig.register(kind.model_type, kind, exist_ok=True)
+    if quantization.read(hf) is not None and isinstance(args.hf_overrides, dict):
+        args.hf_overrides = {**args.hf_overrides, quantization.KEY: None}
 
 
 def _bind_workers(args: Any) -> None:

@@ -51,8 +51,6 @@ class Adapter:
     """Attention only. What replaces ``inner_attention`` in the reference and in the engine is built from it."""
     keeps_dtype: type[Module] | None = None
     """Experts only: the class that computes in its weights' dtype; the fields of its config are the same."""
-    not_served: str | None = None
-    """Why the engine cannot serve such a module."""
 
 
 def adds_nothing(kind: type[Any], base: type[Any]) -> bool:

@@ -173,15 +173,3 @@ def use_plain_attention(config: Decoder.Config) -> None:
         if one.adapter.inner_attention is not None:
             window = one.adapter.inner_attention(one.config).window
             one.replace(replace(one.config, inner_attention=PlainAttention.Config(window=window)))
-
-
-def check_served(config: Decoder.Config) -> None:
-    """Check that the engine can serve every module of a tree.
-
-    Raises:
-        BridgeError: The first class that it cannot serve, and why.
-    """
-    for one in adapted(config):
-        if one.adapter.not_served is not None:
-            kind = type(one.config)
-            raise BridgeError(f"{kind.__module__}.{kind.__qualname__}: {one.adapter.not_served}")
