@@ -87,7 +87,7 @@ def rounds(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[dict
 def references(model: str | os.PathLike[str], step: int | None = None) -> Iterator[tuple[str, Logprobs]]:
     """Name and log-probabilities of each reference, float32 on the CPU; one is in memory at a time.
 
-    transformers reads Hugging Face checkpoints of models that it knows; others have TorchTitan's own forward as referee.
+    transformers reads Hugging Face checkpoints of models that it knows; all have TorchTitan's own forward as referee.
     """
     from titan_bridge.checkpoint.hf import is_hf  # noqa: PLC0415
     from titan_bridge.checkpoint.model_dir import weights_directory  # noqa: PLC0415

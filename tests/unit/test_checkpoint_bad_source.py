@@ -106,11 +106,6 @@ def test_nan_makes_the_exit_code_1(source, tmp_path, capsys):
 
 
 QUANTIZED = {
-    "config.json": (
-        {"quantization_config": {"quant_method": "fp8"}},
-        lambda state: None,
-        "quantization_config",
-    ),
     "names": ({}, lambda state: state.update({f"{DENSE}_scale_inv": torch.ones(1, 1)}), f"{DENSE}_scale_inv"),
     "dtype": ({}, lambda state: state.update({DENSE: state[DENSE].to(torch.float8_e4m3fn)}), DENSE),
 }

@@ -152,7 +152,7 @@ HOSTILE = {
         ["inspect", "{model}", "--picture", "none/x.svg"],
         "none/x.svg: No such file or dir",
     ),
-    "a name too long": (["inspect", "n" * 300], "n: File name too long"),
+    "a name too long": (["inspect", "n" * 300], "does not exist; give the directory"),
     "target with a long name": (
         ["reshard", "{model}", "{folder}/" + "n" * 250, "--to", "hf"],
         "File name too long",
@@ -161,7 +161,7 @@ HOSTILE = {
         ["reshard", "{model}", "{folder}/deep.toml/x", "--to", "hf"],
         "deep.toml cannot be written",
     ),
-    "deep JSON": (["inspect", "{folder}/deep"], "deep/config.json cannot be read: "),
+    "deep JSON": (["inspect", "{folder}/deep"], "deep/config.json cannot be read as JSON: "),
     "deep layout": (
         ["plan", "{folder}/deep/config.json", "{folder}/deep/config.json"],
         "not a layout file: ",
@@ -170,7 +170,7 @@ HOSTILE = {
     "deep --set": (["inspect", "{model}", "--set", "model=" + "[" * 5000], "nested too deeply"),
     "digits in JSON": (
         ["inspect", "{folder}/digits"],
-        "digits/config.json cannot be read: Exceeds the limit (4300",
+        "digits/config.json cannot be read as JSON: Exceeds the limit (4300",
     ),
     "digits in TOML": (
         ["config", "{folder}/digits.toml"],
@@ -204,7 +204,10 @@ def test_hostile_input_is_one_line_and_exit_code_2(case, tmp_path, model, monkey
     llama = '[model]\nfamily = "llama3"\n'
     (tmp_path / "deep.toml").write_text("model = " + "[" * 100_000)
     (tmp_path / "digits.toml").write_text("[parallel]\ntp = " + "9" * 5000)
-    (tmp_path / "nul.toml").write_text('out = "a\\u0000b"\n' + llama + 'flavor = "debugmodel"\n')
+    (tmp_path / "nul.toml").write_text(
+        'out = "a\\u0000b"\n' + llama + "[model.sizes]\nhidden_size = 128\n"
+        "intermediate_size = 128\nnum_attention_heads = 4\nnum_hidden_layers = 1\n"
+    )
     sizes = (
         "hidden_size = 64\nintermediate_size = 64\nnum_attention_heads = 4\nnum_hidden_layers = 2147483648\n"
     )

@@ -200,7 +200,7 @@ def test_metadata_that_names_code_is_refused_before_it_is_unpickled(job, trained
         step, sets = tmp_path / "other", [f"trainer.checkpoint.initial_load_path={tmp_path / 'other'}"]
         step.mkdir()
         shutil.rmtree(trained)
-    (step / output.METADATA).write_bytes(pickle.dumps(Hostile(proof)))
+    (step / METADATA).write_bytes(pickle.dumps(Hostile(proof)))
     with pytest.raises(BridgeError, match="which no checkpoint needs; refused, nothing was run"):
         launch.train(job(*sets))
     assert not proof.exists()

@@ -94,6 +94,8 @@ def check_source(
                 problems.append(f"{name} has shape {stored.shape}, config.json says {wanted[name]}")
             if not stored.dtype.is_floating_point:
                 problems.append(f"{name} has dtype {stored.dtype}; weights are floating-point")
+            elif stored.dtype.itemsize == 1:
+                problems.append(f"{name} has dtype {stored.dtype}; quantized weights are not read")
         elif name in known or name in buffers or (source.format == "hf" and family.ignores(name, hf)):
             left.append(name)
         else:

@@ -9,6 +9,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.checkpoint.engine_files import is_engine, open_engine
 from titan_bridge.checkpoint.hf import is_hf, open_hf
+from titan_bridge.checkpoint.quantized import dequantized
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.match import few
 
@@ -38,7 +39,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Che
     if is_engine(directory):
         return open_engine(directory)
     if is_hf(directory):
-        return open_hf(directory)
+        return dequantized(open_hf(directory))
     found = few(sorted(path.name for path in directory.iterdir()))
     if any(directory.glob("*.pt")):
         raise BridgeError(

@@ -104,7 +104,7 @@ def _check_not_quantized(source: Checkpoint, config: Mapping[str, Any] | None) -
     if signs:
         raise BridgeError(
             f"--dtype: {source.path} has {signs[0]}; quantized weights cannot be cast without their scales, which is "
-            "not supported yet: leave --dtype out to carry them as they are"
+            "not supported: leave --dtype out to carry them as they are"
         )
 
 

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import family_for
+from titan_bridge.models.adapters import inner_attention
 
 _KERNELS = ("vec", "vec16", "amx", "neon", "rvv", "vxe", "vsx")
 """vLLM's names of the instruction sets; which of them a wheel has depends on the machine that it is for."""
@@ -28,8 +29,8 @@ def check_head_dim(hf_config: Mapping[str, Any]) -> None:
     if not current_platform.is_cpu():
         return
     config = family_for(hf_config).model_config(hf_config)
-    for attention in (layer.attention for layer in config.layers):
-        width = attention.head_dim or config.dim // attention.n_heads
+    for layer in config.layers:
+        width = inner_attention(layer.attention).qk_head_dim
         if not _computes(width):
             allowed = ", ".join(str(n) for n in range(8, 1025, 8) if _computes(n))
             raise BridgeError(

@@ -41,7 +41,8 @@ def check(vllm_config: VllmConfig) -> None:
     if parallel.enable_expert_parallel and not experts_in(plan.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
-    check_head_dim(plan.hf)
+    if not model.use_mla:
+        check_head_dim(plan.hf)
     captures = captures_experts(plan, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, plan, captures=captures)
     load = vllm_config.load_config
