@@ -64,7 +64,8 @@ def start_clocks() -> None:
     # Only workers import the engine.
     from vllm.model_executor.model_loader import base_loader, default_loader  # noqa: PLC0415
 
-    from titan_bridge.engine import model_loader, packing  # noqa: PLC0415
+    from titan_bridge.engine.cpu import packing  # noqa: PLC0415
+    from titan_bridge.engine.loading import model_loader  # noqa: PLC0415
 
     for holder, name, figure in (
         (base_loader, "initialize_model", "build"),

@@ -47,7 +47,7 @@ import titan_bridge.checkpoint.reshard, titan_bridge.checkpoint.team, titan_brid
 from titan_bridge.models import families
 families()
 """
-TORCHTITAN = "import titan_bridge.layout"
+TORCHTITAN = "import titan_bridge.model_layout"
 """Where the layout of an engine is asked for."""
 COPY = """
 import os, subprocess, sys, time

@@ -139,7 +139,7 @@ def _run(model: Path, case: Case, side: Side, repeats: int) -> list[dict[str, fl
             "model": str(model), "model_impl": side.impl, "tensor_parallel_size": case.tp, "dtype": "bfloat16",
             "enable_expert_parallel": side.ep, "enforce_eager": case.eager, "max_model_len": 512,
             "max_num_seqs": case.batch, "max_num_batched_tokens": 2048, "enable_prefix_caching": False,
-            "worker_extension_cls": "titan_bridge.engine.worker.BridgeWorker", "skip_tokenizer_init": True,
+            "worker_extension_cls": "titan_bridge.engine.run.worker.BridgeWorker", "skip_tokenizer_init": True,
         },
         "batch": case.batch,
         "repeats": repeats,

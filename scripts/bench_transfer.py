@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.tensor import DTensor
 
-from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
+from titan_bridge.model_layout import layout
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import PlainClient, free_port, plain_ranks, plain_workers

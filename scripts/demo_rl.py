@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from vllm import LLM, SamplingParams
 
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.engine.offline import engine
+from titan_bridge.engine.run.offline import engine
 from titan_bridge.engine.transfer import LLMClient
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint

@@ -45,7 +45,7 @@ def check(config: InferConfig, *, text: bool = False) -> dict[str, Any]:
         sizes = Sizes(dp=parallel.dp if together else 1, tp=parallel.tp, ep=parallel.ep)
         model_fits(hf_config, sizes, max_model_len=config.max_model_len)
         if is_cpu_backend() and options.mla != "latent":
-            from titan_bridge.engine.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
+            from titan_bridge.engine.cpu.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
 
             check_head_dim(hf_config)
         weights_fit(config.model, options.step, hf_config)

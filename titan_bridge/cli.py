@@ -27,7 +27,7 @@ COMMANDS = {
     "parity": "titan_bridge.commands.parity:Parity",
     "inspect": "titan_bridge.commands.inspect:Inspect",
     "train": "titan_bridge.commands.train:Train",
-    "plan": "titan_bridge.commands.plan:Plan",
+    "plan": "titan_bridge.commands.plan:PlanCommand",
     "reshard": "titan_bridge.commands.reshard:Reshard",
     "config": "titan_bridge.commands.config:Config",
 }

@@ -18,8 +18,8 @@ from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.model_dir import has_expert_bias, weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
+from titan_bridge.model_layout import layout
 from titan_bridge.models import Family, family_for, load_hf_config
 from titan_bridge.models.adapters import keep_expert_dtype, use_plain_attention
 from titan_bridge.models.build import build_on_meta, materialize

@@ -238,8 +238,8 @@ def make_run(out: str | os.PathLike[str], *models: Path) -> Path:
 
 def titan_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """A checkpoint that `make_checkpoint` made, as TorchTitan's global tensors by FQN, in the checkpoint's dtype."""
-    from titan_bridge.layout import specs  # noqa: PLC0415  imports torchtitan, which making a checkpoint does not need
     from titan_bridge.mesh import Sizes  # noqa: PLC0415
+    from titan_bridge.model_layout import specs  # noqa: PLC0415  imports torchtitan, which making a checkpoint does not need
     from titan_bridge.models import family_for, load_hf_config  # noqa: PLC0415
 
     hf = load_hf_config(path)

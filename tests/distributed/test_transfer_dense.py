@@ -115,7 +115,7 @@ LAYOUTS = [
 def test_every_worker_gets_its_slices_and_nothing_else(
     trainers, workers, source, dense, target, target_dense
 ):
-    from titan_bridge.layout import layout  # here: the processes that are started need no torchtitan
+    from titan_bridge.model_layout import layout  # here: the processes that are started need no torchtitan
 
     wire = torch.float32 if source.dp_replicate > 1 else torch.bfloat16
     told = layout(MOE, source, dense, dtype=torch.float32)
@@ -137,7 +137,7 @@ def through(receiver: Receiver) -> int:
 @pytest.mark.parametrize("source", [Sizes(dp=2, tp=2), Sizes()], ids=["fsdp 2 x tp 2", "1"])
 def test_messages_that_land_elsewhere_pass_through_two_buckets(trainers, workers, source):
     """As they do on a GPU, whose memory the KV cache has."""
-    from titan_bridge.layout import layout  # here: the processes that are started need no torchtitan
+    from titan_bridge.model_layout import layout  # here: the processes that are started need no torchtitan
 
     told = layout(MOE, source, "shard" if source.dp > 1 else "replicate", dtype=torch.float32)
     served = layout(MOE, Sizes(tp=2, ep=2), "replicate", dtype=torch.bfloat16).to_json()

@@ -17,7 +17,7 @@ from vllm.config import CompilationConfig
 from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.files import bytes_of
-from titan_bridge.engine.cpu_packed import (
+from titan_bridge.engine.cpu.packed import (
     PackedExperts,
     PackedFeedForward,
     PackedLinear,
@@ -26,8 +26,8 @@ from titan_bridge.engine.cpu_packed import (
     combine,
     use_packed_weights,
 )
-from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts
-from titan_bridge.engine.packing import Packing
+from titan_bridge.engine.cpu.packing import Packing
+from titan_bridge.engine.model.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
 pytestmark = pytest.mark.engine

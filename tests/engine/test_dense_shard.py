@@ -8,8 +8,8 @@ import pytest
 
 from titan_bridge import cpu
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.engine.offline import complete, engine
-from titan_bridge.engine.ranks import generate
+from titan_bridge.engine.run.offline import complete, engine
+from titan_bridge.engine.run.ranks import generate
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
@@ -41,7 +41,7 @@ def test_sharded_dense_weights_give_the_bits_of_one_rank_that_has_them_all(
         )
 
     sharded = generate(config(Parallel(dp=2, dense="shard")), prompts, sampling)
-    assert sharded.model_class == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+    assert sharded.model_class == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
     assert not sharded.killed_ranks
     with monkeypatch.context() as patch:
         patch.setenv(

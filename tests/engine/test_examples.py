@@ -24,7 +24,7 @@ def test_generate(bin_dir: Path, tmp_path: Path, no_orphans: None) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--- 'def main'\n" in done.stdout
-    assert "\nclass   titan_bridge.engine.vllm_wrapper.TitanForCausalLM (" in done.stdout
+    assert "\nclass   titan_bridge.engine.model.wrapper.TitanForCausalLM (" in done.stdout
     assert "\nmesh    dp_replicate=1 fsdp=1 tp=2 efsdp=1 ep=2\n" in done.stdout
     assert "\ndtype   bfloat16 (the checkpoint's: float32)\n" in done.stdout
     stages = ["importing vLLM to run out/demo/qwen3_moe", *STAGES.values()]

@@ -15,7 +15,8 @@ import pytest
 from tests.conftest import descendants
 from titan_bridge import cpu, parity
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.engine import forking, patches, patching
+from titan_bridge.engine.cpu import forking
+from titan_bridge.engine.patches import apply, upstream
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
@@ -120,7 +121,7 @@ def test_asked_for_new_processes_no_server_runs(server: int, monkeypatch: pytest
 def test_an_engine_of_forked_processes_has_the_bits_of_one_of_new_ones(
     server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
 ) -> None:
-    from titan_bridge.engine.offline import complete, engine
+    from titan_bridge.engine.run.offline import complete, engine
 
     monkeypatch.setenv(cpu.BIND, cpu.bind(2, cpu.cores()) or "0|1")
     config = InferConfig(
@@ -140,7 +141,7 @@ def test_an_engine_of_forked_processes_has_the_bits_of_one_of_new_ones(
     def answers() -> tuple[list[Any], set[int]]:
         with engine(config) as (llm, workers, _):
             assert {worker["model_class"] for worker in workers} == {
-                "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+                "titan_bridge.engine.model.wrapper.TitanForCausalLM"
             }
             assert {name: os.environ.get(name) for name in ahead} == ahead  # set by vLLM, as was foreseen
             # One after the other, so that both engines see the same batches.
@@ -162,6 +163,6 @@ def test_vllm_starts_its_processes_through_functions_that_are_known() -> None:
     import vllm.v1.engine.utils
     import vllm.v1.executor.multiproc_executor
 
-    patches.install()
+    upstream.install()
     for module in (vllm.v1.engine.utils, vllm.v1.engine.coordinator, vllm.v1.executor.multiproc_executor):
-        assert getattr(module.get_mp_context, patching.MARK)
+        assert getattr(module.get_mp_context, apply.MARK)

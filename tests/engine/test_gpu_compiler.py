@@ -89,7 +89,7 @@ def test_replayed_graphs_compute_what_eager_computes(runs: dict[str, dict[str, A
 
 def test_operators_that_split_the_graph_allocate_no_result(runs: dict[str, dict[str, Any]]) -> None:
     """What runs between two graphs writes where the graph after it reads."""
-    import titan_bridge.engine.moe  # noqa: F401  registers the operator
+    import titan_bridge.engine.model.moe  # noqa: F401  registers the operator
 
     ours = {op for run in runs.values() for op in run["splitting_ops"] if op.startswith("vllm::titan")}
     assert ours == {"vllm::titan_routed_experts"}
@@ -108,7 +108,7 @@ def served_experts(
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.forward_context import set_forward_context
 
-    from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts, TopKSumDispatcher
+    from titan_bridge.engine.model.moe import OwnExpertsDispatcher, ServedExperts, TopKSumDispatcher
     from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
     torch.manual_seed(0)

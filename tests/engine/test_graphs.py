@@ -56,14 +56,14 @@ def test_graphs_hold_what_they_can(
 ) -> None:
     from vllm.config import CompilationConfig, CUDAGraphMode
 
-    from titan_bridge.engine.build import plan_from
+    from titan_bridge.engine.model.build import setup_from
     from titan_bridge.engine.preflight import limit_graphs
 
-    plan = plan_from(engine_config(models[model], options), dp=options.get("data_parallel_size", 1))
+    setup = setup_from(engine_config(models[model], options), dp=options.get("data_parallel_size", 1))
     compilation = CompilationConfig()
     if asked is not None:
         compilation.cudagraph_mode = CUDAGraphMode[asked]
-    limit_graphs(compilation, plan, captures=captures)
+    limit_graphs(compilation, setup, captures=captures)
     assert compilation.cudagraph_mode == (None if left is None else CUDAGraphMode[left])
 
 
@@ -103,49 +103,49 @@ def test_a_graph_holds_experts_that_ask_the_host_nothing(
     import torch
     from vllm.platforms.interface import DeviceCapability
 
-    from titan_bridge.engine.build import captures_experts, plan_from
+    from titan_bridge.engine.model.build import captures_experts, setup_from
 
-    plan = plan_from(engine_config(models["qwen3_moe"], options), dp=options.get("data_parallel_size", 1))
-    plan = replace(plan, hf={**plan.hf, **fields})
+    setup = setup_from(engine_config(models["qwen3_moe"], options), dp=options.get("data_parallel_size", 1))
+    setup = replace(setup, hf={**setup.hf, **fields})
     gpu = DeviceCapability(*capability) if capability else None
-    assert captures_experts(plan, getattr(torch, dtype), gpu) == captures
+    assert captures_experts(setup, getattr(torch, dtype), gpu) == captures
 
 
 def test_a_compiled_step_is_named_by_what_it_was_made_from(models: dict[str, Path]) -> None:
-    from titan_bridge.engine.build import plan_from
-    from titan_bridge.engine.compiled import KEY, name_compiled_step
+    from titan_bridge.engine.model.build import setup_from
+    from titan_bridge.engine.model.compiled import KEY, name_compiled_step
 
     given = {"titan": {"cpu_pack": False}}
     config = engine_config(models["qwen3_moe"], {"additional_config": given})
-    plan = plan_from(config, dp=1)
+    setup = setup_from(config, dp=1)
     before = config.compute_hash()
 
-    def name(plan: Any) -> str:
+    def name(setup: Any) -> str:
         config.additional_config = given
-        name_compiled_step(config, plan)
+        name_compiled_step(config, setup)
         assert config.additional_config["titan"] == given["titan"]
         assert config.compute_hash() != before
         return config.additional_config[KEY]
 
     others = [
-        replace(plan, expert_bias=True),  # a buffer that only the checkpoint knows of
-        replace(plan, hf={**plan.hf, "rms_norm_eps": 1e-3}),  # config.json, edited in its place
-        replace(plan, sizes=Sizes(dp=1, tp=2, ep=1)),
+        replace(setup, expert_bias=True),  # a buffer that only the checkpoint knows of
+        replace(setup, hf={**setup.hf, "rms_norm_eps": 1e-3}),  # config.json, edited in its place
+        replace(setup, sizes=Sizes(dp=1, tp=2, ep=1)),
     ]
-    names = {name(plan), *(name(other) for other in others)}
+    names = {name(setup), *(name(other) for other in others)}
     assert len(names) == 4
-    assert name(plan) in names
+    assert name(setup) in names
 
     hashed = config.compute_hash()
     config.additional_config = {"titan": {**given["titan"], "step": 80}}  # all steps of a run compute alike
-    name_compiled_step(config, plan)
+    name_compiled_step(config, setup)
     assert config.compute_hash() == hashed
 
 
 def test_nothing_is_named_where_nothing_is_compiled(models: dict[str, Path]) -> None:
-    from titan_bridge.engine.build import plan_from
-    from titan_bridge.engine.compiled import name_compiled_step
+    from titan_bridge.engine.model.build import setup_from
+    from titan_bridge.engine.model.compiled import name_compiled_step
 
     config = engine_config(models["qwen3"], {"enforce_eager": True})
-    name_compiled_step(config, plan_from(config, dp=1))
+    name_compiled_step(config, setup_from(config, dp=1))
     assert not config.additional_config

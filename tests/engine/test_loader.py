@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from titan_bridge.engine.loader import WeightLoader
+from titan_bridge.engine.loading.stream import WeightLoader
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import layout, specs
 from titan_bridge.mesh import Sizes, padded_vocab
+from titan_bridge.model_layout import layout, specs
 from titan_bridge.models import family_for, load_hf_config
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing import make_checkpoint

@@ -166,7 +166,7 @@ def completions_here(
     enforce_eager: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the first worker says of itself, and the completions of the fixed prompts."""
-    from titan_bridge.engine.offline import complete, engine
+    from titan_bridge.engine.run.offline import complete, engine
 
     # The scheduler runs here; workers are processes of their own anyway.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -186,7 +186,7 @@ def completions_here(
     with engine(config) as (llm, workers, _):
         completions, _ = complete(llm, *parity.rounds(parity.prompts(vocab_size)))
     assert len(workers) == parallel.get("tp", 1)
-    assert workers[0]["model_class"] == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+    assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
     return workers[0], [dataclasses.asdict(completion) for completion in completions]
 
 
@@ -216,7 +216,7 @@ def answer_of(bin_dir: Path, model: Path, options: str, **environment: str) -> t
 
 
 def check(facts: dict[str, Any], asked: dict[str, int]) -> None:
-    assert facts["model_class"] == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+    assert facts["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
     assert facts["dtype"] == "float32"
     assert facts["cached_tokens"] > 0
     assert facts["sizes"]["tp"] == asked.get("tp", 1)

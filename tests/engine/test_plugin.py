@@ -96,7 +96,7 @@ def test_any_other_model_impl_is_as_without_the_plugin(models: dict[str, Path]) 
 
 def test_torchtitan_resolves_to_our_class(models: dict[str, Path]) -> None:
     assert resolve(models["qwen3_moe"], "torchtitan") == [
-        ["titan_bridge.engine.vllm_wrapper", "TitanForCausalLM", "TitanForCausalLM"]
+        ["titan_bridge.engine.model.wrapper", "TitanForCausalLM", "TitanForCausalLM"]
     ]
 
 

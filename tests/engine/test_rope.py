@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchtitan.models.common.rope import CosSinRoPE
 
-from titan_bridge.engine.rope import cut_rows, rotate_by_halves
+from titan_bridge.engine.model.rope import cut_rows, rotate_by_halves
 
 pytestmark = pytest.mark.engine
 

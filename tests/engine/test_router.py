@@ -11,7 +11,7 @@ from torch import nn
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
-from titan_bridge.engine.router import use_float32_gate
+from titan_bridge.engine.model.router import use_float32_gate
 
 pytestmark = pytest.mark.engine
 

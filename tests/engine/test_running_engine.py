@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def llm(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[Any]:
     """An engine that serves checkpoint a, as a step of a run."""
-    from titan_bridge.engine.offline import engine
+    from titan_bridge.engine.run.offline import engine
 
     config = InferConfig(
         model=str(models["step"]),
@@ -51,7 +51,7 @@ def llm(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[Any
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function to the workers
         with engine(config) as (started, workers, _):
-            assert workers[0]["model_class"] == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+            assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
             yield started
 
 
@@ -207,7 +207,7 @@ def test_weights_are_not_saved_in_vllms_sharded_format(llm: Any, tmp_path: Path)
 
 def test_a_draft_model_is_vllms_and_all_its_drafts_are_accepted(tmp_path: Path) -> None:
     """The draft is the served checkpoint itself, so only another model or other weights could be refused."""
-    from titan_bridge.engine.offline import complete, engine
+    from titan_bridge.engine.run.offline import complete, engine
 
     model = str(make_checkpoint(tmp_path / "model", "qwen3", tokenizer=False))
     config = InferConfig(

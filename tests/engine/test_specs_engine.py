@@ -12,7 +12,7 @@ from titan_bridge import cli
 from titan_bridge.config.reader import from_dict
 from titan_bridge.config.schema import InferConfig
 from titan_bridge.engine import specs
-from titan_bridge.engine.offline import engine
+from titan_bridge.engine.run.offline import engine
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

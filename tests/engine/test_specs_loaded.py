@@ -17,10 +17,10 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed.tensor import Replicate, Shard
 
-from titan_bridge.engine.native_layers import Native, Part
-from titan_bridge.engine.native_specs import cut
-from titan_bridge.layout import layout
+from titan_bridge.engine.native.layers import Native, Part
+from titan_bridge.engine.native.specs import cut
 from titan_bridge.mesh import Sizes
+from titan_bridge.model_layout import layout
 from titan_bridge.models import load_hf_config
 from titan_bridge.ports import free_port
 from titan_bridge.sharding import Layout, ShardingSpec

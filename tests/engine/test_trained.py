@@ -13,9 +13,9 @@ import torch
 
 from titan_bridge import cli, parity
 from titan_bridge.config.schema import InferConfig, Parallel
-from titan_bridge.engine.ranks import generate
-from titan_bridge.layout import layout
+from titan_bridge.engine.run.ranks import generate
 from titan_bridge.mesh import Sizes
+from titan_bridge.model_layout import layout
 from titan_bridge.run_folder import TrainedRun, find
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.train.progress import read_metrics
@@ -110,7 +110,7 @@ def test_a_dcp_is_served_as_it_lies_with_the_numbers_of_its_hugging_face_twin(
     hf = model.run.record.hf_config
     served, whole = (layout(hf, s, parallel.dense, dtype=torch.float32) for s in (sizes, Sizes()))
     for worker in outcome.workers:
-        assert worker["model_class"] == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+        assert worker["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
         assert {axis: worker["sizes"][axis] for axis in ("tp", "ep")} == {"tp": sizes.tp, "ep": sizes.ep}
         rank = worker["dp_rank"] * sizes.tp + worker["rank"] % sizes.tp
         loaded = worker["loaded"]

@@ -31,7 +31,7 @@ DP = 2
 def serve(model: str, address: str, dense: str) -> None:
     """Body of one dp rank's process: an engine behind a door."""
     from titan_bridge.config.schema import InferConfig, Parallel
-    from titan_bridge.engine.offline import engine
+    from titan_bridge.engine.run.offline import engine
     from titan_bridge.engine.transfer import LLMClient
     from titan_bridge.transfer.plain import door
 
@@ -63,9 +63,9 @@ def serve(model: str, address: str, dense: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PlainClient, Path]]:
     from titan_bridge import cpu
-    from titan_bridge.engine.ranks import end_group, rank_environment
-    from titan_bridge.layout import layout
+    from titan_bridge.engine.run.ranks import end_group, rank_environment
     from titan_bridge.mesh import Sizes
+    from titan_bridge.model_layout import layout
     from titan_bridge.models import load_hf_config
     from titan_bridge.testing import make_checkpoint, titan_tensors
 

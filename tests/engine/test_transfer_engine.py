@@ -60,10 +60,10 @@ class Engine:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A mixture of experts in bf16 at tp=2, ep=2, started from checkpoint a; a, b and their layout as files."""
     from titan_bridge.config.schema import InferConfig, Parallel
-    from titan_bridge.engine.offline import engine as start
+    from titan_bridge.engine.run.offline import engine as start
     from titan_bridge.engine.transfer import LLMClient
-    from titan_bridge.layout import layout
     from titan_bridge.mesh import Sizes
+    from titan_bridge.model_layout import layout
     from titan_bridge.models import load_hf_config
     from titan_bridge.testing import make_checkpoint, titan_tensors
 

@@ -31,7 +31,7 @@ def answers(llm: Any) -> list[float]:
 @pytest.mark.parametrize(("family", "model_class"), [("qwen3", "Qwen3"), ("qwen3_moe", "Qwen3Moe")])
 def test_a_trainer_updates_vllms_own_model_at_tp_2(tmp_path, family, model_class):
     """Of a dense model every worker gets its slices; the CPU backend repacks experts, which therefore come whole."""
-    from titan_bridge.engine.offline import engine
+    from titan_bridge.engine.run.offline import engine
     from titan_bridge.engine.transfer import LLMClient, TitanTrainerInitInfo, TitanWeightSource
     from titan_bridge.engine.transfer import TitanTrainerWeightTransferEngine as Engine
 

@@ -16,8 +16,8 @@ from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.cpu import WORKERS
-from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes, padded_vocab
+from titan_bridge.model_layout import layout
 from titan_bridge.models import family_for
 from titan_bridge.testing import make_checkpoint
 

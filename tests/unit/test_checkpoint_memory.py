@@ -32,7 +32,7 @@ from titan_bridge.checkpoint.reshard import Options, prepare
 from pathlib import Path
 source, target, to, options = json.loads(sys.argv[1])
 if to == 'engine':
-    import titan_bridge.layout, titan_bridge.models.parts, torchtitan.models.llama3.model
+    import titan_bridge.model_layout, titan_bridge.models.parts, torchtitan.models.llama3.model
 before = peak()
 outcome = prepare(Options(source=Path(source), target=Path(target), to=to, workers=2, **options)).run()
 heavy = [m for m in ('vllm', 'transformers', 'torchtitan', 'torch.distributed.tensor') if m in sys.modules]

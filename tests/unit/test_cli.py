@@ -20,8 +20,8 @@ from titan_bridge import cli, cpu
 from titan_bridge.commands import doctor
 from titan_bridge.commands import quiet as quiet_module
 from titan_bridge.commands.quiet import last_error, quiet, user_error
-from titan_bridge.engine import forking
-from titan_bridge.engine.ranks import devices
+from titan_bridge.engine.cpu import forking
+from titan_bridge.engine.run.ranks import devices
 from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint, make_run

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from titan_bridge import cli
-from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
+from titan_bridge.model_layout import layout
 from titan_bridge.models import load_hf_config
 from titan_bridge.sharding import Layout
 from titan_bridge.testing import make_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_bridge.engine.pages import zeros_like
+from titan_bridge.engine.cpu.pages import zeros_like
 
 
 def resident() -> int:

@@ -20,10 +20,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.decoder import Decoder
 
-from titan_bridge.engine.fsdp import shard_dense
+from titan_bridge.engine.model.fsdp import shard_dense
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import ParamSpec, as_layout, specs, stated_dtype
 from titan_bridge.mesh import MESH_AXES, Sizes, describe, get_device_meshes, to_parallel_dims
+from titan_bridge.model_layout import ParamSpec, as_layout, specs, stated_dtype
 from titan_bridge.models import families, family_for
 from titan_bridge.models.adapters import use_plain_attention
 from titan_bridge.models.build import build_on_meta, tie

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_bridge.engine import patching
+from titan_bridge.engine.patches import apply
 
 
 def test_everybody_who_waits_for_a_module_is_called_once_when_it_is_imported(
@@ -27,12 +27,12 @@ def test_everybody_who_waits_for_a_module_is_called_once_when_it_is_imported(
         raise RuntimeError("whoever imports the module has not asked for us")
 
     for then in (first, second, first):
-        patching.after_import("waited_for", then)
+        apply.after_import("waited_for", then)
     assert importlib.util.find_spec("waited_for") is not None  # looking for it is not importing it
     assert seen == []
     assert importlib.import_module("waited_for").value == 1
     assert seen == ["first 1", "second"]
-    patching.after_import("waited_for", first)
+    apply.after_import("waited_for", first)
     assert seen == ["first 1", "second", "first 1"]
     del sys.modules["waited_for"]
 
@@ -48,8 +48,8 @@ def test_a_target_is_replaced_once_and_only_if_it_is_what_is_expected(
         "def plain():\n    return 1\n"
     )
 
-    def patch(name: str, *parameters: str) -> patching.Patch:
-        return patching.Patch(
+    def patch(name: str, *parameters: str) -> apply.Patch:
+        return apply.Patch(
             target=f"of_others:{name}",
             parameters=parameters,
             function=lambda original, *args, **kwargs: 10 * original(*args, **kwargs),

@@ -18,8 +18,8 @@ from torchtitan.models.qwen3 import model_registry
 
 from titan_bridge.checkpoint.mapping import separate_qkv_views
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import layout
 from titan_bridge.mesh import Sizes
+from titan_bridge.model_layout import layout
 from titan_bridge.models import family_of
 from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.sharding.plan import plan

@@ -192,7 +192,7 @@ def _between(
     if options.to != "engine":
         return made, None
     # TorchTitan takes two seconds to import, which the other formats do without.
-    from titan_bridge.layout import layout  # noqa: PLC0415
+    from titan_bridge.model_layout import layout  # noqa: PLC0415
 
     found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers))
     dtypes = {tensor.name: dtype_name(tensor.dtype) for tensor in made.tensors}

@@ -48,7 +48,7 @@ class Generate(InferCommand):
         from titan_bridge.commands.quiet import quiet, warn_of_weights
 
         with quiet(verbose=self.verbose) as say:
-            from titan_bridge.engine import ranks
+            from titan_bridge.engine.run import ranks
 
             with ranks.start(config) as started:
                 check(config, text=True)  # while they import vLLM

@@ -82,8 +82,8 @@ class Inspect(InferCommand):
 
         hf = model_directory(config.model)
 
-        from titan_bridge.layout import layout, stated_dtype
         from titan_bridge.mesh import Sizes
+        from titan_bridge.model_layout import layout, stated_dtype
 
         parallel = config.parallel
         sizes = Sizes(dp=parallel.dp, tp=parallel.tp, ep=parallel.ep)

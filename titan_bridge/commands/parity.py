@@ -48,7 +48,7 @@ class Parity(InferCommand):
         limit = min(config.max_model_len or 10**9, hf.get("max_position_embeddings") or 10**9, parity.LONGEST)
         asked, config = config, dataclasses.replace(config, max_model_len=limit)
         with quiet(verbose=self.verbose) as say:
-            from titan_bridge.engine import ranks
+            from titan_bridge.engine.run import ranks
 
             with ranks.start(config) as started:
                 check(asked)  # while they import vLLM

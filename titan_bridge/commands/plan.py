@@ -14,7 +14,7 @@ from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from titan_bridge.sharding.layout import Layout
-    from titan_bridge.sharding.plan import Plan as Made
+    from titan_bridge.sharding.plan import Plan
 
 _SIDE = (
     "give a layout file (`titan-bridge inspect MODEL --json > FILE`), sizes such as tp=2,ep=2, or a TOML file of "
@@ -23,7 +23,7 @@ _SIDE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class PlanCommand:
     """Plan the copies from SRC to DST: bytes by tensor group and by pair of ranks, lower bound, balance.
 
     A side is a layout file (`titan-bridge inspect MODEL ... --json > file.json`), sizes of an engine (`tp=2,ep=2`,
@@ -78,7 +78,7 @@ class Plan:
         return 0
 
     def _layout(self, side: str) -> Layout:
-        from titan_bridge.layout import layout  # torchtitan, which layout files do without
+        from titan_bridge.model_layout import layout  # torchtitan, which layout files do without
         from titan_bridge.sharding.layout import Layout
 
         if side.endswith(".toml"):
@@ -129,7 +129,7 @@ def _config_of(model: str) -> dict[str, Any]:
     return model_directory(model_and_step(model)[0])
 
 
-def _from_checkpoint(path: str, destination: Layout) -> Made:
+def _from_checkpoint(path: str, destination: Layout) -> Plan:
     from titan_bridge.checkpoint import open_checkpoint
     from titan_bridge.checkpoint.mapping import views_between
     from titan_bridge.checkpoint.model_dir import weights_directory

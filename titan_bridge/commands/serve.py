@@ -52,7 +52,7 @@ class Serve(InferCommand):
 
         from titan_bridge import cpu
         from titan_bridge.checks import check, port_free
-        from titan_bridge.engine import forking
+        from titan_bridge.engine.cpu import forking
 
         given = {**config.vllm, **passed}
         if not given.get("headless"):
@@ -76,16 +76,16 @@ class Serve(InferCommand):
                 arguments += option
         if self.dry_run:
             check(config)
-            command = [sys.executable, "-m", "titan_bridge.engine.server", *arguments]
+            command = [sys.executable, "-m", "titan_bridge.engine.run.server", *arguments]
             print(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in added.items()), shlex.join(command)]))
             return 0
-        from titan_bridge.engine.offline import users_mistake
+        from titan_bridge.engine.run.offline import users_mistake
 
         with cpu.variables(added):
             forking.start()  # it imports while this process does
             try:
                 check(config)
-                from titan_bridge.engine.server import main
+                from titan_bridge.engine.run.server import main
 
                 main(arguments)
             except Exception as error:

@@ -58,7 +58,7 @@ class Train:
                 print(f"{key:<{width}}  {json.dumps(value, default=str):<24}  {origin}")
             return 0
         if is_cpu_backend():
-            from titan_bridge.engine.head_dims import check_head_dim  # vLLM's platform, seconds
+            from titan_bridge.engine.cpu.head_dims import check_head_dim  # vLLM's platform, seconds
 
             try:
                 check_head_dim(job.hf_config)

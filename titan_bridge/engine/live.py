@@ -16,12 +16,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from titan_bridge.engine import native_specs
-from titan_bridge.engine.checkpoint_tensors import CheckpointTensors
-from titan_bridge.engine.native_layers import Native
+from titan_bridge.engine.native import specs as native_specs
+from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
+from titan_bridge.engine.native.layers import Native
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import ParamSpec, as_layout
 from titan_bridge.mesh import DENSE, MESH_AXES, Sizes, describe, get_device_meshes, sizes_of
+from titan_bridge.model_layout import ParamSpec, as_layout
 from titan_bridge.sharding.layout import ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec, attached, placement_to_str
 
@@ -33,7 +33,7 @@ def titan_sharding_spec(worker: Any) -> dict[str, Any]:
         BridgeError: vLLM's own model without `attach_specs`, or a live tensor that is not as large as its spec says.
     """
     model, sizes = worker.get_model(), _sizes(worker)
-    if hasattr(model, "plan"):
+    if hasattr(model, "setup"):
         return as_layout(_titan_params(model, sizes), sizes).to_json()
     params = {
         fqn: ParamSpec(shape=native.shape, dtype=tensor.dtype, spec=native.spec)
@@ -83,17 +83,17 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
     """
     model, sizes = worker.get_model(), _sizes(worker)
     tensors = CheckpointTensors(checkpoint)
-    if hasattr(model, "plan"):
+    if hasattr(model, "setup"):
         with model.packing.unpacked():
             return list(_verify_titan(model, sizes, tensors))
     return list(_verify_native(model, sizes, tensors))
 
 
 def _sizes(worker: Any) -> Sizes:
-    plan = getattr(worker.get_model(), "plan", None)
+    setup = getattr(worker.get_model(), "setup", None)
     return (
-        plan.sizes
-        if plan is not None
+        setup.sizes
+        if setup is not None
         else sizes_of(worker.vllm_config.parallel_config, dist.get_world_size())
     )
 
@@ -153,9 +153,9 @@ def _native_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Native
 
 
 def _verify_titan(model: Any, sizes: Sizes, tensors: CheckpointTensors) -> Iterator[dict[str, Any]]:
-    plan, views = model.plan, {}
-    every = plan.family.views(plan.hf, padded_vocab=plan.padded_vocab)
-    for view in (*every, *plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab)):
+    setup, views = model.setup, {}
+    every = setup.family.views(setup.hf, padded_vocab=setup.padded_vocab)
+    for view in (*every, *setup.family.optional_views(setup.hf, padded_vocab=setup.padded_vocab)):
         if view.name in tensors:
             views.setdefault(view.fqn, []).append(view)
     specs = _titan_params(model, sizes)

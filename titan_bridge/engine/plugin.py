@@ -11,7 +11,7 @@ from __future__ import annotations
 ARCHITECTURE = "TitanForCausalLM"
 """Name under which our class stands in vLLM's model registry."""
 
-MODEL_CLASS = "titan_bridge.engine.vllm_wrapper:TitanForCausalLM"
+MODEL_CLASS = "titan_bridge.engine.model.wrapper:TitanForCausalLM"
 PREFLIGHT_MODULE = "titan_bridge.engine.preflight"
 TRANSFER_BACKEND = "titan"
 TRANSFER_MODULE = "titan_bridge.engine.transfer"
@@ -20,6 +20,6 @@ TRANSFER_MODULE = "titan_bridge.engine.transfer"
 def register() -> None:
     """Teach vLLM's registry about `model_impl="torchtitan"`. Idempotent; a few milliseconds."""
     # Here, so that importing the entry point alone imports no vLLM.
-    from titan_bridge.engine import patches  # noqa: PLC0415
+    from titan_bridge.engine.patches import upstream  # noqa: PLC0415
 
-    patches.install()
+    upstream.install()

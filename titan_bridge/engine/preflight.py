@@ -10,10 +10,10 @@ from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
-from titan_bridge.engine.build import Plan, captures_experts, model_config, plan_from
-from titan_bridge.engine.head_dims import check_head_dim
+from titan_bridge.engine.cpu.head_dims import check_head_dim
+from titan_bridge.engine.model.build import Setup, captures_experts, model_config, setup_from
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import layout
+from titan_bridge.model_layout import layout
 
 SPECULATION = ("draft_model", "ngram", "ngram_gpu", "suffix")
 """Methods that need no more of the served model than its logits."""
@@ -33,18 +33,18 @@ def check(vllm_config: VllmConfig) -> None:
         if asked:
             raise BridgeError(f"{what} not supported with model_impl='torchtitan'; {allowed}")
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    plan = plan_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
-    if (plan.options.ep or 1) > 1 and not parallel.enable_expert_parallel:
+    setup = setup_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
+    if (setup.options.ep or 1) > 1 and not parallel.enable_expert_parallel:
         raise BridgeError(
-            f"additional_config.titan.ep={plan.options.ep} needs enable_expert_parallel; set both, or leave ep out"
+            f"additional_config.titan.ep={setup.options.ep} needs enable_expert_parallel; set both, or leave ep out"
         )
-    if parallel.enable_expert_parallel and not experts_in(plan.hf):
+    if parallel.enable_expert_parallel and not experts_in(setup.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
-    model_fits(plan.hf, plan.sizes, max_model_len=plan.max_model_len)
+    model_fits(setup.hf, setup.sizes, max_model_len=setup.max_model_len)
     if not model.use_mla:
-        check_head_dim(plan.hf)
-    captures = captures_experts(plan, model.dtype, current_platform.get_device_capability())
-    limit_graphs(vllm_config.compilation_config, plan, captures=captures)
+        check_head_dim(setup.hf)
+    captures = captures_experts(setup, model.dtype, current_platform.get_device_capability())
+    limit_graphs(vllm_config.compilation_config, setup, captures=captures)
     load = vllm_config.load_config
     if load.load_format in ("sharded_state", "tensorizer"):
         raise BridgeError(
@@ -53,14 +53,14 @@ def check(vllm_config: VllmConfig) -> None:
         )
     if load.load_format not in ("auto", LOAD_FORMAT):
         return
-    directory = weights_directory(model.model, plan.options.step)
+    directory = weights_directory(model.model, setup.options.step)
     if directory is None:
-        if load.load_format == LOAD_FORMAT or plan.options.step is not None:
+        if load.load_format == LOAD_FORMAT or setup.options.step is not None:
             raise BridgeError(f"{model.model} holds no checkpoint that load_format={LOAD_FORMAT!r} reads")
         return
     load.load_format = LOAD_FORMAT
-    buffers = plan.buffers(layout(model_config(plan), plan.sizes))
-    check_weights(directory, plan.family, plan.hf, buffers)
+    buffers = setup.buffers(layout(model_config(setup), setup.sizes))
+    check_weights(directory, setup.family, setup.hf, buffers)
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
@@ -82,16 +82,16 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     yield method not in (None, *SPECULATION), f"speculative method {method!r} is", f"allowed: {methods}"
 
 
-def limit_graphs(compilation: CompilationConfig, plan: Plan, *, captures: bool) -> None:
+def limit_graphs(compilation: CompilationConfig, setup: Setup, *, captures: bool) -> None:
     """Leave out of CUDA graphs what they cannot hold; vLLM would find out while it captures.
 
     Routed experts that ask the host (`captures` is false) stand between two graphs. Dense weights that are gathered
     layer by layer come in hooks, which no graph replays.
     """
     asked: CUDAGraphMode | None = compilation.cudagraph_mode  # None: vLLM decides later, for full graphs
-    if plan.sharded:
+    if setup.sharded:
         allowed, why = CUDAGraphMode.NONE, "additional_config.titan.dense = 'shard' gathers weights in hooks"
-    elif experts_in(plan.hf) and not captures and (asked is None or asked.has_full_cudagraphs()):
+    elif experts_in(setup.hf) and not captures and (asked is None or asked.has_full_cudagraphs()):
         allowed, why = CUDAGraphMode.PIECEWISE, "routed experts ask the host how many tokens they get"
     else:
         return

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.mapping import separate_qkv_views
-from titan_bridge.engine.pages import zeros_like
+from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.source import local_of
 from titan_bridge.transfer.target import Target
@@ -20,7 +20,7 @@ from titan_bridge.transfer.target import Target
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from titan_bridge.engine.vllm_wrapper import TitanForCausalLM
+    from titan_bridge.engine.model.wrapper import TitanForCausalLM
 
 
 def target_of(model: nn.Module, vllm_config: VllmConfig) -> Target:
@@ -38,14 +38,14 @@ def target_of(model: nn.Module, vllm_config: VllmConfig) -> Target:
     if hasattr(model, "weights_changed"):
         return _titan(cast("TitanForCausalLM", model), place)
     # Late: it imports vLLM's layers, which TorchTitan models do not need.
-    from titan_bridge.engine.transfer_native import native_target  # noqa: PLC0415
+    from titan_bridge.engine.native.transfer import native_target  # noqa: PLC0415
 
     return native_target(model, vllm_config, place)
 
 
 def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
-    plan = model.plan
-    vocab, padded = plan.hf["vocab_size"], plan.padded_vocab
+    setup = model.setup
+    vocab, padded = setup.hf["vocab_size"], setup.padded_vocab
     unpadded = {}
     if padded != vocab:
         unpadded = {
@@ -57,8 +57,8 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
         }
 
     def views() -> Sequence[View]:
-        separate = separate_qkv_views(plan.family, plan.hf, padded)
-        return (*plan.family.views(plan.hf, padded_vocab=padded), *separate)
+        separate = separate_qkv_views(setup.family, setup.hf, padded)
+        return (*setup.family.views(setup.hf, padded_vocab=padded), *separate)
 
     def params() -> dict[str, torch.Tensor]:
         inner = model.model
@@ -76,7 +76,7 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
 
     # On a GPU a graph may hold addresses; under FSDP a parameter is not always the tensor that holds the weights.
     plain = not any(isinstance(tensor, DTensor) for tensor in params().values())
-    swaps = current_platform.is_cpu() and plain and not plan.sharded
+    swaps = current_platform.is_cpu() and plain and not setup.sharded
     return Target(
         swap=swap if swaps else None,
         memory=zeros_like,  # as the live weights' own
@@ -96,7 +96,7 @@ class _Live:
         self._model = model
         # A sharded model has gathered tensors in the place of some parameters after a step; those that it had
         # before the first one stay the truth.
-        self._built = self._now() if model.plan.sharded else None
+        self._built = self._now() if model.setup.sharded else None
 
     def __call__(self) -> Mapping[str, torch.Tensor]:
         return self._built if self._built is not None else self._now()

@@ -20,8 +20,8 @@ from torchtitan.trainer import Trainer
 
 from titan_bridge.config.train_schema import Data, TrainConfig
 from titan_bridge.errors import BridgeError
-from titan_bridge.layout import layout, specs
 from titan_bridge.mesh import Sizes, check_divides, describe
+from titan_bridge.model_layout import layout, specs
 from titan_bridge.models import Family
 from titan_bridge.run_folder import CHECKPOINT
 from titan_bridge.sharding.boxes import fsdp_is_exact

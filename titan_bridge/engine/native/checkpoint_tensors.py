@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from titan_bridge.engine.native_layers import Native
+from titan_bridge.engine.native.layers import Native
 from titan_bridge.errors import BridgeError
 
 

@@ -20,7 +20,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from titan_bridge.engine.latent import LatentAttention
+from titan_bridge.engine.model.latent import LatentAttention
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
 

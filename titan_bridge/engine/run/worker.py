@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-WORKER_EXTENSION = "titan_bridge.engine.worker.BridgeWorker"
+WORKER_EXTENSION = "titan_bridge.engine.run.worker.BridgeWorker"
 
 
 class BridgeWorker:
@@ -21,16 +21,16 @@ class BridgeWorker:
         weights); all three are None for vLLM's own models.
         """
         model = self.get_model()  # type: ignore[attr-defined]  # the worker's
-        plan = getattr(model, "plan", None)
-        inner = getattr(model, "model", None) if plan is not None else None
-        loaded = getattr(model, "loaded", None) if plan is not None else None
+        setup = getattr(model, "setup", None)
+        inner = getattr(model, "model", None) if setup is not None else None
+        loaded = getattr(model, "loaded", None) if setup is not None else None
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
         return {
             "rank": self.rank,  # type: ignore[attr-defined]
             "dtype": str(self.model_config.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
             "model_class": _name(type(model)),
             "inner_class": None if inner is None else _name(type(inner)),
-            "sizes": None if plan is None else _sizes(plan.sizes),
+            "sizes": None if setup is None else _sizes(setup.sizes),
             "local_parameters": sum(p.numel() for p in parameters),
             "loaded": None if loaded is None else dataclasses.asdict(loaded),
             "local_bytes": sum(p.numel() * p.element_size() for p in parameters),

@@ -25,14 +25,14 @@ from vllm.platforms import current_platform
 from titan_bridge import cpu
 from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
-from titan_bridge.engine.attention import bind_sinks
-from titan_bridge.engine.build import build
-from titan_bridge.engine.compiled import name_compiled_step
-from titan_bridge.engine.fsdp import drop_gathered, drop_head, gather_head, head
-from titan_bridge.engine.latent import derive
-from titan_bridge.engine.loader import WeightLoader
+from titan_bridge.engine.cpu.packing import Loading, Packing
+from titan_bridge.engine.loading.stream import WeightLoader
+from titan_bridge.engine.model.attention import bind_sinks
+from titan_bridge.engine.model.build import build
+from titan_bridge.engine.model.compiled import name_compiled_step
+from titan_bridge.engine.model.fsdp import drop_gathered, drop_head, gather_head, head
+from titan_bridge.engine.model.latent import derive
 from titan_bridge.engine.options import titan_options
-from titan_bridge.engine.packing import Loading, Packing
 from titan_bridge.errors import BridgeError
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
@@ -53,18 +53,18 @@ class TitanForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         built = build(vllm_config)
-        plan = built.plan
-        name_compiled_step(vllm_config, plan)
+        setup = built.setup
+        name_compiled_step(vllm_config, setup)
         self.model = built.model
         self.ropes = built.ropes
-        self.plan = plan
+        self.setup = setup
         self.layout = built.layout
-        self.vocab_size = plan.hf["vocab_size"]
+        self.vocab_size = setup.hf["vocab_size"]
         self.dtype = vllm_config.model_config.dtype
         self.live = built.live()
         self.source: Path | None = None  # the directory that was read last
         self.packing = Packing(self.model, self.live, keep=vllm_config.weight_transfer_config is not None)
-        self._tp = plan.sizes.tp
+        self._tp = setup.sizes.tp
         self._gather = (
             tensor_model_parallel_all_gather
             if current_platform.use_all_gather()
@@ -86,16 +86,16 @@ class TitanForCausalLM(nn.Module):
         """Hidden states before the head: `(T,)` int ids and positions to `(T, D)` in the model's dtype."""
         if input_ids is None or inputs_embeds is not None:
             raise NotImplementedError("prompt embeddings are not supported; send token ids")
-        if self.plan.sharded:
+        if self.setup.sharded:
             drop_head(self.model)
         h_BLD = self.model(input_ids.unsqueeze(0), self.ropes.gather(positions))
-        if self.plan.sharded:
+        if self.setup.sharded:
             gather_head(self.model)
         return h_BLD.squeeze(0)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """`(T, D)` to `(T, vocab)`; None on ranks that the platform does not gather to."""
-        if self.plan.sharded:
+        if self.setup.sharded:
             logits_TV = head(self.model, hidden_states)
         else:
             logits_TV = self.model.lm_head(hidden_states)
@@ -105,14 +105,14 @@ class TitanForCausalLM(nn.Module):
 
     @functools.cached_property
     def _loader(self) -> WeightLoader:
-        plan = self.plan
+        setup = self.setup
         return WeightLoader(
             self.live,
             self.layout,
             dist.get_rank(),
-            plan.family.views(plan.hf, padded_vocab=plan.padded_vocab),
-            plan.family.optional_views(plan.hf, padded_vocab=plan.padded_vocab),
-            lambda name: plan.family.ignores(name, plan.hf),
+            setup.family.views(setup.hf, padded_vocab=setup.padded_vocab),
+            setup.family.optional_views(setup.hf, padded_vocab=setup.padded_vocab),
+            lambda name: setup.family.ignores(name, setup.hf),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -128,10 +128,10 @@ class TitanForCausalLM(nn.Module):
                 self.live,
                 self.layout,
                 dist.get_rank(),
-                family=self.plan.family,
-                hf=self.plan.hf,
-                padded_vocab=self.plan.padded_vocab,
-                buffers=self.plan.buffers(self.layout),
+                family=self.setup.family,
+                hf=self.setup.hf,
+                padded_vocab=self.setup.padded_vocab,
+                buffers=self.setup.buffers(self.layout),
                 begin=loading.begin,
                 arrived=loading.arrived,
             )
@@ -142,7 +142,7 @@ class TitanForCausalLM(nn.Module):
         with self.packing.loading(piecemeal=piecemeal) as loading:
             yield loading
         self._derive()
-        if self.plan.sharded:
+        if self.setup.sharded:
             drop_gathered(self.model)
         if current_platform.is_cpu():  # from here on: what loading used is given back
             cpu.keep_freed_memory()
@@ -159,7 +159,7 @@ class TitanForCausalLM(nn.Module):
 
         `changed` are the live parameters that were written.
         """
-        if self.plan.sharded:
+        if self.setup.sharded:
             drop_gathered(self.model)
         self.packing.refresh(changed)
         self._derive()

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from titan_bridge.engine.cpu_packed import Packed
-from titan_bridge.engine.pages import zeros, zeros_like
+from titan_bridge.engine.cpu.packed import Packed
+from titan_bridge.engine.cpu.pages import zeros, zeros_like
 
 _ALIGNMENT = 64  # bytes: where a weight starts behind another
 

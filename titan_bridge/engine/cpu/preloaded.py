@@ -17,8 +17,8 @@ for _name in (
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
-    "titan_bridge.engine.vllm_wrapper",
-    "titan_bridge.engine.model_loader",
+    "titan_bridge.engine.model.wrapper",
+    "titan_bridge.engine.loading.model_loader",
 ):
     with contextlib.suppress(Exception):
         importlib.import_module(_name)

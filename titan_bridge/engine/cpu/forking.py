@@ -24,7 +24,7 @@ from titan_bridge import cpu
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
-_PRELOAD = "titan_bridge.engine.preloaded"
+_PRELOAD = "titan_bridge.engine.cpu.preloaded"
 _NOTICED_ONCE = (
     "LD_PRELOAD",
     "GLIBC_",
@@ -115,9 +115,9 @@ def _born(environ: Mapping[str, str], out: Any, err: Any, ours: tuple[int, dict[
         os.dup2(given, target)
         os.close(given)
     _ours = ours
-    from titan_bridge.engine import patches  # noqa: PLC0415  # it imports this module
+    from titan_bridge.engine.patches import upstream  # noqa: PLC0415  it imports this module
 
-    patches.share_fork_server(_server, ours[0])
+    upstream.share_fork_server(_server, ours[0])
     if cores := cpu.openmp_cores(environ):
         import torch  # noqa: PLC0415  # it is there already
 

@@ -36,7 +36,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from titan_bridge.engine.cpu_packed import PackedExperts, combine
+from titan_bridge.engine.cpu.packed import PackedExperts, combine
 
 
 class TopKSumDispatcher(LocalTokenDispatcher):

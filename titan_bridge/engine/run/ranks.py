@@ -31,8 +31,8 @@ from titan_bridge import cpu
 from titan_bridge.checks import experts_in, model_directory
 from titan_bridge.config.reader import from_dict
 from titan_bridge.config.schema import InferConfig
-from titan_bridge.engine import forking
-from titan_bridge.engine.offline import Completion, Prompt, Sampling, complete, engine, users_mistake
+from titan_bridge.engine.cpu import forking
+from titan_bridge.engine.run.offline import Completion, Prompt, Sampling, complete, engine, users_mistake
 from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
 
@@ -101,7 +101,7 @@ def start(config: InferConfig) -> Iterator[Ranks]:
         for rank in range(dp):
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "titan_bridge.engine.ranks"],
+                    [sys.executable, "-m", "titan_bridge.engine.run.ranks"],
                     stdin=subprocess.PIPE,
                     env={**common, **rank_environment(common, rank, dp, tp, port, lockstep)},
                     process_group=0,  # so that its engine and workers can be ended with it

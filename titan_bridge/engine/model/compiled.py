@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 import titan_bridge
 import titan_bridge.parallelize
 from titan_bridge import cpu
-from titan_bridge.engine.build import Plan
+from titan_bridge.engine.model.build import Setup
 from titan_bridge.models import Family
 from titan_bridge.versions import installed
 
@@ -29,8 +29,8 @@ KEY = "titan_step"
 """In `additional_config`, which is part of the name; set by each worker for itself."""
 
 
-def name_compiled_step(vllm_config: VllmConfig, plan: Plan) -> None:
-    """Let the name of this worker's compiled step say what `plan` and the code that executes it are.
+def name_compiled_step(vllm_config: VllmConfig, setup: Setup) -> None:
+    """Let the name of this worker's compiled step say what `setup` and the code that executes it are.
 
     Nothing where nothing is compiled, or where `additional_config` is an object that hashes itself.
     """
@@ -40,14 +40,14 @@ def name_compiled_step(vllm_config: VllmConfig, plan: Plan) -> None:
     ours = {
         key: value for key, value in given.get("titan", {}).items() if key != "step"
     }  # all steps compute alike
-    vllm_config.additional_config = {**given, "titan": ours, KEY: _digest(plan)}
+    vllm_config.additional_config = {**given, "titan": ours, KEY: _digest(setup)}
 
 
-def _digest(plan: Plan) -> str:
+def _digest(setup: Setup) -> str:
     facts = {
-        "hf": plan.hf,  # vLLM's name has the directory; its files may have changed
-        "sizes": repr(plan.sizes),
-        "expert_bias": plan.expert_bias,
+        "hf": setup.hf,  # vLLM's name has the directory; its files may have changed
+        "sizes": repr(setup.sizes),
+        "expert_bias": setup.expert_bias,
         "torchtitan": installed("torchtitan"),
         # The loops of a compiled step are as wide as the vectors of the machine that compiled it.
         "device": repr(current_platform.get_device_capability()),
@@ -56,7 +56,7 @@ def _digest(plan: Plan) -> str:
         "gloo": cpu.shares_cores(os.environ),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for path in _sources(plan.family):
+    for path in _sources(setup.family):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from titan_bridge import cpu
 from titan_bridge.config.schema import InferConfig
-from titan_bridge.engine import forking
-from titan_bridge.engine.worker import WORKER_EXTENSION
+from titan_bridge.engine.cpu import forking
+from titan_bridge.engine.run.worker import WORKER_EXTENSION
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:

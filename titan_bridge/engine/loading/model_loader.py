@@ -28,7 +28,7 @@ from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
-    from titan_bridge.engine.vllm_wrapper import TitanForCausalLM
+    from titan_bridge.engine.model.wrapper import TitanForCausalLM
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -51,7 +51,7 @@ class TitanModelLoader(BaseModelLoader):
             raise BridgeError(
                 f"load_format={LOAD_FORMAT!r} needs model_impl='torchtitan'; got {type(model).__name__}"
             )
-        load(served, model_config.model, served.plan.options.step)
+        load(served, model_config.model, served.setup.options.step)
 
 
 def load(model: TitanForCausalLM, path: str, step: int | None = None) -> None:

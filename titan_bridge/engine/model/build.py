@@ -23,17 +23,21 @@ from vllm.platforms.interface import DeviceCapability
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
-from titan_bridge.engine.attention import PagedAttention, bind_sinks
-from titan_bridge.engine.cpu_packed import use_packed_weights
-from titan_bridge.engine.fsdp import shard_dense
-from titan_bridge.engine.latent import cache_latents
-from titan_bridge.engine.lower import lower, strip
-from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts, SpreadDispatcher, TopKSumDispatcher
+from titan_bridge.engine.cpu.packed import use_packed_weights
+from titan_bridge.engine.cpu.pages import zeros_like
+from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
+from titan_bridge.engine.model.fsdp import shard_dense
+from titan_bridge.engine.model.latent import cache_latents
+from titan_bridge.engine.model.lower import lower, strip
+from titan_bridge.engine.model.moe import (
+    OwnExpertsDispatcher,
+    ServedExperts,
+    SpreadDispatcher,
+    TopKSumDispatcher,
+)
+from titan_bridge.engine.model.rope import StepRopes
+from titan_bridge.engine.model.router import use_float32_gate
 from titan_bridge.engine.options import TitanOptions, titan_options
-from titan_bridge.engine.pages import zeros_like
-from titan_bridge.engine.rope import StepRopes
-from titan_bridge.engine.router import use_float32_gate
-from titan_bridge.layout import as_layout, specs_of_module
 from titan_bridge.mesh import (
     Sizes,
     check_divides,
@@ -41,6 +45,7 @@ from titan_bridge.mesh import (
     padded_vocab,
     to_parallel_dims,
 )
+from titan_bridge.model_layout import as_layout, specs_of_module
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
@@ -50,7 +55,7 @@ from titan_bridge.sharding.spec import attach_module
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Setup:
     """What will be built, decided from configs alone: no weights, no process group."""
 
     hf: Mapping[str, Any]
@@ -83,7 +88,7 @@ class Plan:
 class Built:
     """A model ready for weights."""
 
-    plan: Plan
+    setup: Setup
     model: Decoder
     ropes: StepRopes
     layout: Layout
@@ -95,15 +100,15 @@ class Built:
 
     def describe(self) -> str:
         """Meshes and sizes in words, for the log."""
-        sizes = self.plan.sizes
+        sizes = self.setup.sizes
         return (
             f"dense mesh (dp_replicate={sizes.dp_replicate}, fsdp={sizes.fsdp}, tp={sizes.tp}), "
             f"sparse mesh (dp_replicate={sizes.dp_replicate}, efsdp={sizes.efsdp}, ep={sizes.ep}), "
-            f"dense weights {self.plan.options.dense}"
+            f"dense weights {self.setup.options.dense}"
         )
 
 
-def plan_from(vllm_config: VllmConfig, *, dp: int) -> Plan:
+def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     """Read vLLM's config; `dp` is the data-parallel size that spans one process group (1 for dense replicas).
 
     Raises:
@@ -116,7 +121,7 @@ def plan_from(vllm_config: VllmConfig, *, dp: int) -> Plan:
     expert_parallel = vllm_config.parallel_config.enable_expert_parallel
     ep = (options.ep or dp * tp) if expert_parallel and vllm_config.model_config.is_moe else 1
     sizes = Sizes(dp=dp, tp=tp, ep=ep)
-    return Plan(
+    return Setup(
         hf=hf,
         family=family,
         sizes=sizes,
@@ -127,14 +132,16 @@ def plan_from(vllm_config: VllmConfig, *, dp: int) -> Plan:
     )
 
 
-def model_config(plan: Plan) -> Decoder.Config:
-    """TorchTitan's config tree with sharding declared, for `plan`; attention still TorchTitan's."""
-    config = plan.family.model_config(plan.hf, padded_vocab=plan.padded_vocab, expert_bias=plan.expert_bias)
+def model_config(setup: Setup) -> Decoder.Config:
+    """TorchTitan's config tree with sharding declared, for `setup`; attention still TorchTitan's."""
+    config = setup.family.model_config(
+        setup.hf, padded_vocab=setup.padded_vocab, expert_bias=setup.expert_bias
+    )
     keep_expert_dtype(config)
     for _, rope, _, _ in config.traverse(RoPE.Config, recurse=True):
-        rope.max_seq_len = plan.max_model_len
+        rope.max_seq_len = setup.max_model_len
     for _, experts, _, _ in config.traverse(RoutedExperts.Config, recurse=True):
-        if plan.spread:
+        if setup.spread:
             local = experts.token_dispatcher
             experts.token_dispatcher = AllToAllTokenDispatcher.Config(
                 num_experts=local.num_experts, top_k=local.top_k
@@ -146,26 +153,26 @@ def build(vllm_config: VllmConfig) -> Built:
     """Build this rank's part of the model on the worker's device; weights are uninitialised."""
     use_cpu_if_no_accelerator()
     tp = vllm_config.parallel_config.tensor_parallel_size
-    plan = plan_from(vllm_config, dp=dist.get_world_size() // tp)
-    config = model_config(plan)
-    check_divides(config, plan.sizes)
+    setup = setup_from(vllm_config, dp=dist.get_world_size() // tp)
+    config = model_config(setup)
+    check_divides(config, setup.sizes)
     latent = vllm_config.model_config.use_mla
     for index, layer in enumerate(config.layers if not latent else ()):
         computes = inner_attention(layer.attention)
         layer.attention.inner_attention = PagedAttention.Config(layer=index, tp=tp, computes=computes)
-    rules = plan.family.sharding
-    rules.set_sharding(config, enable_ep=plan.sizes.ep > 1)
+    rules = setup.family.sharding
+    rules.set_sharding(config, enable_ep=setup.sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    layout = as_layout(specs_of_module(model, rules, plan.sizes, plan.options.dense), plan.sizes)
+    layout = as_layout(specs_of_module(model, rules, setup.sizes, setup.options.dense), setup.sizes)
     # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
     # token dispatcher asks at run time which backend is on, so it is set for the whole process.
     set_spmd_backend("partial_dtensor")
-    model.parallelize(to_parallel_dims(plan.sizes, spmd_backend="partial_dtensor"))
+    model.parallelize(to_parallel_dims(setup.sizes, spmd_backend="partial_dtensor"))
     _localise(model)
     if latent:
         cache_latents(model, tp=tp)
-    _serve_experts(model, plan, vllm_config)
-    if plan.options.cpu_pack and not plan.sharded:
+    _serve_experts(model, setup, vllm_config)
+    if setup.options.cpu_pack and not setup.sharded:
         use_packed_weights(model, vllm_config.model_config.dtype)
     lower(model)
     ropes = StepRopes(model)
@@ -173,12 +180,12 @@ def build(vllm_config: VllmConfig) -> Built:
     _materialise(model, device)
     ropes.fill(device)
     bind_sinks(model, vllm_config.model_config.dtype)
-    if plan.sharded:
-        meshes = get_device_meshes(plan.sizes, device_type=device.type)
+    if setup.sharded:
+        meshes = get_device_meshes(setup.sizes, device_type=device.type)
         shard_dense(model, meshes, layout)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
-    return Built(plan=plan, model=model, ropes=ropes, layout=layout)
+    return Built(setup=setup, model=model, ropes=ropes, layout=layout)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -194,7 +201,7 @@ def _localise(model: nn.Module) -> None:
             module._buffers[name] = _local(buffer)
 
 
-def captures_experts(plan: Plan, dtype: torch.dtype, capability: DeviceCapability | None) -> bool:
+def captures_experts(setup: Setup, dtype: torch.dtype, capability: DeviceCapability | None) -> bool:
     """Whether a CUDA graph can hold the routed experts: nothing in them asks the host.
 
     An all-to-all asks how many tokens travel, and `torch._grouped_mm` where the tokens of each expert end, unless it
@@ -202,16 +209,16 @@ def captures_experts(plan: Plan, dtype: torch.dtype, capability: DeviceCapabilit
     the kernel refuses are computed one by one, which asks, too.
     """
     grouped = dtype == torch.bfloat16 and capability is not None and capability.major in (9, 10)
-    if not grouped or plan.spread:
+    if not grouped or setup.spread:
         return False
-    shards = plan.sizes.tp if plan.sizes.ep == 1 else 1
-    experts = [layer.moe.routed_experts.inner_experts for layer in model_config(plan).layers if layer.moe]
+    shards = setup.sizes.tp if setup.sizes.ep == 1 else 1
+    experts = [layer.moe.routed_experts.inner_experts for layer in model_config(setup).layers if layer.moe]
     return all(rows_fit((each.hidden_dim // shards, each.dim), dtype) for each in experts)
 
 
-def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
+def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> None:
     capability = current_platform.get_device_capability()
-    captures = captures_experts(plan, vllm_config.model_config.dtype, capability)
+    captures = captures_experts(setup, vllm_config.model_config.dtype, capability)
     for index, layer in enumerate(model.layers.values()):
         moe = getattr(layer, "moe", None)
         if not isinstance(moe, MoE):
@@ -223,12 +230,12 @@ def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
         assert isinstance(moe.router, TokenChoiceTopKRouter)
         assert isinstance(experts, RoutedExperts)
         use_float32_gate(moe.router)
-        if plan.spread:
+        if setup.spread:
             experts.token_dispatcher.__class__ = SpreadDispatcher
-        elif plan.sizes.ep == 1:
+        elif setup.sizes.ep == 1:
             experts.token_dispatcher.__class__ = TopKSumDispatcher
         else:
-            count = moe.router.num_experts // plan.sizes.ep
+            count = moe.router.num_experts // setup.sizes.ep
             experts.token_dispatcher = OwnExpertsDispatcher(
                 experts.token_dispatcher, first=count * get_tensor_model_parallel_rank(), count=count
             )
@@ -236,8 +243,8 @@ def _serve_experts(model: Decoder, plan: Plan, vllm_config: VllmConfig) -> None:
             experts,
             name=f"model.layers.{index}.mlp.experts",
             layer_id=index,
-            spread=plan.spread,
-            splits=plan.spread or (current_platform.support_static_graph_mode() and not captures),
+            spread=setup.spread,
+            splits=setup.spread or (current_platform.support_static_graph_mode() and not captures),
             compilation=vllm_config.compilation_config,
         )
 

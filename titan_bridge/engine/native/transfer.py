@@ -24,8 +24,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from titan_bridge.engine import native_specs
-from titan_bridge.engine.native_layers import Native, Part
+from titan_bridge.engine.native import specs as native_specs
+from titan_bridge.engine.native.layers import Native, Part
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import DENSE, Sizes, describe, sizes_of
 from titan_bridge.models import family_for

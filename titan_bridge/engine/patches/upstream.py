@@ -17,9 +17,10 @@ from typing import Any
 
 from titan_bridge import cpu
 from titan_bridge.checks import model_directory, overridden, rope_covers
-from titan_bridge.engine import forking, patching
+from titan_bridge.engine.cpu import forking
 from titan_bridge.engine.options import titan_options
-from titan_bridge.engine.patching import after_import, patch
+from titan_bridge.engine.patches import apply
+from titan_bridge.engine.patches.apply import after_import, patch
 from titan_bridge.engine.plugin import (
     ARCHITECTURE,
     MODEL_CLASS,
@@ -43,7 +44,7 @@ def install() -> None:
     for register in REGISTRATIONS:
         with contextlib.suppress(Exception):
             register()
-    patching.apply("start")
+    apply.apply("start")
 
 
 def require() -> None:
@@ -54,15 +55,15 @@ def require() -> None:
     Raises:
         BridgeError: a target that is not there or takes other parameters, or a registration that fails.
     """
-    found = patching.problems()
+    found = apply.problems()
     for register in REGISTRATIONS:
         try:
             register()
         except Exception as error:
             found["vllm"] = f"{register.__name__}: {error}"
     if found:
-        raise patching.refusal(found)
-    patching.apply("start")
+        raise apply.refusal(found)
+    apply.apply("start")
 
 
 def wanted(model_impl: str, additional_config: Any, weight_transfer_config: Any) -> bool:
@@ -117,7 +118,7 @@ def register_weight_transfer() -> None:
 def read_any_checkpoint() -> None:
     """Make vLLM's load format "titan" known where models are loaded.
 
-    What: imports `titan_bridge.engine.model_loader`, which registers with vLLM's `register_model_loader`, right
+    What: imports `titan_bridge.engine.loading.model_loader`, which registers with vLLM's `register_model_loader`, right
     after vLLM imports its own loaders; nothing of vLLM's is replaced. Why: importing them here would cost every
     vLLM process most of a second, and a plugin has no later moment in a worker. Version: vllm 0.32
     (`vllm/model_executor/model_loader/__init__.py`). Delete when: loaders can be registered by name
@@ -127,7 +128,7 @@ def read_any_checkpoint() -> None:
 
 
 def _register_loader() -> None:
-    importlib.import_module("titan_bridge.engine.model_loader")
+    importlib.import_module("titan_bridge.engine.loading.model_loader")
 
 
 REGISTRATIONS = (register_model, check_config_early, register_weight_transfer, read_any_checkpoint)
@@ -159,7 +160,7 @@ def resolve_our_class(original: Callable[..., Any], self: Any, architectures: An
         return original(self, architectures, model_config)
     found = _ours(self._try_load_model_cls)
     answer_about_specs()
-    patching.apply("build")
+    apply.apply("build")
     return found
 
 
@@ -272,7 +273,7 @@ def declare_while_loading(
     config = _current_config()
     if config is None or not titan_options(config.additional_config).attach_specs:
         return original(model, model_config, target_device)
-    native_specs = importlib.import_module("titan_bridge.engine.native_specs")
+    native_specs = importlib.import_module("titan_bridge.engine.native.specs")
     if not native_specs.is_declared(model):  # a reload comes here, too
         native_specs.declare(model, config)
     before = native_specs.glimpse(model)
@@ -289,7 +290,7 @@ def declare_native_specs() -> None:
     require()
     if titan_options(config.additional_config).attach_specs:
         answer_about_specs()
-        patching.apply("specs")
+        apply.apply("specs")
 
 
 def _current_config() -> Any:
@@ -389,7 +390,7 @@ def read_all_replies(original: Callable[..., Any], self: Any) -> None:
     config = self.vllm_config
     _sleep_in(self.response_mqs, config)
     if wanted(config.model_config.model_impl, None, config.weight_transfer_config):
-        replies = importlib.import_module("titan_bridge.engine.replies")
+        replies = importlib.import_module("titan_bridge.engine.patches.replies")
         self.response_mqs = replies.Replies(self.response_mqs)
 
 
@@ -407,7 +408,7 @@ def sleep_in_workers(
 
 def _sleep_in(queues: Iterable[Any], vllm_config: Any) -> None:
     if vllm_config.model_config.model_impl == "torchtitan" and cpu.shares_cores(os.environ):
-        waiting = importlib.import_module("titan_bridge.engine.waiting")
+        waiting = importlib.import_module("titan_bridge.engine.cpu.waiting")
         for queue in queues:
             waiting.sleep_while_waiting(queue)
 
@@ -416,7 +417,7 @@ def _sleep_in(queues: Iterable[Any], vllm_config: Any) -> None:
 @patch("vllm.v1.engine.coordinator:get_mp_context")
 @patch("vllm.v1.executor.multiproc_executor:get_mp_context")
 def fork_processes(original: Callable[..., Any]) -> Any:
-    """Start engine and workers from the server of `engine/forking.py`, where the launcher has started one.
+    """Start engine and workers from the server of `engine/cpu/forking.py`, where the launcher has started one.
 
     What: wraps `get_mp_context` where vLLM's modules have it, and answers for itself then; else vLLM's own answer. Why:
     on a CPU vLLM starts every process as a new interpreter, and importing takes longer than all that follows. Version:
@@ -457,5 +458,5 @@ def reload_any_checkpoint(
     that it is to be generalized to all loaders). Delete when: a loader can say how it reloads.
     """
     ours = vllm_config.model_config.model_impl == "torchtitan"
-    reload = importlib.import_module("titan_bridge.engine.reload").reload if ours else original
+    reload = importlib.import_module("titan_bridge.engine.loading.reload").reload if ours else original
     reload(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from titan_bridge.engine.model_loader import load
+from titan_bridge.engine.loading.model_loader import load
 from titan_bridge.errors import BridgeError
 
 

@@ -1,0 +1,1 @@
+"""What exists for machines without a GPU alone."""

@@ -1,0 +1,1 @@
+"""The served model: TorchTitan's modules built and lowered for one worker, behind the interface vLLM expects."""

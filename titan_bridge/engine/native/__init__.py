@@ -1,0 +1,1 @@
+"""vLLM's own models: where their parameters live, and live transfer into them."""

@@ -1,0 +1,1 @@
+"""Every change to somebody else's code, and how it is applied."""
