@@ -26,7 +26,7 @@ from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.engine.attention import PagedAttention, bind_sinks
 from titan_bridge.engine.cpu_packed import use_packed_weights
 from titan_bridge.engine.fsdp import shard_dense
-from titan_bridge.engine.latent import cache_latents
+from titan_bridge.engine.latent import cache_form, cache_latents
 from titan_bridge.engine.lower import lower, strip
 from titan_bridge.engine.moe import OwnExpertsDispatcher, ServedExperts, SpreadDispatcher, TopKSumDispatcher
 from titan_bridge.engine.options import TitanOptions, titan_options
@@ -94,12 +94,12 @@ class Built:
         return {fqn: _local(tensors[fqn].detach()) for fqn in self.layout.params}
 
     def describe(self) -> str:
-        """Meshes and sizes in words, for the log."""
+        """Meshes, sizes and form of attention in words, for the log."""
         sizes = self.plan.sizes
         return (
             f"dense mesh (dp_replicate={sizes.dp_replicate}, fsdp={sizes.fsdp}, tp={sizes.tp}), "
             f"sparse mesh (dp_replicate={sizes.dp_replicate}, efsdp={sizes.efsdp}, ep={sizes.ep}), "
-            f"dense weights {self.plan.options.dense}"
+            f"dense weights {self.plan.options.dense}{cache_form(self.model, tp=sizes.tp)}"
         )
 
 
