@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests.unit.quantized_samples import make_fp8, make_mxfp4, multiplied_out
