@@ -41,6 +41,7 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
     from titan_bridge.engine.offline import complete, engine
 
     make, fields, options = CASES[family]
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function to the workers
     quantized = make(tmp_path, **fields)
     other = make_checkpoint(tmp_path / "other", family, seed=1, tokenizer=False, **fields)
     config = InferConfig(
@@ -65,6 +66,9 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
             greedy |= {"ignore_eos": True, "detokenize": False}
             return [dataclasses.asdict(each) for each in complete(llm, prompts, greedy)[0]]
 
+        ((said, held),) = llm.collective_rpc(cache)
+        form = f", latent attention with a cache of {held:,} bytes a token (expanded: "
+        assert said.startswith(form) if family == "deepseek_v3" else not said
         started = answers()
         send(llm, other)
         sent = answers()
@@ -78,6 +82,15 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
             print(f"{family} {model.name}: {name} max {difference.max:.1e} over {difference.tokens}")
             assert difference.tokens > 700
             assert difference.holds(1e-4, greedy=True)
+
+
+def cache(worker: Any) -> tuple[str, int]:
+    """On a worker: what the log says of the cache, and its bytes a token."""
+    from titan_bridge.engine.latent import cache_form
+
+    specs = worker.get_kv_cache_spec().values()
+    held = sum(spec.page_size_bytes // spec.block_size for spec in specs)
+    return cache_form(worker.model_runner.model.model, tp=1), held
 
 
 def send(llm: Any, model: Path) -> None:
