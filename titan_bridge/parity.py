@@ -87,14 +87,16 @@ def rounds(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[dict
 def references(model: str | os.PathLike[str], step: int | None = None) -> Iterator[tuple[str, Logprobs]]:
     """Name and log-probabilities of each reference, float32 on the CPU; one is in memory at a time.
 
-    transformers reads Hugging Face checkpoints of models that it knows; all have TorchTitan's own forward as referee.
+    transformers reads Hugging Face checkpoints of models that it knows, quantized ones only with packages that nothing
+    else here needs; all have TorchTitan's own forward as referee.
     """
     from titan_bridge.checkpoint.hf import is_hf  # noqa: PLC0415
     from titan_bridge.checkpoint.model_dir import weights_directory  # noqa: PLC0415
-    from titan_bridge.models import family_for, load_hf_config  # noqa: PLC0415
+    from titan_bridge.models import family_for, load_hf_config, quantization  # noqa: PLC0415
     from titan_bridge.reference import load_reference  # noqa: PLC0415
 
-    known = family_for(load_hf_config(model)).config_class is None
+    hf = load_hf_config(model)
+    known = family_for(hf).config_class is None and quantization.read(hf) is None
     if known and weights_directory(str(model), step) == Path(model) and is_hf(Path(model)):
         yield "transformers", _transformers(model)
     yield "TorchTitan", load_reference(model, step=step).logprobs

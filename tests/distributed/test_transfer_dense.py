@@ -1,4 +1,7 @@
-"""Dense updates between real processes: trainer ranks with DTensors on gloo meshes, workers with live local tensors."""
+"""Dense updates between real processes: trainer ranks with DTensors on gloo meshes, workers with live local tensors.
+
+The families other than Qwen3-MoE get a sparse update, too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from titan_bridge.mesh import Sizes
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
+from titan_bridge.transfer.changes import changed
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.plain import (
     PlainClient,
@@ -47,6 +51,39 @@ MOE = {
     "hidden_act": "silu",
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+}
+COMMON = {
+    name: MOE[name]
+    for name in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    )
+}  # fmt: skip
+FAMILIES = {
+    "deepseek_v3": COMMON
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "intermediate_size": 256,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 24,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 64,
+    },
+    "gpt_oss": COMMON
+    | {
+        "architectures": ["GptOssForCausalLM"],
+        "intermediate_size": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 }
 
 
@@ -123,6 +160,45 @@ def test_every_worker_gets_its_slices_and_nothing_else(
     workers.call(retarget, sample_target, [(served, rank, rank, target.world, 0) for rank in range(2)])
     buffers = trainers.run(three_updates, free_port(), told.to_json(), workers, world=source.world)
     assert buffers[0] == [0, 0]
+
+
+def dense_then_sparse(rank: int, world: int, port: int, layout: dict, client: PlainClient) -> None:
+    """Every element changes, so that the sparse update is a whole one."""
+    told = Layout.from_json(layout)
+    held = sample_dtensors(told, rank, 1)
+    options = Options(port=port, seconds=30, bucket_bytes=BUCKET)
+    trainer = Trainer(TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=options)
+    trainer.connect()
+    trainer.send_weights()
+    if rank == 0:
+        assert client.call(differences, 1) == [[]] * len(client.addresses)
+    before = trainer.snapshot()
+    held |= sample_dtensors(told, rank, 2)
+    trainer.send_sparse(changed(before, held, rank=rank))
+    if rank == 0:
+        assert client.call(differences, 2) == [[]] * len(client.addresses)
+    trainer.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("family", "source", "target"),
+    [
+        ("deepseek_v3", Sizes(dp=2, tp=2), Sizes(tp=2, ep=2)),
+        ("deepseek_v3", Sizes(dp=2, ep=2), Sizes(tp=2)),
+        ("gpt_oss", Sizes(dp=2, tp=2), Sizes(dp=2, ep=2)),
+        ("gpt_oss", Sizes(dp=2, ep=2), Sizes(tp=2)),
+    ],
+    ids=str,
+)
+def test_latents_and_sinks_biases_and_experts_arrive(trainers, workers, family, source, target):
+    from titan_bridge.model_layout import layout  # here: the processes that are started need no torchtitan
+
+    told = layout(FAMILIES[family], source, "shard", dtype=torch.float32)
+    served = layout(FAMILIES[family], target, dtype=torch.bfloat16)
+    names = {name.rsplit(".", 1)[1] for name in served.params}
+    assert names >= ({"expert_bias_E"} if family == "deepseek_v3" else {"sinks", "mlp1_bias_EG"}), names
+    workers.call(retarget, sample_target, [(served.to_json(), rank, rank, 2, 0) for rank in range(2)])
+    trainers.run(dense_then_sparse, free_port(), told.to_json(), workers, world=source.world)
 
 
 def bounce(receiver: Receiver, rows: list[tuple]) -> None:

@@ -26,6 +26,7 @@ LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128, "rope_theta": 10_000.0,
 }  # fmt: skip
+EXPANDED = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "head_dim": 32, "v_head_dim": 24}
 SERVABLE = {"hidden_size": 256, "head_dim": 32}  # vLLM's CPU attention has no kernel for a head_dim of 16
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 scaled tied": (
@@ -38,6 +39,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1}),
     "moe": ("qwen3_moe", {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
     "moe plain scores": ("qwen3_moe", {"norm_topk_prob": False, "vocab_size": 777}),
+    "deepseek": ("deepseek_v3", EXPANDED),
+    "gpt-oss": ("gpt_oss", {"sliding_window": 48}),
 }
 HERE = [  # in this process, which imports vLLM once
     ("llama3 scaled tied", {}),
@@ -46,6 +49,8 @@ HERE = [  # in this process, which imports vLLM once
     ("qwen3 odd sizes", {"tp": 2}),
     ("moe", {}),
     ("moe plain scores", {"tp": 2}),
+    ("deepseek", {"tp": 2}),
+    ("gpt-oss", {"tp": 2}),
 ]
 COMMANDS = [
     ("qwen3 tied", "--no-enforce-eager"),
@@ -54,6 +59,9 @@ COMMANDS = [
     ("moe plain scores", "--dp 2 --ep 2"),
     ("moe", "--dp 2 --tp 2 --ep 4"),
     ("moe", "--dp 2 --tp 2 --ep 2 --dense shard"),
+    ("deepseek", "--tp 2 --ep 2 --no-enforce-eager"),
+    ("deepseek", "--dp 2 --ep 2"),
+    ("gpt-oss", "--tp 2 --ep 2 --no-enforce-eager"),
 ]
 
 

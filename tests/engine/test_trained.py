@@ -30,8 +30,6 @@ family = "{family}"
 hidden_size = 128
 num_hidden_layers = 2
 num_attention_heads = 4
-num_key_value_heads = 2
-head_dim = 32
 {sizes}
 [data]
 tokenizer = "bytes"
@@ -42,15 +40,43 @@ lr_scheduler.warmup_steps = 5
 metrics.log_freq = 10
 checkpoint.interval = 60
 """
+GROUPED = """num_key_value_heads = 2
+head_dim = 32
+"""
+EXPERTS = """num_experts_per_tok = 2
+moe_intermediate_size = 64
+"""
+LATENT = """intermediate_size = 128
+[model.sizes.other]
+q_lora_rank = 48
+kv_lora_rank = 32
+qk_nope_head_dim = 32
+qk_rope_head_dim = 32
+v_head_dim = 24
+first_k_dense_replace = 1
+n_routed_experts = 4
+n_group = 2
+topk_group = 1
+"""
+SINKS = """intermediate_size = 64
+num_experts = 4
+num_experts_per_tok = 2
+[model.sizes.other]
+sliding_window = 48
+"""
 RUNS = {
-    "llama3": ("intermediate_size = 256", "parallel.dp=2"),
-    "qwen3": ("num_experts = 4\nnum_experts_per_tok = 2\nmoe_intermediate_size = 64", "parallel={dp=2,ep=2}"),
+    "llama3": (GROUPED + "intermediate_size = 256", "parallel.dp=2"),
+    "qwen3": (GROUPED + "num_experts = 4\n" + EXPERTS, "parallel={dp=2,ep=2}"),
+    "deepseek_v3": (EXPERTS + LATENT, "parallel={dp=2,ep=2}"),
+    "gpt_oss": (GROUPED + SINKS, "parallel.dp=2"),
 }
 CASES = [  # the demo has tp=2, and tp=2 ep=2 for the mixture of experts
     ("llama3", Parallel(dp=2, dense="shard")),
     ("qwen3", Parallel()),
     ("qwen3", Parallel(tp=2)),
     ("qwen3", Parallel(dp=2, ep=2)),
+    ("deepseek_v3", Parallel(tp=2, ep=2)),
+    ("gpt_oss", Parallel(tp=2)),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,88 +9,32 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.unit.checkpoint_samples import assert_equal
+from tests.unit.quantized_samples import FP8, MXFP4, make_fp8, make_mxfp4, multiplied_out, read, write
 from titan_bridge.checkpoint import open_checkpoint, quantized
 from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import load_hf_config
 from titan_bridge.reference import reference_logprobs
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.testing import make_checkpoint
 
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 TOKENS = torch.randint(768, (40,), generator=torch.Generator().manual_seed(7)).tolist()
-
-
-def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict, quantization: dict | None) -> Path:
-    """A checkpoint in one file with an index, which torch's reader wants."""
-    folder.mkdir()
-    config = config | ({"quantization_config": quantization} if quantization else {})
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model-1.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory) -> Path:
     """DeepSeek with every projection in blocks; no size but one is a multiple of 128."""
-    base = tmp_path_factory.mktemp("fp8")
-    make_checkpoint(
-        base / "full",
-        "deepseek_v3",
-        tokenizer=False,
-        dtype=torch.bfloat16,
-        hidden_size=192,
-        intermediate_size=320,
-    )
-    tensors = {}
-    for name, tensor in load_file(base / "full/model.safetensors").items():
-        tensors[name] = tensor
-        if "_proj" not in name:
-            continue
-        rows, columns = (-(-size // 128) for size in tensor.shape)
-        scales = torch.rand(rows, columns, generator=torch.Generator().manual_seed(len(name))) * 0.01 + 1e-4
-        spread = scales.repeat_interleave(128, 0)[: tensor.shape[0]].repeat_interleave(128, 1)[
-            :, : tensor.shape[1]
-        ]
-        tensors[name] = (tensor.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scales
-    return write(base / "fp8", tensors, load_hf_config(base / "full"), FP8)
+    return make_fp8(tmp_path_factory.mktemp("fp8"), hidden_size=192, intermediate_size=320)
 
 
 @pytest.fixture(scope="module")
 def mxfp4(tmp_path_factory) -> Path:
-    base = tmp_path_factory.mktemp("mxfp4")
-    make_checkpoint(
-        base / "full", "gpt_oss", tokenizer=False, dtype=torch.bfloat16, hidden_size=96, intermediate_size=64
-    )
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in load_file(base / "full/model.safetensors").items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            tensors[name] = tensor
-            continue
-        experts, columns, rows = tensor.shape
-        shape = (experts, rows, columns // 32)
-        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
-        tensors[f"{name}_scales"] = torch.randint(122, 126, shape, dtype=torch.uint8, generator=generator)
-    return write(base / "mxfp4", tensors, load_hf_config(base / "full"), MXFP4)
-
-
-def read(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    with open_checkpoint(path) as checkpoint:
-        made = {name: torch.empty(stored.shape, dtype=dtype) for name, stored in checkpoint.tensors.items()}
-        for name, out in made.items():
-            checkpoint.read_into(name, Box.whole(out.shape), out)
-    return made
+    return make_mxfp4(tmp_path_factory.mktemp("mxfp4"), hidden_size=96, intermediate_size=64)
 
 
 @pytest.fixture(params=[1 << 20, 5000])
@@ -200,8 +143,7 @@ def test_conversions_and_the_reference_are_those_of_the_full_weights(kind, reque
     held = read(back, torch.float32)
     assert held.keys() == values.keys()
     assert all(torch.equal(held[name], value.float()) for name, value in values.items())
-    # In float32 the products are not rounded to bfloat16 on the way.
-    exact = write(tmp_path / "exact", read(source, torch.float32), config | {"dtype": "float32"}, None)
+    exact = multiplied_out(source, tmp_path / "exact")
     assert torch.equal(reference_logprobs(source, TOKENS), reference_logprobs(exact, TOKENS))
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from titan_bridge.testing import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/infer").glob("*.toml"))
+FAMILIES = ("llama3", "qwen3_moe", "qwen3", "deepseek_v3", "gpt_oss")
 
 
 @pytest.fixture
@@ -44,15 +46,16 @@ def test_shipped_files_are_accepted_and_named_for_their_sizes(path):
 
 
 def test_there_are_shipped_files():
-    assert len(SHIPPED) >= 5
+    assert {name for name in FAMILIES for path in SHIPPED if path.stem.startswith(name)} == set(FAMILIES)
 
 
-def sizes_of_trained(name: str) -> dict[str, int]:
+def sizes_of_trained(name: str) -> dict[str, Any]:
     """Model sizes of the file in configs/train/ with that name; none where there is no such file."""
     file = ROOT / f"configs/train/{name}.toml"
     if not file.is_file():
         return {}
     sizes = dataclasses.asdict(resolve(KINDS["train"], file=file).config.model.sizes)
+    sizes |= sizes.pop("other")
     return {key: value for key, value in sizes.items() if value is not None}
 
 
@@ -61,9 +64,11 @@ def test_shipped_files_describe_and_serve_the_models_that_they_name(path, tmp_pa
     """Each file as it is, with a model of the right sizes where it looks for one; no engine is started."""
     monkeypatch.chdir(tmp_path)
     config = resolve(InferConfig, file=path).config
-    family = next(name for name in ("llama3", "qwen3_moe", "qwen3") if path.stem.startswith(name))
+    family = next(name for name in FAMILIES if path.stem.startswith(name))
     model, sizes = tmp_path / config.model, sizes_of_trained(Path(config.model).name)
-    make_checkpoint(model, family, tokenizer=False, **({"head_dim": None} | sizes if sizes else {}))
+    if sizes:
+        sizes = {"head_dim": sizes.get("qk_rope_head_dim")} | sizes
+    make_checkpoint(model, family, tokenizer=False, **sizes)
 
     assert cli.main(["inspect", str(path), "--json"]) == 0
     layout = json.loads(capsys.readouterr().out)

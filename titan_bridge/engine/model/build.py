@@ -27,7 +27,7 @@ from titan_bridge.engine.cpu.packed import use_packed_weights
 from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
 from titan_bridge.engine.model.fsdp import shard_dense
-from titan_bridge.engine.model.latent import cache_latents
+from titan_bridge.engine.model.latent import cache_form, cache_latents
 from titan_bridge.engine.model.lower import lower, strip
 from titan_bridge.engine.model.moe import (
     OwnExpertsDispatcher,
@@ -99,12 +99,12 @@ class Built:
         return {fqn: _local(tensors[fqn].detach()) for fqn in self.layout.params}
 
     def describe(self) -> str:
-        """Meshes and sizes in words, for the log."""
+        """Meshes, sizes and form of attention in words, for the log."""
         sizes = self.setup.sizes
         return (
             f"dense mesh (dp_replicate={sizes.dp_replicate}, fsdp={sizes.fsdp}, tp={sizes.tp}), "
             f"sparse mesh (dp_replicate={sizes.dp_replicate}, efsdp={sizes.efsdp}, ep={sizes.ep}), "
-            f"dense weights {self.setup.options.dense}"
+            f"dense weights {self.setup.options.dense}{cache_form(self.model, tp=sizes.tp)}"
         )
 
 

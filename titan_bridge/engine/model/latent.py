@@ -93,3 +93,20 @@ def derive(model: nn.Module, dtype: torch.dtype) -> None:
             paged = module.inner_attention.paged
             paged.kv_b_proj.weight = module.wkv_b.weight.data
             paged.process_weights_after_loading(dtype)
+
+
+def cache_form(model: Decoder, *, tp: int) -> str:
+    """What DeepSeek's attention caches, and its bytes a token on each rank beside the other form's; else nothing."""
+    attention: Any = next(iter(model.layers.values())).attention
+    if not isinstance(attention, DeepSeekAttention):
+        return ""
+    width = {
+        "latent": attention.kv_lora_rank + attention.qk_rope_head_dim,
+        "expanded": 2 * attention.n_heads // tp * attention.qk_head_dim,
+    }
+    item = len(model.layers) * model.norm.weight.dtype.itemsize
+    used, other = sorted(width, reverse=isinstance(attention, LatentAttention))
+    return (
+        f", {used} attention with a cache of {item * width[used]:,} bytes a token ({other}: "
+        f"{item * width[other]:,})"
+    )
