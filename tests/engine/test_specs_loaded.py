@@ -37,7 +37,7 @@ TP, DP = {"tensor_parallel_size": 2}, {"data_parallel_size": 2}
 MODELS = {
     "moe": ("qwen3_moe", {"vocab_size": 777}),
     "moe7": ("qwen3_moe", {"num_experts": 7}),
-    "llama": ("llama3", {"tie_word_embeddings": True}),
+    "llama": ("llama3", {"tie_word_embeddings": True, "head_dim": 32}),
     "llama_bias": ("llama3", {"attention_bias": True}),
     "qwen3": ("qwen3", {"vocab_size": 777, "tie_word_embeddings": True}),
     "qwen3_mqa": ("qwen3", {"num_key_value_heads": 1}),

@@ -70,7 +70,8 @@ def native_target(model: nn.Module, vllm_config: VllmConfig, place: Mapping[str,
 
     def views() -> Sequence[View]:
         family = family_for(hf)
-        return (*family.views(hf), *family.views(hf, fused_qkv=False))  # whichever names the trainer has
+        # Whichever names the trainer has; most views are the same in both.
+        return tuple(dict.fromkeys((*family.views(hf), *family.views(hf, fused_qkv=False))))
 
     if others:
         claims = tuple(_claims(model, prefix, module) for prefix, module in others.items())
