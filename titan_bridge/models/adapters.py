@@ -6,6 +6,7 @@ nothing. Attention and experts must have one; other modules need none unless tp 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -101,7 +102,12 @@ def table() -> Mapping[type, Adapter]:
 def _table(families: tuple[Family, ...]) -> Mapping[type, Adapter]:
     named = dict(COMMON)
     for family in families:
-        named |= family.adapters()
+        try:
+            own = family.adapters()
+        except Exception as error:  # another package's: models of other families do without it
+            warnings.warn(f"adapters of family {family.name!r} cannot be used: {error!r}", stacklevel=2)
+            continue
+        named = {**own, **named}  # nobody replaces what other families use
     variants = [adapter for adapter in named.values() if adapter.keeps_dtype is not None]
     return named | {cast(Any, adapter.keeps_dtype).Config: adapter for adapter in variants}
 

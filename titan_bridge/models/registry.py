@@ -14,7 +14,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ _NOT_YET = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """One family, or why there is none where one was promised."""
+    """A family, or why it cannot be used; both where its name is taken."""
 
     source: str
     """Where it comes from, for messages."""
@@ -54,10 +54,21 @@ class _Found:
 def _found() -> tuple[_Found, ...]:
     package = __name__.rpartition(".")[0]
     names = sorted(info.name for info in pkgutil.iter_modules(parallelize.__path__))
-    return tuple(
+    found = [
         _Found(source="titan_bridge", family=importlib.import_module(f"{package}.{name}").FAMILY)
         for name in names
-    ) + tuple(_load(source, load) for source, load in _outside())
+    ]
+    for source, load in _outside():
+        new = _load(source, load)
+        others = [other for other in found if other.family and new.family]
+        if any(other.family is new.family for other in others):
+            continue  # registered, and an entry point, too
+        taken = next((other for other in others if other.family.name == new.family.name), None)
+        if taken is not None:
+            problem = f"its name {new.family.name!r} is taken by a family of {taken.source}"
+            new = replace(new, problem=problem)
+        found.append(new)
+    return tuple(found)
 
 
 def _outside() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -75,6 +86,9 @@ def _load(source: str, load: Callable[[], Any]) -> _Found:
         return _Found(source=source, problem=f"{type(error).__name__}: {error}")
     if not isinstance(family, Family):
         return _Found(source=source, problem=f"it is a {type(family).__qualname__}, not a Family")
+    for name in ("name", "architectures"):
+        if not hasattr(family, name):
+            return _Found(source=source, problem=f"{type(family).__qualname__} has no {name}")
     return _Found(source=source, family=family)
 
 
@@ -98,8 +112,8 @@ def register(target: str) -> None:
 
 
 def families() -> tuple[Family, ...]:
-    """Every family that can be loaded: ours by name, then those of other packages."""
-    return tuple(found.family for found in _found() if found.family is not None)
+    """Every family that can be used: ours by name, then those of other packages."""
+    return tuple(found.family for found in _found() if found.family and not found.problem)
 
 
 def family_for(hf: Mapping[str, Any]) -> Family:
@@ -107,7 +121,7 @@ def family_for(hf: Mapping[str, Any]) -> Family:
 
     Raises:
         UnsupportedModelError: No family lists its architecture, or two do; the message says what is known, and which
-            families could not be loaded.
+            families cannot be used, and why.
     """
     architectures = [str(name) for name in hf.get("architectures") or []]
     for architecture in architectures:
@@ -120,6 +134,8 @@ def family_for(hf: Mapping[str, Any]) -> Family:
         if claims:
             family = claims[0].family
             assert family is not None
+            if problem := claims[0].problem:
+                raise UnsupportedModelError(f"{claims[0].source} cannot be used: {problem}")
             stated, right = hf.get("model_type"), family.model_types.get(architecture)
             if stated and right and stated != right:
                 raise UnsupportedModelError(
@@ -140,7 +156,7 @@ def _unknown(architectures: list[str]) -> str:
         ]
         given += "".join(f" ({why})" for why in reasons)
     known = sorted(name for family in families() for name in family.architectures)
-    broken = [f"{found.source} cannot be loaded: {found.problem}" for found in _found() if found.problem]
+    broken = [f"{found.source} cannot be used: {found.problem}" for found in _found() if found.problem]
     return "; ".join([given, f"allowed: {', '.join(known)}", *broken])
 
 

@@ -1,0 +1,239 @@
+"""A model that another package brings: found by its entry point, shown, converted, and computed as it is meant."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import own_model
+from titan_bridge.models import registry
+from titan_bridge.testing import make_checkpoint
+
+TARGET = "gated_model.family:FAMILY"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed package."""
+    return own_model.install(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own_model.make(tmp_path_factory.mktemp("own") / "model")
+
+
+def run(code: str, *arguments: object, path: tuple[Path, ...]) -> subprocess.CompletedProcess[str]:
+    """A new interpreter that finds the packages in `path`."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = own_model.found_in(*path, own_model.SOURCE.parents[1])
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+COMMANDS = """
+import json, sys
+from titan_bridge import cli
+for arguments in json.loads(sys.argv[1]):
+    if code := cli.main(arguments):
+        sys.exit(code)
+"""
+
+
+def test_commands_find_it_by_its_entry_point(site: Path, model: Path, tmp_path: Path) -> None:
+    there, back, files = (str(tmp_path / name) for name in ("dcp", "hf", "engine"))
+    commands = [
+        ["inspect", str(model), "--tp", "2", "--json"],
+        ["reshard", str(model), there, "--to", "dcp", "--json"],
+        ["reshard", there, back, "--to", "hf", "--json"],
+        ["reshard", back, files, "--to", "engine", "--tp", "2", "--json"],
+    ]
+    done = run(COMMANDS, json.dumps(commands), path=(site,))
+    assert done.returncode == 0, done.stderr
+    params = json.loads(done.stdout.splitlines()[0])["params"]
+    gate = params["layers.1.attention.gate.weight"]
+    assert (gate["placements"], gate["shape"]) == (["R", "R", "S(0)"], [128, 96])
+    assert params["tok_embeddings.weight"]["shape"] == [302, 96]
+
+    given = own_model.weights(0)
+    returned = load_file(next(Path(back).glob("*.safetensors")))
+    assert returned.keys() == given.keys()
+    assert [name for name in given if not torch.equal(returned[name], given[name])] == []
+    assert json.loads((Path(back) / "config.json").read_text())["model_type"] == "gated"
+    name = "layers.1.attention.gate.weight"
+    halves = [load_file(Path(files) / f"model-00001.tp{rank}.safetensors")[name] for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), given["model.layers.1.self_attn.gate.weight"])
+
+
+FORWARD = """
+import sys
+import torch
+from tests import own_model
+from titan_bridge.models import family_for, family_of, load_hf_config
+from titan_bridge.reference import load_reference
+
+reference = load_reference(sys.argv[1])
+ids = torch.randint(301, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+expected = own_model.logprobs(own_model.weights(0), ids)
+print((reference.logprobs(ids) - expected).abs().max().item(), expected.std().item())
+
+hf = load_hf_config(sys.argv[1])
+family = family_for(hf)
+config = family.model_config(hf)
+assert family_of(config) is family
+again = family.hf_config(config, dtype="float32")
+assert family.hf_config(family.model_config(again), dtype="float32") == again
+assert {name for name in own_model.CONFIG if again.get(name) != hf[name]} == {"rope_theta"}, again
+assert again["rope_parameters"]["rope_theta"] == hf["rope_theta"]  # the newer spelling
+"""
+
+
+def test_the_reference_computes_gated_attention(site: Path, model: Path) -> None:
+    done = run(FORWARD, model, path=(site,))
+    assert done.returncode == 0, done.stderr
+    difference, spread = map(float, done.stdout.split())
+    print(f"max |difference| of log-probabilities: {difference:.1e}, standard deviation {spread:.1f}")
+    assert difference < 2e-5
+    assert spread > 0.5
+
+
+REGISTER = """
+import multiprocessing
+from titan_bridge.models import families, register
+
+
+def names():
+    return [family.name for family in families()]
+
+
+def child(pipe):
+    pipe.send(names())
+
+
+if __name__ == "__main__":
+    before = names()
+    register("gated_model.family:FAMILY")
+    register("gated_model.family:FAMILY")  # a notebook's cell that runs again
+    assert names() == [*before, "gated"], names()
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=child, args=(there,))
+    process.start()
+    assert here.recv() == names()
+    process.join()
+"""
+
+
+def test_one_that_is_registered_is_known_here_and_in_a_spawned_process(tmp_path: Path) -> None:
+    script = tmp_path / "notebook.py"
+    script.write_text(REGISTER)
+    environment = own_model.found_in(own_model.SOURCE)  # no entry point
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_that_is_registered_and_an_entry_point_is_one(site: Path) -> None:
+    code = f"""
+from titan_bridge.models import families, register
+before = families()
+assert before[-1].name == "gated"
+register({TARGET!r})
+assert families() == before
+"""
+    done = run(code, path=(site,))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("no_such_module:FAMILY", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("json:FAMILY", "AttributeError: module 'json' has no attribute 'FAMILY'"),
+        ("json:dumps", "it is a function, not a Family"),
+        ("titan_bridge.models.qwen3:Qwen3", "it is a ABCMeta, not a Family"),
+    ],
+)
+def test_what_is_no_family_is_not_registered(
+    target: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(registry.REGISTERED, raising=False)
+    with pytest.raises(ValueError) as refused:
+        registry.register(target)
+    assert str(refused.value) == f"{target!r} cannot be registered: {reason}"
+
+
+HEAD = "from gated_model.family import Gated\n"
+WRONG: dict[str, tuple[str, str]] = {
+    "raises": ("raise OSError('no licence')", "OSError: no licence"),
+    "none": ("FAMILY = 7", "it is a int, not a Family"),
+    "half": (
+        "from titan_bridge.models import Family\nclass Half(Family): pass\nFAMILY = Half()",
+        "TypeError: Can't instantiate abstract class Half",
+    ),
+    "nameless": (
+        HEAD + "class Nameless(Gated):\n    @property\n    def name(self): raise AttributeError\n"
+        "FAMILY = Nameless()",
+        "Nameless has no name",
+    ),
+    "taken": (
+        HEAD + "class Mine(Gated):\n    name, architectures = 'qwen3', ('Mine',)\nFAMILY = Mine()",
+        "its name 'qwen3' is taken by a family of titan_bridge",
+    ),
+}
+"""What is wrong with a module of another package, and what is said of it."""
+ALSO_WRONG = {
+    "twin": HEAD
+    + "class Twin(Gated): name, architectures = 'twin', ('Twin', 'LlamaForCausalLM')\nFAMILY = Twin()",
+    "adapters": HEAD + "class Own(Gated):\n    name, architectures = 'own', ('Own',)\n"
+    "    def adapters(self): raise ImportError('no kernels')\nFAMILY = Own()",
+}
+
+OTHERS = """
+import json, sys
+from titan_bridge.layout import layout
+from titan_bridge.mesh import Sizes
+from titan_bridge.models import UnsupportedModelError, family_for, load_hf_config
+
+def said(name):
+    try:
+        return family_for({"architectures": [name]}).name
+    except UnsupportedModelError as error:
+        return str(error)
+
+layouts = [len(layout(load_hf_config(path), Sizes(tp=2)).params) for path in sys.argv[1:]]
+names = ("GatedForCausalLM", "Mine", "LlamaForCausalLM", "Unknown")
+print(json.dumps([layouts, *map(said, names)]))
+"""
+
+
+def test_packages_with_mistakes_are_named_and_stop_no_other(site: Path, model: Path, tmp_path: Path) -> None:
+    codes = {name: code for name, (code, _) in WRONG.items()} | ALSO_WRONG
+    (tmp_path / "two-1.0.dist-info").mkdir()
+    points = "".join(f"{name} = wrong_{name}:FAMILY\n" for name in codes)
+    (tmp_path / "two-1.0.dist-info/entry_points.txt").write_text(f"[{registry.GROUP}]\n{points}")
+    (tmp_path / "two-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: two\nVersion: 1.0\n")
+    for name, code in codes.items():
+        (tmp_path / f"wrong_{name}.py").write_text(code)
+    qwen3 = make_checkpoint(tmp_path / "qwen3", "qwen3", tokenizer=False)
+
+    done = run(OTHERS, qwen3, model, path=(site, tmp_path))
+    assert done.returncode == 0, done.stderr
+    layouts, gated, mine, llama, unknown = json.loads(done.stdout)
+    assert all(layouts)
+    assert gated == "gated"
+    for name, (_, reason) in WRONG.items():
+        point = f"entry point {name} = 'wrong_{name}:FAMILY' of two cannot be used: {reason}"
+        assert point in unknown
+        if name == "taken":
+            assert mine == point
+    assert llama == (
+        "architecture LlamaForCausalLM is claimed twice: titan_bridge; "
+        "entry point twin = 'wrong_twin:FAMILY' of two; remove one"
+    )
+    assert "adapters of family 'own' cannot be used: ImportError('no kernels')" in done.stderr
