@@ -34,7 +34,11 @@ def rank_of(
     live = {fqn: torch.zeros(where.local_shape(fqn, rank)) for fqn in where.params}
     optional = family.optional_views(hf, padded_vocab=rows)
     views = family.views(hf, padded_vocab=rows)
-    return WeightLoader(live, where, rank, views, optional, lambda name: family.ignores(name, hf)), where, live
+    return (
+        WeightLoader(live, where, rank, views, optional, lambda name: family.ignores(name, hf)),
+        where,
+        live,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def test_a_compiled_engine_has_the_numbers_of_the_reference(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["model_class"] == "titan_bridge.engine.vllm_wrapper.TitanForCausalLM"
+    assert facts["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
     assert facts["sizes"]["tp"] == 2
     (row,) = facts["references"]
     print(f"max |difference| {row['max']:.1e}")
@@ -107,20 +107,20 @@ import sys
 from pathlib import Path
 
 import gated_model
-from titan_bridge.engine.build import Plan
-from titan_bridge.engine.compiled import _digest
+from titan_bridge.engine.model.build import Setup
+from titan_bridge.engine.model.compiled import _digest
 from titan_bridge.engine.options import TitanOptions
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import family_for, load_hf_config
 
 hf = load_hf_config(sys.argv[1])
-plan = Plan(
+setup = Setup(
     hf=hf, family=family_for(hf), sizes=Sizes(), options=TitanOptions(), padded_vocab=301, max_model_len=64
 )
-first, second = _digest(plan), _digest(plan)
+first, second = _digest(setup), _digest(setup)
 file = Path(gated_model.__file__).with_name("model.py")
 file.write_text(file.read_text().replace("torch.sigmoid(", "torch.tanh("))
-assert first == second != _digest(plan)
+assert first == second != _digest(setup)
 """
 
 

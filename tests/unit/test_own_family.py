@@ -196,7 +196,7 @@ ALSO_WRONG = {
 
 OTHERS = """
 import json, sys
-from titan_bridge.layout import layout
+from titan_bridge.model_layout import layout
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import UnsupportedModelError, family_for, load_hf_config
 
