@@ -60,11 +60,11 @@ def _found() -> tuple[_Found, ...]:
     ]
     for source, load in _outside():
         new = _load(source, load)
-        others = [other for other in found if other.family and new.family]
-        if any(other.family is new.family for other in others):
-            continue  # registered, and an entry point, too
-        taken = next((other for other in others if other.family.name == new.family.name), None)
-        if taken is not None:
+        known = {other.family.name: other for other in reversed(found) if other.family}
+        taken = known.get(new.family.name) if new.family else None
+        if taken is not None and new.family is not None:
+            if taken.family is new.family:
+                continue  # registered, and an entry point, too
             problem = f"its name {new.family.name!r} is taken by a family of {taken.source}"
             new = replace(new, problem=problem)
         found.append(new)
