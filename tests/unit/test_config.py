@@ -305,8 +305,8 @@ def test_the_readme_has_the_table_of_keys_that_the_command_prints(capsys):
     printed = capsys.readouterr().out.strip()
     assert printed.startswith(BEGIN)
     assert printed.endswith(END)
-    assert printed in (ROOT / "README.md").read_text(), (
-        f"put what `titan-bridge config --table` prints between {BEGIN} and {END} in README.md"
+    assert printed in (ROOT / "configs" / "README.md").read_text(), (
+        f"put what `titan-bridge config --table` prints between {BEGIN} and {END} in configs/README.md"
     )
 
 

@@ -27,7 +27,7 @@ class Config:
     schema: bool = False
     """Print the JSON Schema of each kind of file, by kind."""
     table: bool = False
-    """Print the keys of each kind of file as Markdown tables (they are in the README)."""
+    """Print the keys of each kind of file as Markdown tables (they are in configs/README.md)."""
     json: bool = False
     """Print JSON."""
 

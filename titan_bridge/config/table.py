@@ -1,4 +1,4 @@
-"""The keys of the TOML files as Markdown tables, made from their JSON Schemas; the README shows them."""
+"""The keys of the TOML files as Markdown tables, made from their JSON Schemas; configs/README.md shows them."""
 
 from __future__ import annotations
 
