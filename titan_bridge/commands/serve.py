@@ -81,6 +81,8 @@ class Serve(InferCommand):
             return 0
         from titan_bridge.engine.run.offline import users_mistake
 
+        # Interrupted, vLLM leaves the memory of a queue to Python's resource tracker, which removes it and warns.
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         with cpu.variables(added):
             forking.start()  # it imports while this process does
             try:
