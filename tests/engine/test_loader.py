@@ -87,7 +87,9 @@ def test_weights_that_are_not_finite_are_told(moe: Path, caplog: pytest.LogCaptu
     tensors["model.norm.weight"][3:5] = torch.nan
     tensors["model.layers.1.mlp.experts.7.up_proj.weight"][0, 0] = torch.inf
     loader, _, _ = rank_of(moe, Sizes(tp=2, ep=2), 1)
-    caplog.set_level(logging.WARNING, logger="vllm")  # a command that ran in this process may have turned it off
+    caplog.set_level(
+        logging.WARNING, logger="vllm"
+    )  # a command that ran in this process may have turned it off
     logging.getLogger("vllm").addHandler(caplog.handler)  # vLLM's loggers do not propagate
     try:
         loader.load(iter(tensors.items()))

@@ -291,7 +291,7 @@ def test_the_command_shows_shipped_files_and_writes_nothing(path, tmp_path, caps
 
 
 def test_the_command_refuses_in_one_line_before_anything_is_written(tmp_path, capsys):
-    file, out = str(SHIPPED[0]), str(tmp_path / "o")
+    file, out = str(ROOT / "configs/train/llama3_fsdp2.toml"), str(tmp_path / "o")
     other_kind = str(ROOT / "configs/infer/llama3_tp2.toml")
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.toml").write_bytes(b"lr = \xff")

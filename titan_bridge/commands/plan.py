@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from titan_bridge.commands.infer import Text
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class PlanCommand:
     """Checkpoint, layout file, sizes or train TOML."""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Layout file, sizes or train TOML."""
-    model: str | None = None
+    model: Text = None
     """Where sizes are given and SRC is no checkpoint or train TOML: the folder of the model."""
     colocated: bool = False
     """Rank r of both sides is one process: what it holds already does not travel."""
