@@ -27,7 +27,7 @@ from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_ta
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.mesh import Sizes, padded_vocab
+from titan_bridge.mesh import DEGREES, Sizes, padded_vocab
 from titan_bridge.models import families, family_for
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.plan import plan
@@ -121,7 +121,7 @@ def _check_paths(options: Options, found: Path) -> None:
         raise BridgeError(
             f"SRC lies inside DST ({target}), which would be replaced; give another directory for DST"
         )
-    for name in ("dp", "tp", "ep"):
+    for name in DEGREES:
         if options.to != "engine" and getattr(options, name) != 1:
             raise BridgeError(f"--{name} is for --to engine; {options.to} has no ranks")
     if options.workers < 1:
@@ -179,7 +179,7 @@ def _between(
     family = family_for(config)
     buffers = family.expert_biases(config)
     check_source(source, family, config, buffers)
-    sizes = Sizes(dp=options.dp, tp=options.tp, ep=options.ep)
+    sizes = Sizes.of(options)
     made = make_mapping(
         source,
         family,

@@ -83,6 +83,7 @@ def _read_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
 
 
 class GptOss(Family):
+    takes_policy = True
     name = "gpt_oss"
     architectures = (_NAME,)
 
