@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder, rope
-from titan_bridge.models.adapter import Adapter, Division, InnerAttention
+from titan_bridge.models.adapter import Adapter, Division, InnerAttention, LatentAttention
 from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields, UnsupportedModelError
 from titan_bridge.sharding.view import View
@@ -143,6 +143,7 @@ class DeepSeekV3(Family):
             Attention.Config: Adapter(
                 divides=_divisions,
                 inner_attention=_inner_attention,
+                latent=_latent,
             )
         }
 
@@ -264,6 +265,18 @@ def _inner_attention(config: Attention.Config) -> InnerAttention:
         v_head_dim=config.v_head_dim,
         scale=scale,
         window=window_of(config),
+    )
+
+
+def _latent(config: Attention.Config) -> LatentAttention:
+    from titan_bridge.models.deepseek_latent import LatentDeepSeekAttention  # noqa: PLC0415  TorchTitan
+
+    return LatentAttention(
+        module=LatentDeepSeekAttention,
+        expands="wkv_b",
+        q_lora_rank=config.q_lora_rank or None,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_rope_head_dim=config.qk_rope_head_dim,
     )
 
 

@@ -92,6 +92,8 @@ class Built:
     model: Decoder
     ropes: StepRopes
     layout: Layout
+    attention: str
+    """Its form and its cache in words."""
 
     def live(self) -> dict[str, torch.Tensor]:
         """This rank's local tensor of every parameter and persistent buffer in the layout, by FQN."""
@@ -104,7 +106,7 @@ class Built:
         return (
             f"dense mesh (dp_replicate={sizes.dp_replicate}, fsdp={sizes.fsdp}, tp={sizes.tp}), "
             f"sparse mesh (dp_replicate={sizes.dp_replicate}, efsdp={sizes.efsdp}, ep={sizes.ep}), "
-            f"dense weights {self.setup.options.dense}{cache_form(self.model, tp=sizes.tp)}"
+            f"dense weights {self.setup.options.dense}, {self.attention}"
         )
 
 
@@ -170,7 +172,7 @@ def build(vllm_config: VllmConfig) -> Built:
     model.parallelize(to_parallel_dims(setup.sizes, spmd_backend="partial_dtensor"))
     _localise(model)
     if latent:
-        cache_latents(model, tp=tp)
+        cache_latents(model, config, tp=tp)
     _serve_experts(model, setup, vllm_config)
     if setup.options.cpu_pack and not setup.sharded:
         use_packed_weights(model, vllm_config.model_config.dtype)
@@ -185,7 +187,8 @@ def build(vllm_config: VllmConfig) -> Built:
         shard_dense(model, meshes, layout)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
-    return Built(setup=setup, model=model, ropes=ropes, layout=layout)
+    attention = cache_form(config, vllm_config.model_config.dtype, tp=tp, latent=latent)
+    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
