@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder, rope
 from titan_bridge.models.adapter import Adapter, Division, InnerAttention, LatentAttention
-from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields, UnsupportedModelError
 from titan_bridge.sharding.view import View
 
@@ -126,7 +125,7 @@ def _read_experts(fields: Fields) -> _Experts:
     return experts
 
 
-class DeepSeekV3(Family):
+class DeepSeekV3(decoder.DecoderFamily):
     name = "deepseek_v3"
     architectures = (_NAME,)
 
@@ -181,8 +180,7 @@ class DeepSeekV3(Family):
                 )
             layers.append(
                 DeepSeekV3TransformerBlock.Config(
-                    attention_norm=parts.norm_config(dims.dim, dims.eps),
-                    ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                    **parts.norm_fields(dims),
                     attention=_attention_config(model),
                     feed_forward=feed_forward,
                     moe=moe,
@@ -216,11 +214,8 @@ class DeepSeekV3(Family):
             )
         return tuple(views)
 
-    def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
-        return decoder.tied_head_views(_read(hf).dims, padded_vocab)
-
-    def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
-        return decoder.tied_names(_read(hf).dims)
+    def dims(self, hf: Mapping[str, Any]) -> decoder.DecoderDims:
+        return _read(hf).dims
 
     def expert_biases(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         model = _read(hf)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from titan_bridge.mesh import ShardPlacement
-from titan_bridge.models import Family, decoder, rope
+from titan_bridge.models import decoder, rope
 from titan_bridge.models.adapter import Adapter
 from titan_bridge.models.fields import Fields
 from titan_bridge.sharding.view import View
@@ -35,7 +35,7 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
     return dims, given.integer("intermediate_size")
 
 
-class Gated(Family):
+class Gated(decoder.DecoderFamily):
     name = "gated"
     architectures = (_NAME,)
     config_class = GatedConfig
@@ -87,13 +87,15 @@ class Gated(Family):
             )
             layers.append(
                 GatedBlock.Config(
-                    attention_norm=parts.norm_config(dims.dim, dims.eps),
-                    ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                    **parts.norm_fields(dims),
                     attention=GatedAttention.Config(**stated, gate=gate),
                     feed_forward=parts.ffn_config(dims, hidden_dim),
                 )
             )
         return GatedModel.Config(layers=layers, **parts.root_fields(dims, padded_vocab))
+
+    def dims(self, hf: Mapping[str, Any]) -> decoder.DecoderDims:
+        return _read(hf)[0]
 
     def views(self, hf, *, padded_vocab=None, fused_qkv=True) -> tuple[View, ...]:
         dims, hidden_dim = _read(hf)
