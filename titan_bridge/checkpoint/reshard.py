@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Mapping
@@ -155,17 +154,16 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
 
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
-    """config.json for one of the models that TorchTitan has by name."""
+    """config.json for one of the models of a family that have a name."""
     known = {family.name: family for family in families()}
     if name not in known:
         raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
     flavors = known[name].flavors()
     if flavor not in flavors:
         raise BridgeError(
-            f"--config {name}:{flavor}: TorchTitan has no such flavor; allowed: {', '.join(flavors)}"
+            f"--config {name}:{flavor}: there is no such flavor; allowed: {', '.join(flavors) or 'none'}"
         )
-    package = importlib.import_module(f"torchtitan.models.{name}")
-    return known[name].hf_config(package.model_registry(flavor).model)
+    return known[name].hf_config(known[name].model_spec(flavor).model)
 
 
 def _between(

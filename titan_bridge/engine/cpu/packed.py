@@ -20,7 +20,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from titan_bridge.engine.model.latent import LatentAttention
+from titan_bridge.engine.model.latent import LatentCache
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
 
@@ -264,7 +264,7 @@ def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:
             module.__class__ = PackedLinear
         elif isinstance(module, TokenChoiceTopKRouter):
             others.add(module.gate)  # `Float32Router` multiplies by the weight itself
-        elif isinstance(module, LatentAttention):
-            others.add(module.wkv_b)  # vLLM reads the weight itself
+        elif isinstance(inner := getattr(module, "inner_attention", None), LatentCache):
+            others.add(getattr(module, inner.expands))  # vLLM reads the weight itself
         elif type(module) is KeepDtypeGroupedExperts:
             module.__class__ = PackedExperts

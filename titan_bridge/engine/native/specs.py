@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
 from titan_bridge.engine.native.layers import Native, natives_of
-from titan_bridge.engine.plugin import TRANSFER_BACKEND
+from titan_bridge.engine.options import TRANSFER_BACKEND
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes, mesh_axes, sizes_of
 from titan_bridge.sharding.boxes import chunk
