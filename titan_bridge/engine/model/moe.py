@@ -36,7 +36,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from titan_bridge.engine.cpu.packed import PackedExperts, combine
+from titan_bridge.engine.cpu.packed_experts import PackedRoutedExperts, combine
 
 
 class TopKSumDispatcher(LocalTokenDispatcher):
@@ -185,7 +185,10 @@ class ServedExperts(nn.Module):
     def _compute(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
-        packed = isinstance(self.inner_experts, PackedExperts) and not self.spread
+        packed = isinstance(self.inner_experts, PackedRoutedExperts) and not self.spread
+        if packed and self.inner_experts.in_one(ids_TK.numel() / len(count_E)):
+            first = getattr(self.token_dispatcher, "first", None)
+            return self.inner_experts.routed(x_TD, scores_TK, ids_TK, first=first)
         # Packed experts ask the host anyway, so rows can be gathered when it is known how many this rank needs.
         given_TD = x_TD[:, :0] if packed else x_TD
         routed_RD, count_e, metadata = self.token_dispatcher.dispatch(given_TD, scores_TK, ids_TK, count_E)
