@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("answers", type=Path)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 for float32 weights, too")
     parser.add_argument("--max-tokens", type=int, default=32)
     given = parser.parse_args()
 
@@ -29,6 +30,7 @@ def main() -> None:
         given.model,
         model_impl="torchtitan",
         tensor_parallel_size=given.tp,
+        dtype=given.dtype,
         enforce_eager=True,  # a short batch does not earn back what compiling costs
     )
     # vLLM batches them itself: hand over all at once.
@@ -38,8 +40,8 @@ def main() -> None:
     new = given.answers.with_suffix(".new")
     with new.open("w") as file:
         for prompt, answer in answers:
-            line = {"prompt": prompt, "text": answer.text, "logprob": answer.cumulative_logprob}
-            file.write(json.dumps(line) + "\n")
+            line = {"prompt": prompt, "text": answer.text, "tokens": list(answer.token_ids)}
+            file.write(json.dumps(line | {"logprob": answer.cumulative_logprob}) + "\n")
     os.replace(new, given.answers)  # a reader sees all of it or nothing
 
 

@@ -9,4 +9,4 @@ out="${1:-out/train_then_serve}"
 
 "$python" -m titan_bridge.cli train configs/train/llama3_fsdp2.toml --out "$out" "${@:2}"
 "$python" scripts/examples/serve_and_ask.py "$out" --prompt "def __init__(self" --prompt "import " \
-    --tp 2 --enforce-eager --max-num-seqs 8
+    --log "$out/server.log" --tp 2 --enforce-eager --max-num-seqs 8

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from tests.conftest import ROOT
 from titan_bridge.reference import load_reference
@@ -54,28 +54,31 @@ def test_train_then_serve_and_ask(trained: tuple[Path, str]) -> None:
     assert sorted(path.name for path in (out / "checkpoint").glob("step-*")) == ["step-2", "step-4"]
     assert "--- 'def __init__(self'\n" in printed
     assert "--- 'import '\n" in printed
-    assert printed.rstrip().endswith("---")
-    assert "Serving TorchTitan's Llama3Model" in (ROOT / "out/serve_and_ask.log").read_text()
+    assert "Serving TorchTitan's Llama3Model" in (out / "server.log").read_text()
 
 
 def test_offline_batch(trained: tuple[Path, str], tmp_path: Path) -> None:
     prompts = ["import os", "def f(x):", "class A"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    options = ("--max-tokens", "6")
-    run(
-        sys.executable, EXAMPLES / "offline_batch.py",
-        trained[0], tmp_path / "prompts.txt", tmp_path / "answers.jsonl", *options,
-    )  # fmt: skip
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    files = (tmp_path / "prompts.txt", tmp_path / "answers.jsonl")
+    options = ("--max-tokens", "6", "--dtype", "float32")
+    run(sys.executable, EXAMPLES / "offline_batch.py", trained[0], *files, *options)
+    answers = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == prompts
-    assert not (tmp_path / "answers.new").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.txt"]
     reference = load_reference(trained[0])
-    print(answers[0], reference)
+    tokenizer = AutoTokenizer.from_pretrained(trained[0] / "checkpoint")
+    for answer in answers:
+        asked, tokens = tokenizer(answer["prompt"])["input_ids"], answer["tokens"]
+        assert tokenizer.decode(tokens) == answer["text"]
+        logprobs_LV = reference.logprobs(asked + tokens)[len(asked) - 1 : -1]
+        assert logprobs_LV.argmax(-1).tolist() == tokens
+        assert abs(logprobs_LV.amax(-1).sum().item() - answer["logprob"]) <= 1e-4
 
 
 def test_a_family_of_ones_own(tmp_path: Path) -> None:
     config = MistralConfig(
-        vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=384, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, sliding_window=None, dtype=torch.float32,
     )  # fmt: skip
     torch.manual_seed(0)
