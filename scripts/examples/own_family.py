@@ -9,8 +9,10 @@ command and `vllm serve` know the family (see titan_bridge/models/README.md, als
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from titan_bridge import cli
@@ -46,5 +48,7 @@ class Mistral(Llama3):
 FAMILY = Mistral()
 
 if __name__ == "__main__":
-    register("own_family:FAMILY")  # this file's folder is on the path of Python and of what it starts
+    here, path = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, path]))  # for the processes that it starts
+    register("own_family:FAMILY")
     sys.exit(cli.main(sys.argv[1:]))
