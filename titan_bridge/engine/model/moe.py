@@ -178,7 +178,9 @@ class ServedExperts(nn.Module):
         start, stop = (len(x_TD) * r // tp for r in (rank, rank + 1))
         out_TD = torch.zeros_like(x_TD)
         share = slice(start, stop)
-        count_E = torch.bincount(ids_TK[share].flatten(), minlength=len(count_E))
+        # Not bincount, which asks a GPU for the largest id; a token has an expert once.
+        chosen_TE = torch.zeros(stop - start, len(count_E), dtype=torch.bool, device=x_TD.device)
+        count_E = chosen_TE.scatter_(1, ids_TK[share], True).sum(0)
         out_TD[share] = self._compute(x_TD[share], scores_TK[share], ids_TK[share], count_E)
         return out_TD
 
