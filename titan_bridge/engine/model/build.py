@@ -172,7 +172,8 @@ def build(vllm_config: VllmConfig) -> Built:
         cache_latents(model, config, tp=tp)
     _serve_experts(model, setup, vllm_config)
     if setup.options.cpu_pack and not setup.sharded:
-        use_packed_weights(model, vllm_config.model_config.dtype)
+        dtype = vllm_config.model_config.dtype
+        use_packed_weights(model, dtype, experts_once=setup.options.cpu_experts_once)
     lower(model)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
