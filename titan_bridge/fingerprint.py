@@ -24,16 +24,16 @@ a bfloat16 engine, give `dtype`: each element is cast first (torch's rounding, t
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.moves import Copy, Window
 from titan_bridge.sharding.plan import Plan
+from titan_bridge.sharding.tensors import Owner
 
 _MOST = 4096
 """Bytes of a row that one inner sum takes at most: |sum| <= 4096 * 64 * 128 fits int32."""
@@ -69,13 +69,13 @@ def of_box(part: torch.Tensor, box: Box, shape: Sequence[int], dtype: torch.dtyp
 
 def of_plan(
     made: Plan,
-    source: int | str,
+    source: Owner,
     local: Callable[[Copy], torch.Tensor],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, int]:
-    """Sums of what one holder has of every tensor of a plan whose destinations are whole (`Held.whole`).
+    """Sums of what one owner has of every tensor of a plan whose destinations are whole (`TensorMetadata.whole`).
 
-    The plan takes each element from one of its replicas, so the sums of all holders add up to each tensor once; views
+    The plan takes each element from one of its replicas, so the sums of all owners add up to each tensor once; views
     between the two sides' names and shapes are the plan's.
 
     Args:
@@ -85,7 +85,7 @@ def of_plan(
         dtypes: By destination name, where elements are cast first.
 
     Returns:
-        By destination name; names that this holder has nothing of are left out.
+        By destination name; names that this owner has nothing of are left out.
     """
     sums: dict[str, int] = {}
     shapes = shapes_of(made)
@@ -142,11 +142,6 @@ def partial(
 def shapes_of(made: Plan) -> dict[str, tuple[int, ...]]:
     """Global shapes of the plan's destinations."""
     return {item.destination.name: item.destination.shape for group in made.groups for item in group.items}
-
-
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides in elements of a contiguous tensor."""
-    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
 def _chunks(part: torch.Tensor, most: int) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:

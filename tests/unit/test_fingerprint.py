@@ -16,10 +16,10 @@ from titan_bridge import fingerprint as module
 from titan_bridge.errors import BridgeError
 from titan_bridge.fingerprint import combine, fingerprint, of_box, of_plan, partial, seal
 from titan_bridge.sharding.boxes import Box, pieces_of
-from titan_bridge.sharding.holders import Held, MeshHolders
 from titan_bridge.sharding.layout import MeshLayout
 from titan_bridge.sharding.moves import Window
 from titan_bridge.sharding.plan import plan
+from titan_bridge.sharding.tensors import OnMesh, TensorMetadata
 from titan_bridge.sharding.view import View
 
 _DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool]
@@ -159,8 +159,10 @@ def test_every_layout_has_the_same(name: str, shape: tuple[int, ...]) -> None:
     sizes, placements = _LAYOUTS[name]
     tensor = random_bits(shape, torch.bfloat16, 3)
     mesh = MeshLayout(axes=("a", "b", "c"), shape=sizes, ranks=tuple(range(math.prod(sizes))))
-    held = Held(name="w", shape=shape, dtype="bfloat16", by=MeshHolders(mesh=mesh, placements=placements))
-    made = plan([held], [Held.whole("w", shape, "bfloat16", "all")])
+    held = TensorMetadata(
+        name="w", shape=shape, dtype=torch.bfloat16, on=OnMesh(mesh=mesh, placements=placements)
+    )
+    made = plan([held], [TensorMetadata.whole("w", shape, torch.bfloat16, "all")])
     sums = []
     for rank in mesh.ranks:
         pieces = pieces_of(placements, shape, sizes, mesh.coordinate(rank))
@@ -203,8 +205,11 @@ def test_views_are_followed() -> None:
         ),
     ]
     other = random_bits(shape, torch.float32, 6)
-    sources = [Held.whole("w", shape, "float32", 0), Held.whole("v", shape, "float32", 0)]
-    made = plan(sources, [Held.whole(v.name, v.shape, "float32", "all") for v in views], views)
+    sources = [
+        TensorMetadata.whole("w", shape, torch.float32, 0),
+        TensorMetadata.whole("v", shape, torch.float32, 0),
+    ]
+    made = plan(sources, [TensorMetadata.whole(v.name, v.shape, torch.float32, "all") for v in views], views)
     sums = of_plan(made, 0, lambda copy: {"w": titan, "v": other}[copy.source_name])
     for view in views:
         external = view.read(titan if view.fqn == "w" else other)
