@@ -135,7 +135,7 @@ def traffic_picture(plan: Plan, path: str | Path, *, title: str = "") -> Path:
 
 def traffic_figure(plan: Plan, *, title: str = "") -> Figure:
     """Who sends how much to whom, as a matrix with the sums at its edges; small ones have the bytes in their cells."""
-    index = {holder: i for i, holder in enumerate(plan.holders)}
+    index = {owner: i for i, owner in enumerate(plan.owners)}
     sources, destinations = list(plan.sent), list(plan.received)
     matrix = plan.traffic()[np.ix_([index[h] for h in sources], [index[h] for h in destinations])]
     rows, columns = matrix.shape
