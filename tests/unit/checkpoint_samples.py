@@ -60,14 +60,14 @@ class Killed(BaseException):
     pass
 
 
-def stop_after(monkeypatch, parts: int) -> None:
-    """The run dies in the middle of a part, after this many were finished."""
+def stop_after(monkeypatch, files: int) -> None:
+    """The run dies in the middle of a file, after this many were finished."""
     real = Executor._write_strip
     finished: set[str] = set()
 
     def write(self, opened, strip):
-        finished.add(opened.part.name)
-        if len(finished) > parts:
+        finished.add(opened.file.name)
+        if len(finished) > files:
             raise Killed
         real(self, opened, strip)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from titan_bridge.checkpoint.files import FilePool, inside
 from titan_bridge.checkpoint.target import rows_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.moves import Window
 
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)
 
@@ -34,12 +35,9 @@ def boxes(draw, shape):
     data=st.data(),
     shape=SHAPES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
-    limits=st.tuples(
-        st.sampled_from([8, 64, 512]), st.sampled_from([8, 100, 10_000]), st.sampled_from([0, 20, 999])
-    ),
-    advice=st.sampled_from([files._POPULATE_READ, 999]),
+    limits=st.tuples(st.sampled_from([8, 64, 512]), st.sampled_from([0, 20, 999])),
 )
-def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, shape, dtype, limits, advice):
+def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, shape, dtype, limits):
     tensor = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape).to(dtype)
     path = tmp_path_factory.mktemp("window") / "file"
     head = data.draw(st.integers(0, 9))
@@ -47,13 +45,14 @@ def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, sh
     box = data.draw(boxes(shape))
     order = data.draw(st.permutations(range(len(shape))))
     expected = tensor[box.slices].permute(order)
-    window = (tuple(expected.shape), tuple(expected.stride()), expected.storage_offset())
+    window = Window(
+        size=tuple(expected.shape), stride=tuple(expected.stride()), offset=expected.storage_offset()
+    )
     pool = FilePool()
     with pytest.MonkeyPatch.context() as patch:
-        # Small limits, so that windows are cut in every way, and a kernel that does not know the advice.
-        for name, limit in zip(("SCRATCH_BYTES", "SPAN_BYTES", "NEAR_BYTES"), limits, strict=True):
+        # Small limits, so that windows are cut in every way.
+        for name, limit in zip(("SCRATCH_BYTES", "NEAR_BYTES"), limits, strict=True):
             patch.setattr(files, name, limit)
-        patch.setattr(files, "_POPULATE_READ", advice)
         for wanted in (dtype, torch.float32):
             out = torch.full(expected.shape, -1).to(wanted)
             pool.fetch(path, head, dtype, window, out)
@@ -104,7 +103,7 @@ def test_a_file_that_ends_early_is_an_error(tmp_path):
 
 def test_a_file_that_ends_between_runs_is_an_error(tmp_path):
     (tmp_path / "f").write_bytes(bytes(4 * 10 - 3))
-    window = ((4, 5), (10, 1), 5)  # the right half of [4, 10]
+    window = Window(size=(4, 5), stride=(10, 1), offset=5)  # the right half of [4, 10]
     with pytest.raises(BridgeError, match="ends at byte 37; 40 were expected: truncated"):
         FilePool().fetch(tmp_path / "f", 0, torch.uint8, window, torch.empty(4, 5, dtype=torch.uint8))
 
@@ -121,32 +120,27 @@ def test_gaps_between_runs_are_not_read(tmp_path, dtype, monkeypatch):
 
     itself = -read_by_the_process() + read_by_the_process()
     before = read_by_the_process()
-    pool.fetch(tmp_path / "f", 0, torch.bfloat16, ((64, 256), (1024, 1), 256), out)
+    pool.fetch(tmp_path / "f", 0, torch.bfloat16, Window(size=(64, 256), stride=(1024, 1), offset=256), out)
     told = read_by_the_process() - before - itself
     assert abs(told - pool.bytes_read) < 16  # the file of counters is longer when a number gets another digit
     assert pool.bytes_read == whole.nbytes // 4
     assert torch.equal(out, whole[:, 256:512].to(dtype))
 
 
-@pytest.mark.parametrize("columns", [1024, 16384])  # runs closer than a page, and farther apart
-@pytest.mark.parametrize(("limit", "count"), [("SCRATCH_BYTES", 100_000), ("SPAN_BYTES", 200_000)])
-def test_runs_that_lie_near_each_other_are_mapped_a_part_at_a_time(
-    tmp_path, columns, limit, count, monkeypatch
-):
-    seen, real = [], mmap.mmap
-    monkeypatch.setattr(files, limit, count)
-    monkeypatch.setattr(
-        files.mmap, "mmap", lambda fd, length, **how: seen.append(length) or real(fd, length, **how)
-    )
+@pytest.mark.parametrize("columns", [1024, 32768])  # runs that are near each other, and that are not
+def test_a_column_slice_takes_few_reads_of_bounded_size(tmp_path, columns, monkeypatch):
+    seen, real = [], os.preadv
+    monkeypatch.setattr(files, "SCRATCH_BYTES", 100_000)
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: seen.append(into[0].nbytes) or real(fd, into, at))
     whole = torch.randn(256, columns).to(torch.bfloat16)
     (tmp_path / "f").write_bytes(b"12" + bytes(files.bytes_of(whole)))
     out, pool = torch.empty(256, columns // 2, dtype=torch.bfloat16), FilePool()
-    window = ((256, columns // 2), (columns, 1), columns // 2)
+    window = Window(size=(256, columns // 2), stride=(columns, 1), offset=columns // 2)
     pool.fetch(tmp_path / "f", 2, torch.bfloat16, window, out)
     assert torch.equal(out, whole[:, columns // 2 :])
     assert pool.bytes_read == whole.nbytes // 2
-    assert len(seen) == -(-256 // (100_000 // columns))
-    assert max(seen) <= 200_000 + mmap.ALLOCATIONGRANULARITY
+    assert len(seen) == (6 if columns == 1024 else 256)
+    assert max(seen) <= 100_000
 
 
 def test_many_files_stay_within_the_limit_of_open_ones(tmp_path):

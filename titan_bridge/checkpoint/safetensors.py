@@ -1,7 +1,7 @@
 """The safetensors format: headers read with suspicion and written aligned.
 
-A file is 8 bytes of header length (little endian), the header (JSON), and the tensors' bytes without a gap. The
-reference implementation trusts a header that agrees with itself; here it must agree with the file, too.
+A file is 8 bytes of header length (little endian), the header (JSON), and the tensors' bytes without a gap. The library
+reads it, too, but keeps to itself where in the file a tensor lies.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 
 from titan_bridge.checkpoint.files import read_bytes, size_of
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 _NAMES = {
     "BOOL": torch.bool,
@@ -43,18 +44,7 @@ _ALIGNMENT = 64
 METADATA = "__metadata__"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One tensor of a file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-    """Bytes from the start of the file."""
-
-
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, TensorMetadata], dict[str, str]]:
     """Tensors by name, and the file's own metadata.
 
     Raises:
@@ -88,7 +78,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 f"{math.prod(shape) * dtype.itemsize}"
             )
         spans.append((first, last, name))
-        entries[name] = Entry(name=name, shape=shape, dtype=dtype, offset=start + first)
+        chunk = Chunk(owner=path, box=Box.whole(shape), offset=start + first)
+        entries[name] = TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=(chunk,))
     at = 0
     for first, last, name in sorted(spans):
         if first != at:
