@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import zlib
@@ -66,7 +67,7 @@ def test_two_runs_do_not_meet_in_one_target(source, tmp_path):
     job = prepare(options(source, tmp_path / "out"))
     staging = Staging(tmp_path / "out")
     staging.begin("someone else", resume=False)
-    with pytest.raises(BridgeError, match="another process is writing"):
+    with pytest.raises(BridgeError, match=rf"process {os.getpid()} on .* is writing"):
         job.run()
     staging.release()
     job.run()

@@ -143,8 +143,9 @@ class _Unpickler(_InPython):
 
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if type(target) is not dict or not all(isinstance(key, (str, StandIn)) for key in items[::2]):
-            raise BridgeError("damaged pickle (a dict with keys that are no text)")
+        for key in items[::2]:
+            if type(target) is not dict or (type(key) is not str and not isinstance(key, StandIn)):
+                raise BridgeError("damaged pickle (a dict with keys that are no text)")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     dispatch: ClassVar[dict[int, Any]] = {

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -185,10 +186,11 @@ class Staging:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            who = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
             self.release()
-            raise BridgeError(
-                f"another process is writing {self.target} (it holds {directory / _LOCK})"
-            ) from None
+            raise BridgeError(f"{who} is writing {self.target} (it holds {directory / _LOCK})") from None
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
     def _clear(self) -> None:
         for path in self.path.iterdir():
