@@ -112,26 +112,6 @@ def open_engine(directory: Path) -> Checkpoint:
     )
 
 
-def map_rank(directory: Path, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(FQN, local tensor) of all that `rank` holds, mapped from the files: nothing is read until it is used.
-
-    Writing to a tensor changes a private copy of its pages, never the file.
-
-    Raises:
-        BridgeError: A rank that the files were not cut for, or damaged files.
-    """
-    index = EngineIndex.read(directory / INDEX)
-    if not 0 <= rank < len(index.ranks):
-        raise BridgeError(f"rank {rank}: {directory} was cut for ranks 0 to {len(index.ranks) - 1}")
-    for file in index.ranks[rank]:
-        path = inside(directory, file, INDEX)
-        entries, _ = read_header(path)
-        whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        for entry in entries.values():
-            offset = entry.chunks[0].offset
-            yield entry.name, whole[offset : offset + entry.nbytes].view(entry.dtype).view(entry.shape)
-
-
 def shard_label(layout: Layout, fqn: str, rank: int) -> str:
     """Names the part of `fqn` that `rank` holds, the same for all ranks that hold it: "all", "tp1", "efsdp0.ep3"."""
     mesh, placements = layout.mesh_of(fqn), layout.param(fqn).spec.placements

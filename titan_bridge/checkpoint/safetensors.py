@@ -16,6 +16,7 @@ import torch
 
 from titan_bridge.checkpoint.files import read_bytes, size_of
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import json_object
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
@@ -59,12 +60,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorMetadata], dict[str, str]]:
         raise BridgeError(
             f"{path}: header of {length} bytes in a file of {total}: truncated, or not safetensors"
         )
-    try:
-        header = json.loads(read_bytes(path, 8, length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BridgeError(f"{path}: the header is not JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise BridgeError(f"{path}: the header is a JSON {type(header).__name__}; it must be an object")
+    header = json_object(read_bytes(path, 8, length), f"{path}: the header")
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BridgeError(f"{path}: {METADATA} must be an object of strings")
@@ -127,10 +123,3 @@ def _entry(path: Path, name: str, data: Any) -> tuple[torch.dtype, tuple[int, ..
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise BridgeError(f"{path}: {name} has data_offsets {offsets}; they must be a start and an end")
     return dtype, tuple(shape), (offsets[0], offsets[1])
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result
