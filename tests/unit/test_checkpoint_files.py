@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import mmap
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,12 @@ def boxes(draw, shape):
     data=st.data(),
     shape=SHAPES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
-    limits=st.tuples(st.sampled_from([8, 64, 512]), st.sampled_from([0, 20, 999])),
+    limits=st.tuples(
+        st.sampled_from([8, 64, 512]), st.sampled_from([8, 100, 10_000]), st.sampled_from([0, 20, 999])
+    ),
+    advice=st.sampled_from([files._POPULATE_READ, 999]),
 )
-def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, shape, dtype, limits):
+def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, shape, dtype, limits, advice):
     tensor = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape).to(dtype)
     path = tmp_path_factory.mktemp("window") / "file"
     head = data.draw(st.integers(0, 9))
@@ -50,9 +53,10 @@ def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, sh
     )
     pool = FilePool()
     with pytest.MonkeyPatch.context() as patch:
-        # Small limits, so that windows are cut in every way.
-        for name, limit in zip(("SCRATCH_BYTES", "NEAR_BYTES"), limits, strict=True):
+        # Small limits, so that windows are cut in every way, and a kernel that does not know the advice.
+        for name, limit in zip(("SCRATCH_BYTES", "SPAN_BYTES", "NEAR_BYTES"), limits, strict=True):
             patch.setattr(files, name, limit)
+        patch.setattr(files, "_POPULATE_READ", advice)
         for wanted in (dtype, torch.float32):
             out = torch.full(expected.shape, -1).to(wanted)
             pool.fetch(path, head, dtype, window, out)
@@ -127,11 +131,13 @@ def test_gaps_between_runs_are_not_read(tmp_path, dtype, monkeypatch):
     assert torch.equal(out, whole[:, 256:512].to(dtype))
 
 
-@pytest.mark.parametrize("columns", [1024, 32768])  # runs that are near each other, and that are not
-def test_a_column_slice_takes_few_reads_of_bounded_size(tmp_path, columns, monkeypatch):
-    seen, real = [], os.preadv
-    monkeypatch.setattr(files, "SCRATCH_BYTES", 100_000)
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: seen.append(into[0].nbytes) or real(fd, into, at))
+@pytest.mark.parametrize("columns", [1024, 8192])  # runs closer than a page, and farther apart
+def test_runs_that_lie_near_each_other_are_mapped_a_part_at_a_time(tmp_path, columns, monkeypatch):
+    seen, real = [], mmap.mmap
+    monkeypatch.setattr(files, "SPAN_BYTES", 200_000)
+    monkeypatch.setattr(
+        files.mmap, "mmap", lambda fd, length, **how: seen.append(length) or real(fd, length, **how)
+    )
     whole = torch.randn(256, columns).to(torch.bfloat16)
     (tmp_path / "f").write_bytes(b"12" + bytes(files.bytes_of(whole)))
     out, pool = torch.empty(256, columns // 2, dtype=torch.bfloat16), FilePool()
@@ -139,8 +145,8 @@ def test_a_column_slice_takes_few_reads_of_bounded_size(tmp_path, columns, monke
     pool.fetch(tmp_path / "f", 2, torch.bfloat16, window, out)
     assert torch.equal(out, whole[:, columns // 2 :])
     assert pool.bytes_read == whole.nbytes // 2
-    assert len(seen) == (6 if columns == 1024 else 256)
-    assert max(seen) <= 100_000
+    assert len(seen) == -(-256 // (100_000 // columns))
+    assert max(seen) <= 200_000 + mmap.ALLOCATIONGRANULARITY
 
 
 def test_many_files_stay_within_the_limit_of_open_ones(tmp_path):
