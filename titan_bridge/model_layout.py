@@ -35,7 +35,7 @@ from titan_bridge.mesh import (
 from titan_bridge.models import family_for, family_of
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.parallelize import ShardingRules
-from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
 from titan_bridge.sharding.spec import ShardingSpec
 
 Dense = Literal["replicate", "shard"]
@@ -123,9 +123,7 @@ def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:
     return Layout(
         meshes={name: _mesh(name, sizes) for name in MESH_AXES if name in used},
         params={
-            fqn: ParamLayout(
-                spec=param.spec, shape=param.shape, dtype=str(param.dtype).removeprefix("torch.")
-            )
+            fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtype_name(param.dtype))
             for fqn, param in params.items()
         },
     )

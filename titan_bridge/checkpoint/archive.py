@@ -164,7 +164,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
-class _Window(io.RawIOBase):
+class _Within(io.RawIOBase):
     """An archive inside a file, for `zipfile`: a place, and reads of bounded size."""
 
     def __init__(self, read: Read, length: int) -> None:
@@ -195,7 +195,7 @@ class _Window(io.RawIOBase):
 def _directory(read: Read, length: int, where: str) -> dict[str, zipfile.ZipInfo]:
     """Entries by name."""
     try:
-        with zipfile.ZipFile(_Window(read, length)) as archive:
+        with zipfile.ZipFile(_Within(read, length)) as archive:
             found = archive.infolist()
     except zipfile.BadZipFile as error:
         raise BridgeError(

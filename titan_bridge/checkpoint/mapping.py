@@ -16,8 +16,7 @@ import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint, Format
 from titan_bridge.checkpoint.dcp import METADATA
-from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.match import few
+from titan_bridge.errors import BridgeError, few
 from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
