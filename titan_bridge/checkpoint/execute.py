@@ -16,15 +16,15 @@ import torch
 from zlib_ng import zlib_ng
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
+from titan_bridge.checkpoint.files import SCRATCH_BYTES, SPAN_BYTES, bytes_of
 from titan_bridge.checkpoint.finite import count_not_finite
 from titan_bridge.checkpoint.staging import PART, FileResult, Staging, disk_error
 from titan_bridge.checkpoint.target import STRIP_BYTES, OutFile, Target
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan
 
-WORKER_BYTES = STRIP_BYTES + SCRATCH_BYTES
-"""Memory of one worker: a strip, and the buffer of reads."""
+WORKER_BYTES = STRIP_BYTES + SCRATCH_BYTES + SPAN_BYTES
+"""Memory of one worker: a strip, and the buffers of reads."""
 _BLOB_BYTES = 4 << 20
 _CALL_BYTES = 512 << 10
 """Most bytes of one write. Where a host takes free memory back, those of 2 MB and more were measured four to twelve
