@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
+from torchtitan.protocols.module import Module
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes
@@ -53,7 +54,8 @@ def layers_of(config: Decoder.Config) -> dict[str, Layer]:
         elif isinstance(one.config, FeedForward.Config):
             inside = (outer, found[outer]) if outer in found else None
             found[one.fqn] = Layer(kind="shared_expert" if inside else "mlp", divides=divides, inside=inside)
-    return found
+    order = {fqn: at for at, (fqn, _, _, _) in enumerate(config.traverse(Module.Config, recurse=True))}
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
 def split(policy: Policy, family: Family, config: Decoder.Config, sizes: Sizes) -> Split:

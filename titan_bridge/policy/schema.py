@@ -54,15 +54,12 @@ class Match:
     def covers(self, other: Match) -> bool:
         """Whether it fits every layer that `other` fits, as far as the two can tell without a model."""
         kind = other.kind or ("attention" if other.attention_flavor else None)
-        pattern, theirs = self.prefix_pattern, other.prefix_pattern
+        pattern, theirs = self.prefix_pattern or "*", other.prefix_pattern or "*"
         return (
             self.kind in (None, kind)
             and self.attention_flavor in (None, other.attention_flavor)
             # A pattern whose only wildcards are stars and that matches another as a text matches all that it matches.
-            and (
-                pattern in (None, theirs)
-                or (theirs is not None and not set(pattern) & set("?[") and fnmatchcase(theirs, pattern))
-            )
+            and (pattern == theirs or (not set(pattern) & set("?[") and fnmatchcase(theirs, pattern)))
         )
 
 

@@ -19,6 +19,8 @@ from torchtitan.models.deepseek_v3.model import Attention as DeepSeekAttention
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import MLAAttention
 
+from titan_bridge.mesh import Sizes
+
 
 class _KeyValueProjection(nn.Module):
     """What `MLAAttention` asks of the linear layer that expands a latent; the weight is TorchTitan's."""
@@ -77,11 +79,12 @@ class LatentAttention(DeepSeekAttention):
         return self.wo(out_TF.view(*x.shape[:-1], -1))
 
 
-def cache_latents(model: Decoder, *, tp: int) -> None:
-    """Make every attention of `model` a `LatentAttention`, in place."""
+def cache_latents(model: Decoder, sizes: Sizes) -> None:
+    """Make every attention of `model`, which has these `sizes`, a `LatentAttention`, in place."""
     for layer, block in enumerate(model.layers.values()):
         attention: Any = block.attention
         assert type(attention) is DeepSeekAttention
+        tp = sizes.at(f"layers.{layer}.attention").tp
         attention.inner_attention = LatentCache(attention, layer=layer, tp=tp)
         attention.__class__ = LatentAttention
 
@@ -95,16 +98,17 @@ def derive(model: nn.Module, dtype: torch.dtype) -> None:
             paged.process_weights_after_loading(dtype)
 
 
-def cache_form(model: Decoder, *, tp: int) -> str:
+def cache_form(model: Decoder, sizes: Sizes) -> str:
     """What DeepSeek's attention caches, and its bytes a token on each rank beside the other form's; else nothing."""
     attention: Any = next(iter(model.layers.values())).attention
     if not isinstance(attention, DeepSeekAttention):
         return ""
+    tp = [sizes.at(f"layers.{layer}.attention").tp for layer in model.layers]
     width = {
-        "latent": attention.kv_lora_rank + attention.qk_rope_head_dim,
-        "expanded": 2 * attention.n_heads // tp * attention.qk_head_dim,
+        "latent": len(tp) * (attention.kv_lora_rank + attention.qk_rope_head_dim),
+        "expanded": sum(2 * attention.n_heads // each * attention.qk_head_dim for each in tp),
     }
-    item = len(model.layers) * model.norm.weight.dtype.itemsize
+    item = model.norm.weight.dtype.itemsize
     used, other = sorted(width, reverse=isinstance(attention, LatentAttention))
     return (
         f", {used} attention with a cache of {item * width[used]:,} bytes a token ({other}: "
