@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor
 
-from tests.unit.test_parallelize_specs import MODELS
+from tests.unit.test_parallelize_specs import MODELS, fake_world
+from tests.unit.test_parallelize_specs import config_of as tree_of
 from titan_bridge import cli
 from titan_bridge.config.reader import resolve as read_config
 from titan_bridge.config.schema import InferConfig
@@ -20,6 +23,8 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes, describe, divisors
 from titan_bridge.model_layout import layout, specs
 from titan_bridge.models import families, family_for
+from titan_bridge.models.build import build_on_meta
+from titan_bridge.parallelize import parallelize
 from titan_bridge.policy.layers import Split, split
 from titan_bridge.policy.read import policy_from, read_policy
 from titan_bridge.policy.resolve import Layer, resolve
@@ -210,6 +215,36 @@ def test_a_policy_file_with_mistakes_is_refused_by_name(tmp_path: Path):
             read_policy(file)
         assert str(caught.value).startswith(str(file))
         assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["partial_dtensor", "spmd_types"])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_torchtitan_cuts_each_layer_as_its_plan_says(name: str, backend: Any):
+    """`Module.parallelize` on real `ParallelDims`, for ranks of dp=2 x tp=4."""
+    sizes = Sizes(dp=2, tp=4, ep=4 if name == "qwen3-moe" else 1)
+    rules = [
+        rule({"tp_size": 1}, prefix_pattern="layers.0.attention"),
+        rule({"tp_size": 2}, kind="attention"),
+    ]
+    rules += [rule({"tp_size": 2}, kind="mlp")] + [rule({"tp_size": 2}, kind="moe")] * (sizes.ep == 1)
+    if not MODELS[name].get("tie_word_embeddings"):
+        rules += [rule({"tp_size": 1}, kind="lm_head")]
+    sizes = decide(name, rules, sizes).sizes
+    config = tree_of(MODELS[name], sizes)
+    computed = specs(config, sizes, policy=None)
+    assert {param.spec.mesh for param in computed.values()} >= {"dense", "dense_tp2"}
+    for rank in (0, 3, 6):
+        with fake_world(sizes, rank, backend):
+            model = build_on_meta(config, dtype=torch.float32)
+            parallelize(model, sizes, backend)
+            for fqn, known in computed.items():
+                tensor = dict(model.named_parameters()).get(fqn)
+                if tensor is None:
+                    continue
+                mesh = describe(known.spec.mesh, sizes, rank=rank)
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                expected = known.spec.local_shape(known.shape, mesh.shape, mesh.coordinate(rank))
+                assert tuple(local.shape) == expected, fqn
 
 
 def test_the_short_form_is_a_rule_and_does_not_go_with_rules():

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
@@ -45,13 +44,13 @@ from titan_bridge.mesh import (
     check_divides,
     get_device_meshes,
     padded_vocab,
-    to_parallel_dims,
 )
 from titan_bridge.model_layout import as_layout, specs_of_module
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.models.experts import rows_fit
+from titan_bridge.parallelize import parallelize
 from titan_bridge.policy.layers import Split, split
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
@@ -173,7 +172,7 @@ def build(vllm_config: VllmConfig) -> Built:
     # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
     # token dispatcher asks at run time which backend is on, so it is set for the whole process.
     set_spmd_backend("partial_dtensor")
-    _parallelize(model, sizes)
+    parallelize(model, sizes, "partial_dtensor")
     _localise(model)
     if latent:
         cache_latents(model, sizes)
@@ -195,20 +194,6 @@ def build(vllm_config: VllmConfig) -> Built:
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
     return Built(setup=setup, model=model, ropes=ropes, layout=layout)
-
-
-def _parallelize(model: Decoder, sizes: Sizes) -> None:
-    """TorchTitan's `parallelize`, in which a narrow layer sees only the ranks that it is cut over."""
-    narrow: dict[int, ParallelDims] = {}
-    for fqn, width in sizes.widths:
-        layer = model.get_submodule(fqn)
-        if width not in narrow:
-            narrow[width] = to_parallel_dims(sizes.at(fqn), spmd_backend="partial_dtensor")
-        # Hides the method of the class, which TorchTitan's walk through the model calls with the dims of the whole.
-        layer.parallelize = lambda _, layer=layer, dims=narrow[width]: type(layer).parallelize(layer, dims)
-    model.parallelize(to_parallel_dims(sizes, spmd_backend="partial_dtensor"))
-    for fqn, _ in sizes.widths:
-        del model.get_submodule(fqn).parallelize
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
