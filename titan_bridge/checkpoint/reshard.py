@@ -203,7 +203,7 @@ def _between(
         fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtypes[fqn])
         for fqn, param in found.params.items()
     }
-    return made, Layout(meshes=found.meshes, params=params)
+    return made, replace(found, params=params)
 
 
 def _target(

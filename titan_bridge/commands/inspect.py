@@ -131,7 +131,7 @@ class Inspect(InferCommand):
         tree = family.model_config(hf)
         decided = split(config.policy, family, tree, sizes)
         return _Shown(
-            layout=layout(hf, decided.sizes, parallel.dense, dtype=dtype, policy=None),
+            layout=layout(hf, sizes, parallel.dense, dtype=dtype, policy=config.policy),
             title=_title(config.model, hf, decided.sizes, parallel.dense),
             notes=(*notes, *decided.remarks),
             policy=config.policy,

@@ -168,7 +168,12 @@ def build(vllm_config: VllmConfig) -> Built:
     rules = setup.family.sharding
     rules.set_sharding(config, enable_ep=sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    layout = as_layout(specs_of_module(model, rules, sizes, setup.options.dense), sizes)
+    policy = setup.options.parallelism
+    layout = as_layout(
+        specs_of_module(model, rules, sizes, setup.options.dense),
+        sizes,
+        parallelism=policy.to_dict() if policy else None,
+    )
     # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
     # token dispatcher asks at run time which backend is on, so it is set for the whole process.
     set_spmd_backend("partial_dtensor")
