@@ -45,10 +45,10 @@ def check(config: InferConfig, *, text: bool = False) -> dict[str, Any]:
         together = experts or parallel.dense == "shard"
         sizes = parallel.sizes if together else replace(parallel.sizes, dp=1)
         model_fits(hf_config, sizes, max_model_len=config.max_model_len, policy=config.policy)
-        if is_cpu_backend() and options.mla != "latent":
+        if is_cpu_backend():
             from titan_bridge.engine.cpu.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
 
-            check_head_dim(hf_config)
+            check_head_dim(hf_config, latent=options.mla == "latent")
         weights_fit(config.model, options.step, hf_config)
     else:
         weights_present(config.model)

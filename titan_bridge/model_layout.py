@@ -175,7 +175,7 @@ def specs_of_module(
                 continue
             seen.add(id(tensor))
             fqn = f"{prefix}.{name}" if prefix else name
-            declared = getattr(module, "_sharding_config", None)
+            declared: Any = getattr(module, "_sharding_config", None)
             layout = declared.state_shardings.get(name) if declared is not None else None
             if layout is None:
                 raise BridgeError(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from titan_bridge.checkpoint import engine_files, hf
-from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
 from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
@@ -30,7 +30,7 @@ from titan_bridge.checkpoint.verify import check_source, damage
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes
 from titan_bridge.policy.schema import NO_POLICY, Policy
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.layout import Layout, dtype_name
 from titan_bridge.sharding.plan import Plan
 
 _SMALL = 64 << 20

@@ -144,4 +144,4 @@ def _from_checkpoint(path: str, destination: Layout) -> Plan:
     rows = hf["vocab_size"] if embedding is None else embedding.shape[0]
     with open_checkpoint(weights_directory(path) or path) as checkpoint:
         views, _ = views_between(checkpoint, family, hf, "engine", rows)
-        return plan(checkpoint.held(), destination, views, allow_missing=True)
+        return plan(checkpoint.tensors.values(), destination, views, allow_missing=True)

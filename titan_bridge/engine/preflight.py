@@ -46,8 +46,12 @@ def check(vllm_config: VllmConfig) -> None:
         logger.warning("%s", remark)
     if (backend := vllm_config.attention_config.backend) is not None:
         check_backend(backend.name, setup.split)
-    if not model.use_mla:
-        check_head_dim(setup.hf)
+    if setup.options.mla == "latent" and (not model.use_mla or setup.sharded):
+        why = "derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"
+        raise BridgeError(
+            f"additional_config.titan.mla = 'latent' {why if model.use_mla else 'needs attention with latents'}"
+        )
+    check_head_dim(setup.hf, latent=model.use_mla)
     captures = captures_experts(setup, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, setup, captures=captures)
     load = vllm_config.load_config

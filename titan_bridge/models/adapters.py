@@ -21,7 +21,7 @@ from torchtitan.protocols.module import Module
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import Family, families
-from titan_bridge.models.adapter import Adapter, Division, InnerAttention, adds_nothing
+from titan_bridge.models.adapter import Adapter, Division, InnerAttention, LatentAttention, adds_nothing
 from titan_bridge.models.attention import PlainAttention
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
@@ -164,6 +164,12 @@ def inner_attention(config: BaseAttention.Config) -> InnerAttention:
     assert adapter is not None
     assert adapter.inner_attention is not None
     return adapter.inner_attention(config)
+
+
+def latent_attention(config: BaseAttention.Config) -> LatentAttention | None:
+    """How an attention config caches latents; None if it has none."""
+    adapter = adapter_for(config, "attention")
+    return adapter.latent(config) if adapter is not None and adapter.latent is not None else None
 
 
 def keep_expert_dtype(config: Decoder.Config) -> None:

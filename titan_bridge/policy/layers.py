@@ -49,7 +49,7 @@ def layers_of(config: Decoder.Config) -> dict[str, Layer]:
     for one in adapted(config):
         divides, outer = cut.get(one.fqn, {}), one.fqn.rpartition(".")[0]
         if one.adapter.inner_attention is not None:
-            flavor = "gqa" if one.adapter.inner_attention(one.config).latent_dim is None else "mla"
+            flavor = "gqa" if one.adapter.latent is None else "mla"
             found[one.fqn] = Layer(kind="attention", flavor=flavor, divides=divides)
         elif isinstance(one.config, FeedForward.Config):
             inside = (outer, found[outer]) if outer in found else None

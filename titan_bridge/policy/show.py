@@ -11,7 +11,7 @@ from rich.text import Text
 from torchtitan.models.common.decoder import Decoder
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.models.adapters import inner_attention
+from titan_bridge.models.adapters import inner_attention, latent_attention
 from titan_bridge.policy.layers import Split
 from titan_bridge.policy.schema import Policy
 from titan_bridge.sharding.layout import Layout, itemsize
@@ -41,9 +41,10 @@ def layer_rows(split: Split, config: Decoder.Config, layout: Layout) -> list[dic
         plan = split.plans[fqn]
         cache: dict[str, int | None] = {"kv_bytes": None, "latent_bytes": None}
         if layer.kind == "attention":
-            inner = inner_attention(config.layers[int(fqn.split(".")[1])].attention)
+            attention = config.layers[int(fqn.split(".")[1])].attention
+            inner, latent = inner_attention(attention), latent_attention(attention)
             cache["kv_bytes"] = 2 * inner.n_kv_heads // plan.tp_size * inner.qk_head_dim * item
-            cache["latent_bytes"] = inner.latent_dim and inner.latent_dim * item
+            cache["latent_bytes"] = None if latent is None else latent.width * item
         sizes = {name: size for name, size in vars(plan).items() if name != "rule"}
         rows.append(
             {

@@ -96,6 +96,8 @@ class Built:
     model: Decoder
     ropes: StepRopes
     layout: Layout
+    attention: str
+    """Its form and its cache in words."""
 
     def live(self) -> dict[str, torch.Tensor]:
         """This rank's local tensor of every parameter and persistent buffer in the layout, by FQN."""
@@ -104,9 +106,8 @@ class Built:
 
     def describe(self) -> str:
         """Meshes, sizes and form of attention in words, for the log."""
-        sizes = self.setup.sizes
         meshes = "".join(f"{name} mesh {mesh}, " for name, mesh in self.layout.meshes.items())
-        return f"{meshes}dense weights {self.setup.options.dense}{cache_form(self.model, sizes)}"
+        return f"{meshes}dense weights {self.setup.options.dense}, {self.attention}"
 
 
 def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
@@ -180,13 +181,14 @@ def build(vllm_config: VllmConfig) -> Built:
     parallelize(model, sizes, "partial_dtensor")
     _localise(model)
     if latent:
-        cache_latents(model, sizes)
+        cache_latents(model, config, sizes)
     for layer in model.layers.values():
         paged: Any = layer.attention.inner_attention.paged
         check_backend(paged.get_attn_backend().get_name(), setup.split)
     _serve_experts(model, setup, vllm_config)
     if setup.options.cpu_pack and not setup.sharded:
-        use_packed_weights(model, vllm_config.model_config.dtype)
+        dtype = vllm_config.model_config.dtype
+        use_packed_weights(model, dtype, experts_once=setup.options.cpu_experts_once)
     lower(model, sizes)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
@@ -198,7 +200,8 @@ def build(vllm_config: VllmConfig) -> Built:
         shard_dense(model, meshes, layout)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
-    return Built(setup=setup, model=model, ropes=ropes, layout=layout)
+    attention = cache_form(config, vllm_config.model_config.dtype, sizes, latent=latent)
+    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
