@@ -12,8 +12,13 @@ import pytest
 import torch
 
 from tests.engine.test_parity import EXPANDED, SERVABLE, answer_here, answer_of, check
+from tests.unit.test_parallelize_specs import MODELS
 from titan_bridge import cli, cpu, parity
+from titan_bridge.mesh import Sizes
+from titan_bridge.models import family_for
+from titan_bridge.policy.layers import split
 from titan_bridge.policy.read import policy_from
+from titan_bridge.policy.schema import NO_POLICY, Policy, attention_width
 from titan_bridge.testing import make_checkpoint, titan_tensors
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -53,6 +58,25 @@ def test_replicated_attention_with_experts_over_dp_and_tp(
 ) -> None:
     model = make_checkpoint(tmp_path / "model", "qwen3_moe", **MIXED)
     check(*answer_of(bin_dir, model, "--dp 2 --tp 2 --ep 4 --attention-tp 1"))
+
+
+def test_a_compiled_step_has_the_same_name_unless_a_layer_is_narrower() -> None:
+    from titan_bridge.engine.model.build import Setup
+    from titan_bridge.engine.model.compiled import _digest
+    from titan_bridge.engine.options import TitanOptions
+
+    hf = MODELS["deepseek"]
+    family = family_for(hf)
+
+    def digest(policy: Policy) -> str:
+        decided = split(policy, family, family.model_config(hf), Sizes(tp=2))
+        options = TitanOptions(parallelism=policy)
+        return _digest(
+            Setup(hf=hf, family=family, sizes=decided.sizes, options=options, padded_vocab=768, max_model_len=64,
+                  split=decided)
+        )  # fmt: skip
+
+    assert digest(NO_POLICY) == digest(attention_width(2)) != digest(attention_width(1))
 
 
 @dataclasses.dataclass
