@@ -180,7 +180,9 @@ def test_mla_and_gqa_are_told_apart_and_a_shared_expert_goes_with_its_moe():
     assert found["layers.0.feed_forward"] == 4
 
 
-def test_policies_read_alike_from_toml_yaml_json_and_tables(tmp_path: Path):
+def test_policies_read_alike_from_toml_yaml_json_and_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     toml = tmp_path / "a.toml"
     toml.write_text(
         'model = "m"\n[parallel]\ntp = 4\n[parallelism.axes]\nattn_tp = 2\n'
@@ -192,6 +194,11 @@ def test_policies_read_alike_from_toml_yaml_json_and_tables(tmp_path: Path):
     config = read_config(InferConfig, file=toml).config
     assert config.policy == expected
     assert config.additional_config() == {"titan": {"parallelism": DENSE_FIRST}}
+    assert cli.main(["config", str(toml), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parallelism.rules"]["value"] == DENSE_FIRST["rules"]
+    toml.write_text(toml.read_text().replace("kind", "knd"))
+    with pytest.raises(BridgeError, match=r"unknown key parallelism\.rules\.1\.match\.knd"):
+        read_config(InferConfig, file=toml)
     (tmp_path / "p.json").write_text(json.dumps({"parallelism_rules": DENSE_FIRST}))
     (tmp_path / "p.yaml").write_text(
         "parallelism_rules:\n  axes: {attn_tp: 2}\n  rules:\n"
