@@ -28,7 +28,7 @@ from titan_bridge.parallelize import parallelize
 from titan_bridge.policy.layers import Split, split
 from titan_bridge.policy.read import policy_from, read_policy
 from titan_bridge.policy.resolve import Layer, resolve
-from titan_bridge.policy.schema import NO_POLICY, Policy, attention_width
+from titan_bridge.policy.schema import NO_POLICY, Match, Policy, attention_width
 from titan_bridge.sharding.boxes import shard_dim
 from titan_bridge.testing import make_checkpoint
 
@@ -300,6 +300,37 @@ def test_inspect_shows_rule_plan_bytes_and_cache_of_each_layer(
 
 def config_of(model: Path) -> dict[str, Any]:
     return json.loads((model / "config.json").read_text())
+
+
+PATTERNS = ["*", "layers.*", "layers.0.*", "layers.?.*", "layers.[01].*", "layers.1.attention", "*.attention"]
+MATCHES = (
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "kind": st.sampled_from(["attention", "mlp"]),
+            "attention_flavor": st.sampled_from(["gqa", "mla"]),
+            "prefix_pattern": st.sampled_from(PATTERNS),
+        },
+    )
+    .filter(lambda match: match and not ("attention_flavor" in match and match.get("kind") == "mlp"))
+    .map(lambda match: Match(**match))
+)
+
+
+@given(first=MATCHES, second=MATCHES)
+@settings(max_examples=300, deadline=None)
+def test_a_rule_that_is_called_hidden_is_never_reached(first: Match, second: Match):
+    layers = [
+        (kind, flavor, f"layers.{number}.{name}")
+        for number in (0, 1, 2, 10)
+        for kind, flavor, name in (
+            ("attention", "gqa", "attention"),
+            ("attention", "mla", "attention"),
+            ("mlp", None, "feed_forward"),
+        )
+    ]
+    if first.covers(second):
+        assert all(first.fits(*layer) for layer in layers if second.fits(*layer))
 
 
 @st.composite

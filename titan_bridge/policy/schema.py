@@ -64,7 +64,7 @@ class Match:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
-class Wanted:
+class RulePlan:
     """Sizes for the layers of a rule: a number or the name of an axis. What is left out stays as it is without it."""
 
     tp_size: _Size | None = None
@@ -90,7 +90,7 @@ class Rule:
 
     match: Match
     """Which layers."""
-    plan: Wanted
+    plan: RulePlan
     """How they are split."""
 
 
@@ -139,5 +139,5 @@ NO_POLICY = Policy()
 
 def attention_width(width: int) -> Policy:
     """The short form: all attention cut over `width` ranks."""
-    rule = Rule(match=Match(kind="attention"), plan=Wanted(tp_size="attn_tp"))
+    rule = Rule(match=Match(kind="attention"), plan=RulePlan(tp_size="attn_tp"))
     return Policy(axes={"attn_tp": width}, rules=(rule,))
