@@ -27,8 +27,8 @@ class Staged:
     """One update that has arrived, ready to be written."""
 
     whole: list[tuple[Bucket, torch.Tensor]] = field(default_factory=list)
-    delta: list[tuple[Bucket, Sequence[int], torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """Message, elements of each slice, positions, values."""
+    delta: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Name, int64 positions in the flat local tensor, values."""
     nbytes: int = 0
     """Bytes that came."""
 
@@ -124,8 +124,7 @@ class Staging:
             values = torch.empty(total, dtype=bucket.dtype)
             connection.receive_raw(raw(positions), deadline)
             connection.receive_raw(raw(values), deadline)
-            _check(connection.peer, bucket, mine, positions)
-            staged.delta.append((bucket, mine, positions, values))
+            staged.delta += located(connection.peer, bucket, mine, positions, values)
             staged.nbytes += positions.nbytes + values.nbytes
 
     def write(self, staged: Sequence[Staged]) -> None:
@@ -159,23 +158,32 @@ def _copy(staged: Staged, places: Local) -> set[str]:
         for part in bucket.slices:
             part.of(places[part.name]).copy_(data[part.at : part.at + part.elements].view(part.window.size))
             written.add(part.name)
-    for bucket, counts, positions, values in staged.delta:
-        split = zip(bucket.slices, positions.split(list(counts)), values.split(list(counts)), strict=True)
-        for part, at, new in split:
-            if len(at):
-                # Not scatter_: for bfloat16 on a CPU it takes time for every element of the tensor.
-                flat = places[part.name].view(-1)
-                flat.index_copy_(0, part.flat(at.to(flat.device)), new.to(flat.device))
-                written.add(part.name)
+    for name, positions, values in staged.delta:
+        # Not scatter_: for bfloat16 on a CPU it takes time for every element of the tensor.
+        flat = places[name].view(-1)
+        flat.index_copy_(0, positions.to(flat.device), values.to(flat.device))
+        written.add(name)
     return written
 
 
-def _check(peer: str, bucket: Bucket, counts: Sequence[int], positions: torch.Tensor) -> None:
-    for part, own in zip(bucket.slices, positions.split(list(counts)), strict=True):
-        if len(own) and (own[0] < 0 or own[-1] >= part.elements or not bool((own[1:] > own[:-1]).all())):
+def located(
+    peer: str, bucket: Bucket, counts: Sequence[int], positions: torch.Tensor, values: torch.Tensor
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Where the entries of one message belong, worked out before the engine has to wait for it.
+
+    Raises TransferError for positions outside their slice, or one that is there twice.
+    """
+    found = []
+    split = zip(bucket.slices, positions.split(list(counts)), values.split(list(counts)), strict=True)
+    for part, at, new in split:
+        if not len(at):
+            continue
+        if at[0] < 0 or at[-1] >= part.elements or not bool((at[1:] > at[:-1]).all()):
             raise TransferError(
                 f"{peer} sent positions of {part.name} that do not rise from 0 to {part.elements - 1}"
             )
+        found.append((part.name, part.flat(at), new))
+    return found
 
 
 def _shadowable(messages: Messages, whole: Local) -> dict[str, torch.Tensor]:
