@@ -53,7 +53,8 @@ def _context() -> Iterator[Any]:
     context = mp.get_context("forkserver")
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     if not _users and server._forkserver_pid is None:
-        context.set_forkserver_preload(["titan_bridge.testing_samples"])
+        # The second one is what the first DTensor of a process imports, for seconds.
+        context.set_forkserver_preload(["titan_bridge.testing_samples", "torch._dynamo"])
         _started = True
     _users += 1
     try:

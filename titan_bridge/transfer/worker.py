@@ -35,6 +35,8 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without impor
 
 UNKNOWN_VERSION = "default"
 """What vLLM, too, calls the weights that an engine was started with."""
+QUESTIONS = ("views", "join", "check", "prepare", "receive", "state", "fingerprints")
+"""What trainer rank 0 asks; each is a method of `Worker`."""
 BROKEN_VERSION = "broken"
 """After an update that a loader of vLLM's could not finish."""
 
@@ -186,22 +188,17 @@ class Worker:
     # What trainer rank 0 asks, answered in a thread while the engine steps
 
     def _serve(self, link: Link) -> None:
-        answers = {
-            "join": self._join,
-            "views": self._views,
-            "check": self._check,
-            "prepare": self._prepare,
-            "receive": self._receive,
-            "state": self._state,
-            "fingerprints": self._fingerprints,
-        }
         limit = link.terms.seconds
         try:
             link.control.send(self._hello(), Deadline(limit))
             while True:
                 asked = link.control.receive(None)
                 try:
-                    answer = answers[asked["do"]](link, asked, Deadline(limit))
+                    if asked["do"] not in QUESTIONS:
+                        raise TransferError(
+                            f"{asked['do']!r} is no question; there are {', '.join(QUESTIONS)}"
+                        )
+                    answer = getattr(self, f"_{asked['do']}")(link, asked, Deadline(limit))
                 except Exception as error:
                     answer = {"error": _text(error)}
                     self._fail(answer["error"])
