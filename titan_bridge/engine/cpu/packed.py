@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 
 from titan_bridge.engine.cpu.onednn import PackedMatrix, product
 from titan_bridge.engine.cpu.packed_experts import PackedRoutedExperts, pack_experts
-from titan_bridge.engine.model.latent import LatentAttention
+from titan_bridge.engine.model.latent import LatentCache
 
 logger = init_logger(__name__)
 
@@ -157,8 +157,8 @@ def use_packed_weights(model: nn.Module, dtype: torch.dtype, *, experts_once: bo
             module.__class__ = PackedLinear
         elif isinstance(module, TokenChoiceTopKRouter):
             others.add(module.gate)  # `Float32Router` multiplies by the weight itself
-        elif isinstance(module, LatentAttention):
-            others.add(module.wkv_b)  # vLLM reads the weight itself
+        elif isinstance(inner := getattr(module, "inner_attention", None), LatentCache):
+            others.add(getattr(module, inner.expands))  # vLLM reads the weight itself
         else:
             pack_experts(module, once=experts_once)
     twice = sum(m.bytes_twice() for m in model.modules() if isinstance(m, PackedRoutedExperts))
