@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from titan_bridge.commands.infer import Int, Text
+from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import DEGREES
 
@@ -132,8 +133,8 @@ class Reshard:
     def _execute(self, job: Job) -> int:
         start = time.perf_counter()
         try:
-            with _Progress(job, shown=job.team.rank == 0 and sys.stderr.isatty()) as progress:
-                outcome = job.run(progress.advance)
+            with _bars(job) as bars:
+                outcome = job.run(bars.advance)
         except KeyboardInterrupt:
             print("titan-bridge: stopped; --resume goes on from the files that are finished", file=sys.stderr)
             raise
@@ -165,49 +166,15 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-class _Progress:
-    """A bar on stderr with bytes, bytes a second and the time left; nothing when it is not shown."""
-
-    def __init__(self, job: Job, *, shown: bool) -> None:
-        self._shown = shown
-        options, written = job.options, job.target.nbytes
-        self._totals = {
-            "check": job.bytes_to_read if options.verify and job.source.format == "dcp" else 0,
-            "write": written,
-            "verify": written if options.verify or options.resume else 0,
-        }
-        self._size = job.team.size  # this process sees its own share only
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Progress:
-        if self._shown:
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
-                progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            for what, total in self._totals.items():
-                if total:
-                    self._tasks[what] = self._bar.add_task(what, total=total // self._size)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, what: str, count: int) -> None:
-        """`count` more bytes of `what`."""
-        if what in self._tasks:
-            self._bar.advance(self._tasks[what], count)
+def _bars(job: Job) -> Bars:
+    options, written = job.options, job.target.nbytes
+    totals = {
+        "check": job.bytes_to_read if options.verify and job.source.format == "dcp" else 0,
+        "write": written,
+        "verify": written if options.verify or options.resume else 0,
+    }
+    size = job.team.size  # this process sees its own share only
+    return Bars({what: total // size for what, total in totals.items()}, shown=job.team.rank == 0)
 
 
 def _show_plan(job: Job, *, as_json: bool) -> None:
