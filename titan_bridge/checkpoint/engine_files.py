@@ -117,8 +117,10 @@ def shard_label(layout: Layout, fqn: str, rank: int) -> str:
     mesh, placements = layout.mesh_of(fqn), layout.param(fqn).spec.placements
     coordinate = mesh.coordinate(rank)
     assert coordinate is not None, f"rank {rank} holds nothing of {fqn}"
+    # "tp1of2": two ranks of a wider tp hold it together, so it is not what "tp1" is.
+    narrow = f"of{mesh.shape[-1]}" if "tp_replicate" in mesh.axes else ""
     sharded = [
-        f"{axis}{at}"
+        f"{axis}{at}{narrow if axis == 'tp' else ''}"
         for axis, size, at, placement in zip(mesh.axes, mesh.shape, coordinate, placements, strict=True)
         if size > 1 and shard_dim(placement) is not None
     ]

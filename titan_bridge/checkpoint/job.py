@@ -27,6 +27,7 @@ from titan_bridge.checkpoint.target import OutFile, Target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.checkpoint.verify import check_source, is_as_written
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import Sizes
 from titan_bridge.sharding.layout import Layout, dtype_name
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.tensors import TensorMetadata
@@ -278,7 +279,7 @@ class Job:
                 if tensor.name in self.tensors.empty and tensor.name not in self.tensors.buffers
             }
             files = engine_files.EngineIndex(
-                sizes={"dp": options.dp, "tp": options.tp, "ep": options.ep},
+                sizes=Sizes.of(options).degrees,
                 dense=options.dense,
                 rows=rows,
                 ranks=self.target.ranks,

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from titan_bridge.checkpoint.target import Target, dcp_target, engine_target, hf
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.mesh import Sizes, padded_vocab
+from titan_bridge.mesh import DEGREES, Sizes, padded_vocab
 from titan_bridge.models import families, family_for
 from titan_bridge.sharding.layout import Layout, ParamLayout, dtype_name
 from titan_bridge.sharding.plan import plan
@@ -121,7 +120,7 @@ def _check_paths(options: Options, found: Path) -> None:
         raise BridgeError(
             f"SRC lies inside DST ({target}), which would be replaced; give another directory for DST"
         )
-    for name in ("dp", "tp", "ep"):
+    for name in DEGREES:
         if options.to != "engine" and getattr(options, name) != 1:
             raise BridgeError(f"--{name} is for --to engine; {options.to} has no ranks")
     if options.workers < 1:
@@ -155,17 +154,16 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
 
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
-    """config.json for one of the models that TorchTitan has by name."""
+    """config.json for one of the models of a family that have a name."""
     known = {family.name: family for family in families()}
     if name not in known:
         raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
     flavors = known[name].flavors()
     if flavor not in flavors:
         raise BridgeError(
-            f"--config {name}:{flavor}: TorchTitan has no such flavor; allowed: {', '.join(flavors)}"
+            f"--config {name}:{flavor}: there is no such flavor; allowed: {', '.join(flavors) or 'none'}"
         )
-    package = importlib.import_module(f"torchtitan.models.{name}")
-    return known[name].hf_config(package.model_registry(flavor).model)
+    return known[name].hf_config(known[name].model_spec(flavor).model)
 
 
 def _between(
@@ -179,7 +177,7 @@ def _between(
     family = family_for(config)
     buffers = family.expert_biases(config)
     check_source(source, family, config, buffers)
-    sizes = Sizes(dp=options.dp, tp=options.tp, ep=options.ep)
+    sizes = Sizes.of(options)
     made = make_mapping(
         source,
         family,

@@ -41,8 +41,12 @@ def check(vllm_config: VllmConfig) -> None:
     if parallel.enable_expert_parallel and not experts_in(setup.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(setup.hf, setup.sizes, max_model_len=setup.max_model_len)
-    if not model.use_mla:
-        check_head_dim(setup.hf)
+    if setup.options.mla == "latent" and (not model.use_mla or setup.sharded):
+        why = "derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"
+        raise BridgeError(
+            f"additional_config.titan.mla = 'latent' {why if model.use_mla else 'needs attention with latents'}"
+        )
+    check_head_dim(setup.hf, latent=model.use_mla)
     captures = captures_experts(setup, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, setup, captures=captures)
     load = vllm_config.load_config

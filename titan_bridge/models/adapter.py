@@ -37,8 +37,26 @@ class InnerAttention:
     """Factor of q @ k, YaRN's included."""
     window: int | None = None
     """Tokens that a query sees, itself included; None for all."""
+    latent_dim: int | None = None
+    """Width of the latent of a token, rotated part included, where one can be cached for all heads (MLA)."""
     sinks: bool = False
     """Whether the output is rescaled by a learned sink of each head (TorchTitan's ``out_transform``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Attention that expands a latent of each token to keys and values of all heads, and may cache the latent."""
+
+    module: type[Module]
+    """Of the same config and parameters; its ``forward`` gives the inner attention queries ``[T, N, H]``, normed
+    latents ``[T, R]`` and rotated parts of the keys ``[T, 1, P]``, and takes ``[T, N * H of v]``."""
+    expands: str
+    """Name of the linear layer from latents to the other parts of the keys and to the values."""
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    """R."""
+    qk_rope_head_dim: int
+    """P."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +64,11 @@ class Adapter:
     """All that is special about the modules of one config class."""
 
     divides: Callable[[Any, Sizes], Iterable[Division]]
-    """From the config and the parallel sizes."""
+    """From the config and the parallel sizes of the module."""
     inner_attention: Callable[[Any], InnerAttention] | None = None
     """Attention only. What replaces ``inner_attention`` in the reference and in the engine is built from it."""
+    latent: Callable[[Any], LatentAttention] | None = None
+    """Attention with latents only."""
     keeps_dtype: type[Module] | None = None
     """Experts only: the class that computes in its weights' dtype; the fields of its config are the same."""
 

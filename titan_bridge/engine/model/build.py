@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,8 @@ class Built:
     model: Decoder
     ropes: StepRopes
     layout: Layout
+    attention: str
+    """Its form and its cache in words."""
 
     def live(self) -> dict[str, torch.Tensor]:
         """This rank's local tensor of every parameter and persistent buffer in the layout, by FQN."""
@@ -100,12 +102,8 @@ class Built:
 
     def describe(self) -> str:
         """Meshes, sizes and form of attention in words, for the log."""
-        sizes = self.setup.sizes
-        return (
-            f"dense mesh (dp_replicate={sizes.dp_replicate}, fsdp={sizes.fsdp}, tp={sizes.tp}), "
-            f"sparse mesh (dp_replicate={sizes.dp_replicate}, efsdp={sizes.efsdp}, ep={sizes.ep}), "
-            f"dense weights {self.setup.options.dense}{cache_form(self.model, tp=sizes.tp)}"
-        )
+        meshes = "".join(f"{name} mesh {mesh}, " for name, mesh in self.layout.meshes.items())
+        return f"{meshes}dense weights {self.setup.options.dense}, {self.attention}"
 
 
 def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
@@ -119,8 +117,9 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     family = family_for(hf)
     tp = vllm_config.parallel_config.tensor_parallel_size
     expert_parallel = vllm_config.parallel_config.enable_expert_parallel
-    ep = (options.ep or dp * tp) if expert_parallel and vllm_config.model_config.is_moe else 1
-    sizes = Sizes(dp=dp, tp=tp, ep=ep)
+    sizes = Sizes(dp=dp, tp=tp)
+    if expert_parallel and vllm_config.model_config.is_moe:
+        sizes = replace(sizes, ep=options.ep or sizes.most_ep)
     return Setup(
         hf=hf,
         family=family,
@@ -170,10 +169,11 @@ def build(vllm_config: VllmConfig) -> Built:
     model.parallelize(to_parallel_dims(setup.sizes, spmd_backend="partial_dtensor"))
     _localise(model)
     if latent:
-        cache_latents(model, tp=tp)
+        cache_latents(model, config, tp=tp)
     _serve_experts(model, setup, vllm_config)
     if setup.options.cpu_pack and not setup.sharded:
-        use_packed_weights(model, vllm_config.model_config.dtype)
+        dtype = vllm_config.model_config.dtype
+        use_packed_weights(model, dtype, experts_once=setup.options.cpu_experts_once)
     lower(model)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
@@ -185,7 +185,8 @@ def build(vllm_config: VllmConfig) -> Built:
         shard_dense(model, meshes, layout)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
-    return Built(setup=setup, model=model, ropes=ropes, layout=layout)
+    attention = cache_form(config, vllm_config.model_config.dtype, tp=tp, latent=latent)
+    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,7 @@ class TitanForCausalLM(nn.Module):
         self.ropes = built.ropes
         self.setup = setup
         self.layout = built.layout
+        self.attention = built.attention
         self.vocab_size = setup.hf["vocab_size"]
         self.dtype = vllm_config.model_config.dtype
         self.live = built.live()

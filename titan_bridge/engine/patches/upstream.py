@@ -18,21 +18,19 @@ from typing import Any
 from titan_bridge import cpu
 from titan_bridge.checks import model_directory, overridden, rope_covers
 from titan_bridge.engine.cpu import forking
-from titan_bridge.engine.options import titan_options
+from titan_bridge.engine.options import TRANSFER_BACKEND, titan_options
 from titan_bridge.engine.patches import apply
 from titan_bridge.engine.patches.apply import after_import, patch
-from titan_bridge.engine.plugin import (
-    ARCHITECTURE,
-    MODEL_CLASS,
-    PREFLIGHT_MODULE,
-    TRANSFER_BACKEND,
-    TRANSFER_MODULE,
-)
 from titan_bridge.engine.specs import LAYOUT, NATIVE, VERIFY
 from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import model_and_step
 from titan_bridge.versions import unsupported
 
+ARCHITECTURE = "TitanForCausalLM"
+"""Name under which our class stands in vLLM's model registry."""
+MODEL_CLASS = "titan_bridge.engine.model.wrapper:TitanForCausalLM"
+PREFLIGHT_MODULE = "titan_bridge.engine.preflight"
+TRANSFER_MODULE = "titan_bridge.engine.transfer"
 SPEC_METHODS = (LAYOUT, NATIVE, VERIFY)
 
 
@@ -183,10 +181,10 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
 
     What: wraps `EngineArgs.create_model_config` for whatever asks for us. Before it, for `model_impl="torchtitan"`, the
     output folder of a run or one step in it becomes the model folder and the step for all workers, and a missing
-    config.json and a length over the rope limit are refused in our words. After it, DeepSeek that caches expanded keys
-    and values is no latent attention to vLLM, and a dense model with
-    `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too late
-    for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
+    config.json and a length over the rope limit are refused in our words. After it, latents that are expanded before
+    they are cached are no latent attention to vLLM, on CPUs a backend that computes them is chosen, and a dense model
+    with `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too
+    late for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
     together, and an engine's process asks before it loads plugins, so that the data must say it. Version: vllm 0.32
     (`vllm/engine/arg_utils.py`, `vllm/config/model.py`). Delete when: lockstep is a setting of its own.
     """
@@ -212,9 +210,15 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
     if options.dense == "shard":
         model.num_experts = max(1, model.num_experts)
     on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()
-    if model.is_deepseek_mla and (options.mla == "expanded" or (options.mla == "auto" and on_cpu)):
+    sharded = options.dense == "shard" and self.data_parallel_size > 1
+    if model.is_deepseek_mla and (
+        options.mla == "expanded" or (options.mla == "auto" and (on_cpu or sharded))
+    ):
         model.is_deepseek_mla = False
         model.head_size = config.hf_text_config.qk_nope_head_dim + config.hf_text_config.qk_rope_head_dim
+    elif model.is_deepseek_mla and on_cpu and not (self.attention_backend or self.attention_config.backend):
+        kernels = importlib.import_module("titan_bridge.engine.cpu.head_dims")  # late: it imports torchtitan
+        self.attention_backend = kernels.latent_backend(config.dtype)
     return config
 
 
@@ -424,7 +428,7 @@ def fork_processes(original: Callable[..., Any]) -> Any:
     vllm 0.32 (`get_mp_context` in `vllm/utils/system_utils.py`). Delete when: vLLM's CPU platform leaves
     VLLM_WORKER_MULTIPROC_METHOD alone and the variable allows "forkserver", with what to import there.
     """
-    return forking.process_context() or original()
+    return forking.process_context(share_fork_server) or original()
 
 
 def share_fork_server(server: Any, pid: int) -> None:
