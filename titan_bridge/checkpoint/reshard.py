@@ -29,7 +29,6 @@ from titan_bridge.mesh import DEGREES, Sizes, padded_vocab
 from titan_bridge.models import families, family_for
 from titan_bridge.sharding.layout import Layout, ParamLayout, dtype_name
 from titan_bridge.sharding.plan import plan
-from titan_bridge.sharding.tensors import TensorMetadata
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
 
@@ -61,23 +60,11 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     else:
         tensors, layout = _between(options, source, config)
     if extra:
-        others = [
-            TensorMetadata(name=s.name, shape=s.shape, dtype=s.dtype) for s in source.extra_tensors.values()
-        ]
+        others = [replace(stored, chunks=()) for stored in source.extra_tensors.values()]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
     target = _target(options, tensors, source, layout, team)
     stored = [*source.tensors.values(), *source.extra_tensors.values()]
-    names = {tensor.name for tensor in stored}
-    made = plan(
-        stored,
-        [
-            one
-            for one in target.tensors()
-            if one.name in names or one.name not in tensors.empty or _filled(one.name, tensors)
-        ],
-        tensors.views,
-        allow_missing=True,
-    )
+    made = plan(stored, target.tensors(), tensors.views, allow_missing=True)
     # The planner was allowed holes because padding has them; only padding may.
     for name, count in made.missing.items():
         if tensors.empty.get(name) != count:
@@ -105,11 +92,6 @@ def _check_not_quantized(source: Checkpoint, config: Mapping[str, Any] | None) -
             f"--dtype: {source.path} has {signs[0]}; quantized weights cannot be cast without their scales, which is "
             "not supported: leave --dtype out to carry them as they are"
         )
-
-
-def _filled(name: str, tensors: TensorMap) -> bool:
-    """Whether a view gives a tensor that is partly empty the rest."""
-    return any(view.fqn == name for view in tensors.views)
 
 
 def _check_paths(options: Options, found: Path) -> None:
@@ -209,7 +191,7 @@ def _target(
 ) -> Target:
     most = options.max_shard_size
     if team.size > 1:
-        # A part belongs to one process, so there must be one for each at least.
+        # A file belongs to one process, so there must be one for each at least.
         total = sum(tensor.nbytes for tensor in tensors.tensors)
         most = min(most, math.ceil(total / team.size))
     if options.to == "hf":

@@ -43,7 +43,7 @@ class Reshard:
     """Directory to be made."""
     to: Literal["hf", "dcp", "engine"]
     """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), engine (files that
-    each rank of the given sizes maps without slicing)."""
+    each rank of the given sizes reads without slicing)."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Where SRC has no config.json: a directory with one (and the tokenizer), the file itself, or one of TorchTitan's
     models as FAMILY:FLAVOR, for example qwen3:0.6B."""
