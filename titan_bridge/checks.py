@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,13 +146,6 @@ def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any]) -> N
     family = family_for(hf_config)
     layers = range(hf_config["num_hidden_layers"] if has_expert_bias(model, step) else 0)
     check_weights(directory, family, hf_config, {f"layers.{i}.moe.expert_bias_E": None for i in layers})
-
-
-def few(names: Iterable[str], most: int = 4) -> str:
-    """The first names in order, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
 
 
 def model_directory(model: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from titan_bridge.models.build import build_on_meta
 from titan_bridge.parallelize import ShardingRules
 from titan_bridge.policy.layers import split
 from titan_bridge.policy.schema import NO_POLICY, Policy
-from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
 from titan_bridge.sharding.spec import ShardingSpec
 
 Dense = Literal["replicate", "shard"]
@@ -136,9 +136,7 @@ def as_layout(
     return Layout(
         meshes={name: _mesh(name, sizes) for name in in_order(used)},
         params={
-            fqn: ParamLayout(
-                spec=param.spec, shape=param.shape, dtype=str(param.dtype).removeprefix("torch.")
-            )
+            fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtype_name(param.dtype))
             for fqn, param in params.items()
         },
         parallelism=parallelism,

@@ -224,7 +224,7 @@ def _show_plan(job: Job, *, as_json: bool) -> None:
             "path": str(options.target),
             "format": options.to,
             "tensors": len(job.tensors.tensors),
-            "files": [{"name": f.name, "bytes": f.size} for part in job.target.parts for f in part.files],
+            "files": [{"name": f.name, "bytes": f.size} for f in job.target.files],
         },
         "copies": job.plan.copies_count,
         "bytes_to_read": job.bytes_to_read,

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import read_json_object
 from titan_bridge.sharding.boxes import Piece, check
 from titan_bridge.sharding.spec import ShardingSpec, placement_from_str, placement_to_str
 
@@ -220,12 +221,11 @@ class Layout:
     @classmethod
     def read(cls, path: str | Path) -> Layout:
         """Read the JSON file at `path`. Raises BridgeError when it is not there or not a layout."""
+        data = read_json_object(Path(path))
         try:
-            return cls.from_json(json.loads(Path(path).read_text(), object_pairs_hook=_no_duplicates))
+            return cls.from_json(data)
         except BridgeError as error:
             raise BridgeError(f"{path}: {error}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise BridgeError(f"{path}: not a layout file: {error}") from None
 
     def diff(self, other: Layout) -> list[str]:
         """What is different in `other`, a sentence each; empty when the two layouts say the same."""
@@ -318,11 +318,3 @@ def _param(fqn: str, data: Any) -> ParamLayout:
         return ParamLayout(spec=spec, shape=_ints(data["shape"], "shape"), dtype=data["dtype"])
     except BridgeError as error:
         raise BridgeError(f"{fqn}: {error}") from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise BridgeError(f"the name {next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return seen
