@@ -155,7 +155,8 @@ def test_updates_of_all_weights_and_of_a_few_reach_every_width(running: Running)
         source=TitanWeightSource(lambda: held),
     )
     trainer.send_weights()
-    assert 0 < sum(trainer.report.received.values()) <= trainer.report.lower_bound
+    assert trainer.report.kind == "whole"
+    assert sum(trainer.report.received.values()) == trainer.report.lower_bound
     assert running.answers() != fresh
     held = load_file(running.folder / "a" / "model.safetensors")
     trainer.send_weights()
@@ -164,6 +165,8 @@ def test_updates_of_all_weights_and_of_a_few_reach_every_width(running: Running)
     held[wo] = held[wo].clone()
     held[wo].view(-1)[::23] *= 1.5
     trainer.send_weights()
+    assert trainer.report.kind == "delta"
+    assert sum(trainer.report.received.values()) < trainer.report.lower_bound // 20
     assert running.answers() != fresh
     held = load_file(running.folder / "a" / "model.safetensors")
     trainer.send_weights()
