@@ -14,9 +14,8 @@ from typing import Any
 
 from torch.distributed.tensor import Replicate
 
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, few
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
-from titan_bridge.sharding.match import few
 from titan_bridge.sharding.plan import Plan, plan
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
