@@ -28,6 +28,7 @@ from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
 from titan_bridge.engine.model.fsdp import shard_dense
 from titan_bridge.engine.model.latent import cache_form, cache_latents
+from titan_bridge.engine.model.lora import accept_adapters
 from titan_bridge.engine.model.lower import lower, strip
 from titan_bridge.engine.model.moe import (
     OwnExpertsDispatcher,
@@ -174,8 +175,11 @@ def build(vllm_config: VllmConfig) -> Built:
     if latent:
         cache_latents(model, config, tp=tp)
     _serve_experts(model, setup, vllm_config)
+    adapters = vllm_config.lora_config is not None
     if setup.options.cpu_pack and not setup.sharded:
-        use_packed_weights(model, vllm_config.model_config.dtype)
+        use_packed_weights(model, vllm_config.model_config.dtype, apart=adapters)
+    if adapters:
+        accept_adapters(model, setup)
     lower(model)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
