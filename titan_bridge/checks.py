@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +38,11 @@ def check(config: InferConfig, *, text: bool = False) -> dict[str, Any]:
         raise BridgeError(f"ep={parallel.ep}, but {config.model} has no experts; leave ep at 1")
     if config.model_impl == "torchtitan":
         from titan_bridge.engine.options import titan_options  # noqa: PLC0415  pydantic
-        from titan_bridge.mesh import Sizes  # noqa: PLC0415
 
         options = titan_options(config.additional_config())
         # vLLM runs dp of a dense model as engines that do not know of each other, unless they share its weights.
         together = experts or parallel.dense == "shard"
-        sizes = Sizes(dp=parallel.dp if together else 1, tp=parallel.tp, ep=parallel.ep)
+        sizes = parallel.sizes if together else replace(parallel.sizes, dp=1)
         model_fits(hf_config, sizes, max_model_len=config.max_model_len)
         if is_cpu_backend():
             from titan_bridge.engine.cpu.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds

@@ -16,10 +16,10 @@ import torch
 from titan_bridge.checkpoint.archive import Placed, locate
 from titan_bridge.checkpoint.files import FilePool
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.holders import BoxHolders, Held
+from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 Format = Literal["hf", "dcp", "engine"]
 _MOST_CUT = 8
@@ -36,53 +36,16 @@ class Blob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """A part of a tensor that lies in one file as a contiguous tensor of its own."""
-
-    path: Path
-    offset: int
-    """Bytes from the start of the file to the tensor, or to the `archive` that holds it; need not be aligned."""
-    box: Box
-    """In the global tensor."""
-    archive: int | None = None
-    """DCP: bytes of the archive of `torch.save` that holds the tensor."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """One tensor of a checkpoint."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Global shape."""
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
-    """Together they cover the tensor (checked when the checkpoint is opened)."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the global tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def held(self) -> Held:
-        """The tensor as one side of a plan; its chunks are numbered as here."""
-        chunks = tuple((str(chunk.path), chunk.box) for chunk in self.chunks)
-        return Held(
-            name=self.name, shape=self.shape, dtype=dtype_name(self.dtype), by=BoxHolders(chunks=chunks)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """An open checkpoint: headers were read and checked, weights were not. Close it, or use it in a `with`."""
 
     path: Path
     format: Format
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorMetadata]
     """Model tensors by name: Hugging Face names, or TorchTitan FQNs (engine files: those of the live model)."""
     config: Mapping[str, Any] | None = None
     """Parsed config.json, where there is one."""
-    extra_tensors: Mapping[str, Stored] = field(default_factory=dict)
+    extra_tensors: Mapping[str, TensorMetadata] = field(default_factory=dict)
     """DCP: optimizer state and whatever else is no model tensor."""
     blobs: Mapping[str, Blob] = field(default_factory=dict)
     """DCP: entries that are no tensors."""
@@ -118,18 +81,14 @@ class Checkpoint:
         """Bytes of all model tensors."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
-    def tensor(self, name: str) -> Stored:
+    def tensor(self, name: str) -> TensorMetadata:
         """One tensor, model or extra. Raises BridgeError when there is none of this name."""
         found = self.tensors.get(name) or self.extra_tensors.get(name)
         if found is None:
             raise BridgeError(f"{self.path} has no tensor {name!r} (it has {len(self.tensors)} others)")
         return found
 
-    def held(self, names: Sequence[str] | None = None) -> list[Held]:
-        """All model tensors, or those named, as one side of a plan."""
-        return [self.tensor(name).held() for name in (self.tensors if names is None else names)]
-
-    def locate(self, stored: Stored, chunk: Chunk) -> int:
+    def locate(self, stored: TensorMetadata, chunk: Chunk) -> int:
         """The byte of the chunk's file at which its tensor starts. An archive is read (its headers) the first time.
 
         Raises:
@@ -161,7 +120,7 @@ class Checkpoint:
             out,
         )
 
-    def source_of(self, copy: Copy) -> tuple[Stored, Chunk]:
+    def source_of(self, copy: Copy) -> tuple[TensorMetadata, Chunk]:
         """What a copy reads."""
         stored = self.tensor(copy.source_name)
         assert copy.source_chunk is not None
@@ -235,13 +194,3 @@ def _corners(boxes: Iterable[Box], dims: Sequence[int]) -> dict[tuple[int, ...],
         for corner in itertools.product(*ends):
             counts[tuple(at for at, _ in corner)] += math.prod(sign for _, sign in corner)
     return {corner: count for corner, count in counts.items() if count}
-
-
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides in elements of a contiguous tensor."""
-    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from titan_bridge.checkpoint import pickles
-from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, Chunk, Stored, check_cover
+from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, check_cover
 from titan_bridge.checkpoint.files import inside, read_bytes, size_of
 from titan_bridge.checkpoint.hf import read_config
 from titan_bridge.checkpoint.pickles import Record, kind_of, loads, records
 from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import METADATA
 from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 """Top-level entries of TorchTitan's full checkpoints that are not the model."""
@@ -102,8 +103,8 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
         raise BridgeError("no DCP metadata in this pickle")
     entries, paths = _dict(root, "state_dict_metadata"), _paths(root)
     places = _places(root, directory)
-    tensors: dict[str, Stored] = {}
-    others: dict[str, Stored] = {}
+    tensors: dict[str, TensorMetadata] = {}
+    others: dict[str, TensorMetadata] = {}
     blobs: dict[str, Blob] = {}
     other: dict[str, tuple[Any, ...]] = {}
     left_out, elsewhere = 0, []
@@ -200,7 +201,7 @@ def _places(root: Record, directory: Path) -> _Places:
 
 def _stored(
     name: str, fqn: str, entry: Record, places: Mapping[tuple[int, ...] | None, _Place], most_chunks: int
-) -> Stored:
+) -> TensorMetadata:
     shape, listed, properties = entry.field("size"), entry.field("chunks"), entry.field("properties")
     state = properties.state if kind_of(properties) == "TensorProperties" else None
     dtype = state[0] if isinstance(state, tuple) and state else None
@@ -217,9 +218,9 @@ def _stored(
             raise BridgeError(f"damaged chunk of {fqn}")
         box = Box(start=start, stop=tuple(a + n for a, n in zip(start, size, strict=True)))
         place = _known(places, start, f"{fqn} at {start}")
-        chunks.append(Chunk(path=place.path, offset=place.offset, box=box, archive=place.length))
+        chunks.append(Chunk(owner=place.path, offset=place.offset, box=box, archive=place.length))
     check_cover(fqn, shape, [chunk.box for chunk in chunks], METADATA)
-    return Stored(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
+    return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 
 def _known(

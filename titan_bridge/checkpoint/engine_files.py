@@ -19,21 +19,15 @@ from pathlib import Path
 
 import torch
 
-from titan_bridge.checkpoint.checkpoint import (
-    Checkpoint,
-    Chunk,
-    Stored,
-    check_cover,
-    contiguous_stride,
-    dtype_name,
-)
+from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.files import inside
 from titan_bridge.checkpoint.hf import read_config
 from titan_bridge.checkpoint.safetensors import Entry, read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.sharding.boxes import Box, shard_dim
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.boxes import Box, contiguous_stride, shard_dim
+from titan_bridge.sharding.layout import Layout, dtype_name
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 INDEX, LAYOUT = "engine.json", "layout.json"
 VERSION = 1
@@ -112,7 +106,7 @@ def open_engine(directory: Path) -> Checkpoint:
         shape = param.shape if rows is None else (rows, *param.shape[1:])
         check_cover(fqn, shape, [chunk.box for chunk in chunks[fqn]], directory)
         dtype = getattr(torch, param.dtype)
-        stored[fqn] = Stored(name=fqn, shape=shape, dtype=dtype, chunks=tuple(chunks[fqn]))
+        stored[fqn] = TensorMetadata(name=fqn, shape=shape, dtype=dtype, chunks=tuple(chunks[fqn]))
     return Checkpoint(
         path=directory, format="engine", tensors=stored, config=read_config(directory), layout=layout
     )
@@ -145,8 +139,10 @@ def shard_label(layout: Layout, fqn: str, rank: int) -> str:
     mesh, placements = layout.mesh_of(fqn), layout.param(fqn).spec.placements
     coordinate = mesh.coordinate(rank)
     assert coordinate is not None, f"rank {rank} holds nothing of {fqn}"
+    # "tp1of2": two ranks of a wider tp hold it together, so it is not what "tp1" is.
+    narrow = f"of{mesh.shape[-1]}" if "tp_replicate" in mesh.axes else ""
     sharded = [
-        f"{axis}{at}"
+        f"{axis}{at}{narrow if axis == 'tp' else ''}"
         for axis, size, at, placement in zip(mesh.axes, mesh.shape, coordinate, placements, strict=True)
         if size > 1 and shard_dim(placement) is not None
     ]
@@ -210,4 +206,4 @@ def _chunks(path: Path, entry: Entry, layout: Layout, rank: int, rows: int | Non
                 if cut is None:
                     continue
                 box = cut
-            yield Chunk(path=path, offset=entry.offset + offset * entry.dtype.itemsize, box=box)
+            yield Chunk(owner=path, offset=entry.offset + offset * entry.dtype.itemsize, box=box)

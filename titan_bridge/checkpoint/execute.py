@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import torch
 from zlib_ng import zlib_ng
 
-from titan_bridge.checkpoint.checkpoint import Checkpoint, contiguous_stride
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
 from titan_bridge.checkpoint.finite import count_not_finite
 from titan_bridge.checkpoint.output import PAGE, PIECE_BYTES, OutputFile, Pace, aligned
 from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging, disk_error
 from titan_bridge.checkpoint.strips import STRIP_BYTES, Strip
 from titan_bridge.checkpoint.target import OutFile, Part, Place
-from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan
 

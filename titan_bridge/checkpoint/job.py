@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from titan_bridge.checkpoint import engine_files, hf
-from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
 from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
@@ -28,7 +28,8 @@ from titan_bridge.checkpoint.target import Part, Target, Wanted
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.checkpoint.verify import check_source, damage
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.mesh import Sizes
+from titan_bridge.sharding.layout import Layout, dtype_name
 from titan_bridge.sharding.plan import Plan
 
 _SMALL = 64 << 20
@@ -278,7 +279,7 @@ class Job:
                 if tensor.name in self.tensors.empty and tensor.name not in self.tensors.buffers
             }
             files = engine_files.EngineIndex(
-                sizes={"dp": options.dp, "tp": options.tp, "ep": options.ep},
+                sizes=Sizes.of(options).degrees,
                 dense=options.dense,
                 rows=rows,
                 ranks=self.target.ranks,

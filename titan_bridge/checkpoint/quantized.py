@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from titan_bridge.checkpoint.checkpoint import Checkpoint, Stored, contiguous_stride
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import quantization
 from titan_bridge.models.quantization import MXFP4_GROUP, Quantization
-from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.moves import Copy, Window
+from titan_bridge.sharding.tensors import TensorMetadata
 
 _PIECE = 1 << 20
 """Most values multiplied out at a time."""
@@ -134,7 +135,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         elif stored.name.endswith(values_end) and name + scales_end in held:
             shape = _result_shape(checkpoint, how, stored, held[name + scales_end])
             chunks = tuple(replace(chunk, box=Box.whole(shape)) for chunk in stored.chunks)
-            tensors[name] = Stored(name=name, shape=shape, dtype=dtype, chunks=chunks)
+            tensors[name] = TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=chunks)
             packed[name] = _Packed(values=stored.name, scales=name + scales_end)
         elif stored.dtype.itemsize == 1:
             raise BridgeError(f"{checkpoint.path}: {stored.name} has dtype {stored.dtype} and no scales")
@@ -158,7 +159,7 @@ def without_quantization(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _result_shape(
-    checkpoint: Checkpoint, how: Quantization, values: Stored, scales: Stored
+    checkpoint: Checkpoint, how: Quantization, values: TensorMetadata, scales: TensorMetadata
 ) -> tuple[int, ...]:
     given = (
         f"{checkpoint.path}: {values.name} {values.dtype} {values.shape} with {scales.dtype} {scales.shape}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_bridge.checkpoint import hf
-from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
@@ -26,9 +26,9 @@ from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_ta
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.mesh import Sizes, padded_vocab
+from titan_bridge.mesh import DEGREES, Sizes, padded_vocab
 from titan_bridge.models import families, family_for
-from titan_bridge.sharding.layout import Layout, ParamLayout
+from titan_bridge.sharding.layout import Layout, ParamLayout, dtype_name
 from titan_bridge.sharding.plan import plan
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
@@ -68,7 +68,7 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     held = held_strips(strips)
     names = {stored.name for stored in [*source.tensors.values(), *source.extra_tensors.values()]}
     made = plan(
-        source.held([*source.tensors, *source.extra_tensors]),
+        [*source.tensors.values(), *source.extra_tensors.values()],
         [
             one
             for one in held
@@ -120,7 +120,7 @@ def _check_paths(options: Options, found: Path) -> None:
         raise BridgeError(
             f"SRC lies inside DST ({target}), which would be replaced; give another directory for DST"
         )
-    for name in ("dp", "tp", "ep"):
+    for name in DEGREES:
         if options.to != "engine" and getattr(options, name) != 1:
             raise BridgeError(f"--{name} is for --to engine; {options.to} has no ranks")
     if options.workers < 1:
@@ -177,7 +177,7 @@ def _between(
     family = family_for(config)
     buffers = family.expert_biases(config)
     check_source(source, family, config, buffers)
-    sizes = Sizes(dp=options.dp, tp=options.tp, ep=options.ep)
+    sizes = Sizes.of(options)
     made = make_mapping(
         source,
         family,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from titan_bridge.checkpoint.target import Part, Unit, rows_of
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.holders import BoxHolders, Held
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 STRIP_BYTES = 8 << 20
 """Of the destination's dtype."""
@@ -39,20 +39,15 @@ def strips_of(parts: Sequence[Part], strip_bytes: int = STRIP_BYTES) -> dict[str
     return result
 
 
-def held_strips(strips: Mapping[str, Sequence[Strip]]) -> list[Held]:
-    """All strips as the destination of a plan: a part is a holder, a strip a chunk."""
-    chunks: dict[str, list[tuple[str, Box]]] = {}
+def held_strips(strips: Mapping[str, Sequence[Strip]]) -> list[TensorMetadata]:
+    """All strips as the destination of a plan: a part is an owner, a strip a chunk."""
+    chunks: dict[str, list[Chunk]] = {}
     tensors = {}
     for part, own in strips.items():
         for strip in own:
-            chunks.setdefault(strip.unit.tensor.name, []).append((part, strip.box))
+            chunks.setdefault(strip.unit.tensor.name, []).append(Chunk(owner=part, box=strip.box))
             tensors[strip.unit.tensor.name] = strip.unit.tensor
     return [
-        Held(
-            name=name,
-            shape=tensor.shape,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            by=BoxHolders(chunks=tuple(chunks[name])),
-        )
+        TensorMetadata(name=name, shape=tensor.shape, dtype=tensor.dtype, chunks=tuple(chunks[name]))
         for name, tensor in tensors.items()
     ]

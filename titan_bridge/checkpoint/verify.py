@@ -9,11 +9,12 @@ from pathlib import Path
 from zlib_ng import zlib_ng
 
 from titan_bridge.checkpoint.archive import is_intact
-from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, Chunk
+from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint
 from titan_bridge.checkpoint.files import FilePool
 from titan_bridge.checkpoint.staging import PartResult, Span
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.tensors import Chunk
 
 _BUFFER_BYTES = 16 << 20
 

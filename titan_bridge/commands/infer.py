@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import DEGREES
 
 if TYPE_CHECKING:
     from titan_bridge.config.reader import Resolved
@@ -67,9 +68,7 @@ class InferCommand:
             sets=self.set,
             flags={
                 "model": None if is_file else self.model,
-                "parallel.dp": self.dp,
-                "parallel.tp": self.tp,
-                "parallel.ep": self.ep,
+                **{f"parallel.{name}": getattr(self, name) for name in DEGREES},
                 "parallel.dense": self.dense,
                 "model_impl": self.model_impl,
                 "dtype": self.dtype,
@@ -79,10 +78,10 @@ class InferCommand:
             others={"titan-bridge train": TrainConfig},
         )
         config = resolved.config
-        sizes = config.parallel
-        if self.enable_expert_parallel and self.ep is None and sizes.ep == 1:
-            sizes = dataclasses.replace(sizes, ep=sizes.dp * sizes.tp)
-            config = dataclasses.replace(config, parallel=sizes)
+        parallel = config.parallel
+        if self.enable_expert_parallel and self.ep is None and parallel.ep == 1:
+            parallel = dataclasses.replace(parallel, ep=parallel.sizes.most_ep)
+            config = dataclasses.replace(config, parallel=parallel)
             resolved = dataclasses.replace(resolved, config=config)
         additional = dict(config.vllm.get("additional_config") or {})
         titan = additional.get("titan") or {}

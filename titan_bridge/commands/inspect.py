@@ -13,8 +13,10 @@ import tyro
 
 from titan_bridge.commands.infer import InferCommand, Int
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import DEGREES
 
 if TYPE_CHECKING:
+    from titan_bridge.mesh import Sizes
     from titan_bridge.sharding.layout import Layout
 
 
@@ -82,11 +84,10 @@ class Inspect(InferCommand):
 
         hf = model_directory(config.model)
 
-        from titan_bridge.mesh import Sizes
         from titan_bridge.model_layout import layout, stated_dtype
 
         parallel = config.parallel
-        sizes = Sizes(dp=parallel.dp, tp=parallel.tp, ep=parallel.ep)
+        sizes = parallel.sizes
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         note = ""
         if config.dtype == "auto" and stated_dtype(hf) in (torch.float32, None):
@@ -106,7 +107,7 @@ class Inspect(InferCommand):
                 raise BridgeError(
                     f"--{name} is for an engine; {self.model} is a file for `titan-bridge train`"
                 )
-        flags = {f"parallel.{axis}": getattr(self, axis) for axis in ("dp", "tp", "ep")}
+        flags = {f"parallel.{axis}": getattr(self, axis) for axis in DEGREES}
         job = job_of(self.model, self.set, flags)
         return job.layout(), _title(self.model, job.hf_config, job.sizes, "shard"), ""
 
@@ -120,10 +121,10 @@ def _is_train_file(model: str) -> bool:
     return isinstance(read_toml(Path(model)).get("model"), dict)
 
 
-def _title(model: str, hf: Mapping[str, Any], sizes: object, dense: str) -> str:
+def _title(model: str, hf: Mapping[str, Any], sizes: Sizes, dense: str) -> str:
     folder = Path(model).resolve()
     while folder.name == "checkpoint" or folder.name.startswith("step-"):  # of a training run
         folder = folder.parent
     architecture = ", ".join(hf.get("architectures") or ["unknown architecture"])
-    numbers = " ".join(f"{axis}={getattr(sizes, axis)}" for axis in ("dp", "tp", "ep"))
+    numbers = " ".join(f"{name}={size}" for name, size in sizes.degrees.items())
     return f"{folder.name} ({architecture}): {numbers}, dense weights {dense}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import DEGREES
 
 if TYPE_CHECKING:
     from titan_bridge.checkpoint.job import Job, Outcome
@@ -290,7 +291,7 @@ def _next(job: Job) -> str:
 
     options = job.options
     target = shlex.quote(str(options.target))
-    sizes = "".join(f" --{name} {n}" for name in ("dp", "tp", "ep") if (n := getattr(options, name)) > 1)
+    sizes = "".join(f" --{name} {n}" for name in DEGREES if (n := getattr(options, name)) > 1)
     command = f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}"
     if job.hf is None:
         return f"put the model's config.json into {target}, then {command}"

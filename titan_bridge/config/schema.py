@@ -42,7 +42,12 @@ class Parallel:
     """Dense weights over dp: whole on each group ("replicate") or 1/dp each, gathered layer by layer ("shard")."""
 
     def __post_init__(self) -> None:
-        Sizes(dp=self.dp, tp=self.tp, ep=self.ep)  # which refuses those that do not fit together
+        _ = self.sizes  # refuses those that do not fit together
+
+    @property
+    def sizes(self) -> Sizes:
+        """The degrees."""
+        return Sizes.of(self)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -103,7 +108,7 @@ class InferConfig:
         ours: dict[str, Any] = {}
         if self.parallel.dense != "replicate":
             ours["dense"] = self.parallel.dense
-        if 1 < self.parallel.ep < self.parallel.dp * self.parallel.tp:
+        if 1 < self.parallel.ep < self.parallel.sizes.most_ep:
             ours["ep"] = self.parallel.ep
         if ours:
             given["titan"] = {**(given.get("titan") or {}), **ours}

@@ -37,6 +37,8 @@ class InnerAttention:
     """Factor of q @ k, YaRN's included."""
     window: int | None = None
     """Tokens that a query sees, itself included; None for all."""
+    latent_dim: int | None = None
+    """Width of the latent of a token, rotated part included, where one can be cached for all heads (MLA)."""
     sinks: bool = False
     """Whether the output is rescaled by a learned sink of each head (TorchTitan's ``out_transform``)."""
 
@@ -62,7 +64,7 @@ class Adapter:
     """All that is special about the modules of one config class."""
 
     divides: Callable[[Any, Sizes], Iterable[Division]]
-    """From the config and the parallel sizes."""
+    """From the config and the parallel sizes of the module."""
     inner_attention: Callable[[Any], InnerAttention] | None = None
     """Attention only. What replaces ``inner_attention`` in the reference and in the engine is built from it."""
     latent: Callable[[Any], LatentAttention] | None = None

@@ -149,9 +149,13 @@ def adapted(config: Decoder.Config) -> list[Adapted]:
     return found
 
 
-def divisions(config: Decoder.Config, sizes: Sizes) -> list[Division]:
-    """Every size in a config tree that an axis must divide."""
-    return [division for one in adapted(config) for division in one.adapter.divides(one.config, sizes)]
+def divisions(config: Decoder.Config, sizes: Sizes) -> list[tuple[str, Division]]:
+    """Every size in a config tree that an axis of its module must divide, with the FQN of the module."""
+    return [
+        (one.fqn, division)
+        for one in adapted(config)
+        for division in one.adapter.divides(one.config, sizes.at(one.fqn))
+    ]
 
 
 def inner_attention(config: BaseAttention.Config) -> InnerAttention:

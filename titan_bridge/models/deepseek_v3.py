@@ -126,6 +126,7 @@ def _read_experts(fields: Fields) -> _Experts:
 
 
 class DeepSeekV3(decoder.DecoderFamily):
+    takes_policy = True
     name = "deepseek_v3"
     architectures = (_NAME,)
 
@@ -260,6 +261,7 @@ def _inner_attention(config: Attention.Config) -> InnerAttention:
         v_head_dim=config.v_head_dim,
         scale=scale,
         window=window_of(config),
+        latent_dim=config.kv_lora_rank + config.qk_rope_head_dim,
     )
 
 

@@ -40,6 +40,9 @@ class Family(ABC):
     """Family name, e.g. ``"qwen3"``."""
     architectures: tuple[str, ...]
     """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
+    takes_policy: bool = False
+    """Whether a parallelism policy may split its layers each in its own way. Each must take whole
+    hidden states and return whole ones, as TorchTitan's do without sequence parallelism."""
     model_types: Mapping[str, str] = MappingProxyType({})
     """config.json's ``model_type`` by architecture, where another one is refused, e.g. ``{"LlamaForCausalLM":
     "llama"}``."""

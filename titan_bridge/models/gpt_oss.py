@@ -82,6 +82,7 @@ def _read_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
 
 
 class GptOss(decoder.DecoderFamily):
+    takes_policy = True
     name = "gpt_oss"
     architectures = (_NAME,)
 

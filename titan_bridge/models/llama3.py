@@ -29,6 +29,7 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
 
 
 class Llama3(decoder.DecoderFamily):
+    takes_policy = True
     name = "llama3"
     architectures = ("LlamaForCausalLM",)
     model_types = MappingProxyType({"LlamaForCausalLM": "llama"})

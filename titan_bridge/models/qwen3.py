@@ -103,6 +103,7 @@ def _read_windows(fields: Fields, layers: int, *, moe: bool) -> tuple[int | None
 
 
 class Qwen3(decoder.DecoderFamily):
+    takes_policy = True
     name = "qwen3"
     architectures = (_DENSE, _SPARSE)
     model_types = MappingProxyType({_DENSE: "qwen3", _SPARSE: "qwen3_moe"})

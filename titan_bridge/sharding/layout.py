@@ -31,13 +31,22 @@ from titan_bridge.sharding.spec import ShardingSpec, placement_from_str, placeme
 VERSION = 1
 
 
-def itemsize(dtype: str) -> int:
-    """Bytes an element of the torch dtype with this name ("bfloat16"). Raises BridgeError for another
-    name."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+def torch_dtype(name: str) -> torch.dtype:
+    """`torch.bfloat16` for "bfloat16". Raises BridgeError for what is no name of a dtype."""
+    found = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype):
-        raise BridgeError(f"dtype {dtype!r} is not a torch dtype, for example 'bfloat16'")
-    return found.itemsize
+        raise BridgeError(f"dtype {name!r} is not a torch dtype, for example 'bfloat16'")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes an element of the dtype with this name. Raises as `torch_dtype`."""
+    return torch_dtype(dtype).itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

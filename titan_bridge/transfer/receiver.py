@@ -298,7 +298,7 @@ class Receiver:
         seen = torch.tensor([int(mine)])
         try:
             options = dist.AllreduceOptions()
-            options.reduceOp = dist.ReduceOp.MAX
+            options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
             now.peers.allreduce([seen], options).wait()
         except RuntimeError as error:
             logger.error("workers lost each other: %s", error)

@@ -16,10 +16,10 @@ from vllm.logger import init_logger
 from titan_bridge.checkpoint.finite import NotFinite, not_finite_lines
 from titan_bridge.checks import few
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.holders import Held
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.layout import Layout, torch_dtype
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import plan
+from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
@@ -64,7 +64,10 @@ class WeightLoader:
         self._views = {view.name: view for view in views}
         self._optional = {view.name: view for view in optional}
         self._ignores = ignores
-        whole = [Held.whole(v.name, v.shape, layout.params[v.fqn].dtype, _SOURCE) for v in views]
+        whole = [
+            TensorMetadata.whole(v.name, v.shape, torch_dtype(layout.params[v.fqn].dtype), _SOURCE)
+            for v in views
+        ]
         self._copies: defaultdict[str, list[Copy]] = defaultdict(list)
         # Padding of the vocabulary is in no checkpoint.
         for copy in plan(whole, layout, views, allow_missing=True).copies(destination=rank):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,12 +103,8 @@ class Built:
 
     def describe(self) -> str:
         """Meshes, sizes and form of attention in words, for the log."""
-        sizes = self.setup.sizes
-        return (
-            f"dense mesh (dp_replicate={sizes.dp_replicate}, fsdp={sizes.fsdp}, tp={sizes.tp}), "
-            f"sparse mesh (dp_replicate={sizes.dp_replicate}, efsdp={sizes.efsdp}, ep={sizes.ep}), "
-            f"dense weights {self.setup.options.dense}, {self.attention}"
-        )
+        meshes = "".join(f"{name} mesh {mesh}, " for name, mesh in self.layout.meshes.items())
+        return f"{meshes}dense weights {self.setup.options.dense}, {self.attention}"
 
 
 def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
@@ -122,8 +118,9 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     family = family_for(hf)
     tp = vllm_config.parallel_config.tensor_parallel_size
     expert_parallel = vllm_config.parallel_config.enable_expert_parallel
-    ep = (options.ep or dp * tp) if expert_parallel and vllm_config.model_config.is_moe else 1
-    sizes = Sizes(dp=dp, tp=tp, ep=ep)
+    sizes = Sizes(dp=dp, tp=tp)
+    if expert_parallel and vllm_config.model_config.is_moe:
+        sizes = replace(sizes, ep=options.ep or sizes.most_ep)
     return Setup(
         hf=hf,
         family=family,
@@ -177,7 +174,8 @@ def build(vllm_config: VllmConfig) -> Built:
     _serve_experts(model, setup, vllm_config)
     adapters = vllm_config.lora_config is not None
     if setup.options.cpu_pack and not setup.sharded:
-        use_packed_weights(model, vllm_config.model_config.dtype, apart=adapters)
+        dtype, once = vllm_config.model_config.dtype, setup.options.cpu_experts_once
+        use_packed_weights(model, dtype, experts_once=once, apart=adapters)
     if adapters:
         accept_adapters(model, setup)
     lower(model)

@@ -30,7 +30,7 @@ class BridgeWorker:
             "dtype": str(self.model_config.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
             "model_class": _name(type(model)),
             "inner_class": None if inner is None else _name(type(inner)),
-            "sizes": None if setup is None else _sizes(setup.sizes),
+            "sizes": None if setup is None else setup.sizes.axes,
             "attention": None if setup is None else model.attention,
             "local_parameters": sum(p.numel() for p in parameters),
             "loaded": None if loaded is None else dataclasses.asdict(loaded),
@@ -40,8 +40,3 @@ class BridgeWorker:
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _sizes(sizes: Any) -> dict[str, int]:
-    names = ("dp_replicate", "fsdp", "tp", "efsdp", "ep")
-    return {name: getattr(sizes, name) for name in names}

@@ -11,14 +11,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from titan_bridge.checkpoint import open_checkpoint
-from titan_bridge.checkpoint.fingerprint import fingerprint
+from titan_bridge.checkpoint.digest import digest
 from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.testing import make_checkpoint
 
 
 def of(folder: Path) -> str:
     with open_checkpoint(folder) as checkpoint:
-        found = fingerprint(checkpoint)
+        found = digest(checkpoint)
         assert checkpoint.bytes_read == 0
     return found
 

@@ -13,7 +13,7 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 512
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def digest(checkpoint: Checkpoint) -> str:
     """A digest of names, shapes, dtypes, file sizes and samples of every file.
 
     Copies of a checkpoint in other folders, or on other machines, have the same one. Two steps of a run, or two
@@ -22,19 +22,19 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     Raises:
         BridgeError: A file that cannot be read.
     """
-    digest = hashlib.sha256(checkpoint.format.encode())
+    hashed = hashlib.sha256(checkpoint.format.encode())
     files = set()
     for name, stored in sorted(checkpoint.tensors.items()):
-        digest.update(repr((name, stored.shape, stored.dtype)).encode())
+        hashed.update(repr((name, stored.shape, stored.dtype)).encode())
         files.update(chunk.path for chunk in stored.chunks)
     for path in sorted(files):
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                digest.update(repr((str(path.relative_to(checkpoint.path)), size)).encode())
+                hashed.update(repr((str(path.relative_to(checkpoint.path)), size)).encode())
                 for sample in range(_SAMPLES):
                     offset = size * sample // _SAMPLES
-                    digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
+                    hashed.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
         except OSError as error:
             raise BridgeError(f"{path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+    return hashed.hexdigest()
