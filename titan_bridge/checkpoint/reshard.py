@@ -139,9 +139,19 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
             return hf.read_config(run), tuple(hf.carried_files(run))  # a step of a training run
         return source.config, tuple(hf.carried_files(source.path))
     given = options.config
+    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
+    return stated_config(given), tuple(small)
+
+
+def stated_config(given: Path) -> Mapping[str, Any]:
+    """config.json that `--config` names: a directory with it, the file, or FAMILY:FLAVOR.
+
+    Raises:
+        BridgeError: There is none.
+    """
     if not given.exists():
         if flavor := re.fullmatch(r"(\w+):([\w.-]+)", str(given)):
-            return _flavor(*flavor.groups()), tuple(hf.carried_files(source.path))
+            return _flavor(*flavor.groups())
         raise BridgeError(
             f"--config {given} does not exist; give a directory with config.json, the file, or one of TorchTitan's "
             "models as FAMILY:FLAVOR, for example qwen3:0.6B"
@@ -149,8 +159,7 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
     config = read_json_object(given) if given.is_file() else hf.read_config(given)
     if config is None:
         raise BridgeError(f"--config {given} has no config.json")
-    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
-    return config, tuple(small)
+    return config
 
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:

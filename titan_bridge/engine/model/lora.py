@@ -11,7 +11,7 @@ each has its own ranks and fills its own rows; the family's views say which.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from vllm.lora.utils import is_in_target_modules
 
 from titan_bridge.engine.model.latent import LatentCache
 from titan_bridge.errors import BridgeError
+from titan_bridge.models.peft import WEIGHT, linear_views, rows_of
 from titan_bridge.sharding.boxes import Segment, dim_segments
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.view import View
@@ -35,8 +36,6 @@ from titan_bridge.sharding.view import View
 if TYPE_CHECKING:
     from titan_bridge.engine.model.build import Setup
     from titan_bridge.engine.model.wrapper import TitanForCausalLM
-
-WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,7 @@ class Target:
 
 def targets(model: Decoder, setup: Setup) -> Iterator[Target]:
     """The linear layers of attention and of dense and shared feed-forwards, in the model's order."""
-    by_fqn: dict[str, list[View]] = {}
-    for view in setup.family.views(setup.hf, padded_vocab=setup.padded_vocab):
-        if view.name.endswith(WEIGHT):
-            by_fqn.setdefault(view.fqn, []).append(view)
+    by_fqn = linear_views(setup.family.views(setup.hf, padded_vocab=setup.padded_vocab))
     others: set[nn.Module | None] = {model.lm_head}  # and those whose weights something else multiplies by
     for module in model.modules():
         if isinstance(module, TokenChoiceTopKRouter):
@@ -143,14 +139,8 @@ class Adapters:
             ranks = slice(part * self._rank, part * self._rank + rank)
             for start, stop, at in self._columns:
                 self.a[index, 0, ranks, at : at + stop - start] = a[:, start:stop]
-            rows = replace(
-                view,
-                shape=(view.shape[0], rank),
-                factors=(view.factors[0], (rank,)),
-                index=(*view.index[:-1], (0, rank)),
-            )
             whole = torch.zeros(self._out_features, rank, dtype=b.dtype)
-            rows.write(whole, b)
+            rows_of(view, rank).write(whole, b)
             for start, stop, at in self._rows:
                 self.b[index, 0, at : at + stop - start, ranks] = whole[start:stop]
 
