@@ -38,7 +38,7 @@ from titan_bridge.models.build import build_on_meta
 from titan_bridge.parallelize import ShardingRules
 from titan_bridge.policy.layers import split
 from titan_bridge.policy.schema import NO_POLICY, Policy
-from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
 from titan_bridge.sharding.spec import ShardingSpec
 
 Dense = Literal["replicate", "shard"]
@@ -116,11 +116,16 @@ def layout(
     policy: Policy | None = NO_POLICY,
 ) -> Layout:
     """`specs` with the meshes that they name: what `titan-bridge inspect --json` prints."""
-    return as_layout(specs(model, sizes, dense, dtype=dtype, expert_bias=expert_bias, policy=policy), sizes)
+    params = specs(model, sizes, dense, dtype=dtype, expert_bias=expert_bias, policy=policy)
+    return as_layout(params, sizes, parallelism=policy.to_dict() if policy else None)
 
 
-def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:
+def as_layout(
+    params: Mapping[str, ParamSpec], sizes: Sizes, *, parallelism: Mapping[str, Any] | None = None
+) -> Layout:
     """The layout of `params` on meshes of `sizes`; only meshes that a parameter lives on are in it.
+
+    `parallelism` is the policy behind it, as plain tables.
 
     Raises:
         BridgeError: Pipeline stages, which `specs` does not divide the model into.
@@ -131,11 +136,10 @@ def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:
     return Layout(
         meshes={name: _mesh(name, sizes) for name in in_order(used)},
         params={
-            fqn: ParamLayout(
-                spec=param.spec, shape=param.shape, dtype=str(param.dtype).removeprefix("torch.")
-            )
+            fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtype_name(param.dtype))
             for fqn, param in params.items()
         },
+        parallelism=parallelism,
     )
 
 

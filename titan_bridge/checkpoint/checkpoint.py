@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +15,9 @@ import torch
 from titan_bridge.checkpoint.archive import Placed, locate
 from titan_bridge.checkpoint.files import FilePool
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Box, contiguous_stride
+from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.moves import Copy, Window
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 Format = Literal["hf", "dcp", "engine"]
@@ -97,10 +96,17 @@ class Checkpoint:
         if chunk.archive is None:
             return chunk.offset
         where = f"{chunk.path}: {stored.name} at {chunk.box.start}"
-        key = (chunk.path, chunk.offset)
+        key, length = (chunk.path, chunk.offset), chunk.archive
         if key not in self._located:
-            headers = partial(self.pool.header, chunk.path, chunk.offset, chunk.archive, where)
-            self._located[key] = locate(headers, chunk.archive, where)
+
+            def header(offset: int, count: int) -> bytes:
+                if offset < 0 or count < 0 or offset + count > length:
+                    raise BridgeError(f"{where}: damaged archive")
+                buffer = bytearray(count)
+                self.pool.read_into(chunk.path, chunk.offset + offset, memoryview(buffer), counted=False)
+                return bytes(buffer)
+
+            self._located[key] = locate(header, length, where)
         found = self._located[key]
         if (found.dtype, found.shape) != (stored.dtype, chunk.box.shape):
             raise BridgeError(
@@ -111,14 +117,7 @@ class Checkpoint:
     def fetch(self, copy: Copy, out: torch.Tensor) -> None:
         """Execute a copy whose source is this checkpoint. `out`: the destination's window, cast to its dtype."""
         stored, chunk = self.source_of(copy)
-        window = copy.source_window
-        self.pool.fetch(
-            chunk.path,
-            self.locate(stored, chunk),
-            stored.dtype,
-            (window.size, window.stride, window.offset),
-            out,
-        )
+        self.pool.fetch(chunk.path, self.locate(stored, chunk), stored.dtype, copy.source_window, out)
 
     def source_of(self, copy: Copy) -> tuple[TensorMetadata, Chunk]:
         """What a copy reads."""
@@ -135,19 +134,12 @@ class Checkpoint:
         stored = self.tensor(name)
         if not Box.whole(stored.shape).contains(box) or tuple(out.shape) != box.shape:
             raise BridgeError(f"{name}: box {box} into {tuple(out.shape)}; the tensor is {stored.shape}")
-        done = 0
-        for chunk in disjoint(stored.chunks):
-            common = chunk.box.intersect(box)
-            if common is None:
-                continue
-            stride = contiguous_stride(chunk.box.shape)
-            local = common.relative_to(chunk.box.start)
-            offset = sum(a * s for a, s in zip(local.start, stride, strict=True))
-            target = out[common.relative_to(box.start).slices]
-            start = self.locate(stored, chunk)
-            self.pool.fetch(chunk.path, start, stored.dtype, (common.shape, stride, offset), target)
-            done += common.numel
-        assert done == box.numel, f"{name}: {done} of {box.numel} elements are in its chunks"
+        # Replicas hold the same.
+        for chunk in {chunk.box: chunk for chunk in reversed(stored.chunks)}.values():
+            if (common := chunk.box.intersect(box)) is not None:
+                window = Window.of_box(common.relative_to(chunk.box.start), chunk.box.shape)
+                target = out[common.relative_to(box.start).slices]
+                self.pool.fetch(chunk.path, self.locate(stored, chunk), stored.dtype, window, target)
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor, in its own dtype."""
@@ -155,15 +147,6 @@ class Checkpoint:
         out = torch.empty(stored.shape, dtype=stored.dtype)
         self.read_into(name, Box.whole(stored.shape), out)
         return out
-
-
-def disjoint(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
-    """Each distinct box once: replicas hold the same."""
-    seen: set[Box] = set()
-    for chunk in chunks:
-        if chunk.box not in seen:
-            seen.add(chunk.box)
-            yield chunk
 
 
 def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box], where: object) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.files import inside
 from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.safetensors import Entry, read_header
+from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
 from titan_bridge.sharding.boxes import Box, contiguous_stride, shard_dim
@@ -99,7 +99,7 @@ def open_engine(directory: Path) -> Checkpoint:
     for file, rank in first_rank.items():
         for entry in headers[file].values():
             rows = index.rows.get(entry.name)
-            chunks[entry.name] += _chunks(directory / file, entry, layout, rank, rows)
+            chunks[entry.name] += _chunks(entry, layout, rank, rows)
     stored = {}
     for fqn, param in layout.params.items():
         rows = index.rows.get(fqn)
@@ -110,28 +110,6 @@ def open_engine(directory: Path) -> Checkpoint:
     return Checkpoint(
         path=directory, format="engine", tensors=stored, config=read_config(directory), layout=layout
     )
-
-
-def map_rank(directory: Path, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(FQN, local tensor) of all that `rank` holds, mapped from the files: nothing is read until it is used.
-
-    Writing to a tensor changes a private copy of its pages, never the file.
-
-    Raises:
-        BridgeError: A rank that the files were not cut for, or damaged files.
-    """
-    index = EngineIndex.read(directory / INDEX)
-    if not 0 <= rank < len(index.ranks):
-        raise BridgeError(f"rank {rank}: {directory} was cut for ranks 0 to {len(index.ranks) - 1}")
-    for file in index.ranks[rank]:
-        path = inside(directory, file, INDEX)
-        entries, _ = read_header(path)
-        whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        for entry in entries.values():
-            stride = contiguous_stride(entry.shape)
-            count = Box.whole(entry.shape).numel
-            part = whole[entry.offset : entry.offset + count * entry.dtype.itemsize].view(entry.dtype)
-            yield entry.name, part.as_strided(entry.shape, stride)
 
 
 def shard_label(layout: Layout, fqn: str, rank: int) -> str:
@@ -166,13 +144,22 @@ def contiguous_parts(local: Box, shape: Sequence[int]) -> Iterator[tuple[Box, in
         yield part, sum(a * s for a, s in zip(part.start, stride, strict=True))
 
 
-def _headers(directory: Path, layout: Layout, index: EngineIndex) -> dict[str, dict[str, Entry]]:
+def local_runs(layout: Layout, fqn: str, rank: int) -> Iterator[tuple[Box, int]]:
+    """What a rank holds of a parameter: global boxes, each one run of its local tensor, at this offset in elements."""
+    shape = layout.local_shape(fqn, rank) or ()
+    for piece in layout.pieces(fqn, rank):
+        shift = [a - b for a, b in zip(piece.box.start, piece.local.start, strict=True)]
+        for local, offset in contiguous_parts(piece.local, shape):
+            yield local.shift(shift), offset
+
+
+def _headers(directory: Path, layout: Layout, index: EngineIndex) -> dict[str, dict[str, TensorMetadata]]:
     """Checked headers of all files, by file."""
     if layout.ranks != tuple(range(len(index.ranks))):
         raise BridgeError(
             f"{directory}: {INDEX} lists {len(index.ranks)} ranks, {LAYOUT} has {len(layout.ranks)}"
         )
-    headers: dict[str, dict[str, Entry]] = {}
+    headers: dict[str, dict[str, TensorMetadata]] = {}
     on_mesh = {name: set(mesh.ranks) for name, mesh in layout.meshes.items()}
     counts = dict.fromkeys(layout.meshes, 0)
     for param in layout.params.values():
@@ -191,19 +178,17 @@ def _headers(directory: Path, layout: Layout, index: EngineIndex) -> dict[str, d
     return headers
 
 
-def _chunks(path: Path, entry: Entry, layout: Layout, rank: int, rows: int | None) -> Iterator[Chunk]:
+def _chunks(entry: TensorMetadata, layout: Layout, rank: int, rows: int | None) -> Iterator[Chunk]:
     param, shape = layout.param(entry.name), layout.local_shape(entry.name, rank)
     if shape is None or entry.shape != shape or dtype_name(entry.dtype) != param.dtype:
         raise BridgeError(
-            f"{path}: {entry.name} is {entry.dtype} {entry.shape}; {LAYOUT} gives rank {rank} {param.dtype} {shape}"
+            f"{entry.chunks[0].path}: {entry.name} is {entry.dtype} {entry.shape}; {LAYOUT} gives rank {rank} "
+            f"{param.dtype} {shape}"
         )
-    for piece in layout.pieces(entry.name, rank):
-        for local, offset in contiguous_parts(piece.local, shape):
-            shift = [a - b for a, b in zip(piece.box.start, piece.local.start, strict=True)]
-            box = local.shift(shift)
-            if rows is not None:
-                cut = box.intersect(Box(start=(0,) * box.ndim, stop=(rows, *param.shape[1:])))
-                if cut is None:
-                    continue
-                box = cut
-            yield Chunk(owner=path, offset=entry.offset + offset * entry.dtype.itemsize, box=box)
+    for box, offset in local_runs(layout, entry.name, rank):
+        if rows is not None:
+            cut = box.intersect(Box(start=(0,) * box.ndim, stop=(rows, *param.shape[1:])))
+            if cut is None:
+                continue
+            box = cut
+        yield replace(entry.chunks[0], box=box, offset=entry.chunks[0].offset + offset * entry.dtype.itemsize)

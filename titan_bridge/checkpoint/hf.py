@@ -11,8 +11,7 @@ from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
 from titan_bridge.run_folder import INDEX, SINGLE
-from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.tensors import Chunk, TensorMetadata
+from titan_bridge.sharding.tensors import TensorMetadata
 
 CARRIED = (
     "generation_config.json",
@@ -61,10 +60,7 @@ def open_hf(directory: Path) -> Checkpoint:
                 raise BridgeError(
                     f"{entry.name} is in {stored[entry.name].chunks[0].path.name} and in {path.name}"
                 )
-            chunk = Chunk(owner=path, offset=entry.offset, box=Box.whole(entry.shape))
-            stored[entry.name] = TensorMetadata(
-                name=entry.name, shape=entry.shape, dtype=entry.dtype, chunks=(chunk,)
-            )
+            stored[entry.name] = entry
     return Checkpoint(path=directory, format="hf", tensors=stored, config=read_config(directory))
 
 

@@ -61,9 +61,7 @@ class DequantizedCheckpoint(Checkpoint):
         shape = self.tensor(name).shape
         if not Box.whole(shape).contains(box) or tuple(out.shape) != box.shape:
             raise BridgeError(f"{name}: box {box} into {tuple(out.shape)}; the tensor is {shape}")
-        stride = contiguous_stride(shape)
-        offset = sum(a * s for a, s in zip(box.start, stride, strict=True))
-        self._copy(name, Window(size=box.shape, stride=stride, offset=offset), out)
+        self._copy(name, Window.of_box(box, shape), out)
 
     def _copy(self, name: str, window: Window, out: torch.Tensor) -> None:
         if not math.prod(window.size):

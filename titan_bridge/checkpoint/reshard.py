@@ -21,8 +21,7 @@ from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.staging import Staging
-from titan_bridge.checkpoint.strips import held_strips, strips_of
-from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
+from titan_bridge.checkpoint.target import Target, dcp_target, engine_target, hf_target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
@@ -30,6 +29,7 @@ from titan_bridge.mesh import DEGREES, Sizes, padded_vocab
 from titan_bridge.models import families, family_for
 from titan_bridge.sharding.layout import Layout, ParamLayout, dtype_name
 from titan_bridge.sharding.plan import plan
+from titan_bridge.sharding.tensors import TensorMetadata
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
 
@@ -61,17 +61,18 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     else:
         tensors, layout = _between(options, source, config)
     if extra:
-        others = [Wanted(name=s.name, shape=s.shape, dtype=s.dtype) for s in source.extra_tensors.values()]
+        others = [
+            TensorMetadata(name=s.name, shape=s.shape, dtype=s.dtype) for s in source.extra_tensors.values()
+        ]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
     target = _target(options, tensors, source, layout, team)
-    strips = strips_of(target.parts)
-    held = held_strips(strips)
-    names = {stored.name for stored in [*source.tensors.values(), *source.extra_tensors.values()]}
+    stored = [*source.tensors.values(), *source.extra_tensors.values()]
+    names = {tensor.name for tensor in stored}
     made = plan(
-        [*source.tensors.values(), *source.extra_tensors.values()],
+        stored,
         [
             one
-            for one in held
+            for one in target.tensors()
             if one.name in names or one.name not in tensors.empty or _filled(one.name, tensors)
         ],
         tensors.views,
@@ -87,7 +88,6 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         tensors=tensors,
         target=target,
         plan=made,
-        strips=strips,
         hf=config,
         layout=layout,
         carried=small,
@@ -123,6 +123,8 @@ def _check_paths(options: Options, found: Path) -> None:
     for name in DEGREES:
         if options.to != "engine" and getattr(options, name) != 1:
             raise BridgeError(f"--{name} is for --to engine; {options.to} has no ranks")
+    if options.to != "engine" and options.policy:
+        raise BridgeError(f"--policy and --attention-tp are for --to engine; {options.to} has no ranks")
     if options.workers < 1:
         raise BridgeError(f"--workers {options.workers}; give at least 1")
     if options.max_shard_size < 1:
@@ -201,14 +203,14 @@ def _between(
     # TorchTitan takes two seconds to import, which the other formats do without.
     from titan_bridge.model_layout import layout  # noqa: PLC0415
 
-    found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers))
+    found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers), policy=options.policy)
     dtypes = {tensor.name: dtype_name(tensor.dtype) for tensor in made.tensors}
     assert dtypes.keys() == found.params.keys(), dtypes.keys() ^ found.params.keys()
     params = {
         fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtypes[fqn])
         for fqn, param in found.params.items()
     }
-    return made, Layout(meshes=found.meshes, params=params)
+    return made, replace(found, params=params)
 
 
 def _target(
@@ -220,8 +222,8 @@ def _target(
         total = sum(tensor.nbytes for tensor in tensors.tensors)
         most = min(most, math.ceil(total / team.size))
     if options.to == "hf":
-        return hf_target(tensors.tensors, most)
+        return hf_target(tensors.tensors, most, tensors.rows)
     if options.to == "dcp":
-        return dcp_target(tensors.tensors, most, aliases=tensors.aliases, blobs=source.blobs)
+        return dcp_target(tensors.tensors, most, tensors.rows, aliases=tensors.aliases, blobs=source.blobs)
     assert layout is not None
     return engine_target(tensors.tensors, most, layout)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from titan_bridge.commands.infer import Int, Text
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import DEGREES
 
@@ -61,6 +62,10 @@ class Reshard:
     """--to engine: ranks that share the experts."""
     dense: Literal["replicate", "shard"] = "replicate"
     """--to engine: whether dp ranks hold all of the dense weights or a part each."""
+    attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
+    """--to engine: ranks of tp that attention is cut over; the others hold copies."""
+    policy: Annotated[Text, tyro.conf.arg(metavar="FILE")] = None
+    """--to engine: YAML or JSON with rules for each layer (parallelism_rules)."""
     max_shard_size: str = "5GB"
     """Largest file, e.g. 500MB or 4GiB; a single larger tensor is a file of its own."""
     with_optimizer: bool = False
@@ -90,6 +95,7 @@ class Reshard:
 
         from titan_bridge.checkpoint.reshard import Options, prepare
         from titan_bridge.checkpoint.team import Team
+        from titan_bridge.policy.read import policy_of_flags
 
         gc.enable()
         if self.to == "peft" or (self.src / "adapter_config.json").is_file():
@@ -105,6 +111,7 @@ class Reshard:
             tp=self.tp,
             ep=self.ep,
             dense=self.dense,
+            policy=policy_of_flags(self.policy, self.attention_tp),
             max_shard_size=parse_size(self.max_shard_size),
             with_optimizer=self.with_optimizer,
             workers=self.workers or min(8, 2 * len(os.sched_getaffinity(0))),
@@ -165,10 +172,15 @@ class Reshard:
             print(json.dumps(facts))
         else:
             _show_outcome(facts, self.dst)
-            print(f"next: {_next(job)}")
+            print(f"next: {_next(job, self._policy_flag())}")
         for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
         return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
+
+    def _policy_flag(self) -> str:
+        if self.attention_tp is not None:
+            return f" --attention-tp {self.attention_tp}"
+        return "" if self.policy is None else f" --policy {shlex.quote(self.policy)}"
 
 
 def parse_size(text: str) -> int:
@@ -240,7 +252,7 @@ def _show_plan(job: Job, *, as_json: bool) -> None:
             "path": str(options.target),
             "format": options.to,
             "tensors": len(job.tensors.tensors),
-            "files": [{"name": f.name, "bytes": f.size} for part in job.target.parts for f in part.files],
+            "files": [{"name": f.name, "bytes": f.size} for f in job.target.files],
         },
         "copies": job.plan.copies_count,
         "bytes_to_read": job.bytes_to_read,
@@ -313,14 +325,16 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     )
 
 
-def _next(job: Job) -> str:
+def _next(job: Job, policy: str) -> str:
     """What to type with the result."""
     from titan_bridge.models import family_for  # torch, as in `run`
 
     options = job.options
     target = shlex.quote(str(options.target))
     sizes = "".join(f" --{name} {n}" for name in DEGREES if (n := getattr(options, name)) > 1)
-    command = f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}"
+    command = (
+        f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}{policy}"
+    )
     if job.hf is None:
         return f"put the model's config.json into {target}, then {command}"
     try:

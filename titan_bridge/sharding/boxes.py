@@ -118,8 +118,7 @@ def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -
     tensor.
 
     Args:
-        cuts: (placement, size of the mesh axis, coordinate on the mesh axis) of each axis that shards this
-        dim, in
+        cuts: (placement, size of the mesh axis, coordinate on the mesh axis) of each axis that shards this dim, in
             the order of the mesh axes (DTensor reads placements from left to right).
     """
     held = [(0, size)]

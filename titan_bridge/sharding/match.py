@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, few
 from titan_bridge.sharding.boxes import meeting
 from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
@@ -97,12 +97,6 @@ def match(
             )
     used = {item.source.name for item in items}
     return items, tuple(name for name in sources if name not in used), uncovered
-
-
-def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:
-    """The first items, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return (separator.join(list(items)[:most]) or "none") + more
 
 
 def _item(source: TensorMetadata, destination: TensorMetadata, view: View, *, external_source: bool) -> Item:

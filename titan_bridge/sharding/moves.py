@@ -25,6 +25,13 @@ class Window:
     offset: int
     """From the first element of the local tensor; add its own `storage_offset()` if it has one."""
 
+    @classmethod
+    def of_box(cls, box: Box, shape: Sequence[int]) -> Window:
+        """A box of a contiguous tensor of `shape`."""
+        stride = contiguous_stride(shape)
+        offset = sum(a * step for a, step in zip(box.start, stride, strict=True))
+        return cls(size=box.shape, stride=stride, offset=offset)
+
     def of(self, local: torch.Tensor) -> torch.Tensor:
         """The window of a contiguous tensor, sharing its memory."""
         return local.as_strided(self.size, self.stride, local.storage_offset() + self.offset)

@@ -14,8 +14,7 @@ import torch
 from vllm.logger import init_logger
 
 from titan_bridge.checkpoint.finite import NotFinite, not_finite_lines
-from titan_bridge.checks import few
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, few
 from titan_bridge.sharding.layout import Layout, torch_dtype
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import plan
@@ -87,7 +86,7 @@ class WeightLoader:
         for name, tensor in weights:
             self._take(name, tensor, seen)
         if missing := self._views.keys() - seen.done:
-            seen.problems.append(f"missing: {few(missing)}")
+            seen.problems.append(f"missing: {few(sorted(missing), 4)}")
         if seen.problems:
             raise BridgeError("the checkpoint does not fit the model: " + "; ".join(seen.problems))
         self.bytes_read = seen.bytes_read
