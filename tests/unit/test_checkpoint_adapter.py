@@ -13,10 +13,12 @@ from torchtitan.components.lora import LoRAConverter
 from torchtitan.distributed import utils
 from torchtitan.models.llama3 import Llama3StateDictAdapter, model_registry
 
+from tests import lora_samples
 from titan_bridge import cli
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.models.adapters import use_plain_attention
 from titan_bridge.models.build import build_on_meta, materialize
+from titan_bridge.testing import make_checkpoint
 
 RANK, ALPHA = 4, 10.0
 IDS = torch.arange(3, 43)[None]
@@ -112,3 +114,40 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(trained, tmp_path: Path, c
     )
     assert "not beside a linear layer of this model" in said(peft, out, "--to", "dcp", *told)
     assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("family", ["llama3", "gpt_oss"])
+def test_an_adapter_is_merged_on_the_way_into_any_format(family, tmp_path: Path, capsys) -> None:
+    model = make_checkpoint(tmp_path / "model", family, tokenizer=False)
+    adapter = lora_samples.make_adapter(tmp_path / "adapter", model, seed=1, rank=4, alpha=8, layers=(0, 1))
+    expected = lora_samples.merged(tmp_path / "expected", model, adapter)
+    assert convert(model, tmp_path / "hf", "--to", "hf", "--merge-lora", adapter) == 0
+    assert convert(model, tmp_path / "dcp", "--to", "dcp", "--merge-lora", adapter) == 0
+    assert convert(tmp_path / "dcp", tmp_path / "back", "--to", "hf", "--config", model) == 0
+    given, want = load_file(model / "model.safetensors"), load_file(expected / "model.safetensors")
+    for folder in ("hf", "back"):
+        (file,) = (tmp_path / folder).glob("*.safetensors")
+        found = load_file(file)
+        assert found.keys() == want.keys()
+        changed = {name for name in want if not torch.equal(want[name], given[name])}
+        assert len(changed) == len(list(lora_samples.adaptable(iter(given))))
+        for name in want:
+            if name in changed:
+                torch.testing.assert_close(found[name], want[name], rtol=0, atol=1e-6)
+            else:
+                assert torch.equal(found[name], want[name])
+
+    for wrong, options, reason in (
+        (tmp_path / "dcp", ["--config", model], "is dcp; allowed: hf"),
+        (
+            make_checkpoint(tmp_path / "other", family, tokenizer=False, hidden_size=64),
+            [],
+            "fit no weight of",
+        ),
+    ):
+        capsys.readouterr()
+        assert convert(wrong, tmp_path / "out", "--to", "hf", "--merge-lora", adapter, *options) == 2
+        assert reason in capsys.readouterr().err
+    assert convert(model, tmp_path / "out", "--to", "hf", "--merge-lora", model) == 2
+    assert "is no LoRA adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -9,18 +9,23 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.quantized import ComputedCheckpoint
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
 from titan_bridge.models import family_for
-from titan_bridge.models.peft import adapter_names, from_peft, to_peft
+from titan_bridge.models.peft import PREFIX, WEIGHT, adapter_names, from_peft, to_peft
+from titan_bridge.sharding.boxes import Box
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -68,18 +73,72 @@ def write_dcp(source: Path, target: Path, *, hf: Mapping[str, Any]) -> int:
     Raises:
         BridgeError: Not a plain LoRA, or one that TorchTitan's cannot be.
     """
-    config = read_json_object(source / CONFIG)
-    for key, allowed in (("use_dora", False), ("use_rslora", False), ("bias", "none"), ("rank_pattern", {})):
-        if config.get(key, allowed) not in (allowed, None):
-            raise BridgeError(
-                f"{source / CONFIG}: {key}={config[key]!r} is not supported; allowed: {allowed!r}"
-            )
-    if not (source / TENSORS).is_file():
-        raise BridgeError(f"{source} has no {TENSORS}")
-    tensors = from_peft(load_file(source / TENSORS), family_for(hf).views(hf))
+    tensors = from_peft(_read_adapter(source)[1], family_for(hf).views(hf))
     with _beside(target) as made:
         dcp.save(dict(tensors), checkpoint_id=made, no_dist=True)
     return len(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedCheckpoint(ComputedCheckpoint):
+    """`raw` with a LoRA adapter's products added to its weights; they are multiplied where they are read."""
+
+    products: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    """Scaled B `(out, rank)` and A `(rank, in)` by the weight's name, float32."""
+
+    def computes(self, name: str) -> bool:
+        return name in self.products
+
+    def values(self, name: str, box: Box) -> torch.Tensor:
+        b, a = self.products[name]
+        rows, columns = box.slices
+        return torch.addmm(self._read(name, box).float(), b[rows], a[:, columns])
+
+
+def merged(checkpoint: Checkpoint, adapter: Path) -> MergedCheckpoint:
+    """A Hugging Face checkpoint with a PEFT folder's adapter in it.
+
+    Raises:
+        BridgeError: Another format, no plain LoRA, or matrices that fit no weight.
+    """
+    if checkpoint.format != "hf":
+        raise BridgeError(
+            f"--merge-lora: {checkpoint.path} is {checkpoint.format}; allowed: hf (convert it first with --to hf)"
+        )
+    config, held = _read_adapter(adapter)
+    scale = config["lora_alpha"] / config["r"]
+    products, shapes = {}, {}
+    for name in [name for name in held if name.endswith(f".lora_A{WEIGHT}")]:
+        stem = name.removesuffix(f".lora_A{WEIGHT}")
+        weight = stem.removeprefix(PREFIX) + WEIGHT
+        a, b = held.pop(name).float(), held.pop(f"{stem}.lora_B{WEIGHT}", torch.zeros(0, 0)).float()
+        products[weight], shapes[weight] = (b * scale, a), (b.shape[0], a.shape[1])
+    stored = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    left = sorted([*held, *(name for name, shape in shapes.items() if stored.get(name) != shape)])
+    if left:
+        raise BridgeError(f"--merge-lora {adapter}: {', '.join(left[:3])} fit no weight of {checkpoint.path}")
+    stated = {
+        field.name: getattr(checkpoint, field.name)
+        for field in fields(Checkpoint)
+        if field.name != "_located"
+    }
+    return MergedCheckpoint(**stated, raw=checkpoint, products=products)
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """adapter_config.json and the tensors of a plain LoRA."""
+    if not is_adapter(folder):
+        raise BridgeError(f"{folder} is no LoRA adapter: it has no {CONFIG}")
+    config = read_json_object(folder / CONFIG)
+    plain = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
+    for key, allowed in plain.items():
+        if config.get(key, allowed) not in (allowed, None):
+            raise BridgeError(
+                f"{folder / CONFIG}: {key}={config[key]!r} is not supported; allowed: {allowed!r}"
+            )
+    if not (folder / TENSORS).is_file():
+        raise BridgeError(f"{folder} has no {TENSORS}")
+    return config, load_file(folder / TENSORS)
 
 
 class _beside:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_bridge.checkpoint import hf
+from titan_bridge.checkpoint.adapter import merged
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
@@ -46,6 +47,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     _check_paths(options, found)
     extra = options.with_optimizer
     source = open_checkpoint(found, extra=extra)
+    if options.merge_lora is not None:
+        source = merged(source, options.merge_lora)
     if extra and (source.format, options.to) != ("dcp", "dcp"):
         raise BridgeError(
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"

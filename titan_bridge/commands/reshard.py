@@ -52,6 +52,8 @@ class Reshard:
         tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
     ] = None
     """Of the weights; else they keep their own."""
+    merge_lora: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")] = None
+    """A folder with a LoRA adapter in PEFT's format, which is added to SRC's weights (Hugging Face)."""
     lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="ALPHA", help_behavior_hint="")] = None
     """--to peft: the converter's alpha, which is not in a checkpoint."""
     dp: int = 1
@@ -113,6 +115,7 @@ class Reshard:
             dense=self.dense,
             policy=policy_of_flags(self.policy, self.attention_tp),
             max_shard_size=parse_size(self.max_shard_size),
+            merge_lora=self.merge_lora,
             with_optimizer=self.with_optimizer,
             workers=self.workers or min(8, 2 * len(os.sched_getaffinity(0))),
             overwrite=self.overwrite,
