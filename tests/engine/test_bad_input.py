@@ -201,12 +201,15 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     narrow = str(make_checkpoint(tmp_path / "narrow", "deepseek_v3", tokenizer=False))
     latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
     wide = str(make_checkpoint(tmp_path / "wide", "deepseek_v3", tokenizer=False, **latent))
+    sharded = {"additional_config": {"titan": {"dense": "shard"}}}
     classifier = {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 2}
     speculation = {"model": str(model), "num_speculative_tokens": 2}
     longer = {"max_position_embeddings": 8192}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported with model_impl='torchtitan'"),
-        ({"enable_lora": True}, "LoRA is not supported with model_impl='torchtitan'"),
+        ({"enable_lora": True, "fully_sharded_loras": True}, "fully_sharded_loras is not supported with model_impl="),
+        ({"model": moe, "enable_lora": True, "data_parallel_size": 2, **sharded},
+         "LoRA with additional_config.titan.dense = 'shard' is not supported with model_impl='torchtitan'"),
         ({"quantization": "fp8"}, "quantization=fp8 is not supported with model_impl='torchtitan'"),
         ({"enable_prompt_embeds": True}, "prompt embeddings are not supported with model_impl='torchtitan'"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel is set, but"),

@@ -13,6 +13,7 @@ from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.cpu.head_dims import check_head_dim
 from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.build import Setup, captures_experts, model_config, setup_from
+from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
 from titan_bridge.model_layout import layout
 
@@ -79,7 +80,12 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     yield stages > 1, f"pipeline_parallel_size={stages} is", "allowed: 1"
     yield parallel.enable_eplb, "expert load balancing is", "leave enable_eplb off"
     yield parallel.use_ubatching, "microbatches (enable_dbo) are", "leave enable_dbo and ubatch_size out"
-    yield vllm_config.lora_config, "LoRA is", "leave enable_lora off"
+    if (lora := vllm_config.lora_config) is not None:
+        dense = titan_options(vllm_config.additional_config).dense
+        sharded = dense == "shard" and parallel.data_parallel_size > 1
+        yield sharded, "LoRA with additional_config.titan.dense = 'shard' is", "leave one of them out"
+        for name in ("fully_sharded_loras", "enable_mixed_moe_lora_format", "enable_moe_shared_loras"):
+            yield getattr(lora, name), f"{name} is", "leave it off"
     quantization = model.quantization or vllm_config.quant_config
     yield quantization, f"quantization={quantization} is", "leave it out"
     yield model.enable_prompt_embeds, "prompt embeddings are", "leave enable_prompt_embeds off"

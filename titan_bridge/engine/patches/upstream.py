@@ -470,6 +470,21 @@ def share_fork_server(server: Any, pid: int) -> None:
 
 
 @patch(
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.create_lora_manager", "self", "model", "vllm_config",
+    when="build",
+)  # fmt: skip
+def manage_adapters(original: Callable[..., Any], self: Any, model: Any, vllm_config: Any) -> Any:
+    """Let vLLM manage LoRA adapters of TorchTitan's linear layers.
+
+    What: wraps `LRUCacheWorkerLoRAManager.create_lora_manager`, and gives it the manager's class that the model names.
+    Why: vLLM's own takes its own linear layers and no others. Version: vllm 0.32 (`vllm/lora/worker_manager.py`).
+    Delete when: a model can name the class, or a linear layer of another package can say how it is wrapped.
+    """
+    self._manager_cls = getattr(model, "adapter_manager", self._manager_cls)
+    return original(self, model, vllm_config)
+
+
+@patch(
     "vllm.model_executor.model_loader.reload.inplace:reload_weights",
     "vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format",
 )  # fmt: skip
