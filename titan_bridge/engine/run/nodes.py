@@ -179,7 +179,9 @@ class Watch:
         self._ending.set()
         self.lost = line
         say(line)
-        threading.Timer(END_SECONDS, kill_all).start()
+        last = threading.Timer(END_SECONDS, kill_all)
+        last.daemon = True
+        last.start()
         os.kill(os.getpid(), signal.SIGTERM)
 
 
