@@ -21,7 +21,7 @@ from titan_bridge.engine.cpu import forking
 from titan_bridge.engine.options import TRANSFER_BACKEND, titan_options
 from titan_bridge.engine.patches import apply
 from titan_bridge.engine.patches.apply import after_import, patch
-from titan_bridge.engine.specs import LAYOUT, NATIVE, VERIFY
+from titan_bridge.engine.specs import FINGERPRINTS, LAYOUT, NATIVE, VERIFY
 from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import model_and_step
 from titan_bridge.versions import unsupported
@@ -31,7 +31,7 @@ ARCHITECTURE = "TitanForCausalLM"
 MODEL_CLASS = "titan_bridge.engine.model.wrapper:TitanForCausalLM"
 PREFLIGHT_MODULE = "titan_bridge.engine.preflight"
 TRANSFER_MODULE = "titan_bridge.engine.transfer"
-SPEC_METHODS = (LAYOUT, NATIVE, VERIFY)
+SPEC_METHODS = (LAYOUT, NATIVE, VERIFY, FINGERPRINTS)
 
 
 def install() -> None:
