@@ -132,6 +132,7 @@ def measure(family: Any, options: list[str], users: int, updates: int, seconds: 
             rows: dict[str, Any] = {}
             before, _ = timed(lambda: time.sleep(seconds), 1, 0)
             during, reports = timed(trainer.send, updates, 0.5)
+            rows["compared"] = trainer.verify()
             after, _ = timed(lambda: time.sleep(seconds), 1, 0)
             busy, _ = timed(lambda: _busy(sum(b - a for a, b in during) / updates), updates, 0.5)
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
@@ -189,7 +190,11 @@ def main() -> None:
                 f"{row['seconds_each']:.2f}",
             )
     Console(width=120).print(table)
-    print(f"{rows['bytes'] / 1e6:.0f} MB an update; longest commit {rows['longest_commit'] * 1e3:.0f} ms")
+    print(
+        f"{given.updates} updates of {rows['bytes'] / 1e6:.0f} MB; "
+        f"longest commit {rows['longest_commit'] * 1e3:.0f} ms; "
+        f"{rows['compared']} tensors of workers compared afterwards, all equal"
+    )
 
 
 if __name__ == "__main__":
