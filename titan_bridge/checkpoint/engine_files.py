@@ -1,7 +1,7 @@
-"""Engine files: the local shards of every rank of an inference layout, to be mapped without slicing.
+"""Engine files: the local shards of every rank of an inference layout, which a rank reads from start to end.
 
     DIR/layout.json            the layout (see `titan_bridge.sharding.layout`), with global shapes as served
-    DIR/engine.json            sizes, and which files each rank maps
+    DIR/engine.json            sizes, and the files of each rank
     DIR/config.json            and tokenizer files, as in a Hugging Face checkpoint
     DIR/model-00001.all.safetensors      what every rank holds in full
     DIR/model-00001.tp0.safetensors      what the ranks at tp=0 hold, and so on

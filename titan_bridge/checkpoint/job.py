@@ -55,6 +55,8 @@ class Options:
     """To engine files: how each layer is split over tp."""
     dense: Literal["replicate", "shard"] = "replicate"
     max_shard_size: int = 5_000_000_000
+    merge_lora: Path | None = None
+    """A LoRA adapter in PEFT's format whose products are added to the weights."""
     with_optimizer: bool = False
     workers: int = 2
     overwrite: bool = False
@@ -122,6 +124,8 @@ class Job:
     def digest(self) -> str:
         """The same for runs that write the same bytes from the same files."""
         paths = {chunk.path for stored in self._stored() for chunk in stored.chunks}
+        if self.options.merge_lora is not None:
+            paths |= set(self.options.merge_lora.iterdir())
         facts = {
             "source": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)],
             "files": [[f.name, f.size] for f in self.target.files],
@@ -153,7 +157,8 @@ class Job:
             done = {name: result for own in kept for name, result in own.items()}
             mine = [file for file in self._share() if file.name not in done]
             new = team.each(lambda: self._write(staging, mine, advance))
-            results = self._all_results(new, done)
+            found = done | {result.file: result for own in new for result in own}
+            results = [found[file.name] for file in self.target.files]
             if options.verify:
                 team.each(lambda: self._verify(staging, new[team.rank], lambda n: advance("verify", n)))
             read = sum(team.each(lambda: self.source.bytes_read))
@@ -205,12 +210,10 @@ class Job:
     def _verify(
         self, staging: Staging, results: Sequence[FileResult], advance: Callable[[int], None]
     ) -> None:
-        paths = [staging.path / result.file for result in results]
-        bad = [
-            path for path, r in zip(paths, results, strict=True) if not is_as_written(path, r.crc, advance)
-        ]
+        files = {staging.path / result.file: result.crc for result in results}
+        bad = [path for path, crc in files.items() if not is_as_written(path, crc, advance)]
         for path in bad:
-            path.unlink()  # without it, the file is not taken for finished
+            path.unlink()  # so that it is not taken for finished
         if bad:
             raise BridgeError(
                 f"{bad[0]} is not what was written; the disk or the memory is at fault. "
@@ -247,10 +250,6 @@ class Job:
             advance=lambda count: advance("write", count),
         )
         return executor.run()
-
-    def _all_results(self, new: list[list[FileResult]], done: Mapping[str, FileResult]) -> list[FileResult]:
-        found = {result.file: result for own in new for result in own} | dict(done)
-        return [found[file.name] for file in self.target.files]
 
     def _sums(self, counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
         """Counts of several files together, in the order of the tensors."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,9 +112,7 @@ def check_source(
 def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
     """The destination has what the source has (Hugging Face to Hugging Face, DCP to DCP)."""
     tensors = [
-        TensorMetadata(
-            name=s.name, shape=s.shape, dtype=s.dtype if s.name.endswith(_BIASES) else cast(s.dtype, dtype)
-        )
+        replace(s, chunks=(), dtype=s.dtype if s.name.endswith(_BIASES) else cast(s.dtype, dtype))
         for s in source.tensors.values()
     ]
     return TensorMap(tensors=tuple(tensors))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_bridge.checkpoint import hf
+from titan_bridge.checkpoint.adapter import merged
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
@@ -29,7 +30,6 @@ from titan_bridge.mesh import DEGREES, Sizes, padded_vocab
 from titan_bridge.models import families, family_for
 from titan_bridge.sharding.layout import Layout, ParamLayout, dtype_name
 from titan_bridge.sharding.plan import plan
-from titan_bridge.sharding.tensors import TensorMetadata
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
 
@@ -46,6 +46,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     _check_paths(options, found)
     extra = options.with_optimizer
     source = open_checkpoint(found, extra=extra)
+    if options.merge_lora is not None:
+        source = merged(source, options.merge_lora)
     if extra and (source.format, options.to) != ("dcp", "dcp"):
         raise BridgeError(
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
@@ -61,23 +63,11 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     else:
         tensors, layout = _between(options, source, config)
     if extra:
-        others = [
-            TensorMetadata(name=s.name, shape=s.shape, dtype=s.dtype) for s in source.extra_tensors.values()
-        ]
+        others = [replace(stored, chunks=()) for stored in source.extra_tensors.values()]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
     target = _target(options, tensors, source, layout, team)
     stored = [*source.tensors.values(), *source.extra_tensors.values()]
-    names = {tensor.name for tensor in stored}
-    made = plan(
-        stored,
-        [
-            one
-            for one in target.tensors()
-            if one.name in names or one.name not in tensors.empty or _filled(one.name, tensors)
-        ],
-        tensors.views,
-        allow_missing=True,
-    )
+    made = plan(stored, target.tensors(), tensors.views, allow_missing=True)
     # The planner was allowed holes because padding has them; only padding may.
     for name, count in made.missing.items():
         if tensors.empty.get(name) != count:
@@ -105,11 +95,6 @@ def _check_not_quantized(source: Checkpoint, config: Mapping[str, Any] | None) -
             f"--dtype: {source.path} has {signs[0]}; quantized weights cannot be cast without their scales, which is "
             "not supported: leave --dtype out to carry them as they are"
         )
-
-
-def _filled(name: str, tensors: TensorMap) -> bool:
-    """Whether a view gives a tensor that is partly empty the rest."""
-    return any(view.fqn == name for view in tensors.views)
 
 
 def _check_paths(options: Options, found: Path) -> None:
@@ -141,9 +126,19 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
             return hf.read_config(run), tuple(hf.carried_files(run))  # a step of a training run
         return source.config, tuple(hf.carried_files(source.path))
     given = options.config
+    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
+    return stated_config(given), tuple(small)
+
+
+def stated_config(given: Path) -> Mapping[str, Any]:
+    """config.json that `--config` names: a directory with it, the file, or FAMILY:FLAVOR.
+
+    Raises:
+        BridgeError: There is none.
+    """
     if not given.exists():
         if flavor := re.fullmatch(r"(\w+):([\w.-]+)", str(given)):
-            return _flavor(*flavor.groups()), tuple(hf.carried_files(source.path))
+            return _flavor(*flavor.groups())
         raise BridgeError(
             f"--config {given} does not exist; give a directory with config.json, the file, or one of TorchTitan's "
             "models as FAMILY:FLAVOR, for example qwen3:0.6B"
@@ -151,8 +146,7 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
     config = read_json_object(given) if given.is_file() else hf.read_config(given)
     if config is None:
         raise BridgeError(f"--config {given} has no config.json")
-    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
-    return config, tuple(small)
+    return config
 
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
@@ -209,7 +203,7 @@ def _target(
 ) -> Target:
     most = options.max_shard_size
     if team.size > 1:
-        # A part belongs to one process, so there must be one for each at least.
+        # A file belongs to one process, so there must be one for each at least.
         total = sum(tensor.nbytes for tensor in tensors.tensors)
         most = min(most, math.ceil(total / team.size))
     if options.to == "hf":
