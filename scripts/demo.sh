@@ -26,7 +26,7 @@ fi
 
 for file in llama3_tp2 qwen3_moe_tp2_ep2; do
     titan_say "what it learned to write: titan-bridge serve configs/infer/$file.toml"
-    "$PYTHON" scripts/ask.py "configs/infer/$file.toml" --log "$out/$file.log"
+    "$PYTHON" scripts/examples/serve_and_ask.py "configs/infer/$file.toml" --log "$out/$file.log"
 done
 
 titan_say "parity in float32: the engine against TorchTitan's own forward on the trainer's checkpoints"

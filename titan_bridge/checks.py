@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from titan_bridge.json_file import read_json_object
 if TYPE_CHECKING:
     from titan_bridge.config.schema import InferConfig
     from titan_bridge.mesh import Sizes
+    from titan_bridge.policy.schema import Policy
 
 
 _TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -37,17 +39,16 @@ def check(config: InferConfig, *, text: bool = False) -> dict[str, Any]:
         raise BridgeError(f"ep={parallel.ep}, but {config.model} has no experts; leave ep at 1")
     if config.model_impl == "torchtitan":
         from titan_bridge.engine.options import titan_options  # noqa: PLC0415  pydantic
-        from titan_bridge.mesh import Sizes  # noqa: PLC0415
 
         options = titan_options(config.additional_config())
         # vLLM runs dp of a dense model as engines that do not know of each other, unless they share its weights.
         together = experts or parallel.dense == "shard"
-        sizes = Sizes(dp=parallel.dp if together else 1, tp=parallel.tp, ep=parallel.ep)
-        model_fits(hf_config, sizes, max_model_len=config.max_model_len)
-        if is_cpu_backend() and options.mla != "latent":
+        sizes = parallel.sizes if together else replace(parallel.sizes, dp=1)
+        model_fits(hf_config, sizes, max_model_len=config.max_model_len, policy=config.policy)
+        if is_cpu_backend():
             from titan_bridge.engine.cpu.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
 
-            check_head_dim(hf_config)
+            check_head_dim(hf_config, latent=options.mla == "latent")
         weights_fit(config.model, options.step, hf_config)
     else:
         weights_present(config.model)
@@ -78,16 +79,28 @@ def tokenizer_reads(folder: Path, *, needed: bool) -> None:
         )
 
 
-def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int | None = None) -> None:
-    """Check that TorchTitan has this model, that the engine serves it and that it divides into `sizes`.
+def model_fits(
+    hf_config: Mapping[str, Any],
+    sizes: Sizes,
+    *,
+    max_model_len: int | None = None,
+    policy: Policy | None = None,
+) -> None:
+    """Check that TorchTitan has this model, that the engine serves it and that it divides into `sizes` by `policy`.
+
+    `policy`: none, if `sizes` have the widths of layers already.
 
     Raises:
-        BridgeError: an architecture, field, value, size or length, named with what is allowed.
+        BridgeError: an architecture, field, value, size, rule or length, named with what is allowed.
     """
     from titan_bridge.mesh import check_divides  # noqa: PLC0415
     from titan_bridge.models import family_for  # noqa: PLC0415  torch and torchtitan
+    from titan_bridge.policy.layers import split  # noqa: PLC0415  as above
 
-    config = family_for(hf_config).model_config(hf_config)
+    family = family_for(hf_config)
+    config = family.model_config(hf_config)
+    if policy is not None:
+        sizes = split(policy, family, config, sizes).sizes
     check_divides(config, sizes)
     rope_covers(hf_config, max_model_len)
 
@@ -133,13 +146,6 @@ def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any]) -> N
     family = family_for(hf_config)
     layers = range(hf_config["num_hidden_layers"] if has_expert_bias(model, step) else 0)
     check_weights(directory, family, hf_config, {f"layers.{i}.moe.expert_bias_E": None for i in layers})
-
-
-def few(names: Iterable[str], most: int = 4) -> str:
-    """The first names in order, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
 
 
 def model_directory(model: str) -> dict[str, Any]:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class BridgeError(ValueError):
     """Bad input: the message is one line that says what was given, what is allowed and what to change.
 
     The command line prints it on stderr and exits with 2; inside vLLM it is the exception's text.
     """
+
+
+def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:
+    """The first items, and how many more there are: for messages."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return (separator.join(list(items)[:most]) or "none") + more

@@ -11,20 +11,29 @@ from titan_bridge.errors import BridgeError
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file. Raises BridgeError when it cannot be read, and as `json_object`."""
+    try:
+        return json_object(path.read_bytes(), path)
+    except OSError as error:
+        raise BridgeError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def json_object(text: bytes, where: object) -> dict[str, Any]:
+    """The object that `text` (UTF-8) is.
 
     Raises:
-        BridgeError: It cannot be read, is no JSON object, gives a key twice, or has a number that is not finite.
+        BridgeError: It is no JSON object, gives a key twice, or has a number that is not finite; starts with `where`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+        data = json.loads(
+            text.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite
+        )
     except json.JSONDecodeError as error:
-        raise BridgeError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BridgeError(f"{path} cannot be read as JSON: {error}") from None
+        raise BridgeError(f"{where}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise BridgeError(f"{where} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
-        raise BridgeError(f"{path} holds a JSON {type(data).__name__}; it must be an object")
+        raise BridgeError(f"{where} holds a JSON {type(data).__name__}; it must be an object")
     return data
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import spmd_types as spmd
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
-from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import SpmdLayout
@@ -24,18 +24,21 @@ from torchtitan.protocols.sharding import SpmdLayout
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import (
     DENSE,
-    MESH_AXES,
-    SHARD_AXIS,
     SPARSE,
     Sizes,
     check_divides,
     describe,
+    in_order,
+    mesh_axes,
     padded_vocab,
+    shard_axis,
 )
 from titan_bridge.models import family_for, family_of
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.parallelize import ShardingRules
-from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.policy.layers import split
+from titan_bridge.policy.schema import NO_POLICY, Policy
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
 from titan_bridge.sharding.spec import ShardingSpec
 
 Dense = Literal["replicate", "shard"]
@@ -62,6 +65,7 @@ def specs(
     *,
     dtype: torch.dtype | None = None,
     expert_bias: bool = False,
+    policy: Policy | None = NO_POLICY,
 ) -> dict[str, ParamSpec]:
     """FQN to layout of every parameter and persistent buffer, in the model's order.
 
@@ -74,6 +78,7 @@ def specs(
         dtype: Of the parameters; else the dtype that config.json states, else float32.
         expert_bias: With TorchTitan's load-balancing buffers, which config.json does not know; a config tree says
             for itself whether it has them.
+        policy: How an engine splits each layer. None: every layer as `sizes` say, as TorchTitan trains.
 
     Returns:
         A tied head is not listed: its one parameter is ``tok_embeddings.weight``.
@@ -93,6 +98,8 @@ def specs(
         dtype = dtype or stated_dtype(model)
     else:
         family, config = family_of(model), copy.deepcopy(model)
+    if policy is not None:
+        sizes = split(policy, family, config, sizes).sizes
     check_divides(config, sizes)
     rules = family.sharding
     rules.set_sharding(config, enable_ep=sizes.ep > 1)
@@ -106,13 +113,19 @@ def layout(
     *,
     dtype: torch.dtype | None = None,
     expert_bias: bool = False,
+    policy: Policy | None = NO_POLICY,
 ) -> Layout:
     """`specs` with the meshes that they name: what `titan-bridge inspect --json` prints."""
-    return as_layout(specs(model, sizes, dense, dtype=dtype, expert_bias=expert_bias), sizes)
+    params = specs(model, sizes, dense, dtype=dtype, expert_bias=expert_bias, policy=policy)
+    return as_layout(params, sizes, parallelism=policy.to_dict() if policy else None)
 
 
-def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:
+def as_layout(
+    params: Mapping[str, ParamSpec], sizes: Sizes, *, parallelism: Mapping[str, Any] | None = None
+) -> Layout:
     """The layout of `params` on meshes of `sizes`; only meshes that a parameter lives on are in it.
+
+    `parallelism` is the policy behind it, as plain tables.
 
     Raises:
         BridgeError: Pipeline stages, which `specs` does not divide the model into.
@@ -121,13 +134,12 @@ def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:
         raise BridgeError(f"pp={sizes.pp}: which stage holds which layer is not known here; allowed: 1")
     used = {param.spec.mesh for param in params.values()}
     return Layout(
-        meshes={name: _mesh(name, sizes) for name in MESH_AXES if name in used},
+        meshes={name: _mesh(name, sizes) for name in in_order(used)},
         params={
-            fqn: ParamLayout(
-                spec=param.spec, shape=param.shape, dtype=str(param.dtype).removeprefix("torch.")
-            )
+            fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtype_name(param.dtype))
             for fqn, param in params.items()
         },
+        parallelism=parallelism,
     )
 
 
@@ -161,7 +173,7 @@ def specs_of_module(
                 continue
             seen.add(id(tensor))
             fqn = f"{prefix}.{name}" if prefix else name
-            declared = getattr(module, "_sharding_config", None)
+            declared: Any = getattr(module, "_sharding_config", None)
             layout = declared.state_shardings.get(name) if declared is not None else None
             if layout is None:
                 raise BridgeError(
@@ -171,7 +183,13 @@ def specs_of_module(
                 shape=tuple(tensor.shape),
                 dtype=tensor.dtype,
                 spec=_spec(
-                    fqn, tuple(tensor.shape), layout, rules, sizes, dense, is_buffer=name in persistent
+                    fqn,
+                    tuple(tensor.shape),
+                    layout,
+                    rules,
+                    sizes.at(prefix),
+                    dense,
+                    is_buffer=name in persistent,
                 ),
                 is_buffer=name in persistent,
             )
@@ -188,26 +206,28 @@ def _spec(
     *,
     is_buffer: bool,
 ) -> ShardingSpec:
-    """What TorchTitan declares for tp and ep, and the fsdp axis on top of it."""
-    types = layout.per_axis_spmd_types()
-    mesh = SPARSE if MeshAxisName.EP in types else DENSE
+    """What TorchTitan declares for tp and ep, and the fsdp axis on top of it; `sizes` are those of the module."""
+    types = {axis.value: kind for axis, kind in layout.per_axis_spmd_types().items()}
+    on_tp = isinstance(types.get("tp"), spmd.Shard) and sizes.tp > 1
+    # What tp does not shard has no need of a subdivided axis.
+    mesh = SPARSE if "ep" in types else sizes.dense_mesh if on_tp else DENSE
     placements: dict[str, Placement] = {}
-    for axis in MESH_AXES[mesh]:
-        dim = getattr(types.get(MeshAxisName(axis)), "dim", None)
+    for axis in mesh_axes(mesh):
+        dim = getattr(types.get(axis), "dim", None)
         shards = dim is not None and sizes.axis(axis) > 1
         placements[axis] = Shard(dim % len(shape)) if shards else Replicate()
-    shard_axis = SHARD_AXIS[mesh]
+    over = shard_axis(mesh)
     # FSDP shards parameters only; a buffer keeps its declared layout.
-    if dense == "shard" and sizes.axis(shard_axis) > 1 and not is_buffer:
+    if dense == "shard" and sizes.axis(over) > 1 and not is_buffer:
         chosen = rules.shard_placement_fn(fqn, shape, sizes)
-        assert chosen.mesh == mesh, (
+        assert (chosen.mesh == SPARSE) == (mesh == SPARSE), (
             f"{fqn} is declared on the {mesh} mesh, shard_placement_fn says {chosen.mesh}"
         )
-        placements[shard_axis] = placement = _sharded_on_top(chosen.dim, placements, sizes)
+        placements[over] = placement = _sharded_on_top(chosen.dim, placements, sizes)
         inner = placement.split_factor if isinstance(placement, _StridedShard) else 1
-        if chosen.dim and (left := shape[chosen.dim] // inner) % sizes.axis(shard_axis):
+        if chosen.dim and (left := shape[chosen.dim] // inner) % sizes.axis(over):
             raise BridgeError(
-                f"{fqn}: FSDP cuts dim {chosen.dim} evenly only, and {shard_axis}={sizes.axis(shard_axis)} does not "
+                f"{fqn}: FSDP cuts dim {chosen.dim} evenly only, and {over}={sizes.axis(over)} does not "
                 f"divide {left}; allowed: a divisor of it, or dense weights replicated"
             )
     return ShardingSpec(mesh=mesh, placements=tuple(placements.values()))

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import MESH_AXES, Sizes, describe_all, get_device_meshes, to_parallel_dims
+from titan_bridge.mesh import MESHES, Sizes, describe_all, get_device_meshes, to_parallel_dims
 from titan_bridge.sharding import ShardingSpec
 
 pytestmark = pytest.mark.distributed
@@ -46,7 +46,7 @@ def vllm_config(**sizes: object) -> SimpleNamespace:
 
 def as_described(sizes: Sizes) -> None:
     meshes, rank = get_device_meshes(sizes), dist.get_rank()
-    assert list(meshes) == list(MESH_AXES)
+    assert list(meshes) == list(MESHES)
     for name, told in describe_all(sizes, rank=rank).items():
         mesh = meshes[name]
         assert (mesh.mesh_dim_names, tuple(mesh.shape)) == (told.axes, told.shape), name
@@ -75,7 +75,7 @@ def made_once() -> None:
     again = get_device_meshes(
         vllm_config(tensor_parallel_size=2, data_parallel_size=2, enable_expert_parallel=True)
     )
-    assert all(again[name] is first[name] for name in MESH_AXES)
+    assert all(again[name] is first[name] for name in MESHES)
     assert len(distributed_c10d._world.pg_map) == groups
     assert first["tp"].get_group() is first["dense"]["tp"].get_group()
 

@@ -147,6 +147,11 @@ SAME = (
         test="test_running_engine.py::test_a_draft_model_is_vllms_and_all_its_drafts_are_accepted",
     ),
     Same(
+        name="LoRA: PEFT adapters over attention and dense layers",
+        test="test_lora.py::test_they_have_the_numbers_of_vllms_own_model",
+        note="routed experts and embeddings are refused by name",
+    ),
+    Same(
         name="Several nodes: tensor and data parallel, headless",
         test="test_nodes.py::test_tensor_parallel_over_two_nodes",
         note="with `titan-bridge serve` a node that ends takes the others with it",
@@ -161,7 +166,8 @@ REFUSED = (
         said="pipeline_parallel_size=2 is not supported with model_impl='torchtitan'",
     ),
     Refused(
-        name="LoRA", options={"enable_lora": True}, said="LoRA is not supported with model_impl='torchtitan'",
+        name="LoRA with `fully_sharded_loras`", options={"enable_lora": True, "fully_sharded_loras": True},
+        said="fully_sharded_loras is not supported with model_impl='torchtitan'",
     ),
     Refused(
         name="vLLM's quantized kernels", options={"quantization": "fp8"},

@@ -206,11 +206,17 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     steps = run / "checkpoint"
     moe = str(make_checkpoint(tmp_path / "moe", "qwen3_moe", tokenizer=False))
     llama = str(make_checkpoint(tmp_path / "llama3", "llama3", tokenizer=False))
+    narrow = str(make_checkpoint(tmp_path / "narrow", "deepseek_v3", tokenizer=False))
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
+    wide = str(make_checkpoint(tmp_path / "wide", "deepseek_v3", tokenizer=False, **latent))
+    sharded = {"additional_config": {"titan": {"dense": "shard"}}}
     classifier = {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 2}
     speculation = {"model": str(model), "num_speculative_tokens": 2}
     longer = {"max_position_embeddings": 8192}
     cases: list[tuple[dict[str, Any], str]] = [
         *((filled(each.options, str(model)), each.said) for each in REFUSED),
+        ({"model": moe, "enable_lora": True, "data_parallel_size": 2, **sharded},
+         "LoRA with additional_config.titan.dense = 'shard' is not supported with model_impl='torchtitan'"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel is set, but"),
         ({}, f"taken: {model} as {model}, {{}}, titan"),
         ({"model": str(run)}, f"taken: {steps} as {run}, {{'titan': {{'step': 2}}}}, titan"),
@@ -224,6 +230,11 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
             {"model": f"{steps}/step-1", "additional_config": {"titan": {"step": 2}}},
             "step-1 is one step, and step 2 is asked for",
         ),
+        ({"additional_config": {"titan": {"mla": "latent"}}}, "mla = 'latent' needs attention with latents"),
+        ({"model": narrow, "additional_config": {"titan": {"mla": "latent"}}},
+         "kv_lora_rank=32 and qk_rope_head_dim=16 have no kernel in vLLM's latent attention on CPUs"),
+        ({"model": wide, "data_parallel_size": 2, "additional_config": {"titan": {"mla": "latent", "dense": "shard"}}},
+         "mla = 'latent' derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"),
         ({"model": folder_with(model, tmp_path / "head", config=classifier)},
          "architecture Qwen3ForSequenceClassification is not supported"),
         ({"model": llama, "speculative_config": {"method": "eagle", **speculation, "model": llama}},

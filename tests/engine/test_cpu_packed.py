@@ -18,14 +18,13 @@ from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.files import bytes_of
 from titan_bridge.engine.cpu.packed import (
-    PackedExperts,
     PackedFeedForward,
     PackedLinear,
     PackedQKV,
     _joined,
-    combine,
     use_packed_weights,
 )
+from titan_bridge.engine.cpu.packed_experts import PackedExperts, combine, pack_experts
 from titan_bridge.engine.cpu.packing import Packing
 from titan_bridge.engine.model.moe import OwnExpertsDispatcher, ServedExperts
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
@@ -289,6 +288,7 @@ def test_rows_of_own_experts_alone_give_the_bits_of_torchtitan(tokens: int, firs
     routed = RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher).build()
     for parameter in routed.to(torch.bfloat16).parameters():
         nn.init.normal_(parameter, std=0.1)
+    pack_experts(routed.inner_experts, isa="vec", once=True)  # a product for each expert, on any processor
     _packed(routed, keep=False)
     if first is not None:
         routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=first, count=count)

@@ -59,7 +59,7 @@ def tell(path: str, generations: int) -> None:
 
 
 def run(path: str, generations: int) -> None:
-    processes = forking.process_context()
+    processes = forking.process_context(upstream.share_fork_server)
     assert processes is not None
     child = processes.Process(target=tell, args=(path, generations))
     child.start()
@@ -91,7 +91,7 @@ def test_a_process_is_born_with_what_a_new_one_takes_from_its_parent(
 def test_threads_that_are_spread_over_cores_need_a_new_process(
     server: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processes = forking.process_context()
+    processes = forking.process_context(upstream.share_fork_server)
     assert processes is not None
     for cores, kind in (("0 1", context.SpawnProcess), ("0", context.ForkServerProcess)):
         monkeypatch.setenv("GOMP_CPU_AFFINITY", cores)
@@ -104,17 +104,17 @@ def test_what_only_a_new_process_notices_starts_a_new_server(
     forking.start()
     assert forking.server_pid() == server
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    assert forking.process_context() is None
+    assert forking.process_context(upstream.share_fork_server) is None
     forking.start()
     assert forking.server_pid() != server
-    assert forking.process_context() is not None
+    assert forking.process_context(upstream.share_fork_server) is not None
 
 
 def test_asked_for_new_processes_no_server_runs(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(forking.METHOD, "spawn")
     forking.start()
     assert forking.server_pid() is None
-    assert forking.process_context() is None
+    assert forking.process_context(upstream.share_fork_server) is None
     assert server not in descendants()
 
 

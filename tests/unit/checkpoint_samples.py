@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.execute import Executor
@@ -32,6 +33,12 @@ def options(source: Path, target: Path, **more) -> Options:
 def contents(path: Path) -> dict[str, torch.Tensor]:
     with open_checkpoint(path) as checkpoint:
         return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def of_rank(directory: Path, rank: int) -> dict[str, torch.Tensor]:
+    """What a rank's engine files hold, as the safetensors library reads them."""
+    files = json.loads((directory / "engine.json").read_text())["ranks"][rank]
+    return {name: tensor for file in files for name, tensor in load_file(directory / file).items()}
 
 
 def assert_equal(one: Path, other: Path) -> None:
@@ -60,14 +67,14 @@ class Killed(BaseException):
     pass
 
 
-def stop_after(monkeypatch, parts: int) -> None:
-    """The run dies in the middle of a part, after this many were finished."""
+def stop_after(monkeypatch, files: int) -> None:
+    """The run dies in the middle of a file, after this many were finished."""
     real = Executor._write_strip
     finished: set[str] = set()
 
     def write(self, opened, strip):
-        finished.add(opened.part.name)
-        if len(finished) > parts:
+        finished.add(opened.file.name)
+        if len(finished) > files:
             raise Killed
         real(self, opened, strip)
 

@@ -11,8 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from tests.unit.checkpoint_samples import SMALL, contents
-from titan_bridge.checkpoint.engine_files import map_rank
+from tests.unit.checkpoint_samples import SMALL, contents, of_rank
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
 from titan_bridge.checks import weights_fit
@@ -66,7 +65,7 @@ def test_an_expert_bias_reaches_the_engine_and_comes_back(hf, tmp_path, sizes):
     assert outcome.lost == {}
     assert json.loads((tmp_path / "engine/config.json").read_text())["dtype"] == "bfloat16"
     for rank in range(len(Layout.read(tmp_path / "engine/layout.json").ranks)):
-        held = dict(map_rank(tmp_path / "engine", rank))
+        held = of_rank(tmp_path / "engine", rank)
         for name in biases:
             assert held[name].dtype == torch.float32
             assert torch.equal(held[name], state[name])

@@ -16,6 +16,7 @@ from titan_bridge.checkpoint.files import FilePool, inside
 from titan_bridge.checkpoint.target import rows_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.moves import Window
 
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)
 
@@ -47,7 +48,9 @@ def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, sh
     box = data.draw(boxes(shape))
     order = data.draw(st.permutations(range(len(shape))))
     expected = tensor[box.slices].permute(order)
-    window = (tuple(expected.shape), tuple(expected.stride()), expected.storage_offset())
+    window = Window(
+        size=tuple(expected.shape), stride=tuple(expected.stride()), offset=expected.storage_offset()
+    )
     pool = FilePool()
     with pytest.MonkeyPatch.context() as patch:
         # Small limits, so that windows are cut in every way, and a kernel that does not know the advice.
@@ -104,7 +107,7 @@ def test_a_file_that_ends_early_is_an_error(tmp_path):
 
 def test_a_file_that_ends_between_runs_is_an_error(tmp_path):
     (tmp_path / "f").write_bytes(bytes(4 * 10 - 3))
-    window = ((4, 5), (10, 1), 5)  # the right half of [4, 10]
+    window = Window(size=(4, 5), stride=(10, 1), offset=5)  # the right half of [4, 10]
     with pytest.raises(BridgeError, match="ends at byte 37; 40 were expected: truncated"):
         FilePool().fetch(tmp_path / "f", 0, torch.uint8, window, torch.empty(4, 5, dtype=torch.uint8))
 
@@ -121,27 +124,24 @@ def test_gaps_between_runs_are_not_read(tmp_path, dtype, monkeypatch):
 
     itself = -read_by_the_process() + read_by_the_process()
     before = read_by_the_process()
-    pool.fetch(tmp_path / "f", 0, torch.bfloat16, ((64, 256), (1024, 1), 256), out)
+    pool.fetch(tmp_path / "f", 0, torch.bfloat16, Window(size=(64, 256), stride=(1024, 1), offset=256), out)
     told = read_by_the_process() - before - itself
     assert abs(told - pool.bytes_read) < 16  # the file of counters is longer when a number gets another digit
     assert pool.bytes_read == whole.nbytes // 4
     assert torch.equal(out, whole[:, 256:512].to(dtype))
 
 
-@pytest.mark.parametrize("columns", [1024, 16384])  # runs closer than a page, and farther apart
-@pytest.mark.parametrize(("limit", "count"), [("SCRATCH_BYTES", 100_000), ("SPAN_BYTES", 200_000)])
-def test_runs_that_lie_near_each_other_are_mapped_a_part_at_a_time(
-    tmp_path, columns, limit, count, monkeypatch
-):
+@pytest.mark.parametrize("columns", [1024, 8192])  # runs closer than a page, and farther apart
+def test_runs_that_lie_near_each_other_are_mapped_a_part_at_a_time(tmp_path, columns, monkeypatch):
     seen, real = [], mmap.mmap
-    monkeypatch.setattr(files, limit, count)
+    monkeypatch.setattr(files, "SPAN_BYTES", 200_000)
     monkeypatch.setattr(
         files.mmap, "mmap", lambda fd, length, **how: seen.append(length) or real(fd, length, **how)
     )
     whole = torch.randn(256, columns).to(torch.bfloat16)
     (tmp_path / "f").write_bytes(b"12" + bytes(files.bytes_of(whole)))
     out, pool = torch.empty(256, columns // 2, dtype=torch.bfloat16), FilePool()
-    window = ((256, columns // 2), (columns, 1), columns // 2)
+    window = Window(size=(256, columns // 2), stride=(columns, 1), offset=columns // 2)
     pool.fetch(tmp_path / "f", 2, torch.bfloat16, window, out)
     assert torch.equal(out, whole[:, columns // 2 :])
     assert pool.bytes_read == whole.nbytes // 2

@@ -21,12 +21,14 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.archive import Archive, locate
+from titan_bridge.checkpoint.checkpoint import Blob
 from titan_bridge.checkpoint.dcp import METADATA
-from titan_bridge.checkpoint.dcp_metadata import Written, write_metadata
+from titan_bridge.checkpoint.dcp_metadata import write_metadata
 from titan_bridge.checkpoint.files import bytes_of
 from titan_bridge.checkpoint.safetensors import header_bytes, read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 DTYPES = [
     torch.float32,
@@ -157,21 +159,22 @@ def test_a_model_under_its_own_key_loses_the_prefix(tmp_path):
         assert list(checkpoint.tensors) == ["a.b"]
 
 
+def described(name: str, shape: tuple[int, ...], dtype: torch.dtype, *chunks: Chunk) -> TensorMetadata:
+    return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=chunks)
+
+
 def test_metadata_that_we_write_is_read_by_dcp(tmp_path):
     tensor = torch.randn(6, 4)
-    data, written = b"", []
+    data, chunks = b"", []
     for rows in ((0, 2), (2, 6)):
         chunk = tensor[rows[0] : rows[1]]
         archive, raw = Archive(tuple(chunk.shape), chunk.dtype), bytes(bytes_of(chunk.contiguous()))
-        box = Box(start=(rows[0], 0), stop=(rows[1], 4))
-        for name in ("a", "tied.a"):
-            written.append(
-                Written(fqn=name, file="__0_0.distcp", offset=len(data), length=archive.total_bytes, box=box)
-            )
+        box, length = Box(start=(rows[0], 0), stop=(rows[1], 4)), archive.total_bytes
+        chunks.append(Chunk(owner=Path("__0_0.distcp"), offset=len(data), archive=length, box=box))
         data += archive.head(zlib.crc32(raw)) + raw + archive.tail(zlib.crc32(raw))
     (tmp_path / "__0_0.distcp").write_bytes(data)
-    shapes = dict.fromkeys(("a", "tied.a"), ((6, 4), torch.float32))
-    write_metadata(tmp_path / METADATA, shapes, written, {})
+    stored = described("a", (6, 4), torch.float32, *chunks)
+    write_metadata(tmp_path / METADATA, {"a": stored, "tied.a": stored}, {}, {})
     state = {"a": torch.zeros(6, 4), "tied.a": torch.zeros(6, 4)}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(state["a"], tensor)
@@ -180,12 +183,12 @@ def test_metadata_that_we_write_is_read_by_dcp(tmp_path):
 
 def test_metadata_that_we_write_is_what_dcp_would_write(tmp_path):
     box = Box(start=(2, 0), stop=(6, 4))
-    written = [
-        Written(fqn="a", file="__0_0.distcp", offset=7, length=9, box=box),
-        Written(fqn="optimizer.step", file="__1_0.distcp", offset=0, length=5, box=None),
-    ]
+    stored = described(
+        "a", (6, 4), torch.bfloat16, Chunk(owner=Path("__0_0.distcp"), offset=7, archive=9, box=box)
+    )
+    blobs = {"optimizer.step": Blob(path=Path("__1_0.distcp"), offset=0, length=5)}
     paths = {"optimizer.step": ("optimizer", "step")}
-    write_metadata(tmp_path / METADATA, {"a": ((6, 4), torch.bfloat16)}, written, paths)
+    write_metadata(tmp_path / METADATA, {"a": stored}, blobs, paths)
     start, size = torch.Size(box.start), torch.Size(box.shape)
     theirs = metadata.Metadata(
         state_dict_metadata={
@@ -239,8 +242,8 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(tmp_path, how, padding):
 @pytest.mark.parametrize("file", ["../secret", "/etc/passwd"])
 def test_places_outside_the_directory_are_refused(tmp_path, file):
     box = Box(start=(0,), stop=(2,))
-    written = [Written(fqn="a", file=file, offset=0, length=9, box=box)]
-    write_metadata(tmp_path / METADATA, {"a": ((2,), torch.float32)}, written, {})
+    stored = described("a", (2,), torch.float32, Chunk(owner=Path(file), archive=9, box=box))
+    write_metadata(tmp_path / METADATA, {"a": stored}, {}, {})
     with pytest.raises(BridgeError, match="refused"):
         open_checkpoint(tmp_path)
 
@@ -259,11 +262,15 @@ def test_chunks_must_cover_their_tensor_once(tmp_path):
         ([((0,), (3,)), ((2,), (4,))], "overlap"),
         ([((0,), (9,))], "outside"),
     ):
-        written = [
-            Written(fqn="a", file="f", offset=0, length=9, box=Box(start=start, stop=stop))
+        chunks = [
+            metadata.ChunkStorageMetadata(offsets=torch.Size(start), sizes=torch.Size((stop[0] - start[0],)))
             for start, stop in boxes
         ]
-        write_metadata(tmp_path / METADATA, {"a": ((4,), torch.float32)}, written, {})
+        entry = metadata.TensorStorageMetadata(metadata.TensorProperties(), torch.Size((4,)), chunks)
+        place = filesystem._StorageInfo("f", 0, 9)
+        places = {metadata.MetadataIndex("a", chunk.offsets): place for chunk in chunks}
+        data = metadata.Metadata(state_dict_metadata={"a": entry}, storage_data=places)
+        (tmp_path / METADATA).write_bytes(pickle.dumps(data))
         with pytest.raises(BridgeError, match=what):
             open_checkpoint(tmp_path)
 

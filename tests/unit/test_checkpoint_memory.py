@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from titan_bridge.checkpoint.engine_files import LAYOUT
-from titan_bridge.checkpoint.strips import STRIP_BYTES
+from titan_bridge.checkpoint.target import STRIP_BYTES
 from titan_bridge.testing import make_checkpoint
 
 SHAPE = {

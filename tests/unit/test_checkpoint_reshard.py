@@ -18,8 +18,8 @@ from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.models.qwen3 import model_registry
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
-from titan_bridge.checkpoint import open_checkpoint
-from titan_bridge.checkpoint.engine_files import map_rank
+from tests.unit.checkpoint_samples import of_rank
+from titan_bridge.checkpoint import open_checkpoint, target
 from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import family_for, family_of, load_hf_config
@@ -216,7 +216,7 @@ def test_engine_files_are_the_local_shards(made, tmp_path, kind, dp, tp, ep, den
         view.write(whole[view.fqn], values[view.name])
     assert layout.ranks == tuple(range(dp * tp))
     for rank in layout.ranks:
-        mapped = dict(map_rank(tmp_path / "engine", rank))
+        mapped = of_rank(tmp_path / "engine", rank)
         assert mapped.keys() == layout.params.keys()
         for fqn, tensor in mapped.items():
             expected = torch.zeros(layout.local_shape(fqn, rank))
@@ -257,11 +257,9 @@ def test_a_small_strip_gives_the_same_files(made, tmp_path, monkeypatch):
     source = made("qwen3_moe")
     reshard(source, tmp_path / "a", "dcp")
     reshard(tmp_path / "a", tmp_path / "b", "engine", dp=2, tp=2, ep=4)
-    import titan_bridge.checkpoint.strips as strips
-
-    monkeypatch.setattr(strips.strips_of, "__defaults__", (100,))
+    monkeypatch.setattr(target, "STRIP_BYTES", 100)
     job = prepare(Options(source=source, target=tmp_path / "c", to="dcp", workers=3))
-    assert sum(map(len, job.strips.values())) > 1000
+    assert sum(map(len, job.target.strips.values())) > 1000
     job.run()
     reshard(tmp_path / "c", tmp_path / "d", "engine", dp=2, tp=2, ep=4, workers=3)
     for one, other in (("a", "c"), ("b", "d")):

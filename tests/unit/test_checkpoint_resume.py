@@ -36,7 +36,7 @@ def test_a_part_that_verify_found_bad_is_written_again(source, dcp_source, tmp_p
     real = Staging.finish
 
     def damage(self, result, rank, *, fsync):
-        if "__0_1.distcp" in result.spans:
+        if result.file == "__0_1.distcp":
             flip(self.path / ("__0_1.distcp" + PART))
         real(self, result, rank, fsync=fsync)
 
@@ -44,7 +44,7 @@ def test_a_part_that_verify_found_bad_is_written_again(source, dcp_source, tmp_p
         patch.setattr(Staging, "finish", damage)
         with pytest.raises(BridgeError, match=r"__0_1\.distcp.* not what was written.*--resume"):
             prepare(options(source, target, verify=True)).run()
-    parts = len(prepare(options(source, target)).target.parts)
+    parts = len(prepare(options(source, target)).target.files)
     assert prepare(options(source, target, resume=True)).run().resumed_parts == parts - 1
     assert_equal(target, dcp_source)
 
@@ -89,9 +89,9 @@ JOURNALS = {
         b"9" * 9000 + b"\n" + journal.read_bytes()
     ),
     "nan is a list": json_lines(lambda data: data.update(nan=[1])),
-    "spans is a list": json_lines(lambda data: data.update(spans=[1, 2])),
-    "no span": json_lines(lambda data: data.update(spans={file: [] for file in data["spans"]})),
-    "no file": json_lines(lambda data: data.update(spans={})),
+    "the CRC is a list": json_lines(lambda data: data.update(crc=[1, 2])),
+    "another CRC": json_lines(lambda data: data.update(crc=data["crc"] ^ 1)),
+    "no file": json_lines(lambda data: data.pop("file")),
     "cut off": lambda journal: os.truncate(journal, journal.stat().st_size - 20),
     "empty": lambda journal: os.truncate(journal, 0),
 }

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import MESH_AXES, Sizes, check_divides, describe, describe_all, divisors, padded_vocab
+from titan_bridge.mesh import (
+    MESHES,
+    Sizes,
+    check_divides,
+    describe,
+    describe_all,
+    divisors,
+    mesh_axes,
+    padded_vocab,
+)
 from titan_bridge.models import family_for
 
 QWEN3_MOE = {
@@ -118,7 +127,7 @@ def test_names_outside_the_vocabulary_are_refused() -> None:
 
 
 def test_every_axis_of_every_mesh_has_a_size() -> None:
-    for mesh, axes in MESH_AXES.items():
+    for mesh, axes in ((name, mesh_axes(name)) for name in MESHES):
         assert describe(mesh, Sizes(dp=4, tp=2, ep=2, dp_replicate=3)).shape == tuple(
             Sizes(dp=4, tp=2, ep=2, dp_replicate=3).axis(axis) for axis in axes
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -455,6 +456,31 @@ def test_unknown_architectures_are_refused_with_the_known_ones() -> None:
         family_for({"architectures": ["MambaForCausalLM"]})
     with pytest.raises(UnsupportedModelError, match=rf"^config\.json names no architecture; {allowed}$"):
         family_for({})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("Qwen3_5ForCausalLM", "TorchTitan's qwen3_5 imports Triton kernels when it is loaded"),
+        (
+            "Qwen3_5MoeForConditionalGeneration",
+            "TorchTitan's qwen3_5 imports Triton kernels when it is loaded",
+        ),
+        ("MuseGlimmerForConditionalGeneration", "TorchTitan's muse_glimmer has a mesh axis of its own"),
+    ],
+)
+def test_what_torchtitan_has_and_cannot_be_served_is_refused_with_the_reason(architecture, reason) -> None:
+    with pytest.raises(UnsupportedModelError) as refused:
+        family_for({"architectures": [architecture]})
+    assert str(refused.value).startswith(
+        f"architecture {architecture} is not supported ({reason}); allowed: "
+    )
+
+
+def test_qwen3_5_cannot_even_be_imported() -> None:
+    """Else a forward outside of the engine could be held against transformers, as Muse Glimmer's is."""
+    with pytest.raises(ModuleNotFoundError, match="No module named 'fla'"):
+        importlib.import_module("torchtitan.models.qwen3_5")
 
 
 def test_a_vocabulary_is_never_padded_to_less() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,49 @@ def test_the_reference_computes_gated_attention(site: Path, model: Path) -> None
     print(f"max |difference| of log-probabilities: {difference:.1e}, standard deviation {spread:.1f}")
     assert difference < 2e-5
     assert spread > 0.5
+
+
+TOML = """
+[model]
+family = "gated"
+flavor = "tiny"
+[data]
+tokenizer = "bytes"
+[trainer]
+activation_checkpoint = "none"
+training = { steps = 2, seq_len = 64, local_batch_size = 4 }
+lr_scheduler.warmup_steps = 0
+"""
+TRAINED = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from tests import own_model
+from titan_bridge.reference import load_reference
+
+run, hf = map(Path, sys.argv[1:])
+(file,) = hf.glob("*.safetensors")
+ids = torch.randint(256, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+expected = own_model.logprobs(load_file(file), ids)
+print((load_reference(run).logprobs(ids) - expected).abs().max().item(), expected.std().item())
+"""
+
+
+def test_it_is_trained_by_a_flavor_that_also_reads_its_weights(site: Path, tmp_path: Path) -> None:
+    toml, out, bare, hf = (tmp_path / name for name in ("a.toml", "out", "bare", "hf"))
+    toml.write_text(TOML)
+    done = run(COMMANDS, json.dumps([["train", str(toml), "--out", str(out)]]), path=(site,))
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(out / "checkpoint/step-2", bare)  # without the config.json beside it
+    convert = ["reshard", str(bare), str(hf), "--to", "hf", "--config", "gated:tiny", "--json"]
+    done = run(COMMANDS, json.dumps([convert]), path=(site,))
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(TRAINED, out, hf, path=(site,))
+    assert done.returncode == 0, done.stderr
+    difference, spread = map(float, done.stdout.split())
+    assert difference < 2e-5
+    assert spread > 0.05
 
 
 REGISTER = """
@@ -206,9 +250,16 @@ def said(name):
     except UnsupportedModelError as error:
         return str(error)
 
+import contextlib, io
+from titan_bridge import cli
+said_by_doctor = io.StringIO()
+with contextlib.redirect_stdout(said_by_doctor):
+    cli.main(["doctor", "--json"])
+findings = json.loads(said_by_doctor.getvalue())["findings"]
+
 layouts = [len(layout(load_hf_config(path), Sizes(tp=2)).params) for path in sys.argv[1:]]
 names = ("GatedForCausalLM", "Mine", "LlamaForCausalLM", "Unknown")
-print(json.dumps([layouts, *map(said, names)]))
+print(json.dumps([findings, layouts, *map(said, names)]))
 """
 
 
@@ -224,7 +275,7 @@ def test_packages_with_mistakes_are_named_and_stop_no_other(site: Path, model: P
 
     done = run(OTHERS, qwen3, model, path=(site, tmp_path))
     assert done.returncode == 0, done.stderr
-    layouts, gated, mine, llama, unknown = json.loads(done.stdout)
+    findings, layouts, gated, mine, llama, unknown = json.loads(done.stdout)
     assert all(layouts)
     assert gated == "gated"
     for name, (_, reason) in WRONG.items():
@@ -237,3 +288,17 @@ def test_packages_with_mistakes_are_named_and_stop_no_other(site: Path, model: P
         "entry point twin = 'wrong_twin:FAMILY' of two; remove one"
     )
     assert "adapters of family 'own' cannot be used: ImportError('no kernels')" in done.stderr
+
+    told = {name: [found["value"] for found in findings if found["name"] == name] for name in
+            ("family", "family gated", "family qwen3")}  # fmt: skip
+    point = "entry point gated = 'gated_model.family:FAMILY' of gated-model"
+    assert told["family gated"] == [f"GatedForCausalLM, from {point}"]
+    assert told["family qwen3"] == ["Qwen3ForCausalLM, Qwen3MoeForCausalLM, from titan_bridge"]
+    reasons = {name: reason for name, (_, reason) in WRONG.items()} | {
+        "adapters": "adapters() fails: ImportError: no kernels"
+    }
+    for name, reason in reasons.items():
+        start = f"entry point {name} = 'wrong_{name}:FAMILY' of two cannot be used: {reason}"
+        assert [value for value in told["family"] if value.startswith(start)], name
+    assert llama.removesuffix("; remove one") in told["family"]
+    assert len(told["family"]) == len(reasons) + 1

@@ -22,7 +22,7 @@ from torchtitan.models.common.decoder import Decoder
 
 from titan_bridge.engine.model.fsdp import shard_dense
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import MESH_AXES, Sizes, describe, get_device_meshes, to_parallel_dims
+from titan_bridge.mesh import Sizes, describe, get_device_meshes, mesh_axes, to_parallel_dims
 from titan_bridge.model_layout import ParamSpec, as_layout, specs, stated_dtype
 from titan_bridge.models import families, family_for
 from titan_bridge.models.adapters import use_plain_attention
@@ -149,7 +149,7 @@ def test_sharded_specs_are_the_placements_of_fully_shard_on_top_of_parallelize(
             axes = dict(zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True))
             made = tuple(
                 axes.get(axis, Replicate()) if sizes.axis(axis) > 1 else Replicate()
-                for axis in MESH_AXES[entry.spec.mesh]
+                for axis in mesh_axes(entry.spec.mesh)
             )
             assert entry.spec.placements == made, fqn
             assert entry.shape == tuple(parameter.shape), fqn

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.sharding_samples import tensor, whole
 from titan_bridge.sharding import Layout, MeshLayout, ParamLayout, ShardingSpec, placement_from_str
 from titan_bridge.sharding.balance import deal, fill
-from titan_bridge.sharding.holders import Held, MeshHolders
 from titan_bridge.sharding.plan import plan
+from titan_bridge.sharding.tensors import OnMesh
 
 
 @settings(max_examples=300, deadline=None)
@@ -89,22 +91,22 @@ def test_hsdp_senders_share_the_work(replicas, dp, tp):
 
 def test_replicas_make_up_for_what_only_one_can_send():
     """Ranks 0 and 1 alone have `a`; `b` is on all four: 2 and 3 send it."""
-    alone = MeshHolders(mesh=MeshLayout.make(("s",), (2,)), placements=spec("m", "S(0)").placements)
-    shared = MeshHolders(mesh=MeshLayout.make(("r",), (4,)), placements=spec("m", "R").placements)
+    alone = OnMesh(mesh=MeshLayout.make(("s",), (2,)), placements=spec("m", "S(0)").placements)
+    shared = OnMesh(mesh=MeshLayout.make(("r",), (4,)), placements=spec("m", "R").placements)
     source = [
-        Held(name="a", shape=(8,), dtype="float32", by=alone),
-        *(Held(name=f"b{i}", shape=(2,), dtype="float32", by=shared) for i in range(4)),
+        tensor(name="a", shape=(8,), dtype=torch.float32, by=alone),
+        *(tensor(name=f"b{i}", shape=(2,), dtype=torch.float32, by=shared) for i in range(4)),
     ]
-    destination = [Held.whole(held.name, held.shape, held.dtype, "f") for held in source]
+    destination = [whole(held.name, held.shape, held.dtype, "f") for held in source]
     assert plan(source, destination).sent == {0: 16, 1: 16, 2: 16, 3: 16}
 
 
 def test_a_rank_that_is_its_own_source_sends_nothing_to_itself():
     mesh = MeshLayout.make(("dp_replicate", "tp"), (2, 2))
-    by = MeshHolders(mesh=mesh, placements=spec("m", "R", "S(0)").placements)
-    everywhere = MeshHolders(mesh=mesh, placements=spec("m", "R", "R").placements)
-    source = [Held(name="w", shape=(8, 2), dtype="float32", by=by)]
-    destination = [Held(name="w", shape=(8, 2), dtype="float32", by=everywhere)]
+    by = OnMesh(mesh=mesh, placements=spec("m", "R", "S(0)").placements)
+    everywhere = OnMesh(mesh=mesh, placements=spec("m", "R", "R").placements)
+    source = [tensor(name="w", shape=(8, 2), dtype=torch.float32, by=by)]
+    destination = [tensor(name="w", shape=(8, 2), dtype=torch.float32, by=everywhere)]
     result = plan(source, destination, colocated=True)
     assert result.received == dict.fromkeys(range(4), 32)
     assert result.sent == dict.fromkeys(range(4), 32)
@@ -117,15 +119,15 @@ def test_the_floor_is_what_the_stages_weigh():
     stages = {s: MeshLayout.make(("r",), (2,), [2 * s, 2 * s + 1]) for s in range(2)}
     replicated = spec("m", "R").placements
     source = [
-        Held(
+        tensor(
             name=f"l{i}",
             shape=(4,),
-            dtype="float32",
-            by=MeshHolders(mesh=stages[i // 3], placements=replicated),
+            dtype=torch.float32,
+            by=OnMesh(mesh=stages[i // 3], placements=replicated),
         )
         for i in range(4)
     ]
-    result = plan(source, [Held.whole(held.name, held.shape, held.dtype, "a", "b") for held in source])
+    result = plan(source, [whole(held.name, held.shape, held.dtype, "a", "b") for held in source])
     assert result.sent == {0: 48, 1: 48, 2: 16, 3: 16}
     assert result.load_floor == 48
     assert result.balance == result.balance_floor == 1.5
@@ -136,11 +138,11 @@ def test_the_floor_is_what_the_stages_weigh():
 def test_no_sender_is_under_the_floor_and_loads_differ_by_one_copy(data):
     """Replicas of one mesh that can all send everything differ by no more than the largest copy."""
     replicas = data.draw(st.integers(1, 6))
-    by = MeshHolders(mesh=MeshLayout.make(("r",), (replicas,)), placements=spec("m", "R").placements)
+    by = OnMesh(mesh=MeshLayout.make(("r",), (replicas,)), placements=spec("m", "R").placements)
     sizes = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=12))
-    source = [Held(name=f"w{i}", shape=(size,), dtype="int8", by=by) for i, size in enumerate(sizes)]
+    source = [tensor(name=f"w{i}", shape=(size,), dtype=torch.int8, by=by) for i, size in enumerate(sizes)]
     files = ["a", "b", "c"][: data.draw(st.integers(1, 3))]
-    result = plan(source, [Held.whole(held.name, held.shape, held.dtype, *files) for held in source])
+    result = plan(source, [whole(held.name, held.shape, held.dtype, *files) for held in source])
     loads = result.sent.values()
     assert max(loads) >= result.load_floor
     assert max(loads) - min(loads) <= max(sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import Box, boxes_of, local_shape_of, pieces_of
+from titan_bridge.sharding import boxes as module
 from titan_bridge.sharding.boxes import factored, fsdp_is_exact
 
 
@@ -179,3 +181,37 @@ def test_factored_boxes_are_the_interval(factors: list[int], data: st.DataObject
     numbers = torch.arange(size).reshape(factors)
     found = [numbers[tuple(slice(a, b) for a, b in box)].flatten() for box in factored(start, stop, factors)]
     assert torch.cat([torch.arange(0), *found]).tolist() == list(range(start, stop))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(0, 3), st.sampled_from([1, 7, 4_000_000]))
+def test_boxes_that_meet_are_those_with_an_element_in_common(data, dims, block):
+    """Oracle: every pair, intersected. Small blocks, so that pairs are looked at in several turns."""
+    ends = st.tuples(st.integers(0, 9), st.integers(1, 4)).map(lambda span: (span[0], sum(span)))
+    lists = [data.draw(st.lists(st.tuples(*[ends] * dims), max_size=12)) for _ in range(2)]
+    boxes = [
+        [Box(start=tuple(a for a, _ in box), stop=tuple(b for _, b in box)) for box in one] for one in lists
+    ]
+    arrays = [
+        tuple(
+            np.array([getattr(box, end) for box in one], dtype=np.int64).reshape(len(one), dims)
+            for end in ("start", "stop")
+        )
+        for one in boxes
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", block)
+        found = sorted(zip(*(index.tolist() for index in module.meeting(*arrays)), strict=True))
+    expected = [
+        (i, j) for i, a in enumerate(boxes[0]) for j, b in enumerate(boxes[1]) if a.intersect(b) is not None
+    ]
+    assert found == expected
+
+
+def test_columns_that_meet_are_found_in_one_sweep():
+    """20,000 columns of one row each: every pair would take minutes and 400 MB of memory."""
+    columns = np.arange(20_000, dtype=np.int64)
+    start = np.column_stack([np.zeros_like(columns), columns])
+    i, j = module.meeting((start, start + 1), (start, start + 1))
+    assert (i == j).all()
+    assert len(i) == len(columns)

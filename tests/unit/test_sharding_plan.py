@@ -10,27 +10,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.sharding_samples import chunked, tensor, whole
 from tests.unit.test_sharding_boxes import shardings
 from tests.unit.test_sharding_view import views
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import Box, Layout, MeshLayout, ParamLayout, ShardingSpec, View, placement_from_str
 from titan_bridge.sharding.boxes import boxes_of, local_shape_of, pieces_of
-from titan_bridge.sharding.holders import BoxHolders, Held, MeshHolders
+from titan_bridge.sharding.layout import torch_dtype
 from titan_bridge.sharding.plan import Plan, plan
+from titan_bridge.sharding.tensors import OnMesh, TensorMetadata
 
 
-def local_tensors(held: Held, full: torch.Tensor | None) -> dict:
+def local_tensors(held: TensorMetadata, full: torch.Tensor | None) -> dict:
     """(holder, chunk) to local tensor: cut from `full`, or filled with -1."""
     result = {}
-    if isinstance(held.by, BoxHolders):
-        for chunk, (holder, box) in enumerate(held.by.chunks):
-            result[holder, chunk] = (
+    if held.on is None:
+        for chunk, part in enumerate(held.chunks):
+            box = part.box
+            result[part.owner, chunk] = (
                 torch.full(box.shape, -1) if full is None else full[box.slices].contiguous().clone()
             )
         return result
-    mesh = held.by.mesh
+    mesh = held.on.mesh
     for rank in mesh.ranks:
-        arguments = (held.by.placements, held.shape, mesh.shape, mesh.coordinate(rank))
+        arguments = (held.on.placements, held.shape, mesh.shape, mesh.coordinate(rank))
         local = torch.full(local_shape_of(*arguments), -1)
         if full is not None:
             for piece in pieces_of(*arguments):
@@ -60,7 +63,11 @@ def execute(result: Plan, sources: dict, destinations: dict) -> tuple[dict, dict
 
 
 def check(
-    source: list[Held], destination: list[Held], full: dict, colocated: bool = False, **options
+    source: list[TensorMetadata],
+    destination: list[TensorMetadata],
+    full: dict,
+    colocated: bool = False,
+    **options,
 ) -> Plan:
     """The oracle. `full` has the global tensor of every name, on both sides."""
     result = plan(source, destination, colocated=colocated, **options)
@@ -79,7 +86,7 @@ def check(
     for holder, received in result.received.items():
         assert received == sum(n for (_, b), n in moved.items() if b == holder)
     matrix = result.traffic()
-    index = {holder: i for i, holder in enumerate(result.holders)}
+    index = {holder: i for i, holder in enumerate(result.owners)}
     assert {
         (a, b): int(matrix[index[a], index[b]]) for a in index for b in index if matrix[index[a], index[b]]
     } == moved
@@ -88,21 +95,21 @@ def check(
     return result
 
 
-def held_elements(held: Held, holder) -> torch.Tensor:
+def held_elements(held: TensorMetadata, holder) -> torch.Tensor:
     """Which elements of the global tensor a holder has."""
     has = torch.zeros(held.shape, dtype=torch.bool)
-    if isinstance(held.by, BoxHolders):
-        boxes = [box for who, box in held.by.chunks if who == holder]
+    if held.on is None:
+        boxes = [chunk.box for chunk in held.chunks if chunk.owner == holder]
     else:
-        mesh = held.by.mesh
+        mesh = held.on.mesh
         coordinate = mesh.coordinate(holder) if isinstance(holder, int) else None
-        boxes = [] if coordinate is None else boxes_of(held.by.placements, held.shape, mesh.shape, coordinate)
+        boxes = [] if coordinate is None else boxes_of(held.on.placements, held.shape, mesh.shape, coordinate)
     for box in boxes:
         has[box.slices] = True
     return has
 
 
-def lower_bound(source: list[Held], destination: list[Held], colocated: bool) -> int:
+def lower_bound(source: list[TensorMetadata], destination: list[TensorMetadata], colocated: bool) -> int:
     """Bytes lacking, element by element (for tensors with the same name on both sides; else everything)."""
     sources = {held.name: held for held in source}
     total = 0
@@ -111,19 +118,16 @@ def lower_bound(source: list[Held], destination: list[Held], colocated: bool) ->
             total += local.numel() * 8
             if colocated and held.name in sources:
                 chunks = [held]
-                if isinstance(held.by, BoxHolders):
-                    chunks = [h for h in split_chunks(held) if h.by.chunks[0][0] == holder]
-                    chunks = [h for h in chunks if h.by.chunks[0][1].shape == local.shape][:1]
+                if held.on is None:
+                    chunks = [h for h in split_chunks(held) if h.chunks[0].owner == holder]
+                    chunks = [h for h in chunks if h.chunks[0].box.shape == local.shape][:1]
                 mine = held_elements(sources[held.name], holder) & held_elements(chunks[0], holder)
                 total -= int(mine.sum()) * 8
     return total
 
 
-def split_chunks(held: Held) -> list[Held]:
-    return [
-        Held(name=held.name, shape=held.shape, dtype=held.dtype, by=BoxHolders(chunks=(c,)))
-        for c in held.by.chunks
-    ]
+def split_chunks(held: TensorMetadata) -> list[TensorMetadata]:
+    return [tensor(name=held.name, shape=held.shape, dtype=held.dtype, by=(c,)) for c in held.chunks]
 
 
 def numbered(shape) -> torch.Tensor:
@@ -135,7 +139,7 @@ def meshes_and_placements(draw, shape, max_ranks=12, world=20):
     placements, _, mesh_shape = draw(shardings(max_ranks=max_ranks).filter(lambda s: fits(s[0], shape)))
     mesh = MeshLayout.make([f"a{i}" for i in range(len(mesh_shape))], mesh_shape)
     ranks = draw(st.permutations(range(world)))[: len(mesh.ranks)]
-    return MeshHolders(mesh=MeshLayout.make(mesh.axes, mesh.shape, ranks), placements=placements)
+    return OnMesh(mesh=MeshLayout.make(mesh.axes, mesh.shape, ranks), placements=placements)
 
 
 def fits(placements, shape) -> bool:
@@ -148,8 +152,8 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
 @settings(max_examples=300, deadline=None)
 @given(st.data(), shapes, st.booleans())
 def test_any_placements_to_any_placements(data, shape, colocated):
-    source = Held(name="w", shape=shape, dtype="int64", by=data.draw(meshes_and_placements(shape)))
-    destination = Held(name="w", shape=shape, dtype="int64", by=data.draw(meshes_and_placements(shape)))
+    source = tensor(name="w", shape=shape, dtype=torch.int64, by=data.draw(meshes_and_placements(shape)))
+    destination = tensor(name="w", shape=shape, dtype=torch.int64, by=data.draw(meshes_and_placements(shape)))
     check([source], [destination], {"w": numbered(shape)}, colocated)
 
 
@@ -160,10 +164,10 @@ def test_any_view_in_both_directions(data, view, to_external):
     titan = numbered(view.titan_shape)
     external = view.read(titan).contiguous()
     sides = [
-        Held(
+        tensor(
             name=n,
             shape=tuple(t.shape),
-            dtype="int64",
+            dtype=torch.int64,
             by=data.draw(meshes_and_placements(tuple(t.shape), 6)),
         )
         for n, t in (("titan", titan), ("external", external))
@@ -199,15 +203,15 @@ def chunkings(draw, shape, holders=("a", "b", 3, 4)):
         start = tuple(draw(st.integers(0, size - 1)) for size in shape)
         stop = tuple(draw(st.integers(a + 1, size)) for a, size in zip(start, shape, strict=True))
         chunks.append((draw(who), Box(start=start, stop=stop)))
-    return BoxHolders(chunks=tuple(chunks))
+    return chunked(tuple(chunks))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
 def test_chunks_to_ranks_and_back(data, shape):
-    chunks = Held(name="w", shape=shape, dtype="int64", by=data.draw(chunkings(shape)))
+    chunks = tensor(name="w", shape=shape, dtype=torch.int64, by=data.draw(chunkings(shape)))
     others = data.draw(st.one_of(meshes_and_placements(shape, 8), chunkings(shape)))
-    ranks = Held(name="w", shape=shape, dtype="int64", by=others)
+    ranks = tensor(name="w", shape=shape, dtype=torch.int64, by=others)
     full = {"w": numbered(shape)}
     check([chunks], [ranks], full)
     check([ranks], [chunks], full)
@@ -217,8 +221,12 @@ def test_chunks_to_ranks_and_back(data, shape):
 @given(st.data(), st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
 def test_chunks_that_a_rank_has_stay(data, shape):
     """Overlapping chunks of several ranks, on the ranks that want the tensor."""
-    chunks = Held(name="w", shape=shape, dtype="int64", by=data.draw(chunkings(shape, holders=(0, 1, 2, 5))))
-    ranks = Held(name="w", shape=shape, dtype="int64", by=data.draw(meshes_and_placements(shape, 6, world=6)))
+    chunks = tensor(
+        name="w", shape=shape, dtype=torch.int64, by=data.draw(chunkings(shape, holders=(0, 1, 2, 5)))
+    )
+    ranks = tensor(
+        name="w", shape=shape, dtype=torch.int64, by=data.draw(meshes_and_placements(shape, 6, world=6))
+    )
     check([chunks], [ranks], {"w": numbered(shape)}, colocated=True)
 
 
@@ -228,8 +236,12 @@ def test_chunks_seen_through_a_view(data, view):
     """A checkpoint's chunks of an external name, cut anywhere, to ranks that hold the TorchTitan tensor."""
     titan = numbered(view.titan_shape)
     full = {"titan": titan, "external": view.read(titan).contiguous()}
-    source = Held(name="titan", shape=tuple(titan.shape), dtype="int64", by=data.draw(chunkings(titan.shape)))
-    destination = Held(name="external", shape=view.shape, dtype="int64", by=data.draw(chunkings(view.shape)))
+    source = tensor(
+        name="titan", shape=tuple(titan.shape), dtype=torch.int64, by=data.draw(chunkings(titan.shape))
+    )
+    destination = tensor(
+        name="external", shape=view.shape, dtype=torch.int64, by=data.draw(chunkings(view.shape))
+    )
     check([source], [destination], full, views=[view])
 
 
@@ -275,13 +287,13 @@ def test_fused_qkv_and_experts_from_files():
     )
     full = {"wqkv": numbered((n_kv * r * hd, dim)), "w1": 1000 + numbered((experts, hidden, dim))}
     full |= {view.name: view.read(full[view.fqn]).contiguous() for view in [*fused, *grouped]}
-    files = [Held.whole(v.name, v.shape, "int64", f"file{i % 2}") for i, v in enumerate([*fused, *grouped])]
+    files = [whole(v.name, v.shape, torch.int64, f"file{i % 2}") for i, v in enumerate([*fused, *grouped])]
     ranks = [
-        Held(
+        tensor(
             name=n,
             shape=p.shape,
-            dtype=p.dtype,
-            by=MeshHolders(mesh=layout.meshes[p.spec.mesh], placements=p.spec.placements),
+            dtype=torch_dtype(p.dtype),
+            by=OnMesh(mesh=layout.meshes[p.spec.mesh], placements=p.spec.placements),
         )
         for n, p in layout.params.items()
     ]
@@ -315,16 +327,16 @@ def test_pipeline_stages_are_meshes():
 def test_boxes_are_merged():
     """Same tensor on another mesh with the same cuts: one box a rank, also through strided shards and views."""
     mesh = MeshLayout.make(("fsdp", "tp"), (2, 2))
-    by = MeshHolders(mesh=mesh, placements=spec("m", "SS(0,2)", "S(0)").placements)
-    flat = MeshHolders(mesh=MeshLayout.make(("tp",), (4,)), placements=spec("m", "S(0)").placements)
-    held = Held(name="w", shape=(16, 3), dtype="int64", by=by)
-    assert plan([held], [Held(name="w", shape=(16, 3), dtype="int64", by=flat)]).copies_count == 4
+    by = OnMesh(mesh=mesh, placements=spec("m", "SS(0,2)", "S(0)").placements)
+    flat = OnMesh(mesh=MeshLayout.make(("tp",), (4,)), placements=spec("m", "S(0)").placements)
+    held = tensor(name="w", shape=(16, 3), dtype=torch.int64, by=by)
+    assert plan([held], [tensor(name="w", shape=(16, 3), dtype=torch.int64, by=flat)]).copies_count == 4
     view = View(name="x", fqn="w", shape=(8, 3), factors=((4, 4), (3,)), index=((0, 4), (0, 2), (0, 3)))
-    whole = MeshHolders(mesh=MeshLayout.make(("tp",), (1,)), placements=spec("m", "S(0)").placements)
+    one = OnMesh(mesh=MeshLayout.make(("tp",), (1,)), placements=spec("m", "S(0)").placements)
     assert (
         plan(
-            [Held(name="w", shape=(16, 3), dtype="int64", by=whole)],
-            [Held.whole("x", (8, 3), "int64", "f")],
+            [tensor(name="w", shape=(16, 3), dtype=torch.int64, by=one)],
+            [whole("x", (8, 3), torch.int64, "f")],
             [view],
         ).copies_count
         == 1
@@ -332,17 +344,17 @@ def test_boxes_are_merged():
 
 
 def test_the_same_plan_every_time():
-    by = MeshHolders(mesh=MeshLayout.make(("r", "s"), (3, 2)), placements=spec("m", "R", "S(0)").placements)
-    source = [Held(name=f"w{i}", shape=(5 + i, 3), dtype="int64", by=by) for i in range(5)]
-    destination = [Held.whole(f"w{i}", (5 + i, 3), "int64", "a", "b") for i in range(5)]
+    by = OnMesh(mesh=MeshLayout.make(("r", "s"), (3, 2)), placements=spec("m", "R", "S(0)").placements)
+    source = [tensor(name=f"w{i}", shape=(5 + i, 3), dtype=torch.int64, by=by) for i in range(5)]
+    destination = [whole(f"w{i}", (5 + i, 3), torch.int64, "a", "b") for i in range(5)]
     first, second = (list(plan(source, destination).copies()) for _ in range(2))
     assert first == second
 
 
 def test_copies_of_one_holder():
-    by = MeshHolders(mesh=MeshLayout.make(("r", "s"), (2, 2)), placements=spec("m", "R", "S(0)").placements)
-    held = Held(name="w", shape=(6, 3), dtype="int64", by=by)
-    result = plan([held], [Held.whole("w", (6, 3), "int64", "a", "b")])
+    by = OnMesh(mesh=MeshLayout.make(("r", "s"), (2, 2)), placements=spec("m", "R", "S(0)").placements)
+    held = tensor(name="w", shape=(6, 3), dtype=torch.int64, by=by)
+    result = plan([held], [whole("w", (6, 3), torch.int64, "a", "b")])
     everything = list(result.copies())
     for source in (0, 3, None):
         for destination in ("b", None):
@@ -359,26 +371,36 @@ def refused(says, source, destination, views=(), **options):
 
 
 def test_what_is_refused():
-    w, e = Held.whole("w", (4, 2), "int64", "f"), Held.whole("e", (4, 2), "int64", "f")
+    w, e = (
+        whole("w", (4, 2), torch.int64, "f"),
+        whole("e", (4, 2), torch.int64, "f"),
+    )
     refused("w is in no source tensor.*nor does a view", [e], [w])
-    refused(r"shape \(4, 2\) in the source and \(2, 4\)", [w], [Held.whole("w", (2, 4), "int64", "g")])
+    refused(
+        r"shape \(4, 2\) in the source and \(2, 4\)",
+        [w],
+        [whole("w", (2, 4), torch.int64, "g")],
+    )
     same = View.identity("e", "w", (4, 2))
     refused("w is in no source tensor; it would be filled from e", [], [w], [same])
-    refused("needs", [Held.whole("e", (2, 4), "int64", "f")], [w], [same])
+    refused("needs", [whole("e", (2, 4), torch.int64, "f")], [w], [same])
     half = View(name="e", fqn="w", shape=(2, 2), factors=((4,), (2,)), index=((0, 2), (0, 2)))
     other = View(name="x", fqn="w", shape=(2, 2), factors=((2, 2), (2,)), index=((0, 1), (0, 2), (0, 2)))
-    part, last = Held.whole("e", (2, 2), "int64", "f"), Held.whole("x", (2, 2), "int64", "f")
+    part, last = (
+        whole("e", (2, 2), torch.int64, "f"),
+        whole("x", (2, 2), torch.int64, "f"),
+    )
     refused("4 of 8 elements come from no source tensor; its views", [part], [w], [half])
     refused("4 of 8 elements come from no source tensor; missing: x", [part], [w], [half, other])
     refused("views e and x write the same", [part, last], [w], [half, other])
     box = Box(start=(0, 0), stop=(3, 2))
     refused(
         "w: 2 elements of w are in no source",
-        [Held(name="w", shape=(4, 2), dtype="int64", by=BoxHolders(chunks=(("f", box),)))],
+        [tensor(name="w", shape=(4, 2), dtype=torch.int64, by=chunked((("f", box),)))],
         [w],
     )
     refused("w appears twice", [w, w], [w])
-    result = plan([part, e.whole("z", (1,), "int64", "f")], [w], [half], allow_missing=True)
+    result = plan([part, whole("z", (1,), torch.int64, "f")], [w], [half], allow_missing=True)
     assert result.missing == {"w": 4}
     assert result.unused == ("z",)
     assert result.bytes == 4 * 8

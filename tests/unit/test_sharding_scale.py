@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.sharding_samples import whole
 from titan_bridge.sharding import View
-from titan_bridge.sharding.holders import Held
+from titan_bridge.sharding.layout import torch_dtype
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.show import layout_table, load_of
 
@@ -47,7 +48,7 @@ def test_one_rank_reads_its_part_of_70_000_files_tensors(bench):
     files, views = [], []
     for fqn, param in layout.params.items():
         if "experts.w" not in fqn or "shared" in fqn:
-            files.append(Held.whole(fqn, param.shape, param.dtype, "dense.safetensors"))
+            files.append(whole(fqn, param.shape, torch_dtype(param.dtype), "dense.safetensors"))
             continue
         experts, *matrix = param.shape
         for e in range(experts):
@@ -59,7 +60,7 @@ def test_one_rank_reads_its_part_of_70_000_files_tensors(bench):
                 index=((e, e + 1), *((0, size) for size in matrix)),
             )
             views.append(view)
-            files.append(Held.whole(view.name, view.shape, param.dtype, f"{fqn}.safetensors"))
+            files.append(whole(view.name, view.shape, torch_dtype(param.dtype), f"{fqn}.safetensors"))
     assert len(files) > 70_000
     start = time.perf_counter()
     result = plan(files, layout, views)

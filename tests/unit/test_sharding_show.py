@@ -10,17 +10,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
+from tests.unit.sharding_samples import chunked, tensor, whole
 from tests.unit.test_sharding_boxes import shardings
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import Layout, MeshLayout, ParamLayout, ShardingSpec, placement_from_str
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.holders import BoxHolders, Held
+from titan_bridge.sharding.layout import torch_dtype
 from titan_bridge.sharding.picture import layout_figure, layout_picture, traffic_figure, traffic_picture
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.show import (
@@ -137,7 +139,10 @@ def test_human(nbytes, text):
 
 def example_plan():
     source = example()
-    return plan(source, [Held.whole(n, p.shape, p.dtype, "a", "b") for n, p in source.params.items()])
+    return plan(
+        source,
+        [whole(n, p.shape, torch_dtype(p.dtype), "a", "b") for n, p in source.params.items()],
+    )
 
 
 def test_summary_of_a_plan():
@@ -221,7 +226,7 @@ def test_dim_0_is_always_vertical_and_a_tensor_of_one_dim_is_a_strip():
 def test_a_picture_of_traffic_has_units_and_no_text_on_another(senders, receivers, file):
     count = math.lcm(senders, receivers) * 1000
     source, target = (
-        [Held(name="w", shape=(count,), dtype="int8", by=BoxHolders(chunks=tuple(
+        [tensor(name="w", shape=(count,), dtype=torch.int8, by=chunked(tuple(
             (f"{name}{i}" if name else i, Box(start=(i * count // n,), stop=((i + 1) * count // n,))) for i in range(n)
         )))]
         for n, name in ((senders, file), (receivers, ""))

@@ -5,7 +5,7 @@
 - engine files: the local shards of every rank of an inference layout, written here.
 """
 
-from titan_bridge.checkpoint.checkpoint import Checkpoint, Stored
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.open import open_checkpoint
 
-__all__ = ["Checkpoint", "Stored", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]

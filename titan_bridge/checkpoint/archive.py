@@ -1,8 +1,8 @@
 """One tensor as `torch.save` writes it: a zip archive with a small pickle and the tensor's bytes, stored plainly.
 
-DCP files are such archives one after the other. Finding the bytes takes two small reads; writing an archive takes
-the tensor's bytes in any order, and its checksum at the end. Both sides are held against `torch.load`,
-`torch.save` and `zipfile` by the tests.
+DCP files are such archives one after the other. Finding the tensor reads the directory, the small entries and their
+headers; writing an archive takes the tensor's bytes in any order, and their checksum at the end. Both sides are held
+against `torch.load`, `torch.save` and `zipfile` by the tests.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import pickle
 import reprlib
 import struct
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,8 +23,10 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 from zlib_ng import zlib_ng
 
-from titan_bridge.checkpoint.pickles import kind_of, loads, records
+from titan_bridge.checkpoint.pickles import StandIn, kind_of, loads, stand_ins
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import contiguous_stride
+from titan_bridge.sharding.moves import row_major
 
 _STORAGES = {
     torch.float64: "DoubleStorage",
@@ -39,12 +42,8 @@ _STORAGES = {
     torch.complex64: "ComplexFloatStorage",
     torch.complex128: "ComplexDoubleStorage",
 }
-_REBUILD, _REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 _LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
-_END64, _LOCATOR64 = b"PK\6\6", b"PK\6\7"
 _PREFIX, _DATA = "archive", "data/0"
-_TAIL = 4096
-"""Bytes read from the end of an archive; its directory is a few hundred."""
 _MOST_PICKLE = 1 << 20
 _PIECE_BYTES = 8 << 20
 """Read at once to be checked."""
@@ -91,11 +90,8 @@ def locate(read: Read, length: int, where: str) -> Placed:
     width, count = storage.dtype.itemsize, math.prod(shape)
     if storage.count * width != size:
         raise BridgeError(f"{where}: {size} bytes of data; {storage.count} of {storage.dtype} were expected")
-    step = 1
-    for n, s in zip(reversed(shape), reversed(stride), strict=True):
-        if count and n > 1 and s != step:
-            raise BridgeError(f"{where}: strides {stride} for {shape}; only contiguous tensors are read")
-        step *= n
+    if count and not row_major(shape, stride):
+        raise BridgeError(f"{where}: strides {stride} for {shape}; only contiguous tensors are read")
     if first + count > storage.count:
         raise BridgeError(
             f"{where}: a tensor of shape {shape} at {first} in {storage.count} elements of data"
@@ -110,25 +106,16 @@ def is_intact(read: Read, length: int, where: str) -> bool | None:
         BridgeError: No archive of stored entries.
     """
     entries = _directory(read, length, where).values()
-    if not any(entry.crc for entry in entries):
+    if not any(entry.CRC for entry in entries):
         return None
     for entry in entries:
         start, size = _span(read, length, entry, where)
         crc = 0
         for at in range(0, size, _PIECE_BYTES):
             crc = zlib_ng.crc32(read(start + at, min(_PIECE_BYTES, size - at)), crc)
-        if crc != entry.crc:
+        if crc != entry.CRC:
             return False
     return True
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A line of the zip directory."""
-
-    header: int
-    size: int
-    crc: int
 
 
 @dataclass(frozen=True)
@@ -139,7 +126,7 @@ class _Storage:
 
 
 _ALLOWED: dict[str, Any] = {
-    **records(_REBUILD, _REBUILD_PARAMETER),
+    **stand_ins("torch._utils", "_rebuild_tensor_v2", "_rebuild_parameter"),
     **{f"torch.{name}": dtype for dtype, name in _STORAGES.items()},
 }
 
@@ -158,11 +145,13 @@ def _storage(pid: Any) -> _Storage:
 
 
 def _parts(rebuilt: Any, where: str) -> tuple[_Storage, int, tuple[int, ...], tuple[int, ...]]:
-    if kind_of(rebuilt) == "_rebuild_parameter" and rebuilt.args:
-        rebuilt = rebuilt.args[0]
-    if kind_of(rebuilt) != "_rebuild_tensor_v2" or len(rebuilt.args) < 4:
+    args = vars(rebuilt).get("args", ()) if isinstance(rebuilt, StandIn) else ()
+    if kind_of(rebuilt) == "_rebuild_parameter" and args:
+        rebuilt = args[0]
+        args = vars(rebuilt).get("args", ()) if isinstance(rebuilt, StandIn) else ()
+    if kind_of(rebuilt) != "_rebuild_tensor_v2" or type(args) is not tuple or len(args) < 4:
         raise BridgeError(f"{where}: not a plain tensor")
-    storage, first, shape, stride = rebuilt.args[:4]
+    storage, first, shape, stride = args[:4]
     fine = isinstance(storage, _Storage) and _is_count(first)
     for value in (shape, stride):
         fine = fine and isinstance(value, tuple) and all(_is_count(n) for n in value)
@@ -175,70 +164,69 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
-def _directory(read: Read, length: int, where: str) -> dict[str, _Entry]:
-    """Entries by name, from the end of the archive."""
-    tail = min(length, _TAIL)
-    data = read(length - tail, tail)
-    at = data.rfind(_END)
-    if at < 0 or len(data) - at < 22:
-        raise BridgeError(f"{where}: no end of a zip archive: truncated, or not written by torch.save")
-    count, size, start = struct.unpack_from("<HII", data, at + 10)
-    if count == 0xFFFF or size == 0xFFFFFFFF or start == 0xFFFFFFFF:
-        locator = data.rfind(_LOCATOR64, 0, at)
-        (end64,) = struct.unpack_from("<Q", data, locator + 8) if locator >= 0 else (length,)
-        if end64 + 56 > length or (record := read(end64, 56))[:4] != _END64:
-            raise BridgeError(f"{where}: damaged zip archive (no 64-bit directory)")
-        count, size, start = struct.unpack_from("<QQQ", record, 32)
-    if start + size > length or size > _MOST_PICKLE or count > 10_000:
-        raise BridgeError(f"{where}: damaged zip archive (directory of {size} bytes at {start} in {length})")
-    lines, entries, at = read(start, size), {}, 0
-    for _ in range(count):
-        if len(lines) - at < 46 or lines[at : at + 4] != _CENTRAL:
-            raise BridgeError(f"{where}: damaged zip archive (directory)")
-        method, crc, packed, unpacked = struct.unpack_from("<H4xIII", lines, at + 10)
-        name_length, extra_length, comment = struct.unpack_from("<HHH", lines, at + 28)
-        (header,) = struct.unpack_from("<I", lines, at + 42)
-        name = lines[at + 46 : at + 46 + name_length].decode("utf-8", "replace")
-        extra = lines[at + 46 + name_length : at + 46 + name_length + extra_length]
-        unpacked, packed, header = _wide(extra, unpacked, packed, header)
-        if method != 0 or packed != unpacked:
+class _Within(io.RawIOBase):
+    """An archive inside a file, for `zipfile`: a place, and reads of bounded size."""
+
+    def __init__(self, read: Read, length: int) -> None:
+        self._read, self._length, self._at = read, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        if not 0 <= self._at <= self._length:
+            raise zipfile.BadZipFile(f"nothing at {self._at} of {self._length} bytes")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int | None = -1) -> bytes:
+        left = self._length - self._at
+        count = left if count is None or count < 0 else min(count, left)
+        if count > _MOST_PICKLE:
+            raise zipfile.BadZipFile(f"a directory of {count} bytes")
+        data = self._read(self._at, count)
+        self._at += count
+        return data
+
+
+def _directory(read: Read, length: int, where: str) -> dict[str, zipfile.ZipInfo]:
+    """Entries by name."""
+    try:
+        with zipfile.ZipFile(_Within(read, length)) as archive:
+            found = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise BridgeError(
+            f"{where}: no end of a zip archive, or a damaged one: truncated, or not written by torch.save ({error})"
+        ) from None
+    # A damaged directory can make the standard library fail in any way at all.
+    except (ValueError, NotImplementedError, struct.error, OverflowError) as error:
+        raise BridgeError(f"{where}: damaged zip archive ({error})") from None
+    entries = {entry.filename: entry for entry in found}
+    if len(entries) < len(found):
+        raise BridgeError(f"{where}: damaged zip archive (a name twice)")
+    for name, entry in entries.items():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise BridgeError(f"{where}: {name} is compressed; only stored entries are read")
-        if name in entries:
-            raise BridgeError(f"{where}: damaged zip archive ({name} twice)")
-        entries[name] = _Entry(header, unpacked, crc)
-        at += 46 + name_length + extra_length + comment
     return entries
 
 
-def _wide(extra: bytes, *values: int) -> list[int]:
-    """Replace the values that do not fit in 32 bits by those in the zip64 extra field, which has them in this order."""
-    result, at = list(values), 0
-    while at + 4 <= len(extra):
-        tag, size = struct.unpack_from("<HH", extra, at)
-        if tag == 1:
-            place = at + 4
-            for i, value in enumerate(values):
-                if value == 0xFFFFFFFF and place + 8 <= min(at + 4 + size, len(extra)):
-                    (result[i],) = struct.unpack_from("<Q", extra, place)
-                    place += 8
-        at += 4 + size
-    return result
-
-
-def _span(read: Read, length: int, entry: _Entry, where: str) -> tuple[int, int]:
+def _span(read: Read, length: int, entry: zipfile.ZipInfo, where: str) -> tuple[int, int]:
     """(offset, size) of an entry's bytes."""
-    if entry.header + 30 > length or (head := read(entry.header, 30))[:4] != _LOCAL:
-        raise BridgeError(f"{where}: damaged zip archive (entry at {entry.header})")
+    if entry.header_offset + 30 > length or (head := read(entry.header_offset, 30))[:4] != _LOCAL:
+        raise BridgeError(f"{where}: damaged zip archive (entry at {entry.header_offset})")
     name_length, extra_length = struct.unpack_from("<HH", head, 26)
-    start = entry.header + 30 + name_length + extra_length
-    if start + entry.size > length:
+    start = entry.header_offset + 30 + name_length + extra_length
+    if start + entry.file_size > length:
         raise BridgeError(
-            f"{where}: damaged zip archive ({entry.size} bytes at {start} in {length}): truncated?"
+            f"{where}: damaged zip archive ({entry.file_size} bytes at {start} in {length}): truncated?"
         )
-    return start, entry.size
+    return start, entry.file_size
 
 
-def _content(read: Read, length: int, entry: _Entry, where: str, most: int) -> bytes:
+def _content(read: Read, length: int, entry: zipfile.ZipInfo, where: str, most: int) -> bytes:
     start, size = _span(read, length, entry, where)
     if size > most:
         raise BridgeError(f"{where}: damaged archive (an entry of {size} bytes)")
@@ -316,7 +304,7 @@ class _Tensor:
         self._shape = shape
 
     def __reduce__(self) -> tuple[Any, ...]:
-        stride = tuple(max(1, math.prod(self._shape[d + 1 :])) for d in range(len(self._shape)))
+        stride = tuple(max(1, step) for step in contiguous_stride(self._shape))
         return _rebuild_tensor_v2, (self._reference, 0, self._shape, stride, False, OrderedDict())
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +16,9 @@ from titan_bridge.checkpoint.archive import Placed, locate
 from titan_bridge.checkpoint.files import FilePool
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.holders import BoxHolders, Held
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.moves import Copy, Window
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 Format = Literal["hf", "dcp", "engine"]
 _MOST_CUT = 8
@@ -36,53 +35,16 @@ class Blob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """A part of a tensor that lies in one file as a contiguous tensor of its own."""
-
-    path: Path
-    offset: int
-    """Bytes from the start of the file to the tensor, or to the `archive` that holds it; need not be aligned."""
-    box: Box
-    """In the global tensor."""
-    archive: int | None = None
-    """DCP: bytes of the archive of `torch.save` that holds the tensor."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """One tensor of a checkpoint."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Global shape."""
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
-    """Together they cover the tensor (checked when the checkpoint is opened)."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the global tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def held(self) -> Held:
-        """The tensor as one side of a plan; its chunks are numbered as here."""
-        chunks = tuple((str(chunk.path), chunk.box) for chunk in self.chunks)
-        return Held(
-            name=self.name, shape=self.shape, dtype=dtype_name(self.dtype), by=BoxHolders(chunks=chunks)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """An open checkpoint: headers were read and checked, weights were not. Close it, or use it in a `with`."""
 
     path: Path
     format: Format
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorMetadata]
     """Model tensors by name: Hugging Face names, or TorchTitan FQNs (engine files: those of the live model)."""
     config: Mapping[str, Any] | None = None
     """Parsed config.json, where there is one."""
-    extra_tensors: Mapping[str, Stored] = field(default_factory=dict)
+    extra_tensors: Mapping[str, TensorMetadata] = field(default_factory=dict)
     """DCP: optimizer state and whatever else is no model tensor."""
     blobs: Mapping[str, Blob] = field(default_factory=dict)
     """DCP: entries that are no tensors."""
@@ -118,18 +80,14 @@ class Checkpoint:
         """Bytes of all model tensors."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
-    def tensor(self, name: str) -> Stored:
+    def tensor(self, name: str) -> TensorMetadata:
         """One tensor, model or extra. Raises BridgeError when there is none of this name."""
         found = self.tensors.get(name) or self.extra_tensors.get(name)
         if found is None:
             raise BridgeError(f"{self.path} has no tensor {name!r} (it has {len(self.tensors)} others)")
         return found
 
-    def held(self, names: Sequence[str] | None = None) -> list[Held]:
-        """All model tensors, or those named, as one side of a plan."""
-        return [self.tensor(name).held() for name in (self.tensors if names is None else names)]
-
-    def locate(self, stored: Stored, chunk: Chunk) -> int:
+    def locate(self, stored: TensorMetadata, chunk: Chunk) -> int:
         """The byte of the chunk's file at which its tensor starts. An archive is read (its headers) the first time.
 
         Raises:
@@ -138,10 +96,17 @@ class Checkpoint:
         if chunk.archive is None:
             return chunk.offset
         where = f"{chunk.path}: {stored.name} at {chunk.box.start}"
-        key = (chunk.path, chunk.offset)
+        key, length = (chunk.path, chunk.offset), chunk.archive
         if key not in self._located:
-            headers = partial(self.pool.header, chunk.path, chunk.offset, chunk.archive, where)
-            self._located[key] = locate(headers, chunk.archive, where)
+
+            def header(offset: int, count: int) -> bytes:
+                if offset < 0 or count < 0 or offset + count > length:
+                    raise BridgeError(f"{where}: damaged archive")
+                buffer = bytearray(count)
+                self.pool.read_into(chunk.path, chunk.offset + offset, memoryview(buffer), counted=False)
+                return bytes(buffer)
+
+            self._located[key] = locate(header, length, where)
         found = self._located[key]
         if (found.dtype, found.shape) != (stored.dtype, chunk.box.shape):
             raise BridgeError(
@@ -152,16 +117,9 @@ class Checkpoint:
     def fetch(self, copy: Copy, out: torch.Tensor) -> None:
         """Execute a copy whose source is this checkpoint. `out`: the destination's window, cast to its dtype."""
         stored, chunk = self.source_of(copy)
-        window = copy.source_window
-        self.pool.fetch(
-            chunk.path,
-            self.locate(stored, chunk),
-            stored.dtype,
-            (window.size, window.stride, window.offset),
-            out,
-        )
+        self.pool.fetch(chunk.path, self.locate(stored, chunk), stored.dtype, copy.source_window, out)
 
-    def source_of(self, copy: Copy) -> tuple[Stored, Chunk]:
+    def source_of(self, copy: Copy) -> tuple[TensorMetadata, Chunk]:
         """What a copy reads."""
         stored = self.tensor(copy.source_name)
         assert copy.source_chunk is not None
@@ -176,19 +134,12 @@ class Checkpoint:
         stored = self.tensor(name)
         if not Box.whole(stored.shape).contains(box) or tuple(out.shape) != box.shape:
             raise BridgeError(f"{name}: box {box} into {tuple(out.shape)}; the tensor is {stored.shape}")
-        done = 0
-        for chunk in disjoint(stored.chunks):
-            common = chunk.box.intersect(box)
-            if common is None:
-                continue
-            stride = contiguous_stride(chunk.box.shape)
-            local = common.relative_to(chunk.box.start)
-            offset = sum(a * s for a, s in zip(local.start, stride, strict=True))
-            target = out[common.relative_to(box.start).slices]
-            start = self.locate(stored, chunk)
-            self.pool.fetch(chunk.path, start, stored.dtype, (common.shape, stride, offset), target)
-            done += common.numel
-        assert done == box.numel, f"{name}: {done} of {box.numel} elements are in its chunks"
+        # Replicas hold the same.
+        for chunk in {chunk.box: chunk for chunk in reversed(stored.chunks)}.values():
+            if (common := chunk.box.intersect(box)) is not None:
+                window = Window.of_box(common.relative_to(chunk.box.start), chunk.box.shape)
+                target = out[common.relative_to(box.start).slices]
+                self.pool.fetch(chunk.path, self.locate(stored, chunk), stored.dtype, window, target)
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor, in its own dtype."""
@@ -196,15 +147,6 @@ class Checkpoint:
         out = torch.empty(stored.shape, dtype=stored.dtype)
         self.read_into(name, Box.whole(stored.shape), out)
         return out
-
-
-def disjoint(chunks: Sequence[Chunk]) -> Iterator[Chunk]:
-    """Each distinct box once: replicas hold the same."""
-    seen: set[Box] = set()
-    for chunk in chunks:
-        if chunk.box not in seen:
-            seen.add(chunk.box)
-            yield chunk
 
 
 def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box], where: object) -> None:
@@ -235,13 +177,3 @@ def _corners(boxes: Iterable[Box], dims: Sequence[int]) -> dict[tuple[int, ...],
         for corner in itertools.product(*ends):
             counts[tuple(at for at, _ in corner)] += math.prod(sign for _, sign in corner)
     return {corner: count for corner, count in counts.items() if count}
-
-
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides in elements of a contiguous tensor."""
-    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")

@@ -7,68 +7,32 @@ beside them `optimizer`, `lr_scheduler`, `dataloader` and `train_state`. Opening
 
 from __future__ import annotations
 
+import gc
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from titan_bridge.checkpoint import pickles
-from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, Chunk, Stored, check_cover
-from titan_bridge.checkpoint.files import inside, read_bytes, size_of
+from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, check_cover
+from titan_bridge.checkpoint.dcp_metadata import read_metadata
+from titan_bridge.checkpoint.files import inside, size_of
 from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.pickles import Record, kind_of, loads, records
+from titan_bridge.checkpoint.pickles import StandIn, field, kind_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import METADATA
 from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 """Top-level entries of TorchTitan's full checkpoints that are not the model."""
 _MODEL = "model"
-_MOST_METADATA = 1 << 31
 _MOST_DIMS = 64
 _LONGEST_NAME = 4096
 
-_META = "torch.distributed.checkpoint.metadata"
-_ALLOWED: dict[str, Any] = {
-    **records(
-        *(
-            f"{_META}.{name}"
-            for name in (
-                "Metadata",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "TensorProperties",
-                "ChunkStorageMetadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        "torch.distributed.checkpoint.filesystem._StorageInfo",
-        "torch.serialization._get_layout",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib.WindowsPath",
-        "pathlib.PureWindowsPath",
-    ),
-    "torch.Size": pickles.size,
-}
-
-
-_Places = dict[str, dict[tuple[int, ...] | None, "_Place"]]
+_Places = dict[str, dict[tuple[int, ...] | None, Blob]]
 """By entry, then by offset in the tensor (None: no tensor)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where one chunk or blob lies."""
-
-    path: Path
-    offset: int
-    length: int
 
 
 def is_dcp(directory: Path) -> bool:
@@ -86,15 +50,17 @@ def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
         BridgeError: Metadata that is damaged, hostile or of another version; files that are missing, too short or
             outside the directory; chunks that do not cover their tensor.
     """
-    source = directory / METADATA
-    size = size_of(source)
-    if size > _MOST_METADATA:
-        raise BridgeError(f"{source} has {size} bytes; at most {_MOST_METADATA} are read")
-    root = loads(read_bytes(source, 0, size), _ALLOWED, where=source)
+    source, collects = directory / METADATA, gc.isenabled()
+    gc.disable()  # none of a million objects is garbage, and looking through them takes a third of the time
     try:
-        return _open(root, directory, extra=extra, most_chunks=size)
-    except BridgeError as error:
-        raise BridgeError(f"{source}: {error}") from None
+        root, size = read_metadata(source)
+        try:
+            return _open(root, directory, extra=extra, most_chunks=size)
+        except BridgeError as error:
+            raise BridgeError(f"{source}: {error}") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Checkpoint:
@@ -102,8 +68,8 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
         raise BridgeError("no DCP metadata in this pickle")
     entries, paths = _dict(root, "state_dict_metadata"), _paths(root)
     places = _places(root, directory)
-    tensors: dict[str, Stored] = {}
-    others: dict[str, Stored] = {}
+    tensors: dict[str, TensorMetadata] = {}
+    others: dict[str, TensorMetadata] = {}
     blobs: dict[str, Blob] = {}
     other: dict[str, tuple[Any, ...]] = {}
     left_out, elsewhere = 0, []
@@ -121,8 +87,7 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
             continue
         own = places.get(fqn, {})
         if kind == "BytesStorageMetadata":
-            place = _known(own, None, fqn)
-            blobs[fqn], other[fqn] = Blob(path=place.path, offset=place.offset, length=place.length), path
+            blobs[fqn], other[fqn] = _known(own, None, fqn), path
             continue
         if name in tensors:
             raise BridgeError(f"{name} appears twice")
@@ -154,9 +119,9 @@ def _model_name(path: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _paths(root: Record) -> dict[str, tuple[Any, ...]]:
+def _paths(root: StandIn) -> dict[str, tuple[Any, ...]]:
     """Where entries stand in the nested state dict."""
-    planner = root.state.get("planner_data")
+    planner = vars(root).get("planner_data")
     paths: dict[str, tuple[Any, ...]] = {}
     for fqn, path in (planner if isinstance(planner, dict) else {}).items():
         parts = path if isinstance(path, tuple) and len(path) <= _MOST_DIMS else ()
@@ -165,21 +130,21 @@ def _paths(root: Record) -> dict[str, tuple[Any, ...]]:
     return paths
 
 
-def _places(root: Record, directory: Path) -> _Places:
+def _places(root: StandIn, directory: Path) -> _Places:
     places: _Places = {}
     files: dict[str, Path] = {}
     sizes: dict[str, int] = {}
     for index, info in _dict(root, "storage_data").items():
         if kind_of(index) != "MetadataIndex" or kind_of(info) != "_StorageInfo":
             raise BridgeError("damaged storage_data")
-        fqn, offset = index.field("fqn"), index.state.get("offset")
+        fqn, offset = field(index, "fqn"), vars(index).get("offset")
         if not _is_name(fqn) or not (offset is None or _is_shape(offset)):
             raise BridgeError(f"damaged place of {reprlib.repr(fqn)}")
-        if info.state.get("transform_descriptors") if isinstance(info.state, dict) else True:
+        if vars(info).get("transform_descriptors"):
             raise BridgeError(
                 f"{fqn} was transformed when it was written (compressed?); only plain files are read"
             )
-        start, length, file = info.field("offset"), info.field("length"), info.field("relative_path")
+        start, length, file = field(info, "offset"), field(info, "length"), field(info, "relative_path")
         if not _is_shape((start, length)) or not _is_name(file):
             raise BridgeError(
                 f"{fqn} lies in {reprlib.repr(file)} at {reprlib.repr(start)}, length {reprlib.repr(length)}"
@@ -194,15 +159,15 @@ def _places(root: Record, directory: Path) -> _Places:
         own = places.setdefault(fqn, {})
         if offset in own:
             raise BridgeError(f"{fqn} at {offset} has two places")
-        own[offset] = _Place(path=files[file], offset=start, length=length)
+        own[offset] = Blob(path=files[file], offset=start, length=length)
     return places
 
 
 def _stored(
-    name: str, fqn: str, entry: Record, places: Mapping[tuple[int, ...] | None, _Place], most_chunks: int
-) -> Stored:
-    shape, listed, properties = entry.field("size"), entry.field("chunks"), entry.field("properties")
-    state = properties.state if kind_of(properties) == "TensorProperties" else None
+    name: str, fqn: str, entry: StandIn, places: Mapping[tuple[int, ...] | None, Blob], most_chunks: int
+) -> TensorMetadata:
+    shape, listed, properties = field(entry, "size"), field(entry, "chunks"), field(entry, "properties")
+    state = vars(properties).get("state") if kind_of(properties) == "TensorProperties" else None
     dtype = state[0] if isinstance(state, tuple) and state else None
     if not _is_shape(shape) or not isinstance(dtype, torch.dtype) or not isinstance(listed, list):
         raise BridgeError(f"damaged description of {fqn}")
@@ -210,28 +175,26 @@ def _stored(
         raise BridgeError(f"more chunks than {METADATA} has room for")
     chunks = []
     for chunk in listed:
-        if not isinstance(chunk, Record):
+        if not isinstance(chunk, StandIn):
             raise BridgeError(f"damaged chunk of {fqn}")
-        start, size = chunk.field("offsets"), chunk.field("sizes")
+        start, size = field(chunk, "offsets"), field(chunk, "sizes")
         if not _is_shape(start) or not _is_shape(size) or len(start) != len(size):
             raise BridgeError(f"damaged chunk of {fqn}")
         box = Box(start=start, stop=tuple(a + n for a, n in zip(start, size, strict=True)))
         place = _known(places, start, f"{fqn} at {start}")
-        chunks.append(Chunk(path=place.path, offset=place.offset, box=box, archive=place.length))
+        chunks.append(Chunk(owner=place.path, offset=place.offset, box=box, archive=place.length))
     check_cover(fqn, shape, [chunk.box for chunk in chunks], METADATA)
-    return Stored(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
+    return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 
-def _known(
-    places: Mapping[tuple[int, ...] | None, _Place], offset: tuple[int, ...] | None, what: str
-) -> _Place:
+def _known(places: Mapping[tuple[int, ...] | None, Blob], offset: tuple[int, ...] | None, what: str) -> Blob:
     if offset not in places:
         raise BridgeError(f"nothing says where {what} lies")
     return places[offset]
 
 
-def _dict(root: Record, name: str) -> dict[Any, Any]:
-    value = root.field(name)
+def _dict(root: StandIn, name: str) -> dict[Any, Any]:
+    value = field(root, name)
     if not isinstance(value, dict):
         raise BridgeError(f"{name} is no dict")
     return value

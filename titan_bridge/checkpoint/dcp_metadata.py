@@ -1,71 +1,90 @@
-"""Write DCP's `.metadata`: a pickle of dataclasses of torch.distributed.checkpoint.
+"""DCP's `.metadata`: a pickle of dataclasses of torch.distributed.checkpoint, here as stand-ins on both ways.
 
-Importing those takes a second of which a conversion needs nothing, so the pickle names them and stand-ins lend their
-fields. DCP's reader sees no difference (held by a test, object by object).
+Importing the classes takes a second of which a conversion needs nothing. DCP's reader sees no difference in what is
+written (held by a test, object by object).
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from titan_bridge.sharding.boxes import Box
+from titan_bridge.checkpoint.checkpoint import Blob
+from titan_bridge.checkpoint.files import read_bytes, size_of
+from titan_bridge.checkpoint.pickles import StandIn, loads, size, stand_ins
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.tensors import TensorMetadata
 
 _META = "torch.distributed.checkpoint.metadata"
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_CLASSES = {
+    **stand_ins(_META, "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties"),
+    **stand_ins(_META, "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    **stand_ins(_FILESYSTEM, "_StorageInfo"),
+}
+_ALLOWED = {
+    **_CLASSES,
+    **stand_ins("torch.serialization", "_get_layout"),
+    **stand_ins("pathlib", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
+    "torch.Size": size,
+}
+_MOST_BYTES = 1 << 31
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """One chunk, or one entry that is no tensor (`box` is None), as it was written."""
+def read_metadata(path: Path) -> tuple[Any, int]:
+    """The stand-in of the `Metadata` object, and the bytes of the file.
 
-    fqn: str
-    file: str
-    """Relative to the directory."""
-    offset: int
-    length: int
-    box: Box | None
+    Raises:
+        BridgeError: A pickle that is damaged, too large, or names anything that DCP does not need.
+    """
+    length = size_of(path)
+    if length > _MOST_BYTES:
+        raise BridgeError(f"{path} has {length} bytes; at most {_MOST_BYTES} are read")
+    return loads(read_bytes(path, 0, length), _ALLOWED, where=path), length
 
 
 def write_metadata(
     path: Path,
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    written: Sequence[Written],
+    tensors: Mapping[str, TensorMetadata],
+    blobs: Mapping[str, Blob],
     paths: Mapping[str, tuple[Any, ...]],
 ) -> None:
     """Write the `.metadata` file at `path`, in the classes that DCP's own reader unpickles.
 
     Args:
-        tensors: Global shape and dtype of each tensor.
-        written: Every chunk of them, in any order, and the other entries. Two names may share one place.
+        tensors: By FQN, with chunks in archives; several names may have the same chunks. Files are relative to `path`.
+        blobs: Entries that are no tensors.
         paths: Where entries stand in the nested state dict, if not at the top.
     """
-    chunks: dict[str, list[Any]] = {fqn: [] for fqn in tensors}
     entries: dict[str, Any] = {}
     places: dict[Any, Any] = {}
-    for item in written:
-        info = _StorageInfo(relative_path=item.file, offset=item.offset, length=item.length)
-        if item.box is None:
-            entries[item.fqn] = BytesStorageMetadata()
-            places[MetadataIndex(fqn=item.fqn, index=None)] = info
-            continue
-        start, size = torch.Size(item.box.start), torch.Size(item.box.shape)
-        places[MetadataIndex(fqn=item.fqn, index=len(chunks[item.fqn]), offset=start)] = info
-        chunks[item.fqn].append(ChunkStorageMetadata(offsets=start, sizes=size))
-    for fqn, (shape, dtype) in tensors.items():
-        entries[fqn] = TensorStorageMetadata(
-            properties=TensorProperties(dtype), size=torch.Size(shape), chunks=chunks[fqn]
+    contiguous = _make("_MEM_FORMAT_ENCODING", (0,))
+    for fqn, tensor in tensors.items():
+        chunks = []
+        for index, chunk in enumerate(tensor.chunks):
+            start, shape = torch.Size(chunk.box.start), torch.Size(chunk.box.shape)
+            chunks.append(_make("ChunkStorageMetadata", offsets=start, sizes=shape))
+            at = _make("MetadataIndex", fqn=fqn, index=index, offset=start)
+            places[at] = _place(chunk.path, chunk.offset, chunk.archive)
+        # dtype, layout, requires_grad, memory format, pin_memory
+        properties = _make("TensorProperties", state=(tensor.dtype, torch.strided, False, contiguous, False))
+        entries[fqn] = _make(
+            "TensorStorageMetadata", properties=properties, size=torch.Size(tensor.shape), chunks=chunks
         )
-    metadata = Metadata(
+    for fqn, blob in blobs.items():
+        entries[fqn] = _make("BytesStorageMetadata")
+        places[_make("MetadataIndex", fqn=fqn, index=None)] = _place(blob.path, blob.offset, blob.length)
+    metadata = _make(
+        "Metadata",
         state_dict_metadata=entries,
         planner_data={fqn: paths.get(fqn, (fqn,)) for fqn in entries},
         storage_data=places,
-        storage_meta=StorageMeta(checkpoint_id=None, save_id=None, load_id=None, modules=[]),
+        storage_meta=_make("StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[]),
         version="1.0.0",
     )
     with path.open("wb") as file:
@@ -74,59 +93,12 @@ def write_metadata(
         os.fsync(file.fileno())
 
 
-class _StandIn:
-    """Pickled as an object of the class `module`.<its own name>, with these fields."""
-
-    def __init__(self, **fields: Any) -> None:
-        self.__dict__.update(fields)
-
-    def __init_subclass__(cls, module: str = _META) -> None:
-        cls.__module__ = module
+def _make(kind: str, args: tuple[Any, ...] = (), **fields: Any) -> StandIn:
+    return _CLASSES[f"{_FILESYSTEM if kind == '_StorageInfo' else _META}.{kind}"](args, **fields)
 
 
-class Metadata(_StandIn):
-    pass
-
-
-class StorageMeta(_StandIn):
-    pass
-
-
-class MetadataIndex(_StandIn):
-    pass
-
-
-class BytesStorageMetadata(_StandIn):
-    pass
-
-
-class TensorStorageMetadata(_StandIn):
-    pass
-
-
-class ChunkStorageMetadata(_StandIn):
-    pass
-
-
-class _StorageInfo(_StandIn, module="torch.distributed.checkpoint.filesystem"):
-    pass
-
-
-class _MEM_FORMAT_ENCODING(_StandIn):
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (0,)  # TORCH_CONTIGUOUS_FORMAT
-
-
-class TensorProperties(_StandIn):
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        layout, requires_grad, pin_memory = torch.strided, False, False
-        return self._dtype, layout, requires_grad, _CONTIGUOUS, pin_memory
-
-
-_CONTIGUOUS = _MEM_FORMAT_ENCODING()
+def _place(path: Path, offset: int, length: int | None) -> StandIn:
+    return _make("_StorageInfo", relative_path=str(path), offset=offset, length=length)
 
 
 _InPython: Any = pickle._Pickler  # type: ignore[attr-defined]  # the one in C looks every class up
@@ -136,7 +108,7 @@ class _Pickler(_InPython):
     """Takes the stand-ins at their word; everything else is looked up, as always."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        if not (isinstance(obj, type) and issubclass(obj, _StandIn)):
+        if not (isinstance(obj, type) and issubclass(obj, StandIn)):
             super().save_global(obj, name)
             return
         self.save(obj.__module__)

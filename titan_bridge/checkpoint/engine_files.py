@@ -1,7 +1,7 @@
-"""Engine files: the local shards of every rank of an inference layout, to be mapped without slicing.
+"""Engine files: the local shards of every rank of an inference layout, which a rank reads from start to end.
 
     DIR/layout.json            the layout (see `titan_bridge.sharding.layout`), with global shapes as served
-    DIR/engine.json            sizes, and which files each rank maps
+    DIR/engine.json            sizes, and the files of each rank
     DIR/config.json            and tokenizer files, as in a Hugging Face checkpoint
     DIR/model-00001.all.safetensors      what every rank holds in full
     DIR/model-00001.tp0.safetensors      what the ranks at tp=0 hold, and so on
@@ -14,26 +14,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from titan_bridge.checkpoint.checkpoint import (
-    Checkpoint,
-    Chunk,
-    Stored,
-    check_cover,
-    contiguous_stride,
-    dtype_name,
-)
+from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.files import inside
 from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.safetensors import Entry, read_header
+from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.sharding.boxes import Box, shard_dim
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.boxes import Box, contiguous_stride, shard_dim
+from titan_bridge.sharding.layout import Layout, dtype_name
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 INDEX, LAYOUT = "engine.json", "layout.json"
 VERSION = 1
@@ -105,39 +99,17 @@ def open_engine(directory: Path) -> Checkpoint:
     for file, rank in first_rank.items():
         for entry in headers[file].values():
             rows = index.rows.get(entry.name)
-            chunks[entry.name] += _chunks(directory / file, entry, layout, rank, rows)
+            chunks[entry.name] += _chunks(entry, layout, rank, rows)
     stored = {}
     for fqn, param in layout.params.items():
         rows = index.rows.get(fqn)
         shape = param.shape if rows is None else (rows, *param.shape[1:])
         check_cover(fqn, shape, [chunk.box for chunk in chunks[fqn]], directory)
         dtype = getattr(torch, param.dtype)
-        stored[fqn] = Stored(name=fqn, shape=shape, dtype=dtype, chunks=tuple(chunks[fqn]))
+        stored[fqn] = TensorMetadata(name=fqn, shape=shape, dtype=dtype, chunks=tuple(chunks[fqn]))
     return Checkpoint(
         path=directory, format="engine", tensors=stored, config=read_config(directory), layout=layout
     )
-
-
-def map_rank(directory: Path, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(FQN, local tensor) of all that `rank` holds, mapped from the files: nothing is read until it is used.
-
-    Writing to a tensor changes a private copy of its pages, never the file.
-
-    Raises:
-        BridgeError: A rank that the files were not cut for, or damaged files.
-    """
-    index = EngineIndex.read(directory / INDEX)
-    if not 0 <= rank < len(index.ranks):
-        raise BridgeError(f"rank {rank}: {directory} was cut for ranks 0 to {len(index.ranks) - 1}")
-    for file in index.ranks[rank]:
-        path = inside(directory, file, INDEX)
-        entries, _ = read_header(path)
-        whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        for entry in entries.values():
-            stride = contiguous_stride(entry.shape)
-            count = Box.whole(entry.shape).numel
-            part = whole[entry.offset : entry.offset + count * entry.dtype.itemsize].view(entry.dtype)
-            yield entry.name, part.as_strided(entry.shape, stride)
 
 
 def shard_label(layout: Layout, fqn: str, rank: int) -> str:
@@ -145,8 +117,10 @@ def shard_label(layout: Layout, fqn: str, rank: int) -> str:
     mesh, placements = layout.mesh_of(fqn), layout.param(fqn).spec.placements
     coordinate = mesh.coordinate(rank)
     assert coordinate is not None, f"rank {rank} holds nothing of {fqn}"
+    # "tp1of2": two ranks of a wider tp hold it together, so it is not what "tp1" is.
+    narrow = f"of{mesh.shape[-1]}" if "tp_replicate" in mesh.axes else ""
     sharded = [
-        f"{axis}{at}"
+        f"{axis}{at}{narrow if axis == 'tp' else ''}"
         for axis, size, at, placement in zip(mesh.axes, mesh.shape, coordinate, placements, strict=True)
         if size > 1 and shard_dim(placement) is not None
     ]
@@ -170,13 +144,22 @@ def contiguous_parts(local: Box, shape: Sequence[int]) -> Iterator[tuple[Box, in
         yield part, sum(a * s for a, s in zip(part.start, stride, strict=True))
 
 
-def _headers(directory: Path, layout: Layout, index: EngineIndex) -> dict[str, dict[str, Entry]]:
+def local_runs(layout: Layout, fqn: str, rank: int) -> Iterator[tuple[Box, int]]:
+    """What a rank holds of a parameter: global boxes, each one run of its local tensor, at this offset in elements."""
+    shape = layout.local_shape(fqn, rank) or ()
+    for piece in layout.pieces(fqn, rank):
+        shift = [a - b for a, b in zip(piece.box.start, piece.local.start, strict=True)]
+        for local, offset in contiguous_parts(piece.local, shape):
+            yield local.shift(shift), offset
+
+
+def _headers(directory: Path, layout: Layout, index: EngineIndex) -> dict[str, dict[str, TensorMetadata]]:
     """Checked headers of all files, by file."""
     if layout.ranks != tuple(range(len(index.ranks))):
         raise BridgeError(
             f"{directory}: {INDEX} lists {len(index.ranks)} ranks, {LAYOUT} has {len(layout.ranks)}"
         )
-    headers: dict[str, dict[str, Entry]] = {}
+    headers: dict[str, dict[str, TensorMetadata]] = {}
     on_mesh = {name: set(mesh.ranks) for name, mesh in layout.meshes.items()}
     counts = dict.fromkeys(layout.meshes, 0)
     for param in layout.params.values():
@@ -195,19 +178,17 @@ def _headers(directory: Path, layout: Layout, index: EngineIndex) -> dict[str, d
     return headers
 
 
-def _chunks(path: Path, entry: Entry, layout: Layout, rank: int, rows: int | None) -> Iterator[Chunk]:
+def _chunks(entry: TensorMetadata, layout: Layout, rank: int, rows: int | None) -> Iterator[Chunk]:
     param, shape = layout.param(entry.name), layout.local_shape(entry.name, rank)
     if shape is None or entry.shape != shape or dtype_name(entry.dtype) != param.dtype:
         raise BridgeError(
-            f"{path}: {entry.name} is {entry.dtype} {entry.shape}; {LAYOUT} gives rank {rank} {param.dtype} {shape}"
+            f"{entry.chunks[0].path}: {entry.name} is {entry.dtype} {entry.shape}; {LAYOUT} gives rank {rank} "
+            f"{param.dtype} {shape}"
         )
-    for piece in layout.pieces(entry.name, rank):
-        for local, offset in contiguous_parts(piece.local, shape):
-            shift = [a - b for a, b in zip(piece.box.start, piece.local.start, strict=True)]
-            box = local.shift(shift)
-            if rows is not None:
-                cut = box.intersect(Box(start=(0,) * box.ndim, stop=(rows, *param.shape[1:])))
-                if cut is None:
-                    continue
-                box = cut
-            yield Chunk(path=path, offset=entry.offset + offset * entry.dtype.itemsize, box=box)
+    for box, offset in local_runs(layout, entry.name, rank):
+        if rows is not None:
+            cut = box.intersect(Box(start=(0,) * box.ndim, stop=(rows, *param.shape[1:])))
+            if cut is None:
+                continue
+            box = cut
+        yield replace(entry.chunks[0], box=box, offset=entry.chunks[0].offset + offset * entry.dtype.itemsize)

@@ -1,35 +1,34 @@
-"""Execute a plan: strip by strip, each read once, cast, looked at for NaN, and written once.
+"""Execute a plan: strip by strip, each read, cast, looked at for NaN, and written, once.
 
-A strip is a few megabytes of one destination tensor. It is put together in a buffer from wherever the source has
-it, and cut from there into the files. So the memory is a few buffers for each worker, whatever the size of the
-model, and both sides see large accesses.
+A strip is a few megabytes of one destination tensor, put together in a buffer from wherever the source has it. So the
+memory is a few buffers for each worker, whatever the size of the model, and both sides see large accesses.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from zlib_ng import zlib_ng
 
-from titan_bridge.checkpoint.checkpoint import Checkpoint, contiguous_stride
-from titan_bridge.checkpoint.files import SCRATCH_BYTES, bytes_of
+from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.files import SCRATCH_BYTES, SPAN_BYTES, bytes_of
 from titan_bridge.checkpoint.finite import count_not_finite
-from titan_bridge.checkpoint.output import PAGE, PIECE_BYTES, OutputFile, Pace, aligned
-from titan_bridge.checkpoint.staging import PART, PartResult, Span, Staging, disk_error
-from titan_bridge.checkpoint.strips import STRIP_BYTES, Strip
-from titan_bridge.checkpoint.target import OutFile, Part, Place
-from titan_bridge.sharding.boxes import Box
+from titan_bridge.checkpoint.staging import PART, FileResult, Staging, disk_error
+from titan_bridge.checkpoint.target import STRIP_BYTES, OutFile, Target
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan
 
-WORKER_BYTES = 2 * STRIP_BYTES + SCRATCH_BYTES + PIECE_BYTES
-"""Memory of one worker: a strip, what is cut out of it, and the buffers of reads and writes."""
+WORKER_BYTES = STRIP_BYTES + SCRATCH_BYTES + SPAN_BYTES
+"""Memory of one worker: a strip, and the buffers of reads."""
 _BLOB_BYTES = 4 << 20
+_CALL_BYTES = 512 << 10
+"""Most bytes of one write. Where a host takes free memory back, those of 2 MB and more were measured four to twelve
+times as slow: it seems that Linux fills pages of 2 MB for them, which are then new ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,9 @@ class Work:
     """What one process does."""
 
     source: Checkpoint
+    target: Target
     plan: Plan
-    strips: Mapping[str, Sequence[Strip]]
-    parts: Sequence[Part]
+    files: Sequence[OutFile]
     """Those of this process that are not done yet."""
     empty: frozenset[str] = frozenset()
     """Tensors that have elements from nowhere: they become zero."""
@@ -47,20 +46,19 @@ class Work:
 
 @dataclass
 class _Open:
-    """A part that is being written."""
+    """A file that is being written."""
 
-    part: Part
+    file: OutFile
+    descriptor: int
     copies: dict[tuple[str, int], list[Copy]]
     left: int
-    files: dict[str, OutputFile] = field(default_factory=dict)
-    spans: dict[str, list[Span]] = field(default_factory=dict)
-    nan: dict[str, int] = field(default_factory=dict)
-    inf: dict[str, int] = field(default_factory=dict)
-    overflow: dict[str, int] = field(default_factory=dict)
+    written: list[tuple[int, int, int]] = field(default_factory=list)
+    """(offset, length, CRC-32) of what was written."""
+    counts: dict[str, dict[str, int]] = field(default_factory=lambda: {"nan": {}, "inf": {}, "overflow": {}})
 
 
 class Executor:
-    """Writes the parts of `work` into a staging directory."""
+    """Writes the files of `work` into a staging directory."""
 
     def __init__(
         self,
@@ -74,6 +72,7 @@ class Executor:
     ) -> None:
         """`advance` is told of bytes written, from any thread."""
         self._work = work
+        self._strips = {tensor.name: tensor for tensor in work.target.tensors()}
         self._staging = staging
         self._rank = rank
         self._workers = workers
@@ -82,12 +81,11 @@ class Executor:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._buffers = threading.local()
-        self._pace = Pace()
-        self._stack = ExitStack()
-        self._results: list[PartResult] = []
+        self._descriptors: set[int] = set()
+        self._results: list[FileResult] = []
 
-    def run(self) -> list[PartResult]:
-        """Write everything; returns what is known of each part.
+    def run(self) -> list[FileResult]:
+        """Write everything; returns what is known of each file.
 
         Raises:
             BridgeError: The disk is full, a source file ends early, or anything else that the user can put right.
@@ -110,24 +108,25 @@ class Executor:
             raise disk_error(error, self._staging.path) from None
         finally:
             torch.set_num_threads(threads)
-            self._stack.close()
+            for descriptor in self._descriptors:
+                os.close(descriptor)
         return self._results
 
-    def _steps(self) -> Iterator[tuple[_Open, Strip | None]]:
-        for part in self._work.parts:
+    def _steps(self) -> Iterator[tuple[_Open, tuple[str, int] | None]]:
+        """Files in turn, and of each file its strips in turn."""
+        in_file = self._work.target.in_file()
+        for file in self._work.files:
             copies: dict[tuple[str, int], list[Copy]] = {}
-            for copy in self._work.plan.copies(destination=part.name):
+            for copy in self._work.plan.copies(destination=file.name):
                 assert copy.destination_chunk is not None
                 copies.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
-            strips = self._work.strips[part.name]
-            opened = _Open(part=part, copies=copies, left=len(strips) + 1)
-            for file in part.files:
-                self._create(opened, file)
-            yield opened, None  # blobs, and parts without a strip
+            strips = in_file[file.name]
+            opened = _Open(file, self._create(file), copies, len(strips) + 1)
+            yield opened, None  # blobs, and files without a strip
             for strip in strips:
                 yield opened, strip
 
-    def _drain(self, steps: Iterator[tuple[_Open, Strip | None]]) -> None:
+    def _drain(self, steps: Iterator[tuple[_Open, tuple[str, int] | None]]) -> None:
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -148,113 +147,82 @@ class Executor:
             self._stop.set()
             raise
 
-    def _create(self, opened: _Open, file: OutFile) -> None:
-        output = OutputFile(self._staging.path / (file.name + PART), file.size, self._pace)
-        self._stack.callback(output.close)
-        opened.files[file.name] = output
-        opened.spans[file.name] = []
+    def _create(self, file: OutFile) -> int:
+        """Raises OSError, for instance when the disk cannot take the file."""
+        path = self._staging.path / (file.name + PART)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._descriptors.add(descriptor)
+        if file.size:
+            os.posix_fallocate(descriptor, 0, file.size)  # a full disk shows now, not after hours
+        return descriptor
 
-    def _write_strip(self, opened: _Open, strip: Strip) -> None:
-        tensor = strip.unit.tensor
-        places = _places(strip)
-        first = places[0][1]
-        shift = first % PAGE if first % tensor.dtype.itemsize == 0 else 0  # in memory as in the file
-        buffer = self._buffer(strip.box.numel * tensor.dtype.itemsize, shift).view(tensor.dtype)
+    def _write_strip(self, opened: _Open, strip: tuple[str, int]) -> None:
+        tensor = self._strips[strip[0]]
+        chunk = tensor.chunks[strip[1]]
+        if not hasattr(self._buffers, "strip"):
+            self._buffers.strip = torch.empty(STRIP_BYTES, dtype=torch.uint8)
+        buffer = self._buffers.strip[: chunk.box.numel * tensor.dtype.itemsize].view(tensor.dtype)
         self._fill(opened, strip, buffer)
         self._count(opened, strip, buffer)
-        whole = buffer.view(strip.box.shape)
-        for place, offset, common in places:
-            # Strips span whole rows, so what they have in common with a place is one run of it.
-            cut = whole[common.relative_to(strip.box.start).slices].contiguous()
-            self._write(opened, place.file, offset, bytes_of(cut))
+        self._write(opened, chunk.offset, bytes_of(buffer))
 
-    def _fill(self, opened: _Open, strip: Strip, buffer: torch.Tensor) -> None:
+    def _fill(self, opened: _Open, strip: tuple[str, int], buffer: torch.Tensor) -> None:
         """Read a strip into a buffer of as many elements, of any dtype."""
-        name = strip.unit.tensor.name
-        if name in self._work.empty:
+        if strip[0] in self._work.empty:
             buffer.zero_()
-        for copy in opened.copies.get((name, strip.chunk), ()):
+        for copy in opened.copies.get(strip, ()):
             self._work.source.fetch(copy, copy.destination_window.of(buffer))
 
-    def _count(self, opened: _Open, strip: Strip, values: torch.Tensor) -> None:
+    def _count(self, opened: _Open, strip: tuple[str, int], values: torch.Tensor) -> None:
         """NaN, infinity, and what became infinite when it was cast."""
-        if not values.dtype.is_floating_point:
-            return
-        looked = values.to(torch.float32) if values.dtype.itemsize == 1 else values
-        (nan, inf), overflow = count_not_finite(looked), 0
+        (nan, inf), overflow = count_not_finite(values), 0
         if inf:
             uncast = torch.empty(values.numel(), dtype=torch.float64)
             self._fill(opened, strip, uncast)
             overflow = inf - int(uncast.isinf().sum())
-        name = strip.unit.tensor.name
-        for counts, count in ((opened.nan, nan), (opened.inf, inf), (opened.overflow, overflow)):
+        for what, count in (("nan", nan), ("inf", inf), ("overflow", overflow)):
             if count:
                 with self._lock:
-                    counts[name] = counts.get(name, 0) + count
+                    counts = opened.counts[what]
+                    counts[strip[0]] = counts.get(strip[0], 0) + count
 
     def _write_blobs(self, opened: _Open) -> None:
-        for file in opened.part.files:
-            for offset, blob in file.blobs:
-                for at in range(0, blob.length, _BLOB_BYTES):
-                    buffer = bytearray(min(_BLOB_BYTES, blob.length - at))
-                    self._work.source.pool.read_into(blob.path, blob.offset + at, memoryview(buffer))
-                    self._write(opened, file.name, offset + at, memoryview(buffer))
+        for offset, blob in opened.file.blobs:
+            for at in range(0, blob.length, _BLOB_BYTES):
+                buffer = memoryview(bytearray(min(_BLOB_BYTES, blob.length - at)))
+                self._work.source.pool.read_into(blob.path, blob.offset + at, buffer)
+                self._write(opened, offset + at, buffer)
 
-    def _write(self, opened: _Open, file: str, offset: int, data: memoryview) -> None:
-        if not data.nbytes:
-            return
-        opened.files[file].write(offset, data)
-        span = Span(offset=offset, length=data.nbytes, crc=zlib_ng.crc32(data))
+    def _write(self, opened: _Open, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < data.nbytes:
+            done += os.pwrite(opened.descriptor, data[done : done + _CALL_BYTES], offset + done)
+        crc = zlib_ng.crc32(data)
         with self._lock:
-            opened.spans[file].append(span)
+            opened.written.append((offset, data.nbytes, crc))
         self._advance(data.nbytes)
 
     def _finish(self, opened: _Open) -> None:
-        for file in opened.part.files:
-            output = opened.files[file.name]
-            spans = sorted(opened.spans[file.name], key=lambda span: span.offset)
-            frames = list(file.fixed)
-            for start, archive in file.archives:
-                first = start + archive.head_bytes
-                crc = 0
-                for span in spans:
-                    if first <= span.offset < first + archive.data_bytes:
-                        crc = zlib_ng.crc32_combine(crc, span.crc, span.length)
-                frames += [(start, archive.head(crc)), (first + archive.data_bytes, archive.tail(crc))]
-            for offset, data in frames:
-                output.write(offset, memoryview(data))
-                spans.append(Span(offset=offset, length=len(data), crc=zlib_ng.crc32(data)))
-            opened.spans[file.name] = spans
-            output.close()
-        result = PartResult(
-            part=opened.part.name,
-            spans={file: tuple(spans) for file, spans in opened.spans.items()},
-            nan=opened.nan,
-            inf=opened.inf,
-            overflow=opened.overflow,
-        )
+        file, weights = opened.file, sorted(opened.written)
+        for offset, data in file.fixed:
+            self._write(opened, offset, memoryview(data))
+        for start, archive in file.archives:
+            first = start + archive.head_bytes
+            last = first + archive.data_bytes
+            crc = _combined(span for span in weights if first <= span[0] < last)
+            self._write(opened, start, memoryview(archive.head(crc)))
+            self._write(opened, last, memoryview(archive.tail(crc)))
         with self._lock:
+            self._descriptors.remove(opened.descriptor)
+            os.close(opened.descriptor)
+            result = FileResult(file=file.name, crc=_combined(sorted(opened.written)), **opened.counts)
             self._staging.finish(result, self._rank, fsync=self._fsync)
             self._results.append(result)
 
-    def _buffer(self, count: int, shift: int) -> torch.Tensor:
-        """`count` bytes of this thread's strip buffer, `shift` bytes behind the start of a page."""
-        if not hasattr(self._buffers, "strip"):
-            self._buffers.strip = aligned(STRIP_BYTES + PAGE)
-        if count > STRIP_BYTES:  # one row that cannot be cut
-            return aligned(count + shift)[shift:]
-        return self._buffers.strip[shift : shift + count]
 
-
-def _places(strip: Strip) -> list[tuple[Place, int, Box]]:
-    """Where a strip goes: the place, the byte of its file where the strip's part of it starts, and that part."""
-    found = []
-    for place in strip.unit.places:
-        common = place.box.intersect(strip.box)
-        if common is None:
-            continue
-        stride = contiguous_stride(place.box.shape)
-        local = common.relative_to(place.box.start)
-        first = sum(a * s for a, s in zip(local.start, stride, strict=True))
-        found.append((place, place.offset + first * strip.unit.tensor.dtype.itemsize, common))
-    return found
+def _combined(spans: Iterable[tuple[int, int, int]]) -> int:
+    """The CRC-32 of spans that lie one after the other."""
+    crc = 0
+    for _, length, own in spans:
+        crc = zlib_ng.crc32_combine(crc, own, length)
+    return crc

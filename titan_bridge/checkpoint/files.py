@@ -1,9 +1,8 @@
 """Reading parts of files: names that must stay inside a directory, and positioned reads into bounded buffers.
 
-Files are read with pread, not mapped: a file that shrinks under a mapping kills the process, and mapped pages
-count as memory of the process. Here it is a short read and an error. Many short runs that lie near each other, as the
-rows of a column slice do, are the exception, where a call each costs more than the bytes: a few megabytes are mapped
-for the moment in which they are copied, after the kernel said that it has all of them.
+Files are read with pread: a file that shrinks under a mapping kills the process, and mapped pages count as memory of
+the process. Many short runs near each other are the exception: a few megabytes are mapped for the moment in which they
+are copied, after the kernel said that it has all of them.
 """
 
 from __future__ import annotations
@@ -14,26 +13,25 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import torch
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.moves import row_major
+from titan_bridge.sharding.moves import Window, row_major
 
 SCRATCH_BYTES = 2 << 20
 """Most bytes read in one go where the destination does not lie as the source does; one buffer a thread. What is copied
 out of it should still lie in a core's cache, and a large buffer's first use costs more than the calls it saves."""
-NEAR_BYTES = 128 << 10
-"""Most bytes between runs that are mapped together: a disk reads through such a gap faster than it finds its end."""
-SPAN_BYTES = 32 << 20
-"""Most bytes from the first to the last one of what is read in one go: pages that are mapped count as memory."""
+NEAR_BYTES = 16 << 10
+"""Runs with no more between them, as the rows of a column slice, are mapped together: for runs of 1 to 6 KB this takes
+half the time of a read each, or of reading the gaps, too; from 64 KB on there is no difference."""
+SPAN_BYTES = 4 << 20
+"""Most bytes that are mapped at a time: they count as memory."""
 _POPULATE_READ = 22
 """MADV_POPULATE_READ (Linux 5.14): fails where a page cannot be had, instead of killing whoever touches it."""
 _OPEN_FILES = 64
-
-Window = tuple[tuple[int, ...], tuple[int, ...], int]
-"""(size, stride, offset) in elements of a contiguous tensor in a file."""
 
 
 def inside(directory: Path, name: object, what: str) -> Path:
@@ -74,7 +72,7 @@ def size_of(path: Path) -> int:
 
 
 class FilePool:
-    """Open files, closed again when there are many; counts the bytes that were read. Usable from several threads."""
+    """Open files, closed again when there are many; counts the bytes that were wanted. Usable from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,7 +80,7 @@ class FilePool:
         self._users: dict[Path, int] = {}
         self._scratch = threading.local()
         self.bytes_read = 0
-        """Bytes of weights that came from the files so far."""
+        """Bytes of weights that came from the files so far, without the gaps that were read with them."""
 
     def close(self) -> None:
         """Close every file; the pool opens them again when it is used again."""
@@ -91,22 +89,11 @@ class FilePool:
                 os.close(descriptor)
             self._files.clear()
 
-    def read_into(self, path: Path, offset: int, out: memoryview) -> None:
+    def read_into(self, path: Path, offset: int, out: memoryview, *, counted: bool = True) -> None:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
-        self._read_each(path, [offset], out)
+        self._read_each(path, [offset], out, out.nbytes if counted else 0)
 
-    def header(self, path: Path, base: int, within: int, where: str, offset: int, length: int) -> bytes:
-        """`length` bytes at `offset` of the `within` bytes at `base`, which do not count as read.
-
-        Raises BridgeError for more than there are, and for a file that ends before.
-        """
-        if offset < 0 or length < 0 or offset + length > within:
-            raise BridgeError(f"{where}: damaged archive")
-        buffer = bytearray(length)
-        self._read_each(path, [base + offset], memoryview(buffer), counted=False)
-        return bytes(buffer)
-
-    def _read_each(self, path: Path, starts: Sequence[int], out: memoryview, *, counted: bool = True) -> None:
+    def _read_each(self, path: Path, starts: Sequence[int], out: memoryview, wanted: int) -> None:
         """Fill `out` with as many bytes from each of `starts`, one after the other."""
         length = out.nbytes // len(starts)
         descriptor = self._take(path)
@@ -117,9 +104,8 @@ class FilePool:
             raise BridgeError(f"{path} cannot be read: {error}") from None
         finally:
             self._give_back(path)
-        if counted:
-            with self._lock:
-                self.bytes_read += out.nbytes
+        with self._lock:
+            self.bytes_read += wanted
 
     def fetch(self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor) -> None:
         """Copy a window of a contiguous tensor in a file into `out`, casting to its dtype.
@@ -127,51 +113,51 @@ class FilePool:
         Args:
             base: Byte where the tensor starts in the file; need not be aligned.
             dtype: Of the tensor in the file.
-            window: What to read, in elements.
+            window: What to read.
             out: As large as the window (`window.size`), any strides.
         """
-        size, stride, offset = window
         width = dtype.itemsize
-        if not math.prod(size):
+        if not math.prod(window.size):
             return
         as_it_lies = out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
-        if as_it_lies and row_major(size, stride):
-            self.read_into(path, base + offset * width, bytes_of(out))
+        if as_it_lies and window.is_run:
+            self.read_into(path, base + window.offset * width, bytes_of(out))
             return
-        for part, index in _parts(size, stride, offset, SCRATCH_BYTES // width, SPAN_BYTES // width):
-            if self._copy_mapped(path, base, dtype, part, out[index]):
+        near = _gap(window) * width <= NEAR_BYTES and base % width == 0
+        for part, index in _parts(window, (SPAN_BYTES if near else SCRATCH_BYTES) // width, near=near):
+            to = out[index]
+            if near and self._copy_mapped(path, base, dtype, part, to):
                 continue
-            buffer = self._buffer()[: math.prod(part[0]) * width]
-            starts = _starts(*part).mul_(width).add_(base).tolist()
-            self._read_each(path, starts, bytes_of(buffer))
-            out[index].copy_(buffer.view(dtype).as_strided(part[0], _packed(part[0], part[1])))
+            for run, at in _parts(part, SCRATCH_BYTES // width, near=False):
+                packed = _packed(run)
+                direct = as_it_lies and row_major(run.size, packed) and to[at].is_contiguous()
+                elements = math.prod(run.size)
+                buffer = to[at] if direct else self._buffer()[: elements * width].view(dtype)
+                starts = [base + start * width for start in _starts(run)]
+                self._read_each(path, starts, bytes_of(buffer), elements * width)
+                if not direct:
+                    to[at].copy_(buffer.as_strided(run.size, packed))
 
     def _copy_mapped(
         self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor
     ) -> bool:
-        """Copy a window of several runs that lie near each other; False where it is not one, or cannot be mapped."""
-        (size, stride, offset), width = window, dtype.itemsize
-        hull, wanted = _hull(size, stride), math.prod(size)
-        gaps = wanted // _run(size, stride) - 1
-        if not gaps or (hull - wanted) * width > gaps * NEAR_BYTES or base % width:
-            return False
-        first = base + offset * width
+        """Copy a window out of mapped memory; False where it cannot be mapped."""
+        width, span, first = dtype.itemsize, _span(window), base + window.offset * dtype.itemsize
         ahead = first % mmap.ALLOCATIONGRANULARITY
         descriptor = self._take(path)
         try:
             # Writable, since torch warns of memory that is not; private, so that nothing could be written.
-            mapped = mmap.mmap(
-                descriptor, ahead + hull * width, access=mmap.ACCESS_COPY, offset=first - ahead
-            )
+            length = ahead + span * width
+            mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=first - ahead)
             mapped.madvise(_POPULATE_READ)
         except (OSError, ValueError):  # an older kernel, or a file that ends early: a read says which
             return False
         finally:
             self._give_back(path)
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=ahead, count=hull * width).view(dtype)
-        out.copy_(flat.as_strided(size, stride))
+        flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=ahead, count=span * width).view(dtype)
+        out.copy_(flat.as_strided(window.size, window.stride))
         with self._lock:
-            self.bytes_read += wanted * width
+            self.bytes_read += math.prod(window.size) * width
         return True
 
     def _buffer(self) -> torch.Tensor:
@@ -217,56 +203,67 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _hull(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+def _by_stride(window: Window) -> list[tuple[int, int]]:
+    """(stride, size) of the dims that have more than one element, the innermost first."""
+    return sorted((s, n) for s, n in zip(window.stride, window.size, strict=True) if n > 1)
+
+
+def _span(window: Window) -> int:
     """Elements from the first to the last one of a window."""
-    return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    return 1 + sum((n - 1) * s for s, n in _by_stride(window))
 
 
-def _packed(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
-    """Strides of the window without its gaps, its runs one after the other."""
-    result, step = [0] * len(size), 1
-    for dim in sorted(range(len(size)), key=lambda d: stride[d]):
-        result[dim] = step
-        step *= size[dim]
-    return result
-
-
-def _run(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+def _run(window: Window) -> int:
     """Elements that lie together without a gap."""
     step = 1
-    for s, n in sorted(zip(stride, size, strict=True)):
-        if n > 1:
-            if s != step:
-                break
-            step *= n
+    for s, n in _by_stride(window):
+        if s != step:
+            break
+        step *= n
     return step
 
 
-def _starts(size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
+def _gap(window: Window) -> float:
+    """Elements between two runs, on the average."""
+    elements = math.prod(window.size)
+    return (_span(window) - elements) / max(1, elements // _run(window) - 1)
+
+
+def _starts(window: Window) -> list[int]:
     """Where the runs of a window start, in elements, forwards."""
-    run = _run(size, stride)
-    starts, inner = torch.tensor([offset]), 1
-    for s, n in sorted(zip(stride, size, strict=True)):
-        if n > 1 and inner >= run:
+    run, starts, inner = _run(window), torch.tensor([window.offset]), 1
+    for s, n in _by_stride(window):
+        if inner >= run:
             starts = (torch.arange(n)[:, None] * s + starts).view(-1)
         inner *= n
-    return starts
+    return starts.tolist()
 
 
-def _parts(
-    size: tuple[int, ...], stride: tuple[int, ...], offset: int, limit: int, span: int
-) -> Iterator[tuple[Window, tuple[slice, ...]]]:
-    """The window in parts of at most `limit` elements that lie within `span`, forwards, with their places in it."""
-    wanted = math.prod(size)
-    if wanted == 1 or (wanted <= limit and _hull(size, stride) <= span):
-        yield (size, stride, offset), tuple(slice(0, n) for n in size)
+def _packed(window: Window) -> list[int]:
+    """Strides of the window without its gaps, its runs one after the other."""
+    result, step = [0] * len(window.size), 1
+    for dim in sorted(range(len(window.size)), key=lambda d: window.stride[d]):
+        result[dim] = step
+        step *= window.size[dim]
+    return result
+
+
+def _parts(window: Window, limit: int, *, near: bool) -> Iterator[tuple[Window, tuple[slice, ...]]]:
+    """The window in parts of at most `limit` elements, gaps included if `near`, forwards, with their places in it."""
+    size, stride, elements = window.size, window.stride, math.prod(window.size)
+    if elements == 1 or (_span(window) if near else elements) <= limit:
+        yield window, tuple(slice(0, n) for n in size)
         return
     widest = max((d for d in range(len(size)) if size[d] > 1), key=lambda d: stride[d])
-    step = max(1, min(limit // (wanted // size[widest]), span // stride[widest]))
+    step = max(1, limit // (stride[widest] if near else elements // size[widest]))
     for first in range(0, size[widest], step):
         count = min(step, size[widest] - first)
-        part = (*size[:widest], count, *size[widest + 1 :])
-        for window, index in _parts(part, stride, offset + first * stride[widest], limit, span):
+        part = replace(
+            window,
+            size=(*size[:widest], count, *size[widest + 1 :]),
+            offset=window.offset + first * stride[widest],
+        )
+        for inner, index in _parts(part, limit, near=near):
             at = index[widest]
             moved = slice(first + at.start, first + at.stop)
-            yield window, (*index[:widest], moved, *index[widest + 1 :])
+            yield inner, (*index[:widest], moved, *index[widest + 1 :])

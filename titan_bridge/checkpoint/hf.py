@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from titan_bridge.checkpoint.checkpoint import Checkpoint, Chunk, Stored
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.files import inside
 from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
 from titan_bridge.run_folder import INDEX, SINGLE
-from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.tensors import TensorMetadata
 
 CARRIED = (
     "generation_config.json",
@@ -40,7 +40,7 @@ def open_hf(directory: Path) -> Checkpoint:
         BridgeError: What is missing, unreadable, contradictory or outside the directory.
     """
     index = directory / INDEX
-    stored: dict[str, Stored] = {}
+    stored: dict[str, TensorMetadata] = {}
     if (directory / SINGLE).is_file():
         files = {directory / SINGLE: None}
     else:
@@ -60,10 +60,7 @@ def open_hf(directory: Path) -> Checkpoint:
                 raise BridgeError(
                     f"{entry.name} is in {stored[entry.name].chunks[0].path.name} and in {path.name}"
                 )
-            chunk = Chunk(path=path, offset=entry.offset, box=Box.whole(entry.shape))
-            stored[entry.name] = Stored(
-                name=entry.name, shape=entry.shape, dtype=entry.dtype, chunks=(chunk,)
-            )
+            stored[entry.name] = entry
     return Checkpoint(path=directory, format="hf", tensors=stored, config=read_config(directory))
 
 

@@ -15,21 +15,23 @@ from typing import Any, Literal
 import torch
 
 from titan_bridge.checkpoint import engine_files, hf
-from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
 from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
-from titan_bridge.checkpoint.staging import PartResult, Staging, disk_error, existing
-from titan_bridge.checkpoint.strips import Strip
-from titan_bridge.checkpoint.target import Part, Target, Wanted
+from titan_bridge.checkpoint.staging import FileResult, Staging, disk_error, existing
+from titan_bridge.checkpoint.target import OutFile, Target
 from titan_bridge.checkpoint.team import Team
-from titan_bridge.checkpoint.verify import check_source, damage
+from titan_bridge.checkpoint.verify import check_source, is_as_written
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.mesh import Sizes
+from titan_bridge.policy.schema import NO_POLICY, Policy
+from titan_bridge.sharding.layout import Layout, dtype_name
 from titan_bridge.sharding.plan import Plan
+from titan_bridge.sharding.tensors import TensorMetadata
 
 _SMALL = 64 << 20
 """Bytes allowed for plans and headers when the memory is estimated."""
@@ -49,8 +51,12 @@ class Options:
     dp: int = 1
     tp: int = 1
     ep: int = 1
+    policy: Policy = NO_POLICY
+    """To engine files: how each layer is split over tp."""
     dense: Literal["replicate", "shard"] = "replicate"
     max_shard_size: int = 5_000_000_000
+    merge_lora: Path | None = None
+    """A LoRA adapter in PEFT's format whose products are added to the weights."""
     with_optimizer: bool = False
     workers: int = 2
     overwrite: bool = False
@@ -89,7 +95,6 @@ class Job:
     tensors: TensorMap
     target: Target
     plan: Plan
-    strips: Mapping[str, Sequence[Strip]]
     hf: Mapping[str, Any] | None
     layout: Layout | None
     carried: tuple[Path, ...]
@@ -98,8 +103,7 @@ class Job:
     @property
     def files(self) -> tuple[str, ...]:
         """Names of all files that will be there in the end."""
-        names = [file.name for part in self.target.parts for file in part.files]
-        return (*names, *self._small_files())
+        return (*(file.name for file in self.target.files), *self._small_files())
 
     @property
     def bytes_to_read(self) -> int:
@@ -120,9 +124,11 @@ class Job:
     def digest(self) -> str:
         """The same for runs that write the same bytes from the same files."""
         paths = {chunk.path for stored in self._stored() for chunk in stored.chunks}
+        if self.options.merge_lora is not None:
+            paths |= set(self.options.merge_lora.iterdir())
         facts = {
             "source": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)],
-            "parts": [[f.name, f.size] for part in self.target.parts for f in part.files],
+            "files": [[f.name, f.size] for f in self.target.files],
             "tensors": [[t.name, t.shape, str(t.dtype)] for t in self.tensors.tensors],
             "layout": self.layout.to_json() if self.layout else None,
             "config": self.hf,
@@ -149,9 +155,10 @@ class Job:
             found = team.first(staging.results)
             kept = team.each(lambda: self._kept(staging, found, lambda n: advance("verify", n)))
             done = {name: result for own in kept for name, result in own.items()}
-            mine = [part for part in self._share() if part.name not in done]
+            mine = [file for file in self._share() if file.name not in done]
             new = team.each(lambda: self._write(staging, mine, advance))
-            results = self._all_results(new, done)
+            found = done | {result.file: result for own in new for result in own}
+            results = [found[file.name] for file in self.target.files]
             if options.verify:
                 team.each(lambda: self._verify(staging, new[team.rank], lambda n: advance("verify", n)))
             read = sum(team.each(lambda: self.source.bytes_read))
@@ -164,7 +171,7 @@ class Job:
         return Outcome(
             files=self.files,
             bytes_read=read,
-            bytes_written=sum(part.nbytes for part in self.target.parts if part.name not in done),
+            bytes_written=sum(file.size for file in self.target.files if file.name not in done),
             resumed_parts=len(done),
             source_checked=all(checked),
             nan=self._sums(result.nan for result in results),
@@ -188,50 +195,50 @@ class Job:
         staging.check(overwrite=self.options.overwrite)  # `begin` may have put back what was being replaced
 
     def _kept(
-        self, staging: Staging, found: Mapping[str, PartResult], advance: Callable[[int], None]
-    ) -> dict[str, PartResult]:
-        """Of the parts that an earlier run finished, those of this process that are as they were written."""
+        self, staging: Staging, found: Mapping[str, FileResult], advance: Callable[[int], None]
+    ) -> dict[str, FileResult]:
+        """Of the files that an earlier run finished, those of this process that are as they were written."""
         kept = {}
-        for part in self._share():
-            result, files = found.get(part.name), {file.name: file.size for file in part.files}
-            if result is None or result.spans.keys() != files.keys():
+        for file in self._share():
+            path, result = staging.path / file.name, found.get(file.name)
+            if result is None or not path.is_file() or path.stat().st_size != file.size:
                 continue
-            paths = {staging.path / name: size for name, size in files.items()}
-            whole = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-            if whole and damage(staging.path, result, advance) is None:
-                kept[part.name] = result
+            if is_as_written(path, result.crc, advance):
+                kept[file.name] = result
         return kept
 
     def _verify(
-        self, staging: Staging, results: Sequence[PartResult], advance: Callable[[int], None]
+        self, staging: Staging, results: Sequence[FileResult], advance: Callable[[int], None]
     ) -> None:
-        bad = [(result, what) for result in results if (what := damage(staging.path, result, advance))]
-        for result, _ in bad:
-            staging.strike(result)
+        files = {staging.path / result.file: result.crc for result in results}
+        bad = [path for path, crc in files.items() if not is_as_written(path, crc, advance)]
+        for path in bad:
+            path.unlink()  # so that it is not taken for finished
         if bad:
             raise BridgeError(
-                f"{bad[0][1]}; the disk or the memory is at fault. --resume writes again what is bad"
+                f"{bad[0]} is not what was written; the disk or the memory is at fault. "
+                "--resume writes again what is bad"
             )
 
-    def _share(self) -> list[Part]:
-        """The parts of this process: the largest first to whoever has least, the same on all of them."""
+    def _share(self) -> list[OutFile]:
+        """The files of this process: the largest first to whoever has least, the same on all of them."""
         loads = [0] * self.team.size
-        mine = []
-        for part in sorted(self.target.parts, key=lambda part: -part.nbytes):
+        mine = set()
+        for file in sorted(self.target.files, key=lambda file: -file.size):
             rank = loads.index(min(loads))
-            loads[rank] += part.nbytes
+            loads[rank] += file.size
             if rank == self.team.rank:
-                mine.append(part)
-        return sorted(mine, key=lambda part: self.target.parts.index(part))
+                mine.add(file.name)
+        return [file for file in self.target.files if file.name in mine]
 
     def _write(
-        self, staging: Staging, parts: list[Part], advance: Callable[[str, int], None]
-    ) -> list[PartResult]:
+        self, staging: Staging, files: list[OutFile], advance: Callable[[str, int], None]
+    ) -> list[FileResult]:
         work = Work(
             source=self.source,
+            target=self.target,
             plan=self.plan,
-            strips=self.strips,
-            parts=parts,
+            files=files,
             empty=frozenset(self.tensors.empty),
         )
         executor = Executor(
@@ -244,12 +251,8 @@ class Job:
         )
         return executor.run()
 
-    def _all_results(self, new: list[list[PartResult]], done: Mapping[str, PartResult]) -> list[PartResult]:
-        found = {result.part: result for own in new for result in own} | dict(done)
-        return [found[part.name] for part in self.target.parts]
-
     def _sums(self, counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-        """Counts of several parts together, in the order of the tensors."""
+        """Counts of several files together, in the order of the tensors."""
         total: Counter[str] = Counter()
         for count in counts:
             total.update(count)
@@ -278,7 +281,7 @@ class Job:
                 if tensor.name in self.tensors.empty and tensor.name not in self.tensors.buffers
             }
             files = engine_files.EngineIndex(
-                sizes={"dp": options.dp, "tp": options.tp, "ep": options.ep},
+                sizes=Sizes.of(options).degrees,
                 dense=options.dense,
                 rows=rows,
                 ranks=self.target.ranks,
@@ -300,19 +303,14 @@ class Job:
         return writers
 
     def _write_metadata(self, path: Path) -> None:
-        tensors = {tensor.name: (tensor.shape, tensor.dtype) for tensor in self.tensors.tensors}
-        tensors |= {alias: tensors[fqn] for alias, fqn in self.tensors.aliases.items()}
-        write_metadata(path, tensors, self.target.written, self.source.paths)
+        write_metadata(path, self.target.archives, self.target.blobs, self.source.paths)
 
-    def _publish(self, staging: Staging, results: Sequence[PartResult]) -> None:
+    def _publish(self, staging: Staging, results: Sequence[FileResult]) -> None:
         for name, write in self._small_files().items():
             write(staging.path / name)
-        for part in self.target.parts:
-            for file in part.files:
-                if (found := size_of(staging.path / file.name)) != file.size:
-                    raise BridgeError(
-                        f"{staging.path / file.name} has {found} bytes, {file.size} were written"
-                    )
+        for file in self.target.files:
+            if (found := size_of(staging.path / file.name)) != file.size:
+                raise BridgeError(f"{staging.path / file.name} has {found} bytes, {file.size} were written")
         with open_checkpoint(staging.path, extra=True) as written:
             expected = {t.name: (t.shape, t.dtype) for t in self.tensors.tensors}
             found = {
@@ -329,7 +327,7 @@ class Job:
         return [*self.source.tensors.values(), *self.source.extra_tensors.values()]
 
 
-def _rows(tensor: Wanted, empty: int) -> int:
+def _rows(tensor: TensorMetadata, empty: int) -> int:
     return tensor.shape[0] - empty // math.prod(tensor.shape[1:])
 
 

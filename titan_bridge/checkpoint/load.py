@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.finite import NotFinite
 from titan_bridge.checkpoint.mapping import check_source, views_between
 from titan_bridge.cpu import WORKERS, unbound_cpus
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.layout import Layout, dtype_name
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import plan
 
@@ -77,7 +77,7 @@ def load_into(
     check_source(checkpoint, family, hf, buffers)
     views, _ = views_between(checkpoint, family, hf, "engine", padded_vocab)
     # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
-    work = plan(checkpoint.held(), layout, views, allow_missing=True)
+    work = plan(checkpoint.tensors.values(), layout, views, allow_missing=True)
     copies = _in_order(checkpoint, work.copies(destination=rank))
     for copy in copies:  # what is damaged is found before anything is written
         checkpoint.locate(*checkpoint.source_of(copy))

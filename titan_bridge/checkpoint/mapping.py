@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint, Format
 from titan_bridge.checkpoint.dcp import METADATA
-from titan_bridge.checkpoint.target import Wanted
-from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.match import few
+from titan_bridge.errors import BridgeError, few
+from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ _BIASES = (".expert_bias_E", ".e_score_correction_bias")
 class TensorMap:
     """The destination's tensors and the views that fill them."""
 
-    tensors: tuple[Wanted, ...]
+    tensors: tuple[TensorMetadata, ...]
+    """Not yet in chunks."""
     views: tuple[View, ...] = ()
     empty: Mapping[str, int] = field(default_factory=dict)
     """Elements of destination tensors that no source has and that become zero: rows that pad the vocabulary,
@@ -47,6 +47,8 @@ class TensorMap:
     """Tensors of the destination that keep their own dtype whatever the weights have (expert biases)."""
     dropped: tuple[str, ...] = ()
     """Source tensors that the destination has no place for."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Rows of a tensor's first dim that belong together in the source (one head)."""
 
 
 def views_of(
@@ -110,9 +112,7 @@ def check_source(
 def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
     """The destination has what the source has (Hugging Face to Hugging Face, DCP to DCP)."""
     tensors = [
-        Wanted(
-            name=s.name, shape=s.shape, dtype=s.dtype if s.name.endswith(_BIASES) else cast(s.dtype, dtype)
-        )
+        replace(s, chunks=(), dtype=s.dtype if s.name.endswith(_BIASES) else cast(s.dtype, dtype))
         for s in source.tensors.values()
     ]
     return TensorMap(tensors=tuple(tensors))
@@ -159,7 +159,7 @@ def make_mapping(
     views, shapes = views_between(source, family, hf, form, padded_vocab)
     fillers = _fillers(views, form, source)
     aliases = dict(family.tied_names(hf)) if form == "dcp" else {}
-    tensors, empty = [], {}
+    tensors, empty, rows = [], {}, {}
     known = [view for view in family.views(hf) if view.fqn in buffers]
     mapped = {view.name if form == "hf" else view.fqn for view in known}
     buffers = {fqn: shape for fqn, shape in buffers.items() if fqn not in {view.fqn for view in known}}
@@ -172,8 +172,8 @@ def make_mapping(
             raise BridgeError(
                 f"{name} is put together from {', '.join(sorted(map(str, dtypes)))}; choose one with --dtype"
             )
-        align = max(rows for _, rows in sources)
-        tensors.append(Wanted(name=name, shape=shapes[name], dtype=dtypes.pop(), align=align))
+        rows[name] = max(together for _, together in sources)
+        tensors.append(TensorMetadata(name=name, shape=shapes[name], dtype=dtypes.pop()))
         lacking = math.prod(shapes[name]) - sum(math.prod(source.tensor(s).shape) for s, _ in sources)
         if form != "hf" and lacking > 0:
             empty[name] = lacking
@@ -185,7 +185,7 @@ def make_mapping(
                 dropped.remove(fqn)
             else:
                 empty[fqn] = math.prod(shape)
-            tensors.append(Wanted(name=fqn, shape=shape, dtype=torch.float32))
+            tensors.append(TensorMetadata(name=fqn, shape=shape, dtype=torch.float32))
     return TensorMap(
         tensors=tuple(tensors),
         views=views,
@@ -193,6 +193,7 @@ def make_mapping(
         aliases=aliases,
         buffers=frozenset(kept) | mapped,
         dropped=tuple(dropped),
+        rows=rows,
     )
 
 

@@ -10,8 +10,7 @@ from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.checkpoint.engine_files import is_engine, open_engine
 from titan_bridge.checkpoint.hf import is_hf, open_hf
 from titan_bridge.checkpoint.quantized import dequantized
-from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.match import few
+from titan_bridge.errors import BridgeError, few
 
 
 def is_checkpoint(directory: Path) -> bool:

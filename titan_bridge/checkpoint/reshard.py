@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Mapping
@@ -15,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from titan_bridge.checkpoint import hf
-from titan_bridge.checkpoint.checkpoint import Checkpoint, dtype_name
+from titan_bridge.checkpoint.adapter import merged
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.staging import Staging
-from titan_bridge.checkpoint.strips import held_strips, strips_of
-from titan_bridge.checkpoint.target import Target, Wanted, dcp_target, engine_target, hf_target
+from titan_bridge.checkpoint.target import Target, dcp_target, engine_target, hf_target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.mesh import Sizes, padded_vocab
+from titan_bridge.mesh import DEGREES, Sizes, padded_vocab
 from titan_bridge.models import families, family_for
-from titan_bridge.sharding.layout import Layout, ParamLayout
+from titan_bridge.sharding.layout import Layout, ParamLayout, dtype_name
 from titan_bridge.sharding.plan import plan
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
@@ -47,6 +46,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     _check_paths(options, found)
     extra = options.with_optimizer
     source = open_checkpoint(found, extra=extra)
+    if options.merge_lora is not None:
+        source = merged(source, options.merge_lora)
     if extra and (source.format, options.to) != ("dcp", "dcp"):
         raise BridgeError(
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
@@ -62,22 +63,11 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     else:
         tensors, layout = _between(options, source, config)
     if extra:
-        others = [Wanted(name=s.name, shape=s.shape, dtype=s.dtype) for s in source.extra_tensors.values()]
+        others = [replace(stored, chunks=()) for stored in source.extra_tensors.values()]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
     target = _target(options, tensors, source, layout, team)
-    strips = strips_of(target.parts)
-    held = held_strips(strips)
-    names = {stored.name for stored in [*source.tensors.values(), *source.extra_tensors.values()]}
-    made = plan(
-        source.held([*source.tensors, *source.extra_tensors]),
-        [
-            one
-            for one in held
-            if one.name in names or one.name not in tensors.empty or _filled(one.name, tensors)
-        ],
-        tensors.views,
-        allow_missing=True,
-    )
+    stored = [*source.tensors.values(), *source.extra_tensors.values()]
+    made = plan(stored, target.tensors(), tensors.views, allow_missing=True)
     # The planner was allowed holes because padding has them; only padding may.
     for name, count in made.missing.items():
         if tensors.empty.get(name) != count:
@@ -88,7 +78,6 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         tensors=tensors,
         target=target,
         plan=made,
-        strips=strips,
         hf=config,
         layout=layout,
         carried=small,
@@ -108,11 +97,6 @@ def _check_not_quantized(source: Checkpoint, config: Mapping[str, Any] | None) -
         )
 
 
-def _filled(name: str, tensors: TensorMap) -> bool:
-    """Whether a view gives a tensor that is partly empty the rest."""
-    return any(view.fqn == name for view in tensors.views)
-
-
 def _check_paths(options: Options, found: Path) -> None:
     source, target = found.resolve(), options.target.resolve()
     if source == target:
@@ -121,9 +105,11 @@ def _check_paths(options: Options, found: Path) -> None:
         raise BridgeError(
             f"SRC lies inside DST ({target}), which would be replaced; give another directory for DST"
         )
-    for name in ("dp", "tp", "ep"):
+    for name in DEGREES:
         if options.to != "engine" and getattr(options, name) != 1:
             raise BridgeError(f"--{name} is for --to engine; {options.to} has no ranks")
+    if options.to != "engine" and options.policy:
+        raise BridgeError(f"--policy and --attention-tp are for --to engine; {options.to} has no ranks")
     if options.workers < 1:
         raise BridgeError(f"--workers {options.workers}; give at least 1")
     if options.max_shard_size < 1:
@@ -140,9 +126,19 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
             return hf.read_config(run), tuple(hf.carried_files(run))  # a step of a training run
         return source.config, tuple(hf.carried_files(source.path))
     given = options.config
+    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
+    return stated_config(given), tuple(small)
+
+
+def stated_config(given: Path) -> Mapping[str, Any]:
+    """config.json that `--config` names: a directory with it, the file, or FAMILY:FLAVOR.
+
+    Raises:
+        BridgeError: There is none.
+    """
     if not given.exists():
         if flavor := re.fullmatch(r"(\w+):([\w.-]+)", str(given)):
-            return _flavor(*flavor.groups()), tuple(hf.carried_files(source.path))
+            return _flavor(*flavor.groups())
         raise BridgeError(
             f"--config {given} does not exist; give a directory with config.json, the file, or one of TorchTitan's "
             "models as FAMILY:FLAVOR, for example qwen3:0.6B"
@@ -150,22 +146,20 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
     config = read_json_object(given) if given.is_file() else hf.read_config(given)
     if config is None:
         raise BridgeError(f"--config {given} has no config.json")
-    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
-    return config, tuple(small)
+    return config
 
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
-    """config.json for one of the models that TorchTitan has by name."""
+    """config.json for one of the models of a family that have a name."""
     known = {family.name: family for family in families()}
     if name not in known:
         raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
     flavors = known[name].flavors()
     if flavor not in flavors:
         raise BridgeError(
-            f"--config {name}:{flavor}: TorchTitan has no such flavor; allowed: {', '.join(flavors)}"
+            f"--config {name}:{flavor}: there is no such flavor; allowed: {', '.join(flavors) or 'none'}"
         )
-    package = importlib.import_module(f"torchtitan.models.{name}")
-    return known[name].hf_config(package.model_registry(flavor).model)
+    return known[name].hf_config(known[name].model_spec(flavor).model)
 
 
 def _between(
@@ -179,7 +173,7 @@ def _between(
     family = family_for(config)
     buffers = family.expert_biases(config)
     check_source(source, family, config, buffers)
-    sizes = Sizes(dp=options.dp, tp=options.tp, ep=options.ep)
+    sizes = Sizes.of(options)
     made = make_mapping(
         source,
         family,
@@ -194,14 +188,14 @@ def _between(
     # TorchTitan takes two seconds to import, which the other formats do without.
     from titan_bridge.model_layout import layout  # noqa: PLC0415
 
-    found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers))
+    found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers), policy=options.policy)
     dtypes = {tensor.name: dtype_name(tensor.dtype) for tensor in made.tensors}
     assert dtypes.keys() == found.params.keys(), dtypes.keys() ^ found.params.keys()
     params = {
         fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtypes[fqn])
         for fqn, param in found.params.items()
     }
-    return made, Layout(meshes=found.meshes, params=params)
+    return made, replace(found, params=params)
 
 
 def _target(
@@ -209,12 +203,12 @@ def _target(
 ) -> Target:
     most = options.max_shard_size
     if team.size > 1:
-        # A part belongs to one process, so there must be one for each at least.
+        # A file belongs to one process, so there must be one for each at least.
         total = sum(tensor.nbytes for tensor in tensors.tensors)
         most = min(most, math.ceil(total / team.size))
     if options.to == "hf":
-        return hf_target(tensors.tensors, most)
+        return hf_target(tensors.tensors, most, tensors.rows)
     if options.to == "dcp":
-        return dcp_target(tensors.tensors, most, aliases=tensors.aliases, blobs=source.blobs)
+        return dcp_target(tensors.tensors, most, tensors.rows, aliases=tensors.aliases, blobs=source.blobs)
     assert layout is not None
     return engine_target(tensors.tensors, most, layout)

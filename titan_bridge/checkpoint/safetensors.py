@@ -1,7 +1,7 @@
 """The safetensors format: headers read with suspicion and written aligned.
 
-A file is 8 bytes of header length (little endian), the header (JSON), and the tensors' bytes without a gap. The
-reference implementation trusts a header that agrees with itself; here it must agree with the file, too.
+A file is 8 bytes of header length (little endian), the header (JSON), and the tensors' bytes without a gap. The library
+reads it, too, but keeps to itself where in the file a tensor lies.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ import torch
 
 from titan_bridge.checkpoint.files import read_bytes, size_of
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import json_object
+from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 _NAMES = {
     "BOOL": torch.bool,
@@ -43,18 +45,7 @@ _ALIGNMENT = 64
 METADATA = "__metadata__"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One tensor of a file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-    """Bytes from the start of the file."""
-
-
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, TensorMetadata], dict[str, str]]:
     """Tensors by name, and the file's own metadata.
 
     Raises:
@@ -69,12 +60,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise BridgeError(
             f"{path}: header of {length} bytes in a file of {total}: truncated, or not safetensors"
         )
-    try:
-        header = json.loads(read_bytes(path, 8, length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BridgeError(f"{path}: the header is not JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise BridgeError(f"{path}: the header is a JSON {type(header).__name__}; it must be an object")
+    header = json_object(read_bytes(path, 8, length), f"{path}: the header")
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BridgeError(f"{path}: {METADATA} must be an object of strings")
@@ -88,7 +74,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 f"{math.prod(shape) * dtype.itemsize}"
             )
         spans.append((first, last, name))
-        entries[name] = Entry(name=name, shape=shape, dtype=dtype, offset=start + first)
+        chunk = Chunk(owner=path, box=Box.whole(shape), offset=start + first)
+        entries[name] = TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=(chunk,))
     at = 0
     for first, last, name in sorted(spans):
         if first != at:
@@ -136,10 +123,3 @@ def _entry(path: Path, name: str, data: Any) -> tuple[torch.dtype, tuple[int, ..
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise BridgeError(f"{path}: {name} has data_offsets {offsets}; they must be a start and an end")
     return dtype, tuple(shape), (offsets[0], offsets[1])
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result

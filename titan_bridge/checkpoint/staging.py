@@ -1,7 +1,7 @@
 """Where files grow until all of them are there: a hidden directory beside the target, renamed at the end.
 
     .NAME.partial/.reshard.json      which run this is: a digest of source, destination and options
-    .NAME.partial/done-0.jsonl       one line for each part that a process finished, with checksums
+    .NAME.partial/done-0.jsonl       one line for each file that a process finished, with its CRC
     .NAME.partial/FILE.part          a file that is being written
     .NAME.partial/FILE               a finished file
 
@@ -18,12 +18,12 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
 from titan_bridge.errors import BridgeError
@@ -34,44 +34,18 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
-    """Bytes that were written: where, how many, and their CRC-32."""
+class FileResult:
+    """What is known of a finished file."""
 
-    offset: int
-    length: int
+    file: str
     crc: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartResult:
-    """What is known of a finished part."""
-
-    part: str
-    spans: Mapping[str, tuple[Span, ...]]
-    """By file."""
+    """CRC-32 of what was written."""
     nan: Mapping[str, int]
     """NaNs by tensor, where there are any."""
     inf: Mapping[str, int]
     """Infinite elements."""
     overflow: Mapping[str, int]
     """Those of them that the cast made infinite."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {
-            **asdict(self),
-            "spans": {f: [[s.offset, s.length, s.crc] for s in v] for f, v in self.spans.items()},
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> PartResult:
-        """The reverse of `to_json`."""
-        spans = {
-            file: tuple(Span(offset=a, length=b, crc=c) for a, b, c in rows)
-            for file, rows in data["spans"].items()
-        }
-        counts = {name: data[name] for name in ("nan", "inf", "overflow")}
-        return cls(part=data["part"], spans=spans, **counts)
 
 
 class Staging:
@@ -135,30 +109,24 @@ class Staging:
             self._clear()
         plan.write_bytes(content)
 
-    def results(self) -> dict[str, PartResult]:
-        """Parts that are written down as finished, by any process. Lines that are damaged count as not written."""
+    def results(self) -> dict[str, FileResult]:
+        """Files that are written down as finished, by any process. Lines that are damaged count as not written."""
         found = {}
         for journal in sorted(self.path.glob(_DONE.format("*"))):
             for line in journal.read_bytes().splitlines():
                 crc, _, text = line.partition(b" ")
                 if crc == _crc(text):
-                    result = PartResult.from_json(json.loads(text))
-                    found[result.part] = result
+                    result = FileResult(**json.loads(text))
+                    found[result.file] = result
         return found
 
-    def strike(self, result: PartResult) -> None:
-        """Remove the files of a part: without them it is not taken for finished."""
-        for file in result.spans:
-            (self.path / file).unlink(missing_ok=True)
-
-    def finish(self, result: PartResult, rank: int, *, fsync: bool) -> None:
-        """Give the files of a part their names and write it down."""
-        for file in result.spans:
-            part = self.path / (file + PART)
-            if fsync:
-                sync(part)
-            part.rename(self.path / file)
-        text = json.dumps(result.to_json()).encode()
+    def finish(self, result: FileResult, rank: int, *, fsync: bool) -> None:
+        """Give a file its name and write it down."""
+        part = self.path / (result.file + PART)
+        if fsync:
+            sync(part)
+        part.rename(self.path / result.file)
+        text = json.dumps(asdict(result)).encode()
         with (self.path / _DONE.format(rank)).open("ab") as journal:
             journal.write(b"\n" + _crc(text) + b" " + text + b"\n")  # the line before may be cut off
             journal.flush()
@@ -218,10 +186,11 @@ class Staging:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            who = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
             self.release()
-            raise BridgeError(
-                f"another process is writing {self.target} (it holds {directory / _LOCK})"
-            ) from None
+            raise BridgeError(f"{who} is writing {self.target} (it holds {directory / _LOCK})") from None
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
     def _clear(self) -> None:
         for path in self.path.iterdir():

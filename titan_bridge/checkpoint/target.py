@@ -1,71 +1,36 @@
-"""What will be written: parts, their files, and where each box of each tensor lies in them.
+"""The checkpoint that will be written: its files, and where in them each part of each tensor lies.
 
-A part is what is finished together: one file, or for engine files one file for every shard. It belongs to one
-process. Everything here is arithmetic; nothing is read or written.
+Everything here is arithmetic; nothing is read or written. A tensor is cut into strips of a few megabytes: its chunks,
+as the planner sees them, each a run of bytes of one file. A strip is read, cast and written in one step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 from titan_bridge.checkpoint.archive import Archive
 from titan_bridge.checkpoint.checkpoint import Blob
-from titan_bridge.checkpoint.dcp_metadata import Written
-from titan_bridge.checkpoint.engine_files import contiguous_parts, shard_label
+from titan_bridge.checkpoint.engine_files import local_runs, shard_label
 from titan_bridge.checkpoint.safetensors import header_bytes
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 CHUNK_BYTES = 256 << 20
 """Larger tensors are written to DCP in several chunks: who loads a part of one reads less of the rest."""
+STRIP_BYTES = 8 << 20
+"""Most bytes of a strip, of the destination's dtype."""
 _ALIGNMENT = 64
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """One tensor of the destination."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Global shape."""
-    dtype: torch.dtype
-    align: int = 1
-    """Rows of the first dim that belong together in the source (one head): cuts fall between such groups."""
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A box that lies in one file as a contiguous tensor of its own."""
-
-    file: str
-    offset: int
-    """Bytes from the start of the file."""
-    box: Box
-    """In the global tensor."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """A tensor, or a box of one, in a part. Its places cover the box once."""
-
-    tensor: Wanted
-    box: Box
-    places: tuple[Place, ...]
-
-
 @dataclass(kw_only=True)
 class OutFile:
-    """A file: its size, the bytes that are known beforehand, and the archives whose frames need a checksum."""
+    """A file, without its weights: its size, bytes that are known beforehand, and archives whose frames need a CRC."""
 
     name: str
     size: int = 0
@@ -78,35 +43,45 @@ class OutFile:
 
 
 @dataclass(kw_only=True)
-class Part:
-    """Files that are finished together."""
-
-    name: str
-    files: list[OutFile]
-    units: list[Unit]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its files."""
-        return sum(file.size for file in self.files)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Target:
     """All that will be written, but for small files at the end."""
 
-    parts: tuple[Part, ...]
-    weight_map: Mapping[str, str] = field(default_factory=dict)
-    """Hugging Face: the file of each tensor."""
-    written: tuple[Written, ...] = ()
-    """DCP: the entries of its metadata."""
+    files: list[OutFile] = field(default_factory=list)
+    strips: dict[str, list[Chunk]] = field(default_factory=dict)
+    """By tensor, in the order of the planner's chunks; the owner is the name of a file."""
+    shapes: dict[str, TensorMetadata] = field(default_factory=dict)
+    """All tensors, without their chunks."""
+    archives: dict[str, TensorMetadata] = field(default_factory=dict)
+    """DCP: what its metadata says of each tensor, under all its names."""
+    blobs: dict[str, Blob] = field(default_factory=dict)
+    """DCP: the entries that are no tensors."""
     ranks: tuple[tuple[str, ...], ...] = ()
     """Engine files: the files of each rank."""
+    weight_map: dict[str, str] = field(default_factory=dict)
+    """Hugging Face: the file of each tensor."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(part.nbytes for part in self.parts)
+        return sum(file.size for file in self.files)
+
+    def tensors(self) -> list[TensorMetadata]:
+        """Every tensor that has an element, in strips: the destination of a plan."""
+        return [replace(self.shapes[name], chunks=tuple(strips)) for name, strips in self.strips.items()]
+
+    def in_file(self) -> dict[str, list[tuple[str, int]]]:
+        """By file: (tensor, number of the strip) in the order of the bytes."""
+        found: dict[str, list[tuple[int, str, int]]] = {file.name: [] for file in self.files}
+        for name, strips in self.strips.items():
+            for number, strip in enumerate(strips):
+                found[str(strip.owner)].append((strip.offset, name, number))
+        return {file: [(name, number) for _, name, number in sorted(own)] for file, own in found.items()}
+
+    def _place(self, tensor: TensorMetadata, file: str, offset: int, box: Box, rows: int = 1) -> None:
+        """A box of a tensor lies in a file from `offset` on."""
+        for strip in rows_of(box, tensor.dtype.itemsize, STRIP_BYTES, rows):
+            self.strips.setdefault(tensor.name, []).append(Chunk(owner=file, box=strip, offset=offset))
+            offset += strip.numel * tensor.dtype.itemsize
 
 
 def rows_of(box: Box, itemsize: int, most: int, align: int = 1) -> Iterator[Box]:
@@ -131,36 +106,33 @@ def rows_of(box: Box, itemsize: int, most: int, align: int = 1) -> Iterator[Box]
     first = box.start[0]
     while first < box.stop[0]:
         last = first + step
-        last = min(
-            last // align * align if step >= align and last // align * align > first else last, box.stop[0]
-        )
+        if step >= align and last // align * align > first:
+            last = last // align * align
+        last = min(last, box.stop[0])
         yield Box(start=(first, *box.start[1:]), stop=(last, *box.stop[1:]))
         first = last
 
 
-def hf_target(tensors: Sequence[Wanted], most: int) -> Target:
-    """Files of at most `most` bytes of weights (one larger tensor is a file of its own), named as transformers does."""
+def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, int]) -> Target:
+    """Files of at most `most` bytes of weights (one larger tensor is a file of its own), named as transformers does.
+
+    Args:
+        rows: Rows of a tensor's first dim that belong together in the source (one head): cuts fall between such groups.
+    """
     groups = list(_grouped(tensors, most, lambda tensor: tensor.nbytes))
-    parts, weight_map = [], {}
+    target = Target(shapes={tensor.name: tensor for tensor in tensors})
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        file, offsets = _safetensors_file(name, group, {"format": "pt"})
-        units = [
-            Unit(
-                tensor=t,
-                box=Box.whole(t.shape),
-                places=(Place(file=name, offset=at, box=Box.whole(t.shape)),),
-            )
-            for t, at in zip(group, offsets, strict=True)
-        ]
-        weight_map |= dict.fromkeys((tensor.name for tensor in group), name)
-        parts.append(Part(name=name, files=[file], units=units))
-    return Target(parts=tuple(parts), weight_map=weight_map)
+        for tensor, offset in zip(group, _safetensors_file(target, name, group), strict=True):
+            target._place(tensor, name, offset, Box.whole(tensor.shape), rows.get(tensor.name, 1))
+            target.weight_map[tensor.name] = name
+    return target
 
 
 def dcp_target(
-    tensors: Sequence[Wanted],
+    tensors: Sequence[TensorMetadata],
     most: int,
+    rows: Mapping[str, int],
     *,
     aliases: Mapping[str, str],
     blobs: Mapping[str, Blob],
@@ -169,127 +141,97 @@ def dcp_target(
     """Files of at most `most` bytes of chunks.
 
     Args:
+        rows: As for `hf_target`.
         aliases: Further names of tensors; their chunks are the same bytes.
         blobs: Entries that are no tensors, by name.
     """
-    others: dict[str, list[str]] = {}
-    for alias, fqn in aliases.items():
-        others.setdefault(fqn, []).append(alias)
-    chunks = [_Entry(fqns=(fqn,), blob=blob) for fqn, blob in blobs.items()]
+    target = Target(shapes={tensor.name: tensor for tensor in tensors})
+    boxes: list[tuple[str, Blob | Box]] = list(blobs.items())
     for tensor in tensors:
-        boxes = list(rows_of(Box.whole(tensor.shape), tensor.dtype.itemsize, chunk_bytes, tensor.align))
-        fqns = (tensor.name, *others.get(tensor.name, ()))
-        chunks += [_Entry(fqns=fqns, tensor=tensor, box=box) for box in boxes or [Box.whole(tensor.shape)]]
-    parts, written = [], []
-    for number, group in enumerate(_grouped(chunks, most, lambda entry: entry.nbytes)):
+        whole = Box.whole(tensor.shape)
+        cut = list(rows_of(whole, tensor.dtype.itemsize, chunk_bytes, rows.get(tensor.name, 1)))
+        boxes += [(tensor.name, box) for box in cut or [whole]]
+    chunks: dict[str, list[Chunk]] = {tensor.name: [] for tensor in tensors}
+
+    def nbytes(entry: tuple[str, Blob | Box]) -> int:
+        name, part = entry
+        return part.length if isinstance(part, Blob) else part.numel * target.shapes[name].dtype.itemsize
+
+    for number, group in enumerate(_grouped(boxes, most, nbytes)):
         file = OutFile(name=f"__0_{number}.distcp")
-        units = []
-        for entry in group:
-            file.size += -file.size % _ALIGNMENT
-            start = file.size
-            if entry.blob is not None:
-                file.blobs.append((start, entry.blob))
-                file.size += entry.blob.length
-            elif entry.tensor is not None and entry.box is not None:
-                archive = Archive(entry.box.shape, entry.tensor.dtype)
-                file.archives.append((start, archive))
-                place = Place(file=file.name, offset=start + archive.head_bytes, box=entry.box)
-                units.append(Unit(tensor=entry.tensor, box=entry.box, places=(place,)))
-                file.size += archive.total_bytes
-            length = file.size - start
-            written += [
-                Written(fqn=fqn, file=file.name, offset=start, length=length, box=entry.box)
-                for fqn in entry.fqns
-            ]
-        parts.append(Part(name=file.name, files=[file], units=units))
-    return Target(parts=tuple(parts), written=tuple(written))
+        for name, part in group:
+            if pad := -file.size % _ALIGNMENT:
+                file.fixed.append((file.size, bytes(pad)))
+                file.size += pad
+            if isinstance(part, Blob):
+                file.blobs.append((file.size, part))
+                target.blobs[name] = Blob(path=Path(file.name), offset=file.size, length=part.length)
+                file.size += part.length
+                continue
+            tensor = target.shapes[name]
+            archive = Archive(part.shape, tensor.dtype)
+            file.archives.append((file.size, archive))
+            target._place(tensor, file.name, file.size + archive.head_bytes, part, rows.get(name, 1))
+            length = archive.total_bytes
+            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=length, box=part))
+            file.size += length
+        target.files.append(file)
+    for name, fqn in [*((name, name) for name in chunks), *aliases.items()]:
+        target.archives[name] = replace(target.shapes[fqn], name=name, chunks=tuple(chunks[fqn]))
+    return target
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """One entry of a DCP file: a box of a tensor, or a blob; under all its names."""
-
-    fqns: tuple[str, ...]
-    tensor: Wanted | None = None
-    box: Box | None = None
-    blob: Blob | None = None
-
-    @property
-    def nbytes(self) -> int:
-        if self.blob is not None:
-            return self.blob.length
-        assert self.tensor is not None
-        assert self.box is not None
-        return self.box.numel * self.tensor.dtype.itemsize
-
-
-def engine_target(tensors: Sequence[Wanted], most: int, layout: Layout) -> Target:
+def engine_target(tensors: Sequence[TensorMetadata], most: int, layout: Layout) -> Target:
     """Files of at most `most` bytes of weights for each shard of `layout`; `tensors` are its parameters."""
-    shards = {tensor.name: _shards(tensor, layout) for tensor in tensors}
-    held: dict[int, set[str]] = {rank: set() for rank in layout.ranks}
-    parts: list[Part] = []
-    files: dict[str, list[str]] = {}
-    largest = {
-        name: max(math.prod(shape) for shape, _, _ in found.values()) for name, found in shards.items()
-    }
+    target = Target(shapes={tensor.name: tensor for tensor in tensors})
+    shards = {tensor.name: _shards(tensor.name, layout) for tensor in tensors}
+    files: dict[int, set[str]] = {rank: set() for rank in layout.ranks}
+
+    def largest(tensor: TensorMetadata) -> int:
+        elements = (
+            math.prod(layout.local_shape(tensor.name, ranks[0]) or ())
+            for ranks in shards[tensor.name].values()
+        )
+        return max(elements) * tensor.dtype.itemsize
+
     # Wide dtypes first: then every tensor of a file is aligned to its own dtype.
     order = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    for number, group in enumerate(
-        _grouped(order, most, lambda tensor: largest[tensor.name] * tensor.dtype.itemsize), start=1
-    ):
-        by_label: dict[str, list[tuple[Wanted, tuple[int, ...], int]]] = {}
+    for number, group in enumerate(_grouped(order, most, largest), start=1):
+        by_label: dict[str, list[tuple[TensorMetadata, list[int]]]] = {}
         for tensor in group:
-            for label, (shape, rank, ranks) in shards[tensor.name].items():
-                by_label.setdefault(label, []).append((tensor, shape, rank))
-                for holder in ranks:
-                    held[holder].add(label)
-        part = Part(name=f"model-{number:05d}", files=[], units=[])
-        places: dict[str, list[Place]] = {tensor.name: [] for tensor in group}
+            for label, ranks in shards[tensor.name].items():
+                by_label.setdefault(label, []).append((tensor, ranks))
         for label, entries in by_label.items():
-            name = f"{part.name}.{label}.safetensors"
-            local = [Wanted(name=t.name, shape=shape, dtype=t.dtype) for t, shape, _ in entries]
-            file, offsets = _safetensors_file(name, local, {"format": "pt", "shard": label})
-            part.files.append(file)
-            files.setdefault(label, []).append(name)
-            for (tensor, shape, rank), start in zip(entries, offsets, strict=True):
-                places[tensor.name] += _pieces(layout, tensor, shape, rank, name, start)
-        part.units = [
-            Unit(tensor=tensor, box=Box.whole(tensor.shape), places=tuple(places[tensor.name]))
-            for tensor in group
-        ]
-        parts.append(part)
-    ranks = tuple(tuple(sorted(f for label in held[rank] for f in files[label])) for rank in layout.ranks)
-    return Target(parts=tuple(parts), ranks=ranks)
+            name = f"model-{number:05d}.{label}.safetensors"
+            local = [replace(t, shape=layout.local_shape(t.name, ranks[0]) or ()) for t, ranks in entries]
+            offsets = _safetensors_file(target, name, local, shard=label)
+            for (tensor, ranks), start in zip(entries, offsets, strict=True):
+                for box, offset in local_runs(layout, tensor.name, ranks[0]):
+                    target._place(tensor, name, start + offset * tensor.dtype.itemsize, box)
+                for rank in ranks:
+                    files[rank].add(name)
+    target.ranks = tuple(tuple(sorted(files[rank])) for rank in layout.ranks)
+    return target
 
 
-def _shards(tensor: Wanted, layout: Layout) -> dict[str, tuple[tuple[int, ...], int, list[int]]]:
-    """By label: local shape, one rank that holds it, all ranks that do."""
-    found: dict[str, tuple[tuple[int, ...], int, list[int]]] = {}
-    for rank in layout.mesh_of(tensor.name).ranks:
-        label = shard_label(layout, tensor.name, rank)
-        if label not in found:
-            shape = layout.local_shape(tensor.name, rank)
-            assert shape is not None
-            found[label] = (shape, rank, [])
-        found[label][2].append(rank)
+def _shards(fqn: str, layout: Layout) -> dict[str, list[int]]:
+    """By label: the ranks that hold this part of a parameter."""
+    found: dict[str, list[int]] = {}
+    for rank in layout.mesh_of(fqn).ranks:
+        found.setdefault(shard_label(layout, fqn, rank), []).append(rank)
     return found
 
 
-def _pieces(
-    layout: Layout, tensor: Wanted, shape: tuple[int, ...], rank: int, file: str, start: int
-) -> Iterator[Place]:
-    for piece in layout.pieces(tensor.name, rank):
-        shift = [a - b for a, b in zip(piece.box.start, piece.local.start, strict=True)]
-        for local, offset in contiguous_parts(piece.local, shape):
-            yield Place(file=file, offset=start + offset * tensor.dtype.itemsize, box=local.shift(shift))
-
-
 def _safetensors_file(
-    name: str, tensors: Sequence[Wanted], metadata: Mapping[str, str]
-) -> tuple[OutFile, list[int]]:
-    header, offsets = header_bytes([(t.name, t.shape, t.dtype) for t in tensors], metadata)
+    target: Target, name: str, tensors: Sequence[TensorMetadata], **metadata: str
+) -> list[int]:
+    """Add a file; returns where in it each tensor begins."""
+    header, offsets = header_bytes(
+        [(t.name, t.shape, t.dtype) for t in tensors], {"format": "pt", **metadata}
+    )
     size = len(header) + sum(tensor.nbytes for tensor in tensors)
-    return OutFile(name=name, size=size, fixed=[(0, header)]), offsets
+    target.files.append(OutFile(name=name, size=size, fixed=[(0, header)]))
+    return offsets
 
 
 def _grouped(items: Iterable[T], most: int, size: Callable[[T], int]) -> Iterator[list[T]]:

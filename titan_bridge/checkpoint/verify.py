@@ -1,4 +1,4 @@
-"""Checksums: those that a source has of its own, and those that were taken while a part was written."""
+"""Checksums: those that a source has of its own, and those that were taken while a file was written."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from zlib_ng import zlib_ng
 
 from titan_bridge.checkpoint.archive import is_intact
-from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, Chunk
+from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint
 from titan_bridge.checkpoint.files import FilePool
-from titan_bridge.checkpoint.staging import PartResult, Span
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.tensors import Chunk
 
 _BUFFER_BYTES = 16 << 20
 
@@ -58,37 +58,20 @@ def _archive(chunk: Chunk) -> Blob | None:
     return Blob(path=chunk.path, offset=chunk.offset, length=chunk.archive)
 
 
-def damage(
-    directory: Path, result: PartResult, advance: Callable[[int], None] = lambda count: None
-) -> str | None:
-    """Read the files of a part again from the disk and compare them with the checksums of what was written.
+def is_as_written(path: Path, crc: int, advance: Callable[[int], None] = lambda count: None) -> bool:
+    """Read a file again from the disk and compare it with the CRC-32 of what was written.
 
-    Returns:
-        The first file and bytes that differ, in words; None if all is well.
+    Raises:
+        BridgeError: It cannot be read.
     """
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
-    for name, spans in result.spans.items():
-        path = directory / name
-        try:
-            with path.open("rb", buffering=0) as file:
-                os.fsync(file.fileno())  # pages that are not on the disk yet would be read from memory
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                for span in spans:
-                    if _crc(file.fileno(), span, buffer) != span.crc:
-                        return f"{path}: bytes {span.offset} to {span.offset + span.length} are not what was written"
-                    advance(span.length)
-        except OSError as error:
-            return f"{path} cannot be read: {error.strerror}"
-    return None
-
-
-def _crc(descriptor: int, span: Span, buffer: memoryview) -> int:
-    """CRC-32 of a span as it is in the file, of less where that ends early."""
-    crc, at = 0, 0
-    while at < span.length:
-        view = buffer[: span.length - at]
-        count = os.preadv(descriptor, [view], span.offset + at)
-        if not count:
-            break
-        crc, at = zlib_ng.crc32(view[:count], crc), at + count
-    return crc
+    buffer, found = memoryview(bytearray(_BUFFER_BYTES)), 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            os.fsync(file.fileno())  # pages that are not on the disk yet would be read from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while count := file.readinto(buffer):
+                found = zlib_ng.crc32(buffer[:count], found)
+                advance(count)
+    except OSError as error:
+        raise BridgeError(f"{path} cannot be read: {error.strerror}") from None
+    return found == crc

@@ -30,7 +30,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Check the installation: versions, the vLLM plugin, cores, memory, GPU, and what to do about each finding.
+    """Check the installation: versions, the vLLM plugin, model families, cores, memory, GPU, and what to do about each.
 
     Exit code 1 if something must be fixed.
 
@@ -69,6 +69,7 @@ def examine() -> Iterable[Finding]:
         _vllm,
         _plugin,
         _breakable,
+        _families,
         _machine,
         _device,
     )
@@ -196,6 +197,38 @@ def _breakable() -> Iterable[Finding]:
             )
         else:
             yield Finding(name=name, value=found)
+
+
+def _families() -> Iterable[Finding]:
+    from titan_bridge.models import registry
+
+    for found in registry.candidates():
+        if found.family is not None and not found.problem:
+            value = f"{', '.join(found.family.architectures)}, from {found.source}"
+            yield Finding(name=f"family {found.family.name}", value=value)
+    for found in registry.candidates():
+        problem = found.problem
+        if found.family is not None and not problem and found.source != "titan_bridge":
+            try:
+                found.family.adapters()
+            except Exception as error:  # somebody else's
+                problem = f"adapters() fails: {type(error).__name__}: {error}"
+        if problem:
+            yield Finding(
+                name="family",
+                value=f"{found.source} cannot be used: {problem}",
+                status="note",
+                advice="models of other families are served; put the package right, or uninstall it",
+            )
+    names = {name for found in registry.candidates() if found.family for name in found.family.architectures}
+    for name in sorted(names):
+        if len(claims := registry.claims_of(name)) > 1:
+            yield Finding(
+                name="family",
+                value=f"architecture {name} is claimed twice: {'; '.join(found.source for found in claims)}",
+                status="note",
+                advice="no model of this architecture is served until one of them is uninstalled",
+            )
 
 
 def _machine() -> Iterable[Finding]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import DEGREES
 
 if TYPE_CHECKING:
     from titan_bridge.config.reader import Resolved
@@ -35,6 +36,10 @@ class InferCommand:
     """Tensor parallel ranks in a group."""
     ep: Int = None
     """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
+    attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
+    """Ranks of tp that attention is cut over; the others hold copies."""
+    policy: Annotated[Text, tyro.conf.arg(metavar="FILE")] = None
+    """YAML or JSON with rules for each layer (parallelism_rules)."""
     enable_expert_parallel: Annotated[bool, tyro.conf.arg(aliases=("-ep",))] = False
     """The same as --ep with dp * tp."""
     model_impl: Text = None
@@ -61,16 +66,21 @@ class InferCommand:
         from titan_bridge.run_folder import model_and_step
 
         is_file = self.model.endswith(".toml")
+        policy = None
+        if self.policy is not None:
+            from titan_bridge.policy.read import policy_of_flags  # yaml
+
+            policy = policy_of_flags(self.policy, self.attention_tp).to_dict()
         resolved = resolve(
             InferConfig,
             file=self.model if is_file else None,
             sets=self.set,
             flags={
                 "model": None if is_file else self.model,
-                "parallel.dp": self.dp,
-                "parallel.tp": self.tp,
-                "parallel.ep": self.ep,
+                **{f"parallel.{name}": getattr(self, name) for name in DEGREES},
                 "parallel.dense": self.dense,
+                "parallel.attn_tp": self.attention_tp,
+                "parallelism": policy,
                 "model_impl": self.model_impl,
                 "dtype": self.dtype,
                 "max_model_len": self.max_model_len,
@@ -79,10 +89,10 @@ class InferCommand:
             others={"titan-bridge train": TrainConfig},
         )
         config = resolved.config
-        sizes = config.parallel
-        if self.enable_expert_parallel and self.ep is None and sizes.ep == 1:
-            sizes = dataclasses.replace(sizes, ep=sizes.dp * sizes.tp)
-            config = dataclasses.replace(config, parallel=sizes)
+        parallel = config.parallel
+        if self.enable_expert_parallel and self.ep is None and parallel.ep == 1:
+            parallel = dataclasses.replace(parallel, ep=parallel.sizes.most_ep)
+            config = dataclasses.replace(config, parallel=parallel)
             resolved = dataclasses.replace(resolved, config=config)
         additional = dict(config.vllm.get("additional_config") or {})
         titan = additional.get("titan") or {}

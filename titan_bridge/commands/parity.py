@@ -70,6 +70,7 @@ class Parity(InferCommand):
             "dtype": config.dtype,
             "model_class": outcome.model_class,
             "sizes": outcome.workers[0]["sizes"],
+            "attention": outcome.workers[0]["attention"],
             "cached_tokens": sum(completion.cached_tokens for completion in outcome.completions),
             "references": [dataclasses.asdict(difference) for difference in found],
         }
@@ -98,6 +99,8 @@ def _show(facts: dict) -> None:
         )
     console = Console()
     console.print(table)
+    if facts["attention"]:
+        console.print(f"served with {facts['attention']}")
     for row in facts["references"]:
         if row["not_finite"]:
             console.print(f"NaN or infinity first at {row['not_finite']}", soft_wrap=True)

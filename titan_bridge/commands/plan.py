@@ -105,12 +105,13 @@ def parse_sizes(text: str) -> tuple[Any, Any]:
     Raises:
         BridgeError: another key, a value that is no number, or sizes that do not go together.
     """
-    from titan_bridge.mesh import Sizes
+    from titan_bridge.mesh import DEGREES, Sizes
 
+    names = "|".join(DEGREES)
     matches = [
-        re.fullmatch(r"(dp|tp|ep)=([0-9]{1,9})|dense=(replicate|shard)", part) for part in text.split(",")
+        re.fullmatch(rf"({names})=([0-9]{{1,9}})|dense=(replicate|shard)", part) for part in text.split(",")
     ]
-    numbers = {match[1]: int(match[2]) for match in matches if match and match[1]}
+    numbers: dict[str, Any] = {m[1]: int(m[2]) for m in matches if m and m[1]}
     dense = [match[3] for match in matches if match and match[3]]
     if len(numbers) + len(dense) < len(matches) or len(dense) > 1:
         raise BridgeError(f"{text!r} are no sizes; write for instance tp=2,ep=2 or dp=2,tp=2,dense=shard")
@@ -143,4 +144,4 @@ def _from_checkpoint(path: str, destination: Layout) -> Plan:
     rows = hf["vocab_size"] if embedding is None else embedding.shape[0]
     with open_checkpoint(weights_directory(path) or path) as checkpoint:
         views, _ = views_between(checkpoint, family, hf, "engine", rows)
-        return plan(checkpoint.held(), destination, views, allow_missing=True)
+        return plan(checkpoint.tensors.values(), destination, views, allow_missing=True)

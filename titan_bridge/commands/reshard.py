@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from titan_bridge.commands.infer import Int, Text
+from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import DEGREES
 
 if TYPE_CHECKING:
     from titan_bridge.checkpoint.job import Job, Outcome
@@ -38,9 +41,10 @@ class Reshard:
     """Directory with a checkpoint in any of the three formats."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Directory to be made."""
-    to: Literal["hf", "dcp", "engine"]
+    to: Literal["hf", "dcp", "engine", "peft"]
     """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), engine (files that
-    each rank of the given sizes maps without slicing)."""
+    each rank of the given sizes reads without slicing), peft (the LoRA adapter that TorchTitan trained in SRC; with
+    --to dcp, SRC may be such a folder)."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Where SRC has no config.json: a directory with one (and the tokenizer), the file itself, or one of TorchTitan's
     models as FAMILY:FLAVOR, for example qwen3:0.6B."""
@@ -49,6 +53,10 @@ class Reshard:
         tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
     ] = None
     """Of the weights; else they keep their own."""
+    merge_lora: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")] = None
+    """A folder with a LoRA adapter in PEFT's format, which is added to SRC's weights (Hugging Face)."""
+    lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="ALPHA", help_behavior_hint="")] = None
+    """--to peft: the converter's alpha, which is not in a checkpoint."""
     dp: int = 1
     """--to engine: data-parallel size."""
     tp: int = 1
@@ -57,6 +65,10 @@ class Reshard:
     """--to engine: ranks that share the experts."""
     dense: Literal["replicate", "shard"] = "replicate"
     """--to engine: whether dp ranks hold all of the dense weights or a part each."""
+    attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
+    """--to engine: ranks of tp that attention is cut over; the others hold copies."""
+    policy: Annotated[Text, tyro.conf.arg(metavar="FILE")] = None
+    """--to engine: YAML or JSON with rules for each layer (parallelism_rules)."""
     max_shard_size: str = "5GB"
     """Largest file, e.g. 500MB or 4GiB; a single larger tensor is a file of its own."""
     with_optimizer: bool = False
@@ -86,20 +98,25 @@ class Reshard:
 
         from titan_bridge.checkpoint.reshard import Options, prepare
         from titan_bridge.checkpoint.team import Team
+        from titan_bridge.policy.read import policy_of_flags
 
         gc.enable()
+        if self.to == "peft" or (self.src / "adapter_config.json").is_file():
+            return self._adapter()
 
         options = Options(
             source=self.src,
             target=self.dst,
-            to=self.to,
+            to=self.to,  # type: ignore[arg-type]
             config=self.config,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
             dp=self.dp,
             tp=self.tp,
             ep=self.ep,
             dense=self.dense,
+            policy=policy_of_flags(self.policy, self.attention_tp),
             max_shard_size=parse_size(self.max_shard_size),
+            merge_lora=self.merge_lora,
             with_optimizer=self.with_optimizer,
             workers=self.workers or min(8, 2 * len(os.sched_getaffinity(0))),
             overwrite=self.overwrite,
@@ -121,11 +138,34 @@ class Reshard:
         finally:
             team.leave()
 
+    def _adapter(self) -> int:
+        from titan_bridge.checkpoint import adapter
+        from titan_bridge.checkpoint.reshard import stated_config
+        from titan_bridge.models import load_hf_config
+        from titan_bridge.run_folder import model_and_step
+
+        if adapter.is_adapter(self.src):
+            if self.to != "dcp":
+                raise BridgeError(f"{self.src} is a LoRA adapter; allowed: --to dcp")
+            if self.config is None:
+                raise BridgeError(f"{self.src} has no config.json; give the model's with --config")
+            count = adapter.write_dcp(self.src, self.dst, hf=stated_config(self.config))
+        else:
+            if self.lora_alpha is None:
+                raise BridgeError(
+                    "--to peft needs --lora-alpha, the alpha of TorchTitan's LoRAConverter: no checkpoint has it"
+                )
+            hf = stated_config(self.config) if self.config else load_hf_config(model_and_step(self.src)[0])
+            count = adapter.write_peft(self.src, self.dst, hf=hf, alpha=self.lora_alpha)
+        facts = {"to": self.to, "tensors": count, "path": str(self.dst)}
+        print(json.dumps(facts) if self.json else f"{self.dst}: a LoRA adapter, {count} tensors")
+        return 0
+
     def _execute(self, job: Job) -> int:
         start = time.perf_counter()
         try:
-            with _Progress(job, shown=job.team.rank == 0 and sys.stderr.isatty()) as progress:
-                outcome = job.run(progress.advance)
+            with _bars(job) as bars:
+                outcome = job.run(bars.advance)
         except KeyboardInterrupt:
             print("titan-bridge: stopped; --resume goes on from the files that are finished", file=sys.stderr)
             raise
@@ -136,10 +176,15 @@ class Reshard:
             print(json.dumps(facts))
         else:
             _show_outcome(facts, self.dst)
-            print(f"next: {_next(job)}")
+            print(f"next: {_next(job, self._policy_flag())}")
         for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
         return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
+
+    def _policy_flag(self) -> str:
+        if self.attention_tp is not None:
+            return f" --attention-tp {self.attention_tp}"
+        return "" if self.policy is None else f" --policy {shlex.quote(self.policy)}"
 
 
 def parse_size(text: str) -> int:
@@ -152,49 +197,15 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-class _Progress:
-    """A bar on stderr with bytes, bytes a second and the time left; nothing when it is not shown."""
-
-    def __init__(self, job: Job, *, shown: bool) -> None:
-        self._shown = shown
-        options, written = job.options, job.target.nbytes
-        self._totals = {
-            "check": job.bytes_to_read if options.verify and job.source.format == "dcp" else 0,
-            "write": written,
-            "verify": written if options.verify or options.resume else 0,
-        }
-        self._size = job.team.size  # this process sees its own share only
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Progress:
-        if self._shown:
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
-                progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            for what, total in self._totals.items():
-                if total:
-                    self._tasks[what] = self._bar.add_task(what, total=total // self._size)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, what: str, count: int) -> None:
-        """`count` more bytes of `what`."""
-        if what in self._tasks:
-            self._bar.advance(self._tasks[what], count)
+def _bars(job: Job) -> Bars:
+    options, written = job.options, job.target.nbytes
+    totals = {
+        "check": job.bytes_to_read if options.verify and job.source.format == "dcp" else 0,
+        "write": written,
+        "verify": written if options.verify or options.resume else 0,
+    }
+    size = job.team.size  # this process sees its own share only
+    return Bars({what: total // size for what, total in totals.items()}, shown=job.team.rank == 0)
 
 
 def _show_plan(job: Job, *, as_json: bool) -> None:
@@ -211,7 +222,7 @@ def _show_plan(job: Job, *, as_json: bool) -> None:
             "path": str(options.target),
             "format": options.to,
             "tensors": len(job.tensors.tensors),
-            "files": [{"name": f.name, "bytes": f.size} for part in job.target.parts for f in part.files],
+            "files": [{"name": f.name, "bytes": f.size} for f in job.target.files],
         },
         "copies": job.plan.copies_count,
         "bytes_to_read": job.bytes_to_read,
@@ -284,14 +295,16 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     )
 
 
-def _next(job: Job) -> str:
+def _next(job: Job, policy: str) -> str:
     """What to type with the result."""
     from titan_bridge.models import family_for  # torch, as in `run`
 
     options = job.options
     target = shlex.quote(str(options.target))
-    sizes = "".join(f" --{name} {n}" for name in ("dp", "tp", "ep") if (n := getattr(options, name)) > 1)
-    command = f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}"
+    sizes = "".join(f" --{name} {n}" for name in DEGREES if (n := getattr(options, name)) > 1)
+    command = (
+        f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}{policy}"
+    )
     if job.hf is None:
         return f"put the model's config.json into {target}, then {command}"
     try:

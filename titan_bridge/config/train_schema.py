@@ -86,7 +86,7 @@ class Model:
     """What is trained: a family with one of TorchTitan's flavors or explicit sizes, or a Python function."""
 
     family: Text | None = None
-    """Model family: llama3, qwen3, deepseek_v3 or gpt_oss."""
+    """Model family, for instance qwen3; `titan-bridge doctor` lists them."""
     flavor: Text | None = None
     """One of TorchTitan's own flavors of the family, for instance "debugmodel" or "8B"."""
     sizes: ModelSizes | None = None

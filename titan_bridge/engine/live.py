@@ -20,7 +20,7 @@ from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
 from titan_bridge.engine.native.layers import Native
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import DENSE, MESH_AXES, Sizes, describe, get_device_meshes, sizes_of
+from titan_bridge.mesh import DENSE, Sizes, describe, get_device_meshes, mesh_axes, sizes_of
 from titan_bridge.model_layout import ParamSpec, as_layout
 from titan_bridge.sharding.layout import ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec, attached, placement_to_str
@@ -34,7 +34,8 @@ def titan_sharding_spec(worker: Any) -> dict[str, Any]:
     """
     model, sizes = worker.get_model(), _sizes(worker)
     if hasattr(model, "setup"):
-        return as_layout(_titan_params(model, sizes), sizes).to_json()
+        known = model.layout.parallelism
+        return as_layout(_titan_params(model, sizes), sizes, parallelism=known).to_json()
     params = {
         fqn: ParamSpec(shape=native.shape, dtype=tensor.dtype, spec=native.spec)
         for fqn, tensor, native in _native_params(model)
@@ -148,7 +149,7 @@ def _native_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Native
         for prefix, _, name, native in native_specs.declared_in(model)
     }
     for fqn, tensor in model.named_parameters():
-        whole = ShardingSpec(mesh=DENSE, placements=(Replicate(),) * len(MESH_AXES[DENSE]))
+        whole = ShardingSpec(mesh=DENSE, placements=(Replicate(),) * len(mesh_axes(DENSE)))
         yield fqn, tensor, declared.get(fqn) or Native(spec=whole, shape=tuple(tensor.shape))
 
 

@@ -9,6 +9,11 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.policy.read import policy_from
+from titan_bridge.policy.schema import NO_POLICY, Policy
+
+TRANSFER_BACKEND = "titan"
+"""In vLLM's `weight_transfer_config`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -22,11 +27,17 @@ class TitanOptions:
     step: int | None = None
     """Of a training run's folder, the checkpoint to serve; the last whole one if not given."""
     mla: Literal["auto", "latent", "expanded"] = "auto"
-    """What DeepSeek's attention caches: a token's latent, or the keys and values of all heads, which any backend can.
-    "auto" takes the latter on CPUs, where vLLM's latent attention has neither prefix caching nor chunked prefill."""
+    """What attention with latents caches: a token's latent, or the keys and values of all heads, which any backend can.
+    "auto" takes the latter on CPUs, where vLLM's latent attention has neither prefix caching nor chunked prefill, and
+    with sharded dense weights."""
+    parallelism: Policy = NO_POLICY
+    """How each layer is split over the tp ranks: `axes` and `rules`."""
     cpu_pack: bool = True
     """On the CPU backend in bfloat16, compute with packed copies of linear weights, which is faster. With weight
     transfer the plain ones stay beside them: twice the memory."""
+    cpu_experts_once: bool = False
+    """On CPUs without AMX, hold routed experts in one packed layout: half their memory, and about twice the time for
+    steps of few tokens. With AMX there is only one."""
     attach_specs: bool = False
     """Declare ShardingSpecs on vLLM's own models too (`model_impl` other than `torchtitan`). On the CPU backend their
     linears then keep plain weights, which are slower than vLLM's packed ones."""
@@ -44,8 +55,11 @@ def titan_options(additional_config: Any) -> TitanOptions:
             f"additional_config.titan is {given!r}; it must be a table such as {{'dense': 'shard'}}"
         )
     known = ", ".join(TitanOptions.__dataclass_fields__)
+    values = {str(key): value for key, value in given.items()}
+    if "parallelism" in values:
+        values["parallelism"] = policy_from(values["parallelism"], "additional_config.titan.parallelism")
     try:
-        return TitanOptions(**{str(key): value for key, value in given.items()})
+        return TitanOptions(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

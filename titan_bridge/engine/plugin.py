@@ -8,14 +8,6 @@ for `model_impl="torchtitan"`. torchtitan is not imported here.
 
 from __future__ import annotations
 
-ARCHITECTURE = "TitanForCausalLM"
-"""Name under which our class stands in vLLM's model registry."""
-
-MODEL_CLASS = "titan_bridge.engine.model.wrapper:TitanForCausalLM"
-PREFLIGHT_MODULE = "titan_bridge.engine.preflight"
-TRANSFER_BACKEND = "titan"
-TRANSFER_MODULE = "titan_bridge.engine.transfer"
-
 
 def register() -> None:
     """Teach vLLM's registry about `model_impl="torchtitan"`. Idempotent; a few milliseconds."""

@@ -11,7 +11,9 @@ from vllm.platforms import current_platform
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.cpu.head_dims import check_head_dim
+from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.build import Setup, captures_experts, model_config, setup_from
+from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
 from titan_bridge.model_layout import layout
 
@@ -44,8 +46,16 @@ def check(vllm_config: VllmConfig) -> None:
     if parallel.enable_expert_parallel and not experts_in(setup.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(setup.hf, setup.sizes, max_model_len=setup.max_model_len)
-    if not model.use_mla:
-        check_head_dim(setup.hf)
+    for remark in setup.split.remarks:
+        logger.warning("%s", remark)
+    if (backend := vllm_config.attention_config.backend) is not None:
+        check_backend(backend.name, setup.split)
+    if setup.options.mla == "latent" and (not model.use_mla or setup.sharded):
+        why = "derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"
+        raise BridgeError(
+            f"additional_config.titan.mla = 'latent' {why if model.use_mla else 'needs attention with latents'}"
+        )
+    check_head_dim(setup.hf, latent=model.use_mla)
     captures = captures_experts(setup, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, setup, captures=captures)
     load = vllm_config.load_config
@@ -62,7 +72,7 @@ def check(vllm_config: VllmConfig) -> None:
             raise BridgeError(f"{model.model} holds no checkpoint that load_format={LOAD_FORMAT!r} reads")
         return
     load.load_format = LOAD_FORMAT
-    buffers = setup.buffers(layout(model_config(setup), setup.sizes))
+    buffers = setup.buffers(layout(model_config(setup), setup.sizes, policy=None))
     check_weights(directory, setup.family, setup.hf, buffers)
 
 
@@ -75,7 +85,12 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     yield context > 1, f"prefill_context_parallel_size={context} is", "allowed: 1"
     yield parallel.enable_eplb, "expert load balancing is", "leave enable_eplb off"
     yield parallel.use_ubatching, "microbatches (enable_dbo) are", "leave enable_dbo and ubatch_size out"
-    yield vllm_config.lora_config, "LoRA is", "leave enable_lora off"
+    if (lora := vllm_config.lora_config) is not None:
+        dense = titan_options(vllm_config.additional_config).dense
+        sharded = dense == "shard" and parallel.data_parallel_size > 1
+        yield sharded, "LoRA with additional_config.titan.dense = 'shard' is", "leave one of them out"
+        for name in ("fully_sharded_loras", "enable_mixed_moe_lora_format", "enable_moe_shared_loras"):
+            yield getattr(lora, name), f"{name} is", "leave it off"
     quantization = model.quantization or vllm_config.quant_config
     yield quantization, f"quantization={quantization} is", "leave it out"
     yield model.enable_prompt_embeds, "prompt embeddings are", "leave enable_prompt_embeds off"

@@ -42,13 +42,36 @@ class InnerAttention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Attention that expands a latent of each token to keys and values of all heads, and may cache the latent."""
+
+    module: type[Module]
+    """Of the same config and parameters; its ``forward`` gives the inner attention queries ``[T, N, H]``, normed
+    latents ``[T, R]`` and rotated parts of the keys ``[T, 1, P]``, and takes ``[T, N * H of v]``."""
+    expands: str
+    """Name of the linear layer from latents to the other parts of the keys and to the values."""
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    """R."""
+    qk_rope_head_dim: int
+    """P."""
+
+    @property
+    def width(self) -> int:
+        """Elements that are cached for a token."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """All that is special about the modules of one config class."""
 
     divides: Callable[[Any, Sizes], Iterable[Division]]
-    """From the config and the parallel sizes."""
+    """From the config and the parallel sizes of the module."""
     inner_attention: Callable[[Any], InnerAttention] | None = None
     """Attention only. What replaces ``inner_attention`` in the reference and in the engine is built from it."""
+    latent: Callable[[Any], LatentAttention] | None = None
+    """Attention with latents only."""
     keeps_dtype: type[Module] | None = None
     """Experts only: the class that computes in its weights' dtype; the fields of its config are the same."""
 

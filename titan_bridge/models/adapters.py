@@ -21,7 +21,7 @@ from torchtitan.protocols.module import Module
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import Family, families
-from titan_bridge.models.adapter import Adapter, Division, InnerAttention, adds_nothing
+from titan_bridge.models.adapter import Adapter, Division, InnerAttention, LatentAttention, adds_nothing
 from titan_bridge.models.attention import PlainAttention
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
@@ -149,9 +149,13 @@ def adapted(config: Decoder.Config) -> list[Adapted]:
     return found
 
 
-def divisions(config: Decoder.Config, sizes: Sizes) -> list[Division]:
-    """Every size in a config tree that an axis must divide."""
-    return [division for one in adapted(config) for division in one.adapter.divides(one.config, sizes)]
+def divisions(config: Decoder.Config, sizes: Sizes) -> list[tuple[str, Division]]:
+    """Every size in a config tree that an axis of its module must divide, with the FQN of the module."""
+    return [
+        (one.fqn, division)
+        for one in adapted(config)
+        for division in one.adapter.divides(one.config, sizes.at(one.fqn))
+    ]
 
 
 def inner_attention(config: BaseAttention.Config) -> InnerAttention:
@@ -160,6 +164,12 @@ def inner_attention(config: BaseAttention.Config) -> InnerAttention:
     assert adapter is not None
     assert adapter.inner_attention is not None
     return adapter.inner_attention(config)
+
+
+def latent_attention(config: BaseAttention.Config) -> LatentAttention | None:
+    """How an attention config caches latents; None if it has none."""
+    adapter = adapter_for(config, "attention")
+    return adapter.latent(config) if adapter is not None and adapter.latent is not None else None
 
 
 def keep_expert_dtype(config: Decoder.Config) -> None:

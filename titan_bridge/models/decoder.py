@@ -8,10 +8,13 @@ value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from titan_bridge.models import quantization
+from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields
 from titan_bridge.models.rope import RopeSettings
 from titan_bridge.sharding.view import View
@@ -202,12 +205,18 @@ def attention_views(
             )
 
 
-def tied_head_views(dims: DecoderDims, padded_vocab: int | None) -> tuple[View, ...]:
-    """A tied checkpoint may repeat the embedding as its head."""
-    if not dims.tied:
-        return ()
-    return (vocab_view("lm_head.weight", "tok_embeddings.weight", dims, padded_vocab),)
+class DecoderFamily(Family):
+    """A family whose config.json has the common fields, and whose head may be its embedding."""
 
+    @abstractmethod
+    def dims(self, hf: Mapping[str, Any]) -> DecoderDims:
+        """The common fields."""
 
-def tied_names(dims: DecoderDims) -> dict[str, str]:
-    return {"lm_head.weight": "tok_embeddings.weight"} if dims.tied else {}
+    def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
+        dims = self.dims(hf)
+        if not dims.tied:
+            return ()
+        return (vocab_view("lm_head.weight", "tok_embeddings.weight", dims, padded_vocab),)
+
+    def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
+        return {"lm_head.weight": "tok_embeddings.weight"} if self.dims(hf).tied else {}

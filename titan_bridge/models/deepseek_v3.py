@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder, rope
-from titan_bridge.models.adapter import Adapter, Division, InnerAttention
-from titan_bridge.models.family import Family
+from titan_bridge.models.adapter import Adapter, Division, InnerAttention, LatentAttention
 from titan_bridge.models.fields import Fields, UnsupportedModelError
 from titan_bridge.sharding.view import View
 
@@ -126,7 +125,8 @@ def _read_experts(fields: Fields) -> _Experts:
     return experts
 
 
-class DeepSeekV3(Family):
+class DeepSeekV3(decoder.DecoderFamily):
+    takes_policy = True
     name = "deepseek_v3"
     architectures = (_NAME,)
 
@@ -143,6 +143,7 @@ class DeepSeekV3(Family):
             Attention.Config: Adapter(
                 divides=_divisions,
                 inner_attention=_inner_attention,
+                latent=_latent,
             )
         }
 
@@ -180,8 +181,7 @@ class DeepSeekV3(Family):
                 )
             layers.append(
                 DeepSeekV3TransformerBlock.Config(
-                    attention_norm=parts.norm_config(dims.dim, dims.eps),
-                    ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                    **parts.norm_fields(dims),
                     attention=_attention_config(model),
                     feed_forward=feed_forward,
                     moe=moe,
@@ -215,11 +215,8 @@ class DeepSeekV3(Family):
             )
         return tuple(views)
 
-    def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
-        return decoder.tied_head_views(_read(hf).dims, padded_vocab)
-
-    def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
-        return decoder.tied_names(_read(hf).dims)
+    def dims(self, hf: Mapping[str, Any]) -> decoder.DecoderDims:
+        return _read(hf).dims
 
     def expert_biases(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         model = _read(hf)
@@ -264,6 +261,18 @@ def _inner_attention(config: Attention.Config) -> InnerAttention:
         v_head_dim=config.v_head_dim,
         scale=scale,
         window=window_of(config),
+    )
+
+
+def _latent(config: Attention.Config) -> LatentAttention:
+    from titan_bridge.models.deepseek_latent import LatentDeepSeekAttention  # noqa: PLC0415  TorchTitan
+
+    return LatentAttention(
+        module=LatentDeepSeekAttention,
+        expands="wkv_b",
+        q_lora_rank=config.q_lora_rank or None,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_rope_head_dim=config.qk_rope_head_dim,
     )
 
 

@@ -66,4 +66,4 @@ def grouped_product(
 
 def rows_fit(sizes: Iterable[int], dtype: torch.dtype) -> bool:
     """Whether ``torch._grouped_mm`` takes rows of these lengths (elements); both widths of an expert are lengths."""
-    return not any(size * dtype.itemsize % _ROW_BYTES for size in sizes)
+    return dtype != torch.float64 and not any(size * dtype.itemsize % _ROW_BYTES for size in sizes)

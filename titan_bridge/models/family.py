@@ -13,7 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
@@ -23,6 +23,7 @@ from titan_bridge.sharding.view import View
 
 if TYPE_CHECKING:
     from torchtitan.models.common.decoder import Decoder
+    from torchtitan.protocols.model_spec import ModelSpec
     from transformers import PreTrainedConfig
 
     from titan_bridge.models.adapter import Adapter
@@ -39,6 +40,9 @@ class Family(ABC):
     """Family name, e.g. ``"qwen3"``."""
     architectures: tuple[str, ...]
     """Names in config.json's ``architectures``, e.g. ``("LlamaForCausalLM",)``."""
+    takes_policy: bool = False
+    """Whether a parallelism policy may split its layers each in its own way. Each must take whole
+    hidden states and return whole ones, as TorchTitan's do without sequence parallelism."""
     model_types: Mapping[str, str] = MappingProxyType({})
     """config.json's ``model_type`` by architecture, where another one is refused, e.g. ``{"LlamaForCausalLM":
     "llama"}``."""
@@ -114,9 +118,21 @@ class Family(ABC):
         return {}
 
     def flavors(self) -> Mapping[str, Any]:
-        """TorchTitan's own models of this class by name, e.g. ``{"debugmodel": ..., "8B": ...}``."""
-        package = importlib.import_module(self.model_class.__module__.rpartition(".")[0])
-        return next(value for name, value in vars(package).items() if name.endswith("_configs"))
+        """Models of this class that have a name, e.g. ``{"debugmodel": ..., "8B": ...}``: by default what the package
+        of the model class calls ``NAME_configs``, as TorchTitan's do."""
+        found = (value for name, value in vars(self._package).items() if name.endswith("_configs"))
+        return next(found, {})
+
+    def model_spec(self, flavor: str) -> ModelSpec:
+        """How TorchTitan trains one of ``flavors()``: by default what its package's ``model_registry`` says.
+
+        Models of other sizes are trained in the same way, with the config tree of ``model_config``.
+        """
+        return self._package.model_registry(flavor)
+
+    @property
+    def _package(self) -> ModuleType:
+        return importlib.import_module(self.model_class.__module__.rpartition(".")[0])
 
     @abstractmethod
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:

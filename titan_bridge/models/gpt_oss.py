@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder, rope
 from titan_bridge.models.adapter import Adapter, InnerAttention
-from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields, UnsupportedModelError
 from titan_bridge.sharding.view import View
 
@@ -82,7 +81,8 @@ def _read_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-class GptOss(Family):
+class GptOss(decoder.DecoderFamily):
+    takes_policy = True
     name = "gpt_oss"
     architectures = (_NAME,)
 
@@ -122,8 +122,7 @@ class GptOss(Family):
         dims = model.dims
         layers = [
             GptOssTransformerBlock.Config(
-                attention_norm=parts.norm_config(dims.dim, dims.eps),
-                ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                **parts.norm_fields(dims),
                 attention=_attention_config(dims, window),
                 moe=_moe_config(model, expert_bias),
             )
@@ -147,11 +146,8 @@ class GptOss(Family):
             views += _moe_views(layer, model)
         return tuple(views)
 
-    def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
-        return decoder.tied_head_views(_read(hf).dims, padded_vocab)
-
-    def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
-        return decoder.tied_names(_read(hf).dims)
+    def dims(self, hf: Mapping[str, Any]) -> decoder.DecoderDims:
+        return _read(hf).dims
 
     def expert_biases(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         model = _read(hf)

@@ -7,7 +7,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder, rope
-from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields
 from titan_bridge.sharding.view import View
 
@@ -29,7 +28,8 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
     return dims, fields.integer("intermediate_size")
 
 
-class Llama3(Family):
+class Llama3(decoder.DecoderFamily):
+    takes_policy = True
     name = "llama3"
     architectures = ("LlamaForCausalLM",)
     model_types = MappingProxyType({"LlamaForCausalLM": "llama"})
@@ -51,8 +51,7 @@ class Llama3(Family):
         dims, hidden_dim = _read(hf)
         layers = [
             Llama3TransformerBlock.Config(
-                attention_norm=parts.norm_config(dims.dim, dims.eps),
-                ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                **parts.norm_fields(dims),
                 attention=parts.attention_config(dims, ComplexRoPE.Config, qk_norm=False, inner=inner),
                 feed_forward=parts.ffn_config(dims, hidden_dim),
             )
@@ -73,12 +72,8 @@ class Llama3(Family):
             views += decoder.ffn_views(layer, dims, hidden_dim)
         return tuple(views)
 
-    def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
-        dims, _ = _read(hf)
-        return decoder.tied_head_views(dims, padded_vocab)
-
-    def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
-        return decoder.tied_names(_read(hf)[0])
+    def dims(self, hf: Mapping[str, Any]) -> decoder.DecoderDims:
+        return _read(hf)[0]
 
     def hf_config(self, config: Decoder.Config, *, dtype: str = "bfloat16") -> dict[str, Any]:
         from titan_bridge.models import parts  # noqa: PLC0415  TorchTitan, two seconds

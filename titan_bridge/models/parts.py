@@ -47,6 +47,11 @@ def norm_config(dim: int, eps: float) -> RMSNorm.Config:
     return RMSNorm.Config(normalized_shape=dim, eps=eps, param_init={"weight": nn.init.ones_})
 
 
+def norm_fields(dims: DecoderDims) -> dict[str, RMSNorm.Config]:
+    """Keyword arguments of a block's config: its two norms."""
+    return {name: norm_config(dims.dim, dims.eps) for name in ("attention_norm", "ffn_norm")}
+
+
 def inner_attention_configs(windows: Sequence[int | None]) -> list[Module.Config]:
     """Inner attention of each layer. Varlen states a window in its config; flex, in masks that the model makes."""
     if not any(windows):

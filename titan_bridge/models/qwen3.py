@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.models import decoder, rope
-from titan_bridge.models.family import Family
 from titan_bridge.models.fields import Fields, UnsupportedModelError
 from titan_bridge.sharding.view import View
 
@@ -103,7 +102,8 @@ def _read_windows(fields: Fields, layers: int, *, moe: bool) -> tuple[int | None
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-class Qwen3(Family):
+class Qwen3(decoder.DecoderFamily):
+    takes_policy = True
     name = "qwen3"
     architectures = (_DENSE, _SPARSE)
     model_types = MappingProxyType({_DENSE: "qwen3", _SPARSE: "qwen3_moe"})
@@ -126,8 +126,7 @@ class Qwen3(Family):
         dims = model.dims
         layers = [
             Qwen3TransformerBlock.Config(
-                attention_norm=parts.norm_config(dims.dim, dims.eps),
-                ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                **parts.norm_fields(dims),
                 attention=parts.attention_config(dims, CosSinRoPE.Config, qk_norm=True, inner=inner),
                 feed_forward=None if sparse else parts.ffn_config(dims, model.hidden_dim),
                 moe=_moe_config(dims, model.experts, expert_bias) if sparse and model.experts else None,
@@ -153,11 +152,8 @@ class Qwen3(Family):
                 views += decoder.ffn_views(layer, dims, model.hidden_dim)
         return tuple(views)
 
-    def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
-        return decoder.tied_head_views(_read(hf).dims, padded_vocab)
-
-    def tied_names(self, hf: Mapping[str, Any]) -> dict[str, str]:
-        return decoder.tied_names(_read(hf).dims)
+    def dims(self, hf: Mapping[str, Any]) -> decoder.DecoderDims:
+        return _read(hf).dims
 
     def expert_biases(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         model = _read(hf)

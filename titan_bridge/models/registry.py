@@ -41,8 +41,8 @@ _NOT_YET = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
-    """A family, or why it cannot be used; both where its name is taken."""
+class Candidate:
+    """A family, or why it cannot be used; both where something else about it is wrong."""
 
     source: str
     """Where it comes from, for messages."""
@@ -51,11 +51,12 @@ class _Found:
 
 
 @cache
-def _found() -> tuple[_Found, ...]:
+def candidates() -> tuple[Candidate, ...]:
+    """Every family that was found, ours first, and why it cannot be used, if it cannot."""
     package = __name__.rpartition(".")[0]
     names = sorted(info.name for info in pkgutil.iter_modules(parallelize.__path__))
     found = [
-        _Found(source="titan_bridge", family=importlib.import_module(f"{package}.{name}").FAMILY)
+        Candidate(source="titan_bridge", family=importlib.import_module(f"{package}.{name}").FAMILY)
         for name in names
     ]
     for source, load in _outside():
@@ -79,17 +80,17 @@ def _outside() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{REGISTERED}={target}", lambda target=target: _imported(target)
 
 
-def _load(source: str, load: Callable[[], Any]) -> _Found:
+def _load(source: str, load: Callable[[], Any]) -> Candidate:
     try:
         family = load()
     except Exception as error:  # somebody else's module
-        return _Found(source=source, problem=f"{type(error).__name__}: {error}")
+        return Candidate(source=source, problem=f"{type(error).__name__}: {error}")
     if not isinstance(family, Family):
-        return _Found(source=source, problem=f"it is a {type(family).__qualname__}, not a Family")
+        return Candidate(source=source, problem=f"it is a {type(family).__qualname__}, not a Family")
     for name in ("name", "architectures"):
         if not hasattr(family, name):
-            return _Found(source=source, problem=f"{type(family).__qualname__} has no {name}")
-    return _Found(source=source, family=family)
+            return Candidate(source=source, problem=f"{type(family).__qualname__} has no {name}")
+    return Candidate(source=source, family=family)
 
 
 def _imported(target: str) -> Any:
@@ -108,12 +109,17 @@ def register(target: str) -> None:
         raise BridgeError(f"{target!r} cannot be registered: {found.problem}")
     given = os.environ.get(REGISTERED, "").split(",")
     os.environ[REGISTERED] = ",".join(dict.fromkeys([*filter(None, given), target]))
-    _found.cache_clear()
+    candidates.cache_clear()
 
 
 def families() -> tuple[Family, ...]:
     """Every family that can be used: ours by name, then those of other packages."""
-    return tuple(found.family for found in _found() if found.family and not found.problem)
+    return tuple(found.family for found in candidates() if found.family and not found.problem)
+
+
+def claims_of(architecture: str) -> list[Candidate]:
+    """The families that list an architecture; more than one are too many."""
+    return [found for found in candidates() if found.family and architecture in found.family.architectures]
 
 
 def family_for(hf: Mapping[str, Any]) -> Family:
@@ -125,7 +131,7 @@ def family_for(hf: Mapping[str, Any]) -> Family:
     """
     architectures = [str(name) for name in hf.get("architectures") or []]
     for architecture in architectures:
-        claims = [found for found in _found() if found.family and architecture in found.family.architectures]
+        claims = claims_of(architecture)
         if len(claims) > 1:
             sources = "; ".join(found.source for found in claims)
             raise UnsupportedModelError(
@@ -156,7 +162,7 @@ def _unknown(architectures: list[str]) -> str:
         ]
         given += "".join(f" ({why})" for why in reasons)
     known = sorted(name for family in families() for name in family.architectures)
-    broken = [f"{found.source} cannot be used: {found.problem}" for found in _found() if found.problem]
+    broken = [f"{found.source} cannot be used: {found.problem}" for found in candidates() if found.problem]
     return "; ".join([given, f"allowed: {', '.join(known)}", *broken])
 
 

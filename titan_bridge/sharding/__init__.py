@@ -2,7 +2,6 @@
 shapes."""
 
 from titan_bridge.sharding.boxes import Box, Piece, boxes_of, local_shape_of, pieces_of
-from titan_bridge.sharding.holders import BoxHolders, Held, MeshHolders
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import (
     ShardingSpec,
@@ -16,18 +15,19 @@ from titan_bridge.sharding.spec import (
     reattach,
     specs_of,
 )
+from titan_bridge.sharding.tensors import Chunk, OnMesh, TensorMetadata
 from titan_bridge.sharding.view import View
 
 __all__ = [
     "Box",
-    "BoxHolders",
-    "Held",
+    "Chunk",
     "Layout",
-    "MeshHolders",
     "MeshLayout",
+    "OnMesh",
     "ParamLayout",
     "Piece",
     "ShardingSpec",
+    "TensorMetadata",
     "View",
     "attach",
     "attach_module",

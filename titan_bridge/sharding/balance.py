@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from titan_bridge.sharding.holders import Held, Holder, MeshHolders
 from titan_bridge.sharding.match import Item
 from titan_bridge.sharding.moves import Group
 from titan_bridge.sharding.overlap import Geometry
+from titan_bridge.sharding.tensors import Owner, TensorMetadata
 
 
 def fill(loads: np.ndarray, items: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -57,8 +57,8 @@ def deal(
     """Choose a replica for every copy and add the bytes to `loads`.
 
     Args:
-        loads: [holders] bytes that each holder sends so far; changed in place.
-        senders: [shards, replicas] holders of each source shard, -1 where there are fewer.
+        loads: [owners] bytes that each owner sends so far; changed in place.
+        senders: [shards, replicas] owners of each source shard, -1 where there are fewer.
         shard: [pairs] the source shard of each pair of shards.
         size: [pairs] bytes of one copy of the pair.
         wanted: [pairs, copies] False where nothing has to be sent (no such destination, or it has the data).
@@ -101,23 +101,22 @@ def deal(
 
 
 class Ledger:
-    """Numbers for holders, and what each sends and receives."""
+    """Numbers for owners, and what each sends and receives."""
 
     def __init__(self) -> None:
-        self.index: dict[Holder, int] = {}
-        self._known: dict[tuple[Holder, ...], np.ndarray] = {}
+        self.index: dict[Owner, int] = {}
+        self._known: dict[tuple[Owner, ...], np.ndarray] = {}
 
-    def numbers(self, held: Held) -> np.ndarray:
-        """The numbers of a tensor's holders, by slot; equal holders give the same array object."""
-        by = held.by
-        names = by.mesh.ranks if isinstance(by, MeshHolders) else tuple(holder for holder, _ in by.chunks)
+    def numbers(self, tensor: TensorMetadata) -> np.ndarray:
+        """The numbers of a tensor's owners, by slot; equal owners give the same array object."""
+        names = tensor.owners
         if names not in self._known:
             numbers = [self.index.setdefault(name, len(self.index)) for name in names]
             self._known[names] = np.asarray(numbers, dtype=np.int32)
         return self._known[names]
 
     def open(self) -> None:
-        """Start to count, now that all holders have numbers."""
+        """Start to count, now that all owners have numbers."""
         self.sent, self.received = np.zeros((2, len(self.index)), dtype=np.int64)
         self.lacking: dict[tuple[int, ...], int] = {}
 
@@ -130,8 +129,8 @@ class Ledger:
         """See `Plan.load_floor`."""
         return max((-(-amount // len(who)) for who, amount in self.lacking.items()), default=0)
 
-    def of(self, side: Mapping[str, Held]) -> list[int]:
-        """The numbers of all holders of a side, sorted."""
+    def of(self, side: Mapping[str, TensorMetadata]) -> list[int]:
+        """The numbers of all owners of a side, sorted."""
         arrays = {id(a): a for a in map(self.numbers, side.values())}
         return sorted({int(n) for a in arrays.values() for n in a})
 
@@ -140,15 +139,15 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
     """Decide who sends what of tensors that look alike, and write it in the ledger."""
     sources = np.stack([ledger.numbers(item.source) for item in items])
     destinations = np.stack([ledger.numbers(item.destination) for item in items])
-    pair_slots = geometry.destination_slots[geometry.pair_destination]
+    pair_slots = geometry.destination.slots[geometry.pair_destination]
     size = geometry.pair_elements * width
     shape = (*pair_slots.shape, len(items))
-    if geometry.source_slots.shape[1] <= 1 and not colocated:
+    if geometry.source.slots.shape[1] <= 1 and not colocated:
         # Nothing to choose: look at all tensors at once, also where each lies in another file.
         choice, local = np.broadcast_to(np.int16(0), shape), np.broadcast_to(False, shape)
         copies = (pair_slots >= 0).sum(axis=1)
         if len(size):
-            slot = geometry.source_slots[geometry.pair_source, 0]
+            slot = geometry.source.slots[geometry.pair_source, 0]
             _add(ledger.sent, sources[:, slot], size * copies)
             pair, replica = np.nonzero(pair_slots >= 0)
             _add(ledger.received, destinations[:, pair_slots[pair, replica]], size[pair])
@@ -163,8 +162,8 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
         same.setdefault(key, []).append(tensor)
     for tensors in same.values():
         first, n = tensors[0], len(tensors)
-        senders = _at(sources[first], geometry.source_slots)
-        receivers = _at(destinations[first], geometry.destination_slots)[geometry.pair_destination]
+        senders = _at(sources[first], geometry.source.slots)
+        receivers = _at(destinations[first], geometry.destination.slots)[geometry.pair_destination]
         wanted = receivers >= 0
         own = np.full(receivers.shape, -1)
         if colocated:
@@ -178,7 +177,7 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
         choice[:, :, tensors] = chosen
         pair, replica = np.nonzero(wanted)
         _add(ledger.received, receivers[pair, replica], size[pair] * n)
-        there = (_at(destinations[first], geometry.destination_slots) >= 0).sum(axis=1)
+        there = (_at(destinations[first], geometry.destination.slots) >= 0).sum(axis=1)
         lacking = int(((geometry.need - geometry.missing) * there).sum()) * width
         lacking -= int((size * (own >= 0).sum(axis=1)).sum())
         ledger.lack(sources[first], lacking * n)
@@ -192,7 +191,7 @@ def _add(total: np.ndarray, at: np.ndarray, amount: np.ndarray) -> None:
 
 
 def _at(numbers: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Holders in slots; -1 stays -1."""
+    """Owners in slots; -1 stays -1."""
     return np.where(slots < 0, -1, numbers[slots])
 
 

@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import dtensor
 
@@ -98,6 +100,8 @@ class Piece:
     """In the local tensor, which is contiguous in torch's sense and as large as all pieces together."""
 
 
+_BLOCK = 4_000_000
+"""Pairs of boxes that are looked at together."""
 Segment = tuple[int, int, int]
 """(global start, global stop, local start) along one dim."""
 
@@ -114,8 +118,7 @@ def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -
     tensor.
 
     Args:
-        cuts: (placement, size of the mesh axis, coordinate on the mesh axis) of each axis that shards this
-        dim, in
+        cuts: (placement, size of the mesh axis, coordinate on the mesh axis) of each axis that shards this dim, in
             the order of the mesh axes (DTensor reads placements from left to right).
     """
     held = [(0, size)]
@@ -263,6 +266,53 @@ def local_shape_of(
     """The shape of the local tensor of the rank at `coordinate`, for a tensor of global `shape`."""
     dims = dim_segments(placements, shape, mesh_shape, coordinate)
     return tuple(sum(b - a for a, b, _ in segments) for segments in dims)
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor."""
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def meeting(
+    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (into a, into b) of the pairs of boxes that have an element in common.
+
+    Each side is (start, stop), int64 [boxes, dims]. Boxes are swept along the dim that separates them best, so that
+    the cost follows the pairs that meet there; 32 bytes of memory for each of at most `_BLOCK` of these.
+    """
+    (a_start, a_stop), (b_start, b_stop) = a, b
+    dims = a_start.shape[1]
+    sweeps = []
+    for d in range(dims):
+        order = np.argsort(a_start[:, d], kind="stable")
+        reached = np.maximum.accumulate(a_stop[order, d])
+        first = np.searchsorted(reached, b_start[:, d], side="right")
+        count = np.maximum(np.searchsorted(a_start[order, d], b_stop[:, d], side="left") - first, 0)
+        sweeps.append((int(count.sum()), order, first, count))
+    everything = (
+        0,
+        np.arange(len(a_start)),
+        np.zeros(len(b_start), np.int64),
+        np.full(len(b_start), len(a_start)),
+    )
+    _, order, first, count = min(sweeps, key=lambda sweep: sweep[0], default=everything)
+    ends = np.cumsum(count)
+    found = [np.zeros((2, 0), dtype=np.int64)]
+    at = 0
+    while at < len(count):
+        last = max(at + 1, int(np.searchsorted(ends, (ends[at - 1] if at else 0) + _BLOCK, side="right")))
+        n = count[at:last]
+        j = np.repeat(np.arange(at, last), n)
+        step = np.arange(len(j)) - np.repeat(np.cumsum(n) - n, n)
+        i = order[first[j] + step]
+        meets = np.ones(len(j), dtype=bool)
+        for d in range(dims):
+            meets &= (a_start[i, d] < b_stop[j, d]) & (b_start[j, d] < a_stop[i, d])
+        found.append(np.stack([i[meets], j[meets]]))
+        at = last
+    i, j = np.concatenate(found, axis=1)
+    return i, j
 
 
 def factored(start: int, stop: int, factors: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:

@@ -7,8 +7,8 @@
                                 "shape": [64], "dtype": "bfloat16"}}}
 
 `ranks` is nested as the mesh is. A pipeline stage is a mesh of its own: its parameters name it, and the ranks
-that are not on it hold nothing of them. Reading is strict: anything unknown, missing or contradictory is
-refused by name.
+that are not on it hold nothing of them. A layout that comes of a parallelism policy states it as `parallelism`, for
+people to read. Reading is strict: anything unknown, missing or contradictory is refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,29 @@ import numpy as np
 import torch
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import read_json_object
 from titan_bridge.sharding.boxes import Piece, check
 from titan_bridge.sharding.spec import ShardingSpec, placement_from_str, placement_to_str
 
 VERSION = 1
 
 
-def itemsize(dtype: str) -> int:
-    """Bytes an element of the torch dtype with this name ("bfloat16"). Raises BridgeError for another
-    name."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+def torch_dtype(name: str) -> torch.dtype:
+    """`torch.bfloat16` for "bfloat16". Raises BridgeError for what is no name of a dtype."""
+    found = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype):
-        raise BridgeError(f"dtype {dtype!r} is not a torch dtype, for example 'bfloat16'")
-    return found.itemsize
+        raise BridgeError(f"dtype {name!r} is not a torch dtype, for example 'bfloat16'")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes an element of the dtype with this name. Raises as `torch_dtype`."""
+    return torch_dtype(dtype).itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +132,8 @@ class Layout:
 
     meshes: Mapping[str, MeshLayout]
     params: Mapping[str, ParamLayout]
+    parallelism: Mapping[str, Any] | None = field(default=None, compare=False)
+    """The policy behind it, as plain tables; nothing reads it here."""
 
     def __post_init__(self) -> None:
         checked = set()
@@ -171,8 +183,10 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and ints, as in the module's text."""
+        said = {} if self.parallelism is None else {"parallelism": dict(self.parallelism)}
         return {
             "version": VERSION,
+            **said,
             "meshes": {
                 name: {"axes": list(mesh.axes), "shape": list(mesh.shape), "ranks": mesh.array.tolist()}
                 for name, mesh in self.meshes.items()
@@ -191,12 +205,14 @@ class Layout:
     @classmethod
     def from_json(cls, data: Any) -> Layout:
         """The reverse of `to_json`. Raises BridgeError that names the first thing that is wrong."""
-        _keys(data, {"version", "meshes", "params"}, "layout")
+        said = {"parallelism"} & set(_dict(data, "layout"))
+        _keys(data, {"version", "meshes", "params", *said}, "layout")
         if data["version"] != VERSION or isinstance(data["version"], bool):
             raise BridgeError(f"layout version {data['version']!r}; this release reads version {VERSION}")
         meshes = {name: _mesh(name, mesh) for name, mesh in _dict(data["meshes"], "meshes").items()}
         params = {fqn: _param(fqn, param) for fqn, param in _dict(data["params"], "params").items()}
-        return cls(meshes=meshes, params=params)
+        policy = _dict(data["parallelism"], "parallelism") if said else None
+        return cls(meshes=meshes, params=params, parallelism=policy)
 
     def write(self, path: str | Path) -> None:
         """Write the JSON file at `path`."""
@@ -205,12 +221,11 @@ class Layout:
     @classmethod
     def read(cls, path: str | Path) -> Layout:
         """Read the JSON file at `path`. Raises BridgeError when it is not there or not a layout."""
+        data = read_json_object(Path(path))
         try:
-            return cls.from_json(json.loads(Path(path).read_text(), object_pairs_hook=_no_duplicates))
+            return cls.from_json(data)
         except BridgeError as error:
             raise BridgeError(f"{path}: {error}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise BridgeError(f"{path}: not a layout file: {error}") from None
 
     def diff(self, other: Layout) -> list[str]:
         """What is different in `other`, a sentence each; empty when the two layouts say the same."""
@@ -303,11 +318,3 @@ def _param(fqn: str, data: Any) -> ParamLayout:
         return ParamLayout(spec=spec, shape=_ints(data["shape"], "shape"), dtype=data["dtype"])
     except BridgeError as error:
         raise BridgeError(f"{fqn}: {error}") from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise BridgeError(f"the name {next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return seen

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.holders import Held
+from titan_bridge.errors import BridgeError, few
+from titan_bridge.sharding.boxes import meeting
+from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
 
@@ -17,8 +18,8 @@ from titan_bridge.sharding.view import View
 class Item:
     """One source tensor that fills one destination tensor, or the part of it that a view selects."""
 
-    source: Held
-    destination: Held
+    source: TensorMetadata
+    destination: TensorMetadata
     view: View | None
     """None: same shape, same elements in the same places."""
     external_source: bool
@@ -26,8 +27,8 @@ class Item:
 
 
 def match(
-    sources: Mapping[str, Held],
-    destinations: Mapping[str, Held],
+    sources: Mapping[str, TensorMetadata],
+    destinations: Mapping[str, TensorMetadata],
     views: Sequence[View],
     *,
     allow_missing: bool,
@@ -98,24 +99,18 @@ def match(
     return items, tuple(name for name in sources if name not in used), uncovered
 
 
-def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:
-    """The first items, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return (separator.join(list(items)[:most]) or "none") + more
-
-
-def _item(source: Held, destination: Held, view: View, *, external_source: bool) -> Item:
+def _item(source: TensorMetadata, destination: TensorMetadata, view: View, *, external_source: bool) -> Item:
     return Item(source, destination, None if view.is_identity else view, external_source)
 
 
-def _check_shape(held: Held, shape: tuple[int, ...], view: View) -> None:
+def _check_shape(held: TensorMetadata, shape: tuple[int, ...], view: View) -> None:
     if held.shape != shape:
         raise BridgeError(
             f"{held.name} has shape {held.shape}; the view {view.name} -> {view.fqn} needs {shape}"
         )
 
 
-def _check_cover(name: str, held: Held, views: list[View], disjoint: set[tuple]) -> int:
+def _check_cover(name: str, held: TensorMetadata, views: list[View], disjoint: set[tuple]) -> int:
     """Elements of a TorchTitan tensor that no view writes. Raises BridgeError when two views write the same
     one."""
     for view in views:
@@ -135,16 +130,11 @@ def _clash(views: list[View]) -> tuple[View, View] | None:
     for view in views:
         by_factors.setdefault(view.factors, []).append(view)
     for alike in by_factors.values():
-        index = np.asarray([view.index for view in alike])
-        meets = np.ones((len(alike), len(alike)), dtype=bool)
-        for d in range(index.shape[1]):
-            meets &= (index[:, None, d, 0] < index[None, :, d, 1]) & (
-                index[None, :, d, 0] < index[:, None, d, 1]
-            )
-        np.fill_diagonal(meets, False)
-        if meets.any():
-            i, j = np.argwhere(meets)[0]
-            return alike[i], alike[j]
+        index = np.asarray([view.index for view in alike], dtype=np.int64).reshape(len(alike), -1, 2)
+        boxes = index[:, :, 0], index[:, :, 1]
+        for i, j in zip(*meeting(boxes, boxes), strict=True):
+            if i < j:
+                return alike[i], alike[j]
     # Factored in different ways (q with rotary halves, v without): compare the positions in each dim.
     groups = list(by_factors.values())
     for g, group in enumerate(groups):

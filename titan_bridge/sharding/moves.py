@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.holders import BoxHolders, Holder
+from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.match import Item
 from titan_bridge.sharding.overlap import Geometry
-from titan_bridge.sharding.sides import ChunkSide, MeshSide
+from titan_bridge.sharding.sides import Side
+from titan_bridge.sharding.tensors import Owner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +24,13 @@ class Window:
     stride: tuple[int, ...]
     offset: int
     """From the first element of the local tensor; add its own `storage_offset()` if it has one."""
+
+    @classmethod
+    def of_box(cls, box: Box, shape: Sequence[int]) -> Window:
+        """A box of a contiguous tensor of `shape`."""
+        stride = contiguous_stride(shape)
+        offset = sum(a * step for a, step in zip(box.start, stride, strict=True))
+        return cls(size=box.shape, stride=stride, offset=offset)
 
     def of(self, local: torch.Tensor) -> torch.Tensor:
         """The window of a contiguous tensor, sharing its memory."""
@@ -54,13 +60,12 @@ class Copy:
     Both windows have the same size, dim for dim.
     """
 
-    source: Holder
-    destination: Holder
+    source: Owner
+    destination: Owner
     source_name: str
     destination_name: str
     source_chunk: int | None
-    """Index into `BoxHolders.chunks` when the source was given as chunks; None when it is a rank's local
-    tensor."""
+    """Index into the tensor's `chunks`; None when it is a rank's local tensor on a mesh."""
     destination_chunk: int | None
     box: Box
     """In global coordinates: of the tensor itself, or of the view's factored and sliced dims."""
@@ -74,7 +79,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that differ in name and holders only.
+    """Tensors that differ in name and owners only.
 
     `choice[pair, destination replica, tensor]` says which replica of the source sends.
     """
@@ -84,7 +89,7 @@ class Group:
     itemsize: int
     """Bytes an element on the wire."""
     sources: np.ndarray
-    """[tensors, slots] -> index into the holders of the plan."""
+    """[tensors, slots] -> index into the owners of the plan."""
     destinations: np.ndarray
     choice: np.ndarray
     local: np.ndarray
@@ -92,21 +97,21 @@ class Group:
 
 
 def ends(group: Group, tensors: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """Holders that send and receive, each [pairs, destination replicas, tensors]; the latter -1 where there
+    """Owners that send and receive, each [pairs, destination replicas, tensors]; the latter -1 where there
     is none."""
     geometry = group.geometry
     choice = group.choice[:, :, tensors]
-    source_slot = geometry.source_slots[geometry.pair_source[:, None, None], choice]
-    slot = geometry.destination_slots[geometry.pair_destination][:, :, None]
+    source_slot = geometry.source.slots[geometry.pair_source[:, None, None], choice]
+    slot = geometry.destination.slots[geometry.pair_destination][:, :, None]
     tensor = np.arange(len(group.items))[tensors]
     source = group.sources[tensor, source_slot]
     return source, np.where(slot < 0, -1, group.destinations[tensor, slot])
 
 
 def copies_of(
-    group: Group, holders: Sequence[Holder], source: int | None, destination: int | None
+    group: Group, owners: Sequence[Owner], source: int | None, destination: int | None
 ) -> Iterator[Copy]:
-    """The copies of a group, all or those from or to one holder (an index into `holders`)."""
+    """The copies of a group, all or those from or to one owner (an index into `owners`)."""
     geometry = group.geometry
     senders, receivers = ends(group)
     wanted = receivers >= 0
@@ -117,18 +122,18 @@ def copies_of(
     if not wanted.any():
         return
     view = _Windows(geometry)
-    source_in_chunks = isinstance(group.items[0].source.by, BoxHolders)
-    destination_in_chunks = isinstance(group.items[0].destination.by, BoxHolders)
+    source_in_chunks = group.items[0].source.on is None
+    destination_in_chunks = group.items[0].destination.on is None
     for tensor, pair, replica in zip(*np.nonzero(wanted.transpose(2, 0, 1)), strict=True):
         item = group.items[tensor]
         chosen = group.choice[pair, replica, tensor]
-        source_slot = int(geometry.source_slots[geometry.pair_source[pair], chosen])
-        destination_slot = int(geometry.destination_slots[geometry.pair_destination[pair], replica])
-        for row in geometry.row_order[geometry.pair_first[pair] : geometry.pair_first[pair + 1]]:
-            box, source_window, destination_window = view.of(int(row), source_slot, destination_slot)
+        source_slot = int(geometry.source.slots[geometry.pair_source[pair], chosen])
+        destination_slot = int(geometry.destination.slots[geometry.pair_destination[pair], replica])
+        for row in range(geometry.pair_first[pair], geometry.pair_first[pair + 1]):
+            box, source_window, destination_window = view.of(row, source_slot, destination_slot)
             yield Copy(
-                source=holders[senders[pair, replica, tensor]],
-                destination=holders[receivers[pair, replica, tensor]],
+                source=owners[senders[pair, replica, tensor]],
+                destination=owners[receivers[pair, replica, tensor]],
                 source_name=item.source.name,
                 destination_name=item.destination.name,
                 source_chunk=source_slot if source_in_chunks else None,
@@ -144,32 +149,29 @@ class _Windows:
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._steps: dict[tuple[bool, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._locals: dict[tuple[bool, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._known: dict[tuple[int, int, int], tuple[Box, Window, Window]] = {}
 
     def of(self, row: int, source_slot: int, destination_slot: int) -> tuple[Box, Window, Window]:
         """(box in cells, window of the source, window of the destination)."""
         key = (row, source_slot, destination_slot)
         if key not in self._known:
-            start, stop, source_delta, destination_delta = self._geometry.row(row)
-            box = Box(start=start, stop=stop)
-            self._known[key] = (
-                box,
-                self._window(self._geometry.source, source_slot, box, source_delta),
-                self._window(self._geometry.destination, destination_slot, box, destination_delta),
-            )
+            geometry = self._geometry
+            box = Box(start=tuple(geometry.start[row].tolist()), stop=tuple(geometry.stop[row].tolist()))
+            source = self._window(geometry.source, source_slot, box, geometry.source_delta[row].tolist())
+            deltas = geometry.destination_delta[row].tolist()
+            self._known[key] = box, source, self._window(geometry.destination, destination_slot, box, deltas)
         return self._known[key]
 
-    def _window(self, side: MeshSide | ChunkSide, slot: int, box: Box, delta: tuple[int, ...]) -> Window:
+    def _window(self, side: Side, slot: int, box: Box, deltas: list[int]) -> Window:
         key = (side is self._geometry.source, slot)
-        if key not in self._steps:
-            shape = side.local_shape(slot)
-            contiguous = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-            self._steps[key] = (contiguous, side.origin(slot))
-        dim_stride, origin = self._steps[key]
+        if key not in self._locals:
+            shape, origin = side.local(slot)
+            self._locals[key] = contiguous_stride(shape), origin
+        dim_stride, origin = self._locals[key]
         stride, offset = [0] * box.ndim, 0
         for d, frame in enumerate(side.frame):
-            position = delta[d] - origin[d]
+            position = deltas[d] - origin[d]
             for cell, low, step in zip(frame.cells, frame.offset, frame.strides, strict=True):
                 stride[cell] = step * dim_stride[d]
                 position += (box.start[cell] + low) * step

@@ -135,7 +135,7 @@ def traffic_picture(plan: Plan, path: str | Path, *, title: str = "") -> Path:
 
 def traffic_figure(plan: Plan, *, title: str = "") -> Figure:
     """Who sends how much to whom, as a matrix with the sums at its edges; small ones have the bytes in their cells."""
-    index = {holder: i for i, holder in enumerate(plan.holders)}
+    index = {owner: i for i, owner in enumerate(plan.owners)}
     sources, destinations = list(plan.sent), list(plan.received)
     matrix = plan.traffic()[np.ix_([index[h] for h in sources], [index[h] for h in destinations])]
     rows, columns = matrix.shape
@@ -205,14 +205,14 @@ def _sums(axes: Axes, grid: Axes, sums: np.ndarray, title: str, *, values: bool)
         axes.spines[side].set_visible(False)
 
 
-def _names(holders: Sequence[object]) -> list[str]:
+def _names(owners: Sequence[object]) -> list[str]:
     """Ranks as numbers; files by as many of their last parts as tell them apart."""
-    texts = [str(holder) for holder in holders]
+    texts = short = [str(owner) for owner in owners]
     for count in range(1, 10):
         short = ["/".join(text.split("/")[-count:]) for text in texts]
         if len(set(short)) == len(set(texts)):
             break
-    return [text if len(text) <= 32 else "…" + text[-31:] for text in short] if texts else []
+    return [text if len(text) <= 32 else "…" + text[-31:] for text in short]
 
 
 def _checked(path: str | Path) -> Path:

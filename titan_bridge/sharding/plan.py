@@ -23,13 +23,13 @@ import numpy as np
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.balance import Ledger, choose
-from titan_bridge.sharding.holders import Held, Holder, MeshHolders, held_in
-from titan_bridge.sharding.layout import Layout, itemsize
+from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.match import Item, match
 from titan_bridge.sharding.moves import Copy, Group, copies_of, ends
 from titan_bridge.sharding.overlap import Geometry
 from titan_bridge.sharding.sides import external_frame, identity_frame, side_of, titan_frame
 from titan_bridge.sharding.spec import placement_to_str
+from titan_bridge.sharding.tensors import Owner, TensorMetadata, by_name
 from titan_bridge.sharding.view import View
 
 _BLOCK = 4_000_000
@@ -42,11 +42,11 @@ class Plan:
     default)."""
 
     groups: tuple[Group, ...]
-    holders: tuple[Holder, ...]
+    owners: tuple[Owner, ...]
     """All ranks and files of both sides."""
-    sent: Mapping[Holder, int]
+    sent: Mapping[Owner, int]
     """Bytes that each source sends, zero included; what stays where it is does not count."""
-    received: Mapping[Holder, int]
+    received: Mapping[Owner, int]
     """Bytes that each destination receives."""
     load_floor: int
     """Bytes that the most loaded sender has at least, whoever is chosen: what only the ranks of one mesh
@@ -80,7 +80,7 @@ class Plan:
         total = 0
         for group in self.groups:
             rows = np.diff(group.geometry.pair_first)
-            slots = (group.geometry.destination_slots >= 0).sum(axis=1)
+            slots = (group.geometry.destination.slots >= 0).sum(axis=1)
             total += int((rows * slots[group.geometry.pair_destination]).sum()) * len(group.items)
         return total
 
@@ -91,9 +91,9 @@ class Plan:
                 yield group, slice(first, first + step)
 
     def traffic(self) -> np.ndarray:
-        """int64 [holders, holders]: bytes from row to column, in the order of `holders`; local copies left
+        """int64 [owners, owners]: bytes from row to column, in the order of `owners`; local copies left
         out."""
-        n = len(self.holders)
+        n = len(self.owners)
         result = np.zeros(n * n, dtype=np.int64)
         for group, tensors in self._blocks():
             source, destination = ends(group, tensors)
@@ -108,20 +108,20 @@ class Plan:
         result: dict[str, int] = {}
         for group, tensors in self._blocks():
             geometry = group.geometry
-            there = (geometry.destination_slots >= 0)[geometry.pair_destination][:, :, None]
+            there = (geometry.destination.slots >= 0)[geometry.pair_destination][:, :, None]
             count = (there & ~group.local[:, :, tensors]).sum(axis=1)
             sums = (geometry.pair_elements * group.itemsize) @ count
             for item, total in zip(group.items[tensors], sums.tolist(), strict=True):
                 result[item.destination.name] = result.get(item.destination.name, 0) + total
         return result
 
-    def copies(self, *, source: Holder | None = None, destination: Holder | None = None) -> Iterator[Copy]:
-        """All copies, or those from one holder, or to one, or both; in the same order every time."""
-        index = {holder: i for i, holder in enumerate(self.holders)}
-        wanted = [None if holder is None else index.get(holder, -1) for holder in (source, destination)]
+    def copies(self, *, source: Owner | None = None, destination: Owner | None = None) -> Iterator[Copy]:
+        """All copies, or those from one owner, or to one, or both; in the same order every time."""
+        index = {owner: i for i, owner in enumerate(self.owners)}
+        wanted = [None if owner is None else index.get(owner, -1) for owner in (source, destination)]
         for group in self.groups:
             if -1 not in wanted:
-                yield from copies_of(group, self.holders, *wanted)
+                yield from copies_of(group, self.owners, *wanted)
 
 
 def padding_views(source: Layout, destination: Layout) -> tuple[View, ...]:
@@ -136,8 +136,8 @@ def padding_views(source: Layout, destination: Layout) -> tuple[View, ...]:
 
 
 def plan(
-    source: Layout | Iterable[Held],
-    destination: Layout | Iterable[Held],
+    source: Layout | Iterable[TensorMetadata],
+    destination: Layout | Iterable[TensorMetadata],
     views: Sequence[View] = (),
     *,
     colocated: bool = False,
@@ -147,7 +147,7 @@ def plan(
     """Plan the copies that fill every tensor of `destination` from `source`.
 
     Args:
-        source: A layout, or tensors with their holders (ranks of a mesh, files, chunks).
+        source: A layout, or tensors with their owners (ranks of a mesh, files, chunks).
         destination: The same. It decides: what it does not name is not copied (see `Plan.unused`).
         views: For tensors with different names or shapes on the two sides, in either direction.
         colocated: Rank r of the source and rank r of the destination are one process, so what it holds
@@ -158,12 +158,12 @@ def plan(
 
     Raises BridgeError when a tensor is missing, has another shape, or is not covered.
     """
-    sources, destinations = held_in(source), held_in(destination)
+    sources, destinations = by_name(source), by_name(destination)
     items, unused, missing = match(sources, destinations, views, allow_missing=allow_missing)
     ledger = Ledger()
     batches: dict[tuple, list[Item]] = {}
     for item in items:
-        width = itemsize((item.destination if wire == "destination" else item.source).dtype)
+        width = (item.destination if wire == "destination" else item.source).dtype.itemsize
         batches.setdefault((width, *_alike(item)), []).append(item)
     geometries: dict[tuple, Geometry] = {}
     work = []
@@ -173,18 +173,18 @@ def plan(
         geometry = geometries[tuple(key)]
         _check_missing(geometry, batch, missing, allow_missing)
         work.append((geometry, width, batch))
-    for held in [*sources.values(), *destinations.values()]:
-        ledger.numbers(held)
-    # Tensors that only one holder can send come first: replicas then make up for what those weigh.
-    work.sort(key=lambda w: (w[0].source_slots.shape[1], -w[0].pair_elements.max(initial=0) * w[1]))
+    for tensor in [*sources.values(), *destinations.values()]:
+        ledger.numbers(tensor)
+    # Tensors that only one owner can send come first: replicas then make up for what those weigh.
+    work.sort(key=lambda w: (w[0].source.slots.shape[1], -w[0].pair_elements.max(initial=0) * w[1]))
     ledger.open()
     groups = tuple(choose(geometry, width, batch, ledger, colocated) for geometry, width, batch in work)
-    holders = tuple(ledger.index)
+    owners = tuple(ledger.index)
     result = Plan(
         groups=groups,
-        holders=holders,
-        sent={holders[i]: int(ledger.sent[i]) for i in ledger.of(sources)},
-        received={holders[i]: int(ledger.received[i]) for i in ledger.of(destinations)},
+        owners=owners,
+        sent={owners[i]: int(ledger.sent[i]) for i in ledger.of(sources)},
+        received={owners[i]: int(ledger.received[i]) for i in ledger.of(destinations)},
         load_floor=ledger.floor(),
         lower_bound=sum(ledger.lacking.values()),
         unused=unused,
@@ -204,23 +204,23 @@ def _alike(item: Item) -> tuple:
     )
 
 
-def _side_key(held: Held) -> tuple:
-    if isinstance(held.by, MeshHolders):
-        return held.shape, held.by.mesh.shape, tuple(map(placement_to_str, held.by.placements))
-    return held.shape, tuple(box for _, box in held.by.chunks)
+def _side_key(tensor: TensorMetadata) -> tuple:
+    if tensor.on is not None:
+        return tensor.shape, tensor.on.mesh.shape, tuple(map(placement_to_str, tensor.on.placements))
+    return tensor.shape, tuple(chunk.box for chunk in tensor.chunks)
 
 
 def _geometry(item: Item) -> Geometry:
     view = item.view
     if view is None:
-        frames = [identity_frame(item.source.shape)] * 2
-        sizes = item.source.shape
+        frames, sizes = [identity_frame(item.source.shape)] * 2, item.source.shape
     else:
-        frames = [external_frame(view), titan_frame(view)]
+        frames, sizes = [external_frame(view), titan_frame(view)], view.index_shape
         frames = frames if item.external_source else frames[::-1]
-        sizes = view.index_shape
-    source = side_of(item.source, frames[0], source=True)
-    return Geometry(source, side_of(item.destination, frames[1], source=False), sizes)
+    return Geometry(
+        side_of(item.source, frames[0], sizes, source=True),
+        side_of(item.destination, frames[1], sizes, source=False),
+    )
 
 
 def _check_missing(geometry: Geometry, items: list[Item], missing: dict[str, int], allowed: bool) -> None:

@@ -18,6 +18,7 @@ from titan_bridge.sharding.boxes import axes_of, segments_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.spec import placement_to_str
+from titan_bridge.sharding.tensors import Owner
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -200,11 +201,15 @@ def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
         "balance": plan.balance,
         "balance_floor": plan.balance_floor,
         "by_group": groups,
-        "sent": {str(holder): nbytes for holder, nbytes in plan.sent.items()},
-        "received": {str(holder): nbytes for holder, nbytes in plan.received.items()},
+        "sent": {str(owner): nbytes for owner, nbytes in plan.sent.items()},
+        "received": {str(owner): nbytes for owner, nbytes in plan.received.items()},
         "pairs": int((traffic > 0).sum()),
         "largest_pairs": [
-            {"source": plan.holders[a], "destination": plan.holders[b], "bytes": int(traffic[a, b])}
+            {
+                "source": _plain(plan.owners[a]),
+                "destination": _plain(plan.owners[b]),
+                "bytes": int(traffic[a, b]),
+            }
             for a, b in zip(*np.unravel_index(order, traffic.shape), strict=True)
             if traffic[a, b]
         ],
@@ -238,6 +243,10 @@ def plan_tables(plan: Plan, *, pairs: int = 10) -> Sequence[Table]:
     for pair in summary["largest_pairs"]:
         largest.add_row(str(pair["source"]), str(pair["destination"]), human(pair["bytes"]))
     return groups, largest
+
+
+def _plain(owner: Owner) -> int | str:
+    return owner if isinstance(owner, int) else str(owner)
 
 
 def _distinct(layout: Layout) -> dict[ParamLayout, int]:

@@ -78,7 +78,7 @@ class Job:
         """
         assert self.trainer.model_spec is not None
         dtype = getattr(torch, self.trainer.training.dtype)
-        return layout(self.trainer.model_spec.model, self.sizes, "shard", dtype=dtype)
+        return layout(self.trainer.model_spec.model, self.sizes, "shard", dtype=dtype, policy=None)
 
     def table(self) -> list[tuple[str, Any, str]]:
         """Rows (dotted key, value, origin) of every value, ours first, then TorchTitan's."""
@@ -257,7 +257,7 @@ def _check_even(hf_config: Mapping[str, Any], sizes: Sizes) -> None:
     """Refuse what torch cannot put together again: FSDP on top of tp or ep on a dim that they do not divide."""
     if sizes.dp == 1 or sizes.tp * sizes.ep == 1 or sizes.pp > 1:
         return
-    for name, parameter in specs(hf_config, sizes, "shard").items():
+    for name, parameter in specs(hf_config, sizes, "shard", policy=None).items():
         axes = describe(parameter.spec.mesh, sizes)
         for size, placement in zip(axes.shape, parameter.spec.placements, strict=True):
             if isinstance(placement, _StridedShard):

@@ -146,7 +146,7 @@ def _record(job: Job) -> Record:
         expert_bias=job.expert_bias,
         tokenizer=tokenizer.files_in(folder),
         dtype=job.trainer.training.dtype,
-        sizes=dict(vars(job.sizes)),
+        sizes=job.sizes.counts,
         nproc=job.nproc,
         config=config,
         origin=dict(job.origin),

@@ -46,18 +46,22 @@ def trainer_config(config: TrainConfig, origin: Mapping[str, str]) -> tuple[Trai
             )
         return trainer, family_of(spec.model), model.config
     family = _family(str(model.family), origin)
-    registry = importlib.import_module(family.model_class.__module__.rsplit(".", 1)[0])
+    flavors = family.flavors()
+    if not flavors:
+        place = origin.get("model.family", "the configuration")
+        raise BridgeError(
+            f"{place}: model.family = {family.name!r} cannot be trained: its Family has no flavors() and model_spec()"
+        )
     if model.sizes is None:
-        flavors = family.flavors()
         if model.flavor not in flavors:
             place = origin.get("model.flavor", "the configuration")
             raise BridgeError(_unknown(place, "model.flavor", str(model.flavor), flavors))
-        spec = registry.model_registry(model.flavor)
+        spec = family.model_spec(str(model.flavor))
     else:
         assert config.data is not None
         rows = model.sizes.vocab_size or _rounded(tokenizer.planned_size(config.data))
         spec = dataclasses.replace(
-            registry.model_registry(next(iter(family.flavors()))),
+            family.model_spec(next(iter(flavors))),
             flavor="sizes",
             model=_model_config(family, model.sizes, rows),
         )

@@ -97,7 +97,7 @@ def _run(job: Job, folder: Path, screen: TextIO) -> None:
 def _headline(job: Job, trainer: Trainer) -> str:
     parameters = sum(parameter.numel() for part in trainer.model_parts for parameter in part.parameters())
     degrees = (
-        " ".join(f"{name}={size}" for name, size in vars(job.sizes).items() if size > 1) or "one process"
+        " ".join(f"{name}={size}" for name, size in job.sizes.counts.items() if size > 1) or "one process"
     )
     device = "cpu" if on_cpu() else torch.accelerator.current_accelerator()
     training = job.trainer.training

@@ -9,12 +9,16 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from titan_bridge.mesh import ShardPlacement
-from titan_bridge.models import Family, decoder, rope
+from titan_bridge.models import decoder, rope
 from titan_bridge.models.adapter import Adapter
 from titan_bridge.models.fields import Fields
 from titan_bridge.sharding.view import View
 
 _NAME = "GatedForCausalLM"
+_TINY = {
+    "vocab_size": 2048, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 
 
 class GatedConfig(PreTrainedConfig):
@@ -31,7 +35,7 @@ def _read(hf: Mapping[str, Any]) -> tuple[decoder.DecoderDims, int]:
     return dims, given.integer("intermediate_size")
 
 
-class Gated(Family):
+class Gated(decoder.DecoderFamily):
     name = "gated"
     architectures = (_NAME,)
     config_class = GatedConfig
@@ -83,13 +87,15 @@ class Gated(Family):
             )
             layers.append(
                 GatedBlock.Config(
-                    attention_norm=parts.norm_config(dims.dim, dims.eps),
-                    ffn_norm=parts.norm_config(dims.dim, dims.eps),
+                    **parts.norm_fields(dims),
                     attention=GatedAttention.Config(**stated, gate=gate),
                     feed_forward=parts.ffn_config(dims, hidden_dim),
                 )
             )
         return GatedModel.Config(layers=layers, **parts.root_fields(dims, padded_vocab))
+
+    def dims(self, hf: Mapping[str, Any]) -> decoder.DecoderDims:
+        return _read(hf)[0]
 
     def views(self, hf, *, padded_vocab=None, fused_qkv=True) -> tuple[View, ...]:
         dims, hidden_dim = _read(hf)
@@ -109,6 +115,24 @@ class Gated(Family):
 
         root = parts.hf_root(config, architecture=_NAME, model_type="gated", dtype=dtype)
         return root | {"intermediate_size": config.layers[0].feed_forward.w1.out_features}
+
+    def flavors(self) -> Mapping[str, Any]:
+        return {"tiny": _TINY}
+
+    def model_spec(self, flavor: str):
+        """For `titan-bridge train`; what TorchTitan does for Llama 3 is the same for each decoder without experts."""
+        from torchtitan.models.llama3.parallelize import parallelize_llama
+        from torchtitan.protocols.model_spec import ModelSpec
+
+        return ModelSpec(
+            name=self.name,
+            flavor=flavor,
+            model=self.model_config(self.flavors()[flavor]),
+            parallelize_fn=parallelize_llama,
+            pipelining_fn=None,
+            post_optimizer_build_fn=None,
+            state_dict_adapter=None,
+        )
 
 
 FAMILY = Gated()

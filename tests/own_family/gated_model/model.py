@@ -18,6 +18,7 @@ from torchtitan.models.common.decoder_sharding import (
     set_gqa_attention_sharding,
     set_gqa_inner_attention_local_map,
 )
+from torchtitan.models.utils import get_dense_model_nparams_and_flops
 
 
 class GatedAttention(GQAttention):
@@ -64,6 +65,13 @@ class GatedModel(Decoder):
         def update_from_config(self, *, config, **kwargs) -> None:
             Decoder.Config.update_from_config(self, config=config, **kwargs)
             set_sharding(self)
+
+        def get_nparams_and_flops(self, model, seq_len: int) -> tuple[int, int]:
+            attention = self.layers[0].attention
+            return get_dense_model_nparams_and_flops(
+                model, n_layers=len(self.layers), n_heads=attention.n_heads, head_dims=2 * attention.head_dim,
+                seq_len=seq_len, enable_weight_tying=self.enable_weight_tying,
+            )  # fmt: skip
 
 
 def set_sharding(config: GatedModel.Config, *, enable_ep: bool = False) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import context, forkserver, util
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -80,10 +80,14 @@ def stop() -> None:
     _ours = None
 
 
-def process_context() -> context.BaseContext | None:
-    """What starts a process of vLLM's here, in place of vLLM's own choice; None to leave it that."""
+def process_context(share: Callable[[Any, int], None]) -> context.BaseContext | None:
+    """What starts a process of vLLM's here, in place of vLLM's own choice; None to leave it that.
+
+    `share` is called in each forked process, with multiprocessing's `ForkServer` object and our server's process id; it
+    makes the process start its own from there, too.
+    """
     ours = _ours is not None and _ours == (_server._forkserver_pid, _noticed(os.environ))
-    return _Context() if ours else None
+    return _Context(share) if ours else None
 
 
 def server_pid() -> int | None:
@@ -94,18 +98,32 @@ def server_pid() -> int | None:
 class _Forked(context.ForkServerProcess):
     """A process that is born with its parent's environment and output, as one that is spawned."""
 
+    share: Callable[[Any, int], None]
+
     def __reduce__(self) -> tuple[Any, ...]:
-        handed_over = (dict(os.environ), DupFd(1), DupFd(2), _ours)
+        handed_over = (dict(os.environ), DupFd(1), DupFd(2), _ours, self.share)
         return _born, handed_over, self.__dict__
 
 
 class _Context(context.ForkServerContext):
+    def __init__(self, share: Callable[[Any, int], None]) -> None:
+        self._share = share
+
     def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        spread = len(cpu.openmp_cores(os.environ)) > 1
-        return (context.SpawnProcess if spread else _Forked)(*args, **kwargs)
+        if len(cpu.openmp_cores(os.environ)) > 1:
+            return context.SpawnProcess(*args, **kwargs)
+        process = _Forked(*args, **kwargs)
+        process.share = self._share
+        return process
 
 
-def _born(environ: Mapping[str, str], out: Any, err: Any, ours: tuple[int, dict[str, str]]) -> _Forked:
+def _born(
+    environ: Mapping[str, str],
+    out: Any,
+    err: Any,
+    ours: tuple[int, dict[str, str]],
+    share: Callable[[Any, int], None],
+) -> _Forked:
     """First thing in a forked process; its target and arguments arrive after this."""
     global _ours
     os.environ.clear()
@@ -115,9 +133,7 @@ def _born(environ: Mapping[str, str], out: Any, err: Any, ours: tuple[int, dict[
         os.dup2(given, target)
         os.close(given)
     _ours = ours
-    from titan_bridge.engine.patches import upstream  # noqa: PLC0415  it imports this module
-
-    upstream.share_fork_server(_server, ours[0])
+    share(_server, ours[0])
     if cores := cpu.openmp_cores(environ):
         import torch  # noqa: PLC0415  # it is there already
 

@@ -1,4 +1,4 @@
-"""The one place that knows about CPUs: bfloat16 products through oneDNN with weights packed beforehand.
+"""TorchTitan's linears on the CPU backend: bfloat16 products through oneDNN with weights packed beforehand.
 
 `torch.nn.functional.linear` and `torch._grouped_mm` lay a bfloat16 weight out anew at every call, which costs as much
 as the product itself at decode sizes; vLLM's own layers pack theirs once, and so do we. The packed copy follows the
@@ -8,8 +8,6 @@ product: it is the referee.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,52 +15,14 @@ from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
-from vllm import _custom_ops as ops
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from titan_bridge.engine.model.latent import LatentAttention
-from titan_bridge.models.experts import KeepDtypeGroupedExperts
+from titan_bridge.engine.cpu.onednn import PackedMatrix, product
+from titan_bridge.engine.cpu.packed_experts import PackedRoutedExperts, pack_experts
+from titan_bridge.engine.model.latent import LatentCache
 
-
-class _Packed:
-    """A weight in oneDNN's layout; `pointer` is one tensor for good, which a compiled graph may hold."""
-
-    def __init__(self) -> None:
-        self.pointer: torch.Tensor | None = None
-
-    def set(self, weight_FD: torch.Tensor) -> None:
-        """Pack `weight_FD`, `(out_features, in_features)` bfloat16, in the place of what was packed before."""
-        handle = ops.create_onednn_mm(weight_FD.t(), 32)
-        assert handle.handler_tensor is not None
-        if self.pointer is None:
-            self.pointer = handle.handler_tensor.clone()
-        else:
-            self.pointer.copy_(handle.handler_tensor)
-        self._handle = handle  # owns the packed copy, and frees the one before
-
-    def get(self, out_features: int, in_features: int) -> torch.Tensor:
-        """What was packed, `(out_features, in_features)`."""
-        assert self.pointer is not None
-        return _plain(self.pointer, out_features, in_features)
-
-
-def _plain(pointer: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
-    """A packed weight as `(out_features, in_features)`: its product with the identity."""
-    plain_FD = torch.empty(out_features, in_features, dtype=torch.bfloat16)
-    for first in range(0, in_features, _ROWS):
-        columns = plain_FD[:, first : first + _ROWS]
-        unit_BD = torch.zeros(columns.shape[1], in_features, dtype=torch.bfloat16)
-        unit_BD.diagonal(first).fill_(1)
-        columns.copy_(_product(unit_BD, out_features, pointer).t())
-    return plain_FD
-
-
-def _product(x: torch.Tensor, out_features: int, pointer: torch.Tensor) -> torch.Tensor:
-    """`(..., in_features)` times the packed weight: `(..., out_features)`."""
-    x_TD = x.reshape(-1, x.shape[-1])
-    out_TF = x.new_empty((x_TD.shape[0], out_features))
-    torch.ops._C.onednn_mm(out_TF, x_TD, None, pointer)
-    return out_TF.view(*x.shape[:-1], out_features)
+logger = init_logger(__name__)
 
 
 def _joined(first_FD: torch.Tensor, second_FD: torch.Tensor) -> torch.Tensor:
@@ -83,7 +43,7 @@ class PackedLinear(Linear):
 
     def pack(self) -> None:
         """Make the packed copy from the weight as it is now."""
-        self.__dict__.setdefault("_packed", _Packed()).set(self.weight.data)
+        self.__dict__.setdefault("_packed", PackedMatrix()).set(self.weight.data)
 
     def unpack(self) -> None:
         """Fill the weight from the packed copy, which does not tell -0 from 0; a row with an infinity becomes NaN."""
@@ -94,7 +54,7 @@ class PackedLinear(Linear):
         packed = self.__dict__.get("_packed")
         if packed is None:
             return super().forward(input)
-        return _product(input, self.weight.shape[0], packed.pointer)
+        return product(input, self.weight.shape[0], packed.pointer)
 
 
 class PackedQKV(FusedQKVLinear):
@@ -121,7 +81,7 @@ class PackedQKV(FusedQKVLinear):
             strict=True,
         ):
             to_FD.view(part_GRHD.shape).copy_(part_GRHD)
-        self.__dict__.setdefault("_packed", _Packed()).set(sorted_FD)
+        self.__dict__.setdefault("_packed", PackedMatrix()).set(sorted_FD)
 
     def unpack(self) -> None:
         """Fill the weight from the packed copy; see `PackedLinear.unpack`."""
@@ -139,7 +99,7 @@ class PackedQKV(FusedQKVLinear):
             return super().forward(x)
         out_features = self.wqkv.weight.shape[0]
         kv = out_features // self.r_dim
-        qkv = _product(x, out_features, packed.pointer).split([self.heads_per_kv * kv, kv, kv], dim=-1)
+        qkv = product(x, out_features, packed.pointer).split([self.heads_per_kv * kv, kv, kv], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         return q, k, v
 
@@ -156,7 +116,7 @@ class PackedFeedForward(FeedForward):
         # Their own forwards are not called, so they must have no collective to run.
         assert "forward" not in self.w1.__dict__
         assert "forward" not in self.w3.__dict__
-        packed = self.__dict__.setdefault("_packed", _Packed())
+        packed = self.__dict__.setdefault("_packed", PackedMatrix())
         packed.set(_joined(self.w1.weight.data, self.w3.weight.data))
 
     def unpack(self) -> None:
@@ -171,100 +131,43 @@ class PackedFeedForward(FeedForward):
         packed = self.__dict__.get("_packed")
         if packed is None:
             return super().forward(x)
-        gate, up = _product(x, 2 * self.w1.weight.shape[0], packed.pointer).chunk(2, dim=-1)
+        gate, up = product(x, 2 * self.w1.weight.shape[0], packed.pointer).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)  # vLLM's operator for it is scalar code on the CPU
 
 
-class PackedExperts(KeepDtypeGroupedExperts):
-    """TorchTitan's `GroupedExperts` with packed copies of its weights; the same parameters under the same names.
-
-    Runs inside the opaque operator of routed experts only: it reads counts on the host.
-    """
-
-    def packs(self) -> list[nn.Parameter]:
-        """The weights that the packed copies are made from."""
-        return [self.w1_EFD, self.w2_EDF, self.w3_EFD]
-
-    def pack(self) -> None:
-        """Make the packed copies from the weights as they are now; `w1` and `w3` become one product."""
-        self.__dict__["_handles"] = [
-            (
-                ops.create_onednn_mm(torch.cat([w1_FD.data, w3_FD.data]).t(), 32),
-                ops.create_onednn_mm(w2_DF.data.t(), 32),
-            )
-            for w1_FD, w2_DF, w3_FD in zip(self.w1_EFD, self.w2_EDF, self.w3_EFD, strict=True)
-        ]
-
-    def unpack(self) -> None:
-        """Fill the weights from the packed copies; see `PackedLinear.unpack`."""
-        _, hidden, dim = self.w1_EFD.shape
-        for expert, (up, down) in enumerate(self.__dict__["_handles"]):
-            w1_FD, w3_FD = _plain(up.handler_tensor, 2 * hidden, dim).split(hidden)
-            self.w1_EFD.data[expert] = w1_FD
-            self.w3_EFD.data[expert] = w3_FD
-            self.w2_EDF.data[expert] = _plain(down.handler_tensor, dim, hidden)
-
-    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
-        """`(R, D)` to `(R, D)`; rows beyond the sum of the counts get undefined values."""
-        handles = self.__dict__.get("_handles")
-        if handles is None:
-            return super().forward(x_RD, num_tokens_per_expert_E)
-        given, x_RD = x_RD, x_RD.to(self.w1_EFD.dtype)
-        wide_RF2 = x_RD.new_empty(x_RD.shape[0], 2 * self.w1_EFD.shape[1])
-        out_RD = torch.empty_like(x_RD)
-        counts = num_tokens_per_expert_E.tolist()
-        counts.append(x_RD.shape[0] - sum(counts))  # rows of no expert
-        _products(wide_RF2.split(counts), x_RD.split(counts), (up for up, _ in handles))
-        gate_RF, up_RF = wide_RF2.chunk(2, dim=-1)
-        h_RF = F.silu(gate_RF) * up_RF
-        _products(out_RD.split(counts), h_RF.split(counts), (down for _, down in handles))
-        return out_RD.type_as(given)
+Packed = PackedLinear | PackedQKV | PackedFeedForward | PackedRoutedExperts
 
 
-def _products(
-    outs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], handles: Iterable[ops.CPUDNNLGEMMHandler]
+def use_packed_weights(
+    model: nn.Module, dtype: torch.dtype, *, experts_once: bool = False, apart: bool = False
 ) -> None:
-    product = torch.ops._C.onednn_mm.default
-    for out, rows, handle in zip(outs, inputs, handles, strict=False):  # `handles` is the shortest
-        if rows.shape[0]:
-            product(out, rows, None, handle.handler_tensor)
+    """Make TorchTitan's plain linears and routed experts of `model` packed ones; nothing on GPUs and in float32.
 
-
-def combine(
-    out_RD: torch.Tensor, scores_R: torch.Tensor, tokens_R: torch.Tensor, x_TD: torch.Tensor
-) -> torch.Tensor:
-    """TorchTitan's `LocalTokenDispatcher.combine`, with its bits; `(T, D)`, and `out_RD` is used up.
-
-    Whole copies of a batch's rows in float32 would be fresh memory each time, which costs more than the products.
+    `experts_once`: see `additional_config.titan.cpu_experts_once`. `apart`: each linear layer's own forward is called,
+    and none of several becomes one product.
     """
-    for rows, scores in zip(out_RD.split(_ROWS), scores_R.split(_ROWS), strict=True):
-        rows.copy_(rows.float() * scores.unsqueeze(1))
-    return torch.zeros_like(x_TD).index_add_(0, tokens_R, out_RD)
-
-
-_ROWS = 512
-"""Rows that are worked on at once: in float32 they stay in the cache."""
-
-Packed = PackedLinear | PackedQKV | PackedFeedForward | PackedExperts
-
-
-def use_packed_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make TorchTitan's plain linears and routed experts of `model` packed ones; nothing on GPUs and in float32."""
     if not current_platform.is_cpu() or dtype != torch.bfloat16 or not hasattr(torch.ops._C, "onednn_mm"):
         return
     others: set[nn.Module] = set()  # whose weights the module around them packs or uses
     for module in model.modules():  # parents first
-        if type(module) is FeedForward and module.w1.bias is None and module.w3.bias is None:
+        if type(module) is FeedForward and not apart and module.w1.bias is None and module.w3.bias is None:
             module.__class__ = PackedFeedForward
             others |= {module.w1, module.w3}
-        elif type(module) is FusedQKVLinear and module.wqkv.bias is None:
+        elif type(module) is FusedQKVLinear and not apart and module.wqkv.bias is None:
             module.__class__ = PackedQKV
             others.add(module.wqkv)
         elif type(module) is Linear and module.bias is None and module not in others:
             module.__class__ = PackedLinear
         elif isinstance(module, TokenChoiceTopKRouter):
             others.add(module.gate)  # `Float32Router` multiplies by the weight itself
-        elif isinstance(module, LatentAttention):
-            others.add(module.wkv_b)  # vLLM reads the weight itself
-        elif type(module) is KeepDtypeGroupedExperts:
-            module.__class__ = PackedExperts
+        elif isinstance(inner := getattr(module, "inner_attention", None), LatentCache):
+            others.add(getattr(module, inner.expands))  # vLLM reads the weight itself
+        else:
+            pack_experts(module, once=experts_once)
+    twice = sum(m.bytes_twice() for m in model.modules() if isinstance(m, PackedRoutedExperts))
+    if twice:
+        logger.info(
+            "Routed experts are held in two layouts, which takes %.2f GB more on this rank; "
+            "additional_config.titan.cpu_experts_once=true holds one",
+            twice / 1e9,
+        )

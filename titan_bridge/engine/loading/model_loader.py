@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader import get_model_loader, register_model_lo
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.fingerprint import fingerprint
+from titan_bridge.checkpoint.digest import digest
 from titan_bridge.checkpoint.finite import not_finite_lines
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
@@ -94,7 +94,7 @@ def _open_alike(path: str, step: int | None) -> Checkpoint:
                 "of a DCP, of engine files or of a training run"
             )
         checkpoint = open_checkpoint(directory)
-        found = fingerprint(checkpoint)
+        found = digest(checkpoint)
         where = f"{socket.gethostname()}:{directory.absolute()}"
     except BridgeError as error:
         where, problem = str(error), error

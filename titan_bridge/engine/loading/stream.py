@@ -14,12 +14,11 @@ import torch
 from vllm.logger import init_logger
 
 from titan_bridge.checkpoint.finite import NotFinite, not_finite_lines
-from titan_bridge.checks import few
-from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.holders import Held
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.errors import BridgeError, few
+from titan_bridge.sharding.layout import Layout, torch_dtype
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import plan
+from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
@@ -64,7 +63,10 @@ class WeightLoader:
         self._views = {view.name: view for view in views}
         self._optional = {view.name: view for view in optional}
         self._ignores = ignores
-        whole = [Held.whole(v.name, v.shape, layout.params[v.fqn].dtype, _SOURCE) for v in views]
+        whole = [
+            TensorMetadata.whole(v.name, v.shape, torch_dtype(layout.params[v.fqn].dtype), _SOURCE)
+            for v in views
+        ]
         self._copies: defaultdict[str, list[Copy]] = defaultdict(list)
         # Padding of the vocabulary is in no checkpoint.
         for copy in plan(whole, layout, views, allow_missing=True).copies(destination=rank):
@@ -84,7 +86,7 @@ class WeightLoader:
         for name, tensor in weights:
             self._take(name, tensor, seen)
         if missing := self._views.keys() - seen.done:
-            seen.problems.append(f"missing: {few(missing)}")
+            seen.problems.append(f"missing: {few(sorted(missing), 4)}")
         if seen.problems:
             raise BridgeError("the checkpoint does not fit the model: " + "; ".join(seen.problems))
         self.bytes_read = seen.bytes_read

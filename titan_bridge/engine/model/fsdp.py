@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 from torchtitan.models.common.decoder import Decoder
 
-from titan_bridge.mesh import DENSE, MESH_AXES, SHARD_AXIS, SPARSE
+from titan_bridge.mesh import DENSE, SPARSE, mesh_axes, shard_axis
 from titan_bridge.sharding.boxes import shard_dim
 from titan_bridge.sharding.layout import Layout
 
@@ -36,7 +36,7 @@ def shard_dense(model: Decoder, meshes: dict[str, DeviceMesh], layout: Layout) -
     sparse: set[nn.Parameter] = set()
     for fqn, param in model.named_parameters():
         spec = layout.param(fqn).spec
-        dim = shard_dim(spec.placements[MESH_AXES[spec.mesh].index(SHARD_AXIS[spec.mesh])])
+        dim = shard_dim(spec.placements[mesh_axes(spec.mesh).index(shard_axis(spec.mesh))])
         if dim is None:
             skip.add(param)
         else:

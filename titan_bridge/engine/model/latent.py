@@ -1,8 +1,8 @@
-"""DeepSeek's attention on the latent cache: vLLM's `MLAAttention` below TorchTitan's projections.
+"""Attention on the latent cache: vLLM's `MLAAttention` below TorchTitan's projections.
 
 TorchTitan expands the latent of a token to keys and values of every head; any backend can cache those
 (`PagedAttention`). The latent is much smaller; vLLM's MLA backends cache that, and multiply the query by the key's part
-of `wkv_b` instead. Both compute the same sums in another order.
+of the expanding weight instead. Both compute the same sums in another order.
 
 Shape suffixes as in `attention`; R = width of the latent, P = width of the rotated part of a key.
 """
@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.deepseek_v3.model import Attention as DeepSeekAttention
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import MLAAttention
+
+from titan_bridge.mesh import Sizes
+from titan_bridge.models.adapter import InnerAttention, LatentAttention
+from titan_bridge.models.adapters import inner_attention, latent_attention
 
 
 class _KeyValueProjection(nn.Module):
@@ -33,19 +36,20 @@ class _KeyValueProjection(nn.Module):
 class LatentCache(nn.Module):
     """Inner attention of one layer that caches latents."""
 
-    def __init__(self, attention: DeepSeekAttention, *, layer: int, tp: int) -> None:
-        """For `attention`, the `layer`-th, whose heads `tp` ranks share."""
+    def __init__(self, computes: InnerAttention, latent: LatentAttention, *, layer: int, tp: int) -> None:
+        """For the `layer`-th attention, whose heads `tp` ranks share."""
         super().__init__()
         vllm_config = get_current_vllm_config()
+        self.expands = latent.expands
         with torch.device(vllm_config.device_config.device):
             self.paged = MLAAttention(
-                num_heads=attention.n_heads // tp,
-                scale=attention.softmax_scale,
-                qk_nope_head_dim=attention.qk_nope_head_dim,
-                qk_rope_head_dim=attention.qk_rope_head_dim,
-                v_head_dim=attention.v_head_dim,
-                q_lora_rank=attention.q_lora_rank or None,
-                kv_lora_rank=attention.kv_lora_rank,
+                num_heads=computes.n_heads // tp,
+                scale=computes.scale,
+                qk_nope_head_dim=computes.qk_head_dim - latent.qk_rope_head_dim,
+                qk_rope_head_dim=latent.qk_rope_head_dim,
+                v_head_dim=computes.v_head_dim,
+                q_lora_rank=latent.q_lora_rank,
+                kv_lora_rank=latent.kv_lora_rank,
                 kv_b_proj=cast(Any, _KeyValueProjection()),
                 cache_config=vllm_config.cache_config,
                 prefix=f"model.layers.{layer}.self_attn.attn",
@@ -57,56 +61,37 @@ class LatentCache(nn.Module):
         return self.paged(q_TNH, latent_TR, k_T1P, output_shape=torch.Size((q_TNH.shape[0], width)))
 
 
-class LatentAttention(DeepSeekAttention):
-    """TorchTitan's `Attention` that does not expand latents; the same parameters under the same names."""
-
-    def forward(
-        self, x: torch.Tensor, attention_masks: None, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`(B, L, D)` to `(B, L, D)`."""
-        q_BLF = self.wq(x) if self.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
-        q_BLNH = q_BLF.unflatten(-1, (-1, self.qk_head_dim))
-        nope_BLNH, q_BLNP = q_BLNH.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        latent_BLR, k_BLP = self.wkv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        q_BLNP, k_BL1P = self.rope(q_BLNP, k_BLP.unsqueeze(2), positions)
-        out_TF = self.inner_attention(
-            torch.cat([nope_BLNH, q_BLNP], dim=-1).flatten(0, 1),
-            self.kv_norm(latent_BLR).flatten(0, 1),
-            k_BL1P.flatten(0, 1),
-        )
-        return self.wo(out_TF.view(*x.shape[:-1], -1))
-
-
-def cache_latents(model: Decoder, *, tp: int) -> None:
-    """Make every attention of `model` a `LatentAttention`, in place."""
-    for layer, block in enumerate(model.layers.values()):
+def cache_latents(model: Decoder, config: Decoder.Config, sizes: Sizes) -> None:
+    """Let every attention of `model`, which `config` built with `sizes`, cache latents, in place."""
+    for index, (block, layer) in enumerate(zip(model.layers.values(), config.layers, strict=True)):
         attention: Any = block.attention
-        assert type(attention) is DeepSeekAttention
-        attention.inner_attention = LatentCache(attention, layer=layer, tp=tp)
-        attention.__class__ = LatentAttention
+        latent = latent_attention(layer.attention)
+        assert latent is not None, "vLLM takes a model for one with latents that has none"
+        computes, tp = inner_attention(layer.attention), sizes.at(f"layers.{index}.attention").tp
+        attention.inner_attention = LatentCache(computes, latent, layer=index, tp=tp)
+        attention.__class__ = latent.module
 
 
 def derive(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make what `MLAAttention` derives from `wkv_b` anew, in place."""
+    """Make what `MLAAttention` derives from the expanding weights anew, in place."""
     for module in model.modules():
-        if isinstance(module, LatentAttention):
-            paged = module.inner_attention.paged
-            paged.kv_b_proj.weight = module.wkv_b.weight.data
-            paged.process_weights_after_loading(dtype)
+        inner = getattr(module, "inner_attention", None)
+        if isinstance(inner, LatentCache):
+            projection: Any = inner.paged.kv_b_proj
+            projection.weight = getattr(module, inner.expands).weight.data
+            inner.paged.process_weights_after_loading(dtype)
 
 
-def cache_form(model: Decoder, *, tp: int) -> str:
-    """What DeepSeek's attention caches, and its bytes a token on each rank beside the other form's; else nothing."""
-    attention: Any = next(iter(model.layers.values())).attention
-    if not isinstance(attention, DeepSeekAttention):
-        return ""
-    width = {
-        "latent": attention.kv_lora_rank + attention.qk_rope_head_dim,
-        "expanded": 2 * attention.n_heads // tp * attention.qk_head_dim,
-    }
-    item = len(model.layers) * model.norm.weight.dtype.itemsize
-    used, other = sorted(width, reverse=isinstance(attention, LatentAttention))
-    return (
-        f", {used} attention with a cache of {item * width[used]:,} bytes a token ({other}: "
-        f"{item * width[other]:,})"
-    )
+def cache_form(config: Decoder.Config, dtype: torch.dtype, sizes: Sizes, *, latent: bool) -> str:
+    """What attention caches, and its bytes a token on each rank; with latents, those of the other form, too."""
+    heads = rows = 0
+    for index, layer in enumerate(config.layers):
+        tp = sizes.at(f"layers.{index}.attention").tp
+        known, computes = latent_attention(layer.attention), inner_attention(layer.attention)
+        heads += dtype.itemsize * 2 * computes.n_kv_heads // tp * computes.qk_head_dim
+        rows += dtype.itemsize * known.width if known else 0
+    if latent:
+        return f"latent attention with a cache of {rows:,} bytes a token (expanded: {heads:,})"
+    if rows:
+        return f"expanded attention with a cache of {heads:,} bytes a token (latent: {rows:,})"
+    return f"attention with a cache of {heads:,} bytes a token"

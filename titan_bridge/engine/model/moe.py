@@ -36,7 +36,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from titan_bridge.engine.cpu.packed import PackedExperts, combine
+from titan_bridge.engine.cpu.packed_experts import PackedRoutedExperts, combine
 
 
 class TopKSumDispatcher(LocalTokenDispatcher):
@@ -178,14 +178,19 @@ class ServedExperts(nn.Module):
         start, stop = (len(x_TD) * r // tp for r in (rank, rank + 1))
         out_TD = torch.zeros_like(x_TD)
         share = slice(start, stop)
-        count_E = torch.bincount(ids_TK[share].flatten(), minlength=len(count_E))
+        # Not bincount, which asks a GPU for the largest id; a token has an expert once.
+        chosen_TE = torch.zeros(stop - start, len(count_E), dtype=torch.bool, device=x_TD.device)
+        count_E = chosen_TE.scatter_(1, ids_TK[share], True).sum(0)
         out_TD[share] = self._compute(x_TD[share], scores_TK[share], ids_TK[share], count_E)
         return out_TD
 
     def _compute(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
-        packed = isinstance(self.inner_experts, PackedExperts) and not self.spread
+        packed = isinstance(self.inner_experts, PackedRoutedExperts) and not self.spread
+        if packed and self.inner_experts.in_one(ids_TK.numel() / len(count_E)):
+            first = getattr(self.token_dispatcher, "first", None)
+            return self.inner_experts.routed(x_TD, scores_TK, ids_TK, first=first)
         # Packed experts ask the host anyway, so rows can be gathered when it is known how many this rank needs.
         given_TD = x_TD[:, :0] if packed else x_TD
         routed_RD, count_e, metadata = self.token_dispatcher.dispatch(given_TD, scores_TK, ids_TK, count_E)

@@ -23,9 +23,9 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
 from titan_bridge.engine.native.layers import Native, natives_of
-from titan_bridge.engine.plugin import TRANSFER_BACKEND
+from titan_bridge.engine.options import TRANSFER_BACKEND
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import MESH_AXES, Sizes, sizes_of
+from titan_bridge.mesh import Sizes, mesh_axes, sizes_of
 from titan_bridge.sharding.boxes import chunk
 from titan_bridge.sharding.spec import attach, attach_module
 
@@ -48,7 +48,7 @@ def declare(model: nn.Module, vllm_config: VllmConfig) -> None:
     """
     transfer = getattr(vllm_config.weight_transfer_config, "backend", None) == TRANSFER_BACKEND
     sizes = sizes_of(vllm_config.parallel_config, dist.get_world_size())
-    packed = getattr(model, "packed_modules_mapping", None) or {}
+    packed: Any = getattr(model, "packed_modules_mapping", None) or {}
     for prefix, module in model.named_modules():
         if isinstance(module, LinearBase) and current_platform.is_cpu():
             module._cpu_skip_gemm_dispatch = True  # vLLM's own switch (UnquantizedLinearMethod)
@@ -69,7 +69,7 @@ def _attach(module: nn.Module, declared: dict[str, Native], sizes: Sizes) -> Non
         raise BridgeError(f"parameter {', '.join(unknown)} is not one whose sharding is known")
     for name, param in live.items():
         native = declared[name]
-        mesh_shape = [sizes.axis(axis) for axis in MESH_AXES[native.spec.mesh]]
+        mesh_shape = [sizes.axis(axis) for axis in mesh_axes(native.spec.mesh)]
         expected = native.spec.local_shape(native.shape, mesh_shape, [0] * len(mesh_shape))
         if tuple(param.shape) != expected:
             raise BridgeError(f"{name} has local shape {tuple(param.shape)}, {expected} was expected")

@@ -95,7 +95,8 @@ def _claims(model: nn.Module, prefix: str, module: Any) -> tuple[str, ...]:
     if isinstance(module, RoutedExperts):
         return (f"{module.layer_name}.",)
     parent, _, last = prefix.rpartition(".")
-    parts = (getattr(model, "packed_modules_mapping", None) or {}).get(last, ())
+    packed: Any = getattr(model, "packed_modules_mapping", None) or {}
+    parts = packed.get(last, ())
     return tuple(f"{parent}.{part}." for part in parts) or (f"{prefix}.",)
 
 

@@ -18,21 +18,19 @@ from typing import Any
 from titan_bridge import cpu
 from titan_bridge.checks import model_directory, overridden, rope_covers
 from titan_bridge.engine.cpu import forking
-from titan_bridge.engine.options import titan_options
+from titan_bridge.engine.options import TRANSFER_BACKEND, titan_options
 from titan_bridge.engine.patches import apply
 from titan_bridge.engine.patches.apply import after_import, patch
-from titan_bridge.engine.plugin import (
-    ARCHITECTURE,
-    MODEL_CLASS,
-    PREFLIGHT_MODULE,
-    TRANSFER_BACKEND,
-    TRANSFER_MODULE,
-)
 from titan_bridge.engine.specs import LAYOUT, NATIVE, VERIFY
 from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import model_and_step
 from titan_bridge.versions import unsupported
 
+ARCHITECTURE = "TitanForCausalLM"
+"""Name under which our class stands in vLLM's model registry."""
+MODEL_CLASS = "titan_bridge.engine.model.wrapper:TitanForCausalLM"
+PREFLIGHT_MODULE = "titan_bridge.engine.preflight"
+TRANSFER_MODULE = "titan_bridge.engine.transfer"
 SPEC_METHODS = (LAYOUT, NATIVE, VERIFY)
 
 
@@ -183,10 +181,10 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
 
     What: wraps `EngineArgs.create_model_config` for whatever asks for us. Before it, for `model_impl="torchtitan"`, the
     output folder of a run or one step in it becomes the model folder and the step for all workers, and a missing
-    config.json and a length over the rope limit are refused in our words. After it, DeepSeek that caches expanded keys
-    and values is no latent attention to vLLM, and a dense model with
-    `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too late
-    for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
+    config.json and a length over the rope limit are refused in our words. After it, latents that are expanded before
+    they are cached are no latent attention to vLLM, on CPUs a backend that computes them is chosen, and a dense model
+    with `additional_config.titan.dense = "shard"` states one expert. Why: the hook of `check_config_early` comes too
+    late for the former; `ModelConfig.is_moe` is how vLLM decides whether dp ranks share a process group and step
     together, and an engine's process asks before it loads plugins, so that the data must say it. Version: vllm 0.32
     (`vllm/engine/arg_utils.py`, `vllm/config/model.py`). Delete when: lockstep is a setting of its own.
     """
@@ -212,9 +210,15 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
     if options.dense == "shard":
         model.num_experts = max(1, model.num_experts)
     on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()
-    if model.is_deepseek_mla and (options.mla == "expanded" or (options.mla == "auto" and on_cpu)):
+    sharded = options.dense == "shard" and self.data_parallel_size > 1
+    if model.is_deepseek_mla and (
+        options.mla == "expanded" or (options.mla == "auto" and (on_cpu or sharded))
+    ):
         model.is_deepseek_mla = False
         model.head_size = config.hf_text_config.qk_nope_head_dim + config.hf_text_config.qk_rope_head_dim
+    elif model.is_deepseek_mla and on_cpu and not (self.attention_backend or self.attention_config.backend):
+        kernels = importlib.import_module("titan_bridge.engine.cpu.head_dims")  # late: it imports torchtitan
+        self.attention_backend = kernels.latent_backend(config.dtype)
     return config
 
 
@@ -413,6 +417,33 @@ def read_all_replies(original: Callable[..., Any], self: Any) -> None:
         self.response_mqs = replies.Replies(self.response_mqs)
 
 
+@patch("vllm.v1.engine.core:EngineCore.collective_rpc", "self", "method", "timeout", "args", "kwargs")
+def commit_in_one_turn(
+    original: Callable[..., Any],
+    self: Any,
+    method: Any,
+    timeout: float | None = None,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Pause, write new weights, drop cached prefixes, name the version and resume, in one turn of the engine.
+
+    What: wraps `EngineCore.collective_rpc`; `engine/commit.py` does it where `finish_weight_update` is called. Why:
+    vLLM leaves pausing, dropping and resuming to the client, as calls of their own: one that dies in between leaves a
+    server that stands still, one that does not know of them a server that answers from prefixes of old weights, and
+    without the pause dp ranks in lockstep deadlock. Version: vllm 0.32 (`vllm/v1/engine/core.py`; uses
+    `pause_scheduler`, `resume_scheduler`, `_reset_caches`). Only for weight transfer "titan". Delete when:
+    `finish_weight_update` is a method of the engine core that does all of it.
+    """
+
+    def rpc() -> Any:
+        return original(self, method, timeout, args, kwargs)
+
+    if getattr(self.vllm_config.weight_transfer_config, "backend", None) != TRANSFER_BACKEND:
+        return rpc()
+    return importlib.import_module("titan_bridge.engine.commit").call(self, method, kwargs, rpc)
+
+
 @patch(
     "vllm.v1.executor.multiproc_executor:WorkerProc._init_message_queues",
     "self", "input_shm_handle", "vllm_config",
@@ -443,7 +474,7 @@ def fork_processes(original: Callable[..., Any]) -> Any:
     vllm 0.32 (`get_mp_context` in `vllm/utils/system_utils.py`). Delete when: vLLM's CPU platform leaves
     VLLM_WORKER_MULTIPROC_METHOD alone and the variable allows "forkserver", with what to import there.
     """
-    return forking.process_context() or original()
+    return forking.process_context(share_fork_server) or original()
 
 
 def share_fork_server(server: Any, pid: int) -> None:
@@ -455,6 +486,21 @@ def share_fork_server(server: Any, pid: int) -> None:
     """
     server._forkserver_pid = pid
     server.ensure_running = lambda: None
+
+
+@patch(
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.create_lora_manager", "self", "model", "vllm_config",
+    when="build",
+)  # fmt: skip
+def manage_adapters(original: Callable[..., Any], self: Any, model: Any, vllm_config: Any) -> Any:
+    """Let vLLM manage LoRA adapters of TorchTitan's linear layers.
+
+    What: wraps `LRUCacheWorkerLoRAManager.create_lora_manager`, and gives it the manager's class that the model names.
+    Why: vLLM's own takes its own linear layers and no others. Version: vllm 0.32 (`vllm/lora/worker_manager.py`).
+    Delete when: a model can name the class, or a linear layer of another package can say how it is wrapped.
+    """
+    self._manager_cls = getattr(model, "adapter_manager", self._manager_cls)
+    return original(self, model, vllm_config)
 
 
 @patch(

@@ -16,9 +16,9 @@ class BridgeWorker:
     def bridge_report(self) -> dict[str, Any]:
         """What this worker serves: rank, class, dtype, sizes, parameters and bytes that it holds, bytes that it read.
 
-        `model_class` is the class that vLLM loaded, `inner_class` the TorchTitan module inside it, `sizes` the
-        parallel degrees, `loaded` the fields of `checkpoint.load.Loaded` (None where our loader did not read the
-        weights); all three are None for vLLM's own models.
+        `model_class` is the class that vLLM loaded, `inner_class` the TorchTitan module inside it, `sizes` the parallel
+        degrees, `attention` its form and cache in words, `loaded` the fields of `checkpoint.load.Loaded` (None where
+        our loader did not read the weights); all but the first are None for vLLM's own models.
         """
         model = self.get_model()  # type: ignore[attr-defined]  # the worker's
         setup = getattr(model, "setup", None)
@@ -30,7 +30,8 @@ class BridgeWorker:
             "dtype": str(self.model_config.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
             "model_class": _name(_ours(type(model))),
             "inner_class": None if inner is None else _name(type(inner)),
-            "sizes": None if setup is None else _sizes(setup.sizes),
+            "sizes": None if setup is None else setup.sizes.axes,
+            "attention": None if setup is None else model.attention,
             "local_parameters": sum(p.numel() for p in parameters),
             "loaded": None if loaded is None else dataclasses.asdict(loaded),
             "local_bytes": sum(p.numel() * p.element_size() for p in parameters),
@@ -44,8 +45,3 @@ def _ours(cls: type) -> type:
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _sizes(sizes: Any) -> dict[str, int]:
-    names = ("dp_replicate", "fsdp", "tp", "efsdp", "ep")
-    return {name: getattr(sizes, name) for name in names}

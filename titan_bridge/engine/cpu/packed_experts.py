@@ -1,0 +1,309 @@
+"""Routed experts on the CPU backend: vLLM's one operator for all experts of a layer, and a product for each expert.
+
+The operator sorts tokens, multiplies, applies the activation and adds up in one call. With AMX it is the fastest at
+every size, and its layout is the only one that is held. Without AMX it wins while experts have few rows, and a oneDNN
+product for each expert wins above: experts are then held in both layouts, which doubles their memory, or with
+`cpu_experts_once` in oneDNN's alone.
+
+Suffixes: T tokens, K experts a token, R rows of this rank's experts, E its experts, D dim, F hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtitan.models.gpt_oss.moe import swiglu
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+from titan_bridge.engine.cpu.onednn import plain
+from titan_bridge.models.experts import KeepDtypeGroupedExperts
+from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
+
+FEW_ROWS = 4
+"""Rows an expert up to which the operator beats a product for each expert, without AMX."""
+
+
+def isa_for(sizes: Iterable[int]) -> str | None:
+    """Which of its layouts vLLM's operator takes here for experts with these widths in bfloat16; None: none.
+
+    vLLM's own classes know processors and alignments; the portable one comes last.
+    """
+    kinds = (
+        cpu_moe.X86CPUUnquantizedExperts,
+        cpu_moe.ArmCPUUnquantizedExperts,
+        cpu_moe.PowerCPUUnquantizedExperts,
+        cpu_moe.CPUUnquantizedExperts,
+    )
+    sizes = tuple(sizes)
+    for kind in kinds:
+        multiple = kind._intermediate_alignment()
+        if kind._supports_current_device() and not any(size % multiple for size in sizes):
+            return kind.isa
+    return None
+
+
+class _Matrices:
+    """One matrix of each expert, `(rows, columns)` bfloat16, in a layout of vLLM's operator."""
+
+    def __init__(self, isa: str, shape_ERC: Sequence[int]) -> None:
+        self.isa = isa
+        self.packed = torch.empty(*shape_ERC, dtype=torch.bfloat16)
+
+    def set(self, matrices: Iterable[torch.Tensor]) -> None:
+        """Pack one by one, so that no more than one exists twice."""
+        for matrix_RC, packed_RC in zip(matrices, self.packed, strict=True):
+            torch.ops._C.prepack_moe_weight(matrix_RC.contiguous()[None], packed_RC[None], self.isa)
+
+    def get(self, expert: int) -> torch.Tensor:
+        """What was packed, bit for bit."""
+        packed_RC = self.packed[expert]
+        plain_RC = torch.empty_like(packed_RC)
+        plain_RC.view(-1)[_sources(*packed_RC.shape, self.isa)] = packed_RC.view(-1)
+        return plain_RC
+
+
+@cache
+def _sources(rows: int, columns: int, isa: str) -> torch.Tensor:
+    """Where each element of a packed matrix was: found by packing the positions, 15 bits at a time."""
+    index_RC = torch.arange(rows * columns).view(1, rows, columns)
+    found = torch.zeros(rows * columns, dtype=torch.int64)
+    for shift in (0, 15):
+        part_RC = (index_RC >> shift & 0x7FFF).to(torch.int16).view(torch.bfloat16)
+        packed_RC = torch.empty_like(part_RC)
+        torch.ops._C.prepack_moe_weight(part_RC, packed_RC, isa)
+        found |= packed_RC.view(torch.int16).view(-1).long() << shift
+    return found
+
+
+class PackedRoutedExperts(nn.Module):
+    """What both kinds of experts share. They run inside the opaque operator of routed experts only: they read counts.
+
+    A kind says which weights make a matrix up, `(2F, D)`, and one down, `(D, F)`, for each expert.
+    """
+
+    activation: str
+    isa: str | None
+    """The operator's layout; "amx": held alone; None: oneDNN's is held alone."""
+
+    def packs(self) -> list[nn.Parameter]:
+        """The weights that the packed copies are made from."""
+        raise NotImplementedError
+
+    def unpack(self) -> None:
+        """Fill the weights from the packed copies; oneDNN's have 0 for -0 and NaN in a row with an infinity."""
+        raise NotImplementedError
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Experts, hidden size, dim."""
+        raise NotImplementedError
+
+    def _matrices(self) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+        raise NotImplementedError
+
+    def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of the matrices up and down, this rank's share: `(E, 2F)`, `(E, D)`."""
+        return None, None
+
+    def _activate(self, wide_RF2: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Make the packed copies from the weights as they are now, in the place of those before."""
+        count, hidden, dim = self._sizes()
+        state = self.__dict__
+        if self.isa is not None:
+            if "_packed" not in state:
+                if self.isa == "amx":
+                    torch.cpu._init_amx()  # asks Linux for the registers, which the operator does not
+                state["_packed"] = (
+                    _Matrices(self.isa, (count, 2 * hidden, dim)),
+                    _Matrices(self.isa, (count, dim, hidden)),
+                )
+            for packed, matrices in zip(state["_packed"], self._matrices(), strict=True):
+                packed.set(matrices)
+        if self.isa != "amx":
+            state["_handles"] = [
+                (ops.create_onednn_mm(up_FD.t(), 32), ops.create_onednn_mm(down_DF.t(), 32))
+                for up_FD, down_DF in zip(*self._matrices(), strict=True)
+            ]
+
+    def _unpacked(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each expert's two matrices, read back."""
+        count, hidden, dim = self._sizes()
+        for expert in range(count):
+            if self.isa is not None:
+                up, down = self.__dict__["_packed"]
+                yield up.get(expert), down.get(expert)
+            else:
+                up, down = self.__dict__["_handles"][expert]
+                yield plain(up.handler_tensor, 2 * hidden, dim), plain(down.handler_tensor, dim, hidden)
+
+    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
+        """`(R, D)` sorted by expert to `(R, D)`; rows beyond the sum of the counts get undefined values."""
+        if self.__dict__.keys().isdisjoint(("_packed", "_handles")):
+            return super().forward(x_RD, num_tokens_per_expert_E)
+        given, x_RD = x_RD, x_RD.to(torch.bfloat16)
+        if self.in_one(len(x_RD) / len(num_tokens_per_expert_E)):
+            out_RD = torch.empty_like(x_RD)
+            experts = torch.arange(len(num_tokens_per_expert_E), dtype=torch.int32)
+            ids_R1 = experts.repeat_interleave(num_tokens_per_expert_E).unsqueeze(1)
+            own = slice(len(ids_R1))
+            self._operate(out_RD[own], x_RD[own], torch.ones(ids_R1.shape), ids_R1)
+        else:
+            out_RD = self._each(x_RD, num_tokens_per_expert_E.tolist())
+        return out_RD.type_as(given)
+
+    def bytes_twice(self) -> int:
+        """Of the layout that is held beside another one."""
+        count, hidden, dim = self._sizes()
+        return 0 if self.isa in (None, "amx") else 2 * 3 * count * hidden * dim
+
+    def in_one(self, rows: float) -> bool:
+        """Whether vLLM's operator is the faster one for so many rows an expert."""
+        return "_packed" in self.__dict__ and (self.isa == "amx" or rows <= FEW_ROWS)
+
+    def routed(
+        self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, *, first: int | None
+    ) -> torch.Tensor:
+        """Each token's sum over its experts in one operator, `(T, D)`.
+
+        `first`: the experts here are this one and those that follow it, and others' part is left out; None: all are.
+        """
+        if first is None:
+            out_TD = torch.empty_like(x_TD)
+            self._operate(out_TD, x_TD, scores_TK, ids_TK)
+            return out_TD
+        own_TK = (ids_TK >= first) & (ids_TK < first + self._sizes()[0])
+        tokens_R, columns_R = own_TK.nonzero(as_tuple=True)
+        x_RD = x_TD[tokens_R]
+        out_RD = torch.empty_like(x_RD)
+        scores_R1, ids_R1 = (each_TK[tokens_R, columns_R].unsqueeze(1) for each_TK in (scores_TK, ids_TK))
+        self._operate(out_RD, x_RD, scores_R1, ids_R1 - first)
+        return torch.zeros_like(x_TD).index_add_(0, tokens_R, out_RD)
+
+    def _operate(self, out: torch.Tensor, x: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
+        assert self.isa is not None
+        up, down = self.__dict__["_packed"]
+        # It reads without regard to strides and types.
+        ops.cpu_fused_moe(
+            out, x.contiguous(), up.packed, down.packed, *self._biases(),
+            scores.float().contiguous(), ids.to(torch.int32).contiguous(), self.activation, self.isa,
+        )  # fmt: skip
+
+    def _each(self, x_RD: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """A product for each expert."""
+        hidden = self._sizes()[1]
+        handles = self.__dict__["_handles"]
+        up_bias, down_bias = self._biases()
+        wide_RF2, out_RD = x_RD.new_empty(len(x_RD), 2 * hidden), torch.empty_like(x_RD)
+        counts = [*counts, len(x_RD) - sum(counts)]  # rows of no expert
+        _products(wide_RF2.split(counts), x_RD.split(counts), [up for up, _ in handles], up_bias)
+        h_RF = self._activate(wide_RF2)
+        _products(out_RD.split(counts), h_RF.split(counts), [down for _, down in handles], down_bias)
+        return out_RD
+
+
+def _products(
+    outs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    handles: Sequence[ops.CPUDNNLGEMMHandler],
+    bias_EN: torch.Tensor | None,
+) -> None:
+    product = torch.ops._C.onednn_mm.default
+    for expert, handle in enumerate(handles):
+        if inputs[expert].shape[0]:
+            bias = None if bias_EN is None else bias_EN[expert]
+            product(outs[expert], inputs[expert], bias, handle.handler_tensor)
+
+
+class PackedExperts(PackedRoutedExperts, KeepDtypeGroupedExperts):
+    """TorchTitan's `GroupedExperts` with packed copies of its weights; the same parameters under the same names."""
+
+    activation = "silu"
+
+    def packs(self) -> list[nn.Parameter]:
+        return [self.w1_EFD, self.w2_EDF, self.w3_EFD]
+
+    def unpack(self) -> None:
+        for expert, (wide, tall) in enumerate(self._unpacked()):
+            w1, w3 = wide.chunk(2)
+            self.w1_EFD.data[expert], self.w3_EFD.data[expert], self.w2_EDF.data[expert] = w1, w3, tall
+
+    def _sizes(self) -> tuple[int, int, int]:
+        count, hidden, dim = self.w1_EFD.shape
+        return count, hidden, dim
+
+    def _matrices(self) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+        pairs = zip(self.w1_EFD.data, self.w3_EFD.data, strict=True)
+        return (torch.cat(pair) for pair in pairs), iter(self.w2_EDF.data)
+
+    def _activate(self, wide_RF2: torch.Tensor) -> torch.Tensor:
+        gate_RF, up_RF = wide_RF2.chunk(2, dim=-1)
+        return F.silu(gate_RF) * up_RF
+
+
+class PackedGptOssExperts(PackedRoutedExperts, KeepDtypeGptOssExperts):
+    """The same for gpt-oss: gate and up in alternate rows, biases, a clamped activation. Biases stay plain."""
+
+    activation = "swigluoai"
+
+    def packs(self) -> list[nn.Parameter]:
+        return [self.mlp1_weight_EGD, self.mlp2_weight_EDF]
+
+    def unpack(self) -> None:
+        for expert, (wide, tall) in enumerate(self._unpacked()):
+            self.mlp1_weight_EGD.data[expert], self.mlp2_weight_EDF.data[expert] = wide, tall
+
+    def _sizes(self) -> tuple[int, int, int]:
+        count, dim, hidden = self.mlp2_weight_EDF.shape
+        return count, hidden, dim
+
+    def _matrices(self) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+        return iter(self.mlp1_weight_EGD.data), iter(self.mlp2_weight_EDF.data)
+
+    def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        down_ED = self.mlp2_bias_ED
+        return self.mlp1_bias_EG, down_ED if self.tp_degree == 1 else down_ED / self.tp_degree
+
+    def _activate(self, wide_RF2: torch.Tensor) -> torch.Tensor:
+        return swiglu(wide_RF2, limit=self.swiglu_limit)
+
+
+def pack_experts(module: nn.Module, *, once: bool = False, isa: str | None = None) -> bool:
+    """Make `module` a packed one in place, if it is routed experts of ours.
+
+    Args:
+        once: Hold one layout, which is oneDNN's but with AMX.
+        isa: Layout of vLLM's operator if not the one for this processor.
+    """
+    if type(module) is KeepDtypeGroupedExperts:
+        module.__class__ = PackedExperts
+    elif type(module) is KeepDtypeGptOssExperts and module.swiglu_limit == 7.0:  # what the operator computes
+        module.__class__ = PackedGptOssExperts
+    else:
+        return False
+    assert isinstance(module, PackedRoutedExperts)
+    found = isa or isa_for(module._sizes()[1:])
+    module.isa = None if once and found != "amx" else found
+    return True
+
+
+def combine(
+    out_RD: torch.Tensor, scores_R: torch.Tensor, tokens_R: torch.Tensor, x_TD: torch.Tensor
+) -> torch.Tensor:
+    """TorchTitan's `LocalTokenDispatcher.combine`, with its bits; `(T, D)`, and `out_RD` is used up.
+
+    Whole copies of a batch's rows in float32 would be fresh memory each time, which costs more than the products.
+    """
+    for rows, scores in zip(out_RD.split(_ROWS), scores_R.split(_ROWS), strict=True):
+        rows.copy_(rows.float() * scores.unsqueeze(1))
+    return torch.zeros_like(x_TD).index_add_(0, tokens_R, out_RD)
+
+
+_ROWS = 512
+"""Rows that are worked on at once: in float32 they stay in the cache."""

@@ -1,0 +1,157 @@
+"""The messages between a trainer rank and a worker: the plan's copies, cut and joined into buckets.
+
+Both ends cut the same copies in the same order, so a bucket needs no header: not a byte travels that is not
+weight. A bucket holds elements of one dtype, that of the destination; copies larger than a bucket are cut along
+their outer dims. A delta sends, for each slice of each bucket, the positions that changed in it, and their values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from titan_bridge.sharding.layout import itemsize
+from titan_bridge.sharding.moves import Window
+from titan_bridge.sharding.plan import Plan
+from titan_bridge.transfer.protocol import BUCKET_BYTES
+
+ALONE_BYTES = 2**19
+"""A copy of this size, or of a quarter of a bucket, is a message of its own: where it is contiguous, it then leaves
+and arrives where it belongs, without being packed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A window of this rank's local tensor `name`, laid flat at `[at, at + elements)` of its bucket."""
+
+    name: str
+    served: str
+    """Name of the engine's tensor: the same at both ends."""
+    window: Window
+    at: int
+    elements: int
+
+    def of(self, local: torch.Tensor) -> torch.Tensor:
+        """The window of the (contiguous) local tensor."""
+        return self.window.of(local)
+
+    def flat(self, positions: torch.Tensor) -> torch.Tensor:
+        """int64: where row-major positions in the window lie in the flat local tensor."""
+        rest = positions.long()
+        if self.window.is_run:
+            return rest + self.window.offset
+        result = torch.full_like(rest, self.window.offset)
+        for size, stride in zip(reversed(self.window.size), reversed(self.window.stride), strict=True):
+            outer = torch.div(rest, size, rounding_mode="floor")
+            result = result + (rest - outer * size) * stride
+            rest = outer
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """One message of a dense update."""
+
+    dtype: torch.dtype
+    slices: tuple[Slice, ...]
+
+    @property
+    def elements(self) -> int:
+        last = self.slices[-1]
+        return last.at + last.elements
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    @cached_property
+    def run(self) -> slice | None:
+        """Which bytes of a local tensor, if it has this dtype, are the message as it travels; None if it is packed."""
+        window = self.slices[0].window
+        if len(self.slices) > 1 or not window.is_run:
+            return None
+        start = window.offset * self.dtype.itemsize
+        return slice(start, start + self.nbytes)
+
+
+def messages(
+    plan: Plan,
+    dtypes: Mapping[str, str],
+    *,
+    sender: int | None = None,
+    receiver: int | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> dict[int, tuple[Bucket, ...]]:
+    """The messages out of `sender`, or into `receiver` (give one), in order, by the rank at the other end.
+
+    Args:
+        plan: Its ranks are those of `layouts.Sides`; no rank is on both sides.
+        dtypes: Wire dtype by destination name.
+        bucket_bytes: Most bytes of one message; at least one element travels in each.
+    """
+    assert (sender is None) != (receiver is None), "one end"
+    found: dict[int, dict[str, list[_Part]]] = {}
+    for copy in plan.copies(source=sender, destination=receiver):
+        dtype = dtypes[copy.destination_name]
+        most = max(1, bucket_bytes // itemsize(dtype))
+        if receiver is None:
+            peer, name, window = copy.destination, copy.source_name, copy.source_window
+        else:
+            peer, name, window = copy.source, copy.destination_name, copy.destination_window
+        assert isinstance(peer, int)
+        parts = found.setdefault(peer, {}).setdefault(dtype, [])
+        parts += [(name, copy.destination_name, part, math.prod(part.size)) for part in cut(window, most)]
+    return {
+        peer: tuple(
+            bucket
+            for dtype, parts in found[peer].items()
+            for bucket in _packed(parts, dtype, max(1, bucket_bytes // itemsize(dtype)))
+        )
+        for peer in sorted(found)
+    }
+
+
+def cut(window: Window, most: int) -> Iterator[Window]:
+    """The window in row-major order, in parts of at most `most` elements; depends on its size only."""
+    elements = math.prod(window.size)
+    if elements <= most:
+        if elements:
+            yield window
+        return
+    dim = next(d for d, size in enumerate(window.size) if size > 1)
+    inner = elements // window.size[dim]
+    rows = max(1, most // inner)
+    for first in range(0, window.size[dim], rows):
+        count = min(rows, window.size[dim] - first)
+        part = Window(
+            size=(*window.size[:dim], count, *window.size[dim + 1 :]),
+            stride=window.stride,
+            offset=window.offset + first * window.stride[dim],
+        )
+        yield from cut(part, most)
+
+
+_Part = tuple[str, str, Window, int]
+
+
+def _packed(parts: list[_Part], dtype: str, most: int) -> Iterator[Bucket]:
+    torch_dtype = getattr(torch, dtype)
+    alone = max(1, min(ALONE_BYTES // torch_dtype.itemsize, most // 4))
+    slices: list[Slice] = []
+    at = 0
+    for name, served, window, elements in parts:
+        if elements >= alone:
+            only = Slice(name=name, served=served, window=window, at=0, elements=elements)
+            yield Bucket(dtype=torch_dtype, slices=(only,))
+            continue
+        if slices and at + elements > most:
+            yield Bucket(dtype=torch_dtype, slices=tuple(slices))
+            slices, at = [], 0
+        slices.append(Slice(name=name, served=served, window=window, at=at, elements=elements))
+        at += elements
+    if slices:
+        yield Bucket(dtype=torch_dtype, slices=tuple(slices))
