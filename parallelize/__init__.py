@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import ShardPlacement, Sizes
+from titan_bridge.mesh import ShardPlacement, Sizes, to_parallel_dims
 
 if TYPE_CHECKING:
+    from torchtitan.distributed import ParallelDims
     from torchtitan.models.common.decoder import Decoder
 
 
@@ -56,3 +57,19 @@ def rules_of(name: str) -> ShardingRules:
         if error.name != module:
             raise
         raise BridgeError(f"family {name!r} has no file parallelize/{name}.py; add one") from None
+
+
+def parallelize(
+    model: Decoder, sizes: Sizes, spmd_backend: Literal["partial_dtensor", "full_dtensor", "spmd_types"]
+) -> None:
+    """TorchTitan's ``Module.parallelize`` in place; a narrow layer sees only the ranks that it is cut over."""
+    narrow: dict[int, ParallelDims] = {}
+    layers: list[Any] = [model.get_submodule(fqn) for fqn, _ in sizes.widths]
+    for layer, (fqn, width) in zip(layers, sizes.widths, strict=True):
+        if width not in narrow:
+            narrow[width] = to_parallel_dims(sizes.at(fqn), spmd_backend)
+        # Hides the method of the class, which TorchTitan's walk through the model calls with the dims of the whole.
+        layer.parallelize = lambda _, layer=layer, dims=narrow[width]: type(layer).parallelize(layer, dims)
+    model.parallelize(to_parallel_dims(sizes, spmd_backend))
+    for layer in layers:
+        del layer.parallelize

@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -54,7 +55,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model and layout; the first of `sides` is held against each other one. " ep" adds expert parallelism."""
+    """One model and layout; the first of `sides` is held against each other one. " ep" adds expert parallelism,
+    " attn1" cuts attention over one rank."""
 
     model: str
     tp: int = 1
@@ -72,6 +74,9 @@ CASES = {
     "moe-compiled-tp1": Case(model="moe", eager=False),
     "moe-ep-batch8": Case(model="moe", tp=2, sides=("torchtitan ep", "torchtitan")),
     "moe-ep-batch16": Case(model="moe", tp=2, batch=16, sides=("torchtitan ep", "torchtitan")),
+    "qwen3-attention-tp2": Case(
+        model="qwen3", tp=2, sides=("torchtitan", "torchtitan attn1", "torchtitan attn2")
+    ),
     "gpt-oss-eager-tp1": Case(model="gpt-oss"),
     "deepseek-eager-tp1": Case(model="deepseek"),
 }
@@ -81,6 +86,7 @@ FIGURES = {
     "per token, ms": "median_tpot_ms",
     "tokens/s": "output_throughput",
 }
+CACHE = "KV bytes a token and rank"
 START_SECONDS = 300
 
 
@@ -110,14 +116,14 @@ def measure(name: str, case: Case, given: argparse.Namespace) -> dict[str, Any]:
         make_checkpoint(model, family, dtype=torch.bfloat16, std=0.02, **sizes)
     first, *others = case.sides
     sides = [first, *(side for side in others if not given.side or side in given.side)]
-    found: dict[str, Any] = {side: {"start, s": []} | {figure: [] for figure in FIGURES} for side in sides}
+    found: dict[str, Any] = {side: {figure: [] for figure in ("start, s", *FIGURES)} for side in sides}
     for start in range(given.starts):
         for side in sides if start % 2 == 0 else reversed(sides):
             if "error" in found[side]:
                 continue
             try:
                 for figure, value in run(model, case, side, given.device).items():
-                    found[side][figure].append(value)
+                    found[side].setdefault(figure, []).append(value)
             except RuntimeError as error:
                 found[side] = {"error": str(error).strip().splitlines()[-1][:300]}
             print(f"{name}: {side}: {found[side]}", file=sys.stderr, flush=True)
@@ -130,7 +136,7 @@ def run(model: Path, case: Case, side: str, device: str) -> dict[str, float]:
     Raises:
         RuntimeError: it did not start, served another class, or did not answer.
     """
-    impl, *ep = side.split()
+    impl, *more = side.split()
     port = free_port()
     options = [
         "--model-impl",
@@ -145,7 +151,8 @@ def run(model: Path, case: Case, side: str, device: str) -> dict[str, float]:
         port,
     ]
     options += ["--max-num-seqs", case.batch, "--no-enable-prefix-caching", "--served-model-name", "model"]
-    options += ["--enforce-eager"] * case.eager + ["--enable-expert-parallel"] * bool(ep)
+    options += ["--enforce-eager"] * case.eager + ["--enable-expert-parallel"] * ("ep" in more)
+    options += [f"--attention-tp={word.removeprefix('attn')}" for word in more if word.startswith("attn")]
     if device == "cpu":
         options += ["--kv-cache-memory-bytes", 1 << 28]
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +186,10 @@ def run(model: Path, case: Case, side: str, device: str) -> dict[str, float]:
                 raise RuntimeError(f"{said['completed']} of {ROUNDS * case.batch} requests were answered")
             server.send_signal(signal.SIGINT)
             server.wait(60)
-            return {"start, s": started} | {figure: said[key] for figure, key in FIGURES.items()}
+            cache = re.search(r"with a cache of ([\d,]+) bytes", log.read_text())
+            figures = {"start, s": started} | {figure: said[key] for figure, key in FIGURES.items()}
+            cache = re.search(r"with a cache of ([\d,]+) bytes", log.read_text())
+            return figures | ({CACHE: int(cache[1].replace(",", ""))} if cache else {})
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGKILL)

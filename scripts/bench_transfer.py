@@ -8,8 +8,8 @@
 Two FSDP trainer ranks with bf16 shards; the workers are processes with live tensors, not engines, so that nothing
 but the transfer is measured. In the same run, in turn, the best of several:
 
-  ours      `send_weights()`: from the call to the weights being live. "arrived": when every worker has all bytes in
-            its staging; what follows is the copy into the live tensors, which all-or-nothing costs
+  ours      `send()` of all weights: from the call to the weights being live. "arrived": when every worker has all
+            bytes in its staging; what follows is the copy into the live tensors, which all-or-nothing costs
   floor     the same bytes between the same pairs of processes, bare gloo send and recv into memory that is there
   gather    what others do: gather each tensor to rank 0, broadcast it to all workers, each copies its slice
 """
@@ -32,13 +32,12 @@ from torch.distributed.tensor import DTensor
 
 from titan_bridge.mesh import Sizes
 from titan_bridge.model_layout import layout
+from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import PlainClient, free_port, plain_ranks, plain_workers
-from titan_bridge.transfer.receiver import Receiver
-from titan_bridge.transfer.samples import local_part, same_bits, sample_dtensors, sample_target
-from titan_bridge.transfer.source import TensorSource
-from titan_bridge.transfer.trainer import Trainer
+from titan_bridge.testing_processes import PlainClient, plain_ranks, plain_workers
+from titan_bridge.testing_samples import local_part, same_bits, sample_dtensors, sample_target
+from titan_bridge.transfer import Options, Trainer
+from titan_bridge.transfer.worker import Worker
 
 TRAINERS = 2
 LIMIT = timedelta(seconds=300)
@@ -92,8 +91,8 @@ def exchange(pg: dist.ProcessGroupGloo, sizes: dict[int, int], *, send: bool, me
         work.wait(LIMIT)
 
 
-def floor_worker(receiver: Receiver, port: int, traffic: list[list[int]], repeats: int) -> None:
-    index = receiver.target.index
+def floor_worker(worker: Worker, port: int, traffic: list[list[int]], repeats: int) -> None:
+    index = worker.target.index
     size = TRAINERS + len(traffic[0])
     pg = group(port, TRAINERS + index, size)
     sizes = {source: traffic[source][index] for source in range(TRAINERS)}
@@ -106,7 +105,7 @@ def floor_worker(receiver: Receiver, port: int, traffic: list[list[int]], repeat
 
 def floor_trainer(rank: int, port: int, traffic: list[list[int]], repeats: int) -> list[float]:
     pg = group(port, rank, TRAINERS + len(traffic[0]))
-    sizes = {TRAINERS + worker: n for worker, n in enumerate(traffic[rank])}
+    sizes = {TRAINERS + at: n for at, n in enumerate(traffic[rank])}
     memory = torch.ones(sum(sizes.values()), dtype=torch.uint8)
     seconds = []
     for _ in range(repeats):
@@ -118,8 +117,8 @@ def floor_trainer(rank: int, port: int, traffic: list[list[int]], repeats: int) 
     return seconds
 
 
-def gather_worker(receiver: Receiver, port: int, workers: int, repeats: int) -> int:
-    target = receiver.target
+def gather_worker(worker: Worker, port: int, workers: int, repeats: int) -> int:
+    target = worker.target
     live = target.tensors()
     pg = group(port, 1 + target.index, 1 + workers)
     received = 0
@@ -165,17 +164,17 @@ def root(pg: dist.ProcessGroupGloo) -> dist.BroadcastOptions:
     return options
 
 
-def scramble(receiver: Receiver) -> None:
+def scramble(worker: Worker) -> None:
     """So that old bytes are not taken for new ones."""
-    for tensor in receiver.target.tensors().values():
+    for tensor in worker.target.tensors().values():
         tensor.zero_()
 
 
-def same(receiver: Receiver, told: dict[str, Any]) -> list[str]:
+def same(worker: Worker, told: dict[str, Any]) -> list[str]:
     """Names of tensors that are not what the trainer has."""
-    from titan_bridge.transfer.samples import sample  # noqa: PLC0415  run in a worker
+    from titan_bridge.testing_samples import sample  # noqa: PLC0415  run in a worker
 
-    target = receiver.target
+    target = worker.target
     wrong = []
     for name, live in target.tensors().items():
         param = target.layout.params[name]
@@ -189,30 +188,29 @@ def trainer_rank(
     rank: int, world: int, ports: list[int], told: dict[str, Any], client: PlainClient, repeats: int
 ) -> dict[str, Any]:
     held = sample_dtensors(Layout.from_json(told), rank, 1)
-    trainer = Trainer(
-        TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=Options(port=ports[0])
-    )
+    trainer = Trainer(lambda: held, client, options=Options(delta=False))
     started = time.perf_counter()
     trainer.connect()
     connecting = time.perf_counter() - started
     workers = len(client.addresses)
     if rank == 0:
         client.call(scramble)
-    first = trainer.send_weights()
+    first = trainer.send()
     wrong = client.call(same, told) if rank == 0 else []
     assert not any(wrong), f"wrong on the workers: {wrong}"
-    traffic = [list(row) for row in first.sent]
+    names = [f"engine0/{at}" for at in range(workers)]
+    traffic = [[row.get(name, 0) for name in names] for row in first.sent]
 
     ours, floor, gather = [], [], []
     received = [0] * workers
     for turn in range(repeats):
-        ours += [trainer.send_weights() for _ in range(2)]
+        ours += [trainer.send() for _ in range(2)]
         floor += alongside(
-            rank, client, (floor_worker, ports[1 + 2 * turn], traffic, 2),
+            rank, client, (floor_worker, ports[2 * turn], traffic, 2),
             lambda port: floor_trainer(rank, port, traffic, 2),
         )[0]  # fmt: skip
         seconds, answers = alongside(
-            rank, client, (gather_worker, ports[2 + 2 * turn], workers, 1),
+            rank, client, (gather_worker, ports[1 + 2 * turn], workers, 1),
             lambda port: gather_trainer(rank, port, held, workers, 1),
         )  # fmt: skip
         gather += seconds
@@ -225,7 +223,7 @@ def trainer_rank(
         "floor": min(floor),
         "gather": min(gather),
         "sent": traffic[rank],
-        "received": dict(best.received),
+        "received": [best.received[name] for name in names],
         "gather_received": received,
         "lower_bound": best.lower_bound,
         "buffers": trainer.buffer_bytes,
@@ -251,12 +249,12 @@ def measure(tp: int, like: str, layers: int, repeats: int) -> dict[str, Any]:
     hf = config(like, layers)
     source = layout(hf, Sizes(dp=TRAINERS), "shard", dtype=torch.bfloat16)
     served = layout(hf, Sizes(tp=tp), "replicate", dtype=torch.bfloat16).to_json()
-    ports = [free_port() for _ in range(1 + 2 * repeats)]
-    rows = [(served, rank, rank, tp, 1) for rank in range(tp)]
+    ports = [free_port() for _ in range(2 * repeats)]
+    rows = [(served, rank, rank, 1) for rank in range(tp)]
     with plain_workers(sample_target, rows) as (client, _), plain_ranks(TRAINERS) as ranks:
         answers = ranks.run(trainer_rank, ports, source.to_json(), client, repeats)
     first = answers[0]
-    assert sum(first["received"].values()) == first["lower_bound"] == sum(sum(a["sent"]) for a in answers)
+    assert sum(first["received"]) == first["lower_bound"] == sum(sum(a["sent"]) for a in answers)
     return {
         "tp": tp,
         "like": like,
@@ -272,7 +270,7 @@ def measure(tp: int, like: str, layers: int, repeats: int) -> dict[str, Any]:
         "gather_over_ours": first["gather"] / first["seconds"],
         "connect_seconds": first["connect"],
         "out_of_each_trainer_rank": [sum(a["sent"]) for a in answers],
-        "into_each_worker": [first["received"][worker] for worker in range(tp)],
+        "into_each_worker": first["received"],
         "gather_into_each_worker": first["gather_received"],
         "sender_buffers": max(a["buffers"] for a in answers),
     }

@@ -133,11 +133,8 @@ def run(check: Check, given: argparse.Namespace, gpus: Sequence[str], log: Path)
         return row | {"why": "needs a GPU"}
     if given.device == "cuda" and check.gpus > len(gpus):
         return row | {"why": f"needs {check.gpus} GPUs, here is {len(gpus)}"}
-    values = {"{folder}": str(given.out / "models"), "{device}": given.device}
-    words = [
-        word.replace("{folder}", values["{folder}"]).replace("{device}", values["{device}"])
-        for word in check.command
-    ]
+    folder = str(given.out / "models")
+    words = [word.format(folder=folder, device=given.device) for word in check.command]
     started = time.monotonic()
     with log.open("w") as errors, tempfile.TemporaryFile("w+") as output, peak(bool(gpus)) as used:
         process = subprocess.Popen(

@@ -16,6 +16,7 @@ from titan_bridge.json_file import read_json_object
 if TYPE_CHECKING:
     from titan_bridge.config.schema import InferConfig
     from titan_bridge.mesh import Sizes
+    from titan_bridge.policy.schema import Policy
 
 
 _TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -43,7 +44,7 @@ def check(config: InferConfig, *, text: bool = False) -> dict[str, Any]:
         # vLLM runs dp of a dense model as engines that do not know of each other, unless they share its weights.
         together = experts or parallel.dense == "shard"
         sizes = parallel.sizes if together else replace(parallel.sizes, dp=1)
-        model_fits(hf_config, sizes, max_model_len=config.max_model_len)
+        model_fits(hf_config, sizes, max_model_len=config.max_model_len, policy=config.policy)
         if is_cpu_backend():
             from titan_bridge.engine.cpu.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
 
@@ -78,16 +79,28 @@ def tokenizer_reads(folder: Path, *, needed: bool) -> None:
         )
 
 
-def model_fits(hf_config: Mapping[str, Any], sizes: Sizes, *, max_model_len: int | None = None) -> None:
-    """Check that TorchTitan has this model, that the engine serves it and that it divides into `sizes`.
+def model_fits(
+    hf_config: Mapping[str, Any],
+    sizes: Sizes,
+    *,
+    max_model_len: int | None = None,
+    policy: Policy | None = None,
+) -> None:
+    """Check that TorchTitan has this model, that the engine serves it and that it divides into `sizes` by `policy`.
+
+    `policy`: none, if `sizes` have the widths of layers already.
 
     Raises:
-        BridgeError: an architecture, field, value, size or length, named with what is allowed.
+        BridgeError: an architecture, field, value, size, rule or length, named with what is allowed.
     """
     from titan_bridge.mesh import check_divides  # noqa: PLC0415
     from titan_bridge.models import family_for  # noqa: PLC0415  torch and torchtitan
+    from titan_bridge.policy.layers import split  # noqa: PLC0415  as above
 
-    config = family_for(hf_config).model_config(hf_config)
+    family = family_for(hf_config)
+    config = family.model_config(hf_config)
+    if policy is not None:
+        sizes = split(policy, family, config, sizes).sizes
     check_divides(config, sizes)
     rope_covers(hf_config, max_model_len)
 

@@ -29,6 +29,8 @@ COMMANDS = {
     "train": "titan_bridge.commands.train:Train",
     "plan": "titan_bridge.commands.plan:PlanCommand",
     "reshard": "titan_bridge.commands.reshard:Reshard",
+    "diff": "titan_bridge.commands.diff:Diff",
+    "fingerprint": "titan_bridge.commands.fingerprint:Fingerprint",
     "config": "titan_bridge.commands.config:Config",
 }
 """Name -> "module:class". A class with a field `vllm_options` takes the options that it does not know."""
@@ -135,7 +137,7 @@ def _overview() -> str:
     for name, target in COMMANDS.items():
         module, class_name = target.split(":")
         doc = getattr(importlib.import_module(module), class_name).__doc__ or ""
-        lines.append(f"  {name:<10}{doc.strip().splitlines()[0]}")
+        lines.append(f"  {name:<13}{doc.strip().splitlines()[0]}")
     return "\n".join([*lines, "", "example: titan-bridge generate configs/infer/qwen3_moe_tp2_ep2.toml"])
 
 

@@ -116,11 +116,16 @@ def layout(
     policy: Policy | None = NO_POLICY,
 ) -> Layout:
     """`specs` with the meshes that they name: what `titan-bridge inspect --json` prints."""
-    return as_layout(specs(model, sizes, dense, dtype=dtype, expert_bias=expert_bias, policy=policy), sizes)
+    params = specs(model, sizes, dense, dtype=dtype, expert_bias=expert_bias, policy=policy)
+    return as_layout(params, sizes, parallelism=policy.to_dict() if policy else None)
 
 
-def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:
+def as_layout(
+    params: Mapping[str, ParamSpec], sizes: Sizes, *, parallelism: Mapping[str, Any] | None = None
+) -> Layout:
     """The layout of `params` on meshes of `sizes`; only meshes that a parameter lives on are in it.
+
+    `parallelism` is the policy behind it, as plain tables.
 
     Raises:
         BridgeError: Pipeline stages, which `specs` does not divide the model into.
@@ -134,6 +139,7 @@ def as_layout(params: Mapping[str, ParamSpec], sizes: Sizes) -> Layout:
             fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtype_name(param.dtype))
             for fqn, param in params.items()
         },
+        parallelism=parallelism,
     )
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.distributed.transfer_parties import OLD, begin_anew, layout
-from titan_bridge.transfer.plain import PlainClient, PlainRanks, plain_ranks, plain_workers
-from titan_bridge.transfer.samples import sample_target
+from titan_bridge.testing_processes import PlainClient, PlainRanks, plain_ranks, plain_workers
+from titan_bridge.testing_samples import sample_target
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[tuple[PlainClient, list]]:
-    with plain_workers(sample_target, [(layout(2, 1), rank, rank, 2, OLD) for rank in range(2)]) as started:
+    with plain_workers(sample_target, [(layout(2, 1), rank, rank, OLD) for rank in range(2)]) as started:
         yield started
 
 

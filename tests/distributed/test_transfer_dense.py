@@ -1,6 +1,6 @@
 """Dense updates between real processes: trainer ranks with DTensors on gloo meshes, workers with live local tensors.
 
-The families other than Qwen3-MoE get a sparse update, too.
+The families other than Qwen3-MoE get a delta, too.
 """
 
 from __future__ import annotations
@@ -11,21 +11,18 @@ import pytest
 import torch
 
 from titan_bridge.mesh import Sizes
-from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.transfer.changes import changed
-from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import (
+from titan_bridge.testing_processes import (
     PlainClient,
     PlainRanks,
     plain_ranks,
     plain_workers,
     retarget,
 )
-from titan_bridge.transfer.receiver import Receiver
-from titan_bridge.transfer.samples import differences, sample_dtensors, sample_target
-from titan_bridge.transfer.source import TensorSource
+from titan_bridge.testing_samples import differences, sample_dtensors, sample_target
+from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.trainer import Trainer
+from titan_bridge.transfer.worker import Worker
 
 pytestmark = pytest.mark.distributed
 
@@ -96,38 +93,36 @@ def trainers() -> Iterator[PlainRanks]:
 @pytest.fixture(scope="module")
 def workers() -> Iterator[PlainClient]:
     nothing = Layout(meshes={}, params={}).to_json()
-    with plain_workers(sample_target, [(nothing, rank, rank, 2, 0) for rank in range(2)]) as (client, _):
+    with plain_workers(sample_target, [(nothing, rank, rank, 0) for rank in range(2)]) as (client, _):
         yield client
 
 
-def three_updates(rank: int, world: int, port: int, layout: dict, client: PlainClient) -> list[int]:
-    """Returns the buffers of the workers, in bytes."""
+def three_updates(rank: int, world: int, layout: dict, client: PlainClient) -> None:
     told = Layout.from_json(layout)
     held = sample_dtensors(told, rank, 1)
-    options = Options(port=port, seconds=30, bucket_bytes=BUCKET)
-    trainer = Trainer(TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=options)
+    trainer = Trainer(lambda: held, client, options=Options(seconds=30, bucket_bytes=BUCKET))
     trainer.connect()
     for version in (1, 2, 3):
         held |= sample_dtensors(told, rank, version)
-        report = trainer.send_weights()
-        assert report.version == str(version)
+        report = trainer.send()
+        assert (report.version, report.kind) == (str(version), "whole")
+        assert report.before == {"engine0": "default" if version == 1 else str(version - 1)}
         assert trainer.buffer_bytes <= 2 * BUCKET
         # On every rank: what each trainer rank sent to each worker is what each worker received.
-        assert [sum(column) for column in zip(*report.sent, strict=True)] == [*report.received.values()]
+        for worker, received in report.received.items():
+            assert received == sum(sent.get(worker, 0) for sent in report.sent)
         assert len(report.sent) == world
         assert sum(report.received.values()) == report.lower_bound > 0
         if rank == 0:
-            # The transport counted what the planner's lower bound says, and not a byte more.
+            # Not a byte more than the planner's lower bound was counted.
             assert client.call(differences, version) == [[]] * len(client.addresses)
             assert all(staging == live for staging, live in client.call(memory))
-    buffers = client.call(through)
-    trainer.shutdown()
-    return buffers
+    trainer.close()
 
 
-def memory(receiver: Receiver) -> tuple[int, int]:
-    live = sum(tensor.nbytes for tensor in receiver.target.tensors().values())
-    return receiver.staging_bytes, live
+def memory(worker: Worker) -> tuple[int, int]:
+    live = sum(tensor.nbytes for tensor in worker.target.tensors().values())
+    return worker.staging_bytes, live
 
 
 LAYOUTS = [
@@ -157,27 +152,31 @@ def test_every_worker_gets_its_slices_and_nothing_else(
     wire = torch.float32 if source.dp_replicate > 1 else torch.bfloat16
     told = layout(MOE, source, dense, dtype=torch.float32)
     served = layout(MOE, target, target_dense, dtype=wire).to_json()
-    workers.call(retarget, sample_target, [(served, rank, rank, target.world, 0) for rank in range(2)])
-    buffers = trainers.run(three_updates, free_port(), told.to_json(), workers, world=source.world)
-    assert buffers[0] == [0, 0]
+    workers.call(retarget, sample_target, [(served, rank, rank, 0) for rank in range(2)])
+    trainers.run(three_updates, told.to_json(), workers, world=source.world)
 
 
-def dense_then_sparse(rank: int, world: int, port: int, layout: dict, client: PlainClient) -> None:
-    """Every element changes, so that the sparse update is a whole one."""
+def whole_then_delta(rank: int, world: int, layout: dict, client: PlainClient) -> None:
     told = Layout.from_json(layout)
     held = sample_dtensors(told, rank, 1)
-    options = Options(port=port, seconds=30, bucket_bytes=BUCKET)
-    trainer = Trainer(TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=options)
+    trainer = Trainer(lambda: held, client, options=Options(seconds=30, bucket_bytes=BUCKET))
     trainer.connect()
-    trainer.send_weights()
+    trainer.send()
     if rank == 0:
         assert client.call(differences, 1) == [[]] * len(client.addresses)
-    before = trainer.snapshot()
+    for tensor in held.values():
+        local = tensor.to_local().view(-1)
+        local[:: max(1, len(local) // 50)] *= -1
+    report = trainer.send()
+    assert report.kind == "delta"
+    assert sum(report.received.values()) < report.lower_bound / 4
+    compared = trainer.verify()
+    assert compared >= len(told.params)
     held |= sample_dtensors(told, rank, 2)
-    trainer.send_sparse(changed(before, held, rank=rank))
+    assert trainer.send().kind == "whole"
     if rank == 0:
         assert client.call(differences, 2) == [[]] * len(client.addresses)
-    trainer.shutdown()
+    trainer.close()
 
 
 @pytest.mark.parametrize(
@@ -197,26 +196,5 @@ def test_latents_and_sinks_biases_and_experts_arrive(trainers, workers, family, 
     served = layout(FAMILIES[family], target, dtype=torch.bfloat16)
     names = {name.rsplit(".", 1)[1] for name in served.params}
     assert names >= ({"expert_bias_E"} if family == "deepseek_v3" else {"sinks", "mlp1_bias_EG"}), names
-    workers.call(retarget, sample_target, [(served.to_json(), rank, rank, 2, 0) for rank in range(2)])
-    trainers.run(dense_then_sparse, free_port(), told.to_json(), workers, world=source.world)
-
-
-def bounce(receiver: Receiver, rows: list[tuple]) -> None:
-    receiver.shutdown()
-    receiver.__init__(sample_target(*rows[receiver.target.index]), bounce=True)
-
-
-def through(receiver: Receiver) -> int:
-    return receiver.buffer_bytes
-
-
-@pytest.mark.parametrize("source", [Sizes(dp=2, tp=2), Sizes()], ids=["fsdp 2 x tp 2", "1"])
-def test_messages_that_land_elsewhere_pass_through_two_buckets(trainers, workers, source):
-    """As they do on a GPU, whose memory the KV cache has."""
-    from titan_bridge.model_layout import layout  # here: the processes that are started need no torchtitan
-
-    told = layout(MOE, source, "shard" if source.dp > 1 else "replicate", dtype=torch.float32)
-    served = layout(MOE, Sizes(tp=2, ep=2), "replicate", dtype=torch.bfloat16).to_json()
-    workers.call(bounce, [(served, rank, rank, 2, 0) for rank in range(2)])
-    buffers = trainers.run(three_updates, free_port(), told.to_json(), workers, world=source.world)
-    assert all(0 < nbytes <= 2 * BUCKET for nbytes in buffers[0])
+    workers.call(retarget, sample_target, [(served.to_json(), rank, rank, 0) for rank in range(2)])
+    trainers.run(whole_then_delta, told.to_json(), workers, world=source.world)

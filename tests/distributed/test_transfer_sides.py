@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
+from titan_bridge.testing_processes import PlainClient, plain_ranks, plain_workers
+from titan_bridge.testing_samples import differences, sample, sample_locals, sample_target
 from titan_bridge.transfer.errors import TransferError
-from titan_bridge.transfer.fanout import FanOutClient
 from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import PlainClient, plain_ranks, plain_workers
-from titan_bridge.transfer.receiver import Receiver
-from titan_bridge.transfer.samples import differences, sample, sample_locals, sample_target
-from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.target import Target
 from titan_bridge.transfer.trainer import Trainer
+from titan_bridge.transfer.worker import Worker
 
 pytestmark = pytest.mark.distributed
 
@@ -50,7 +50,7 @@ STAGES = (("embed", "layers.0", "layers.1"), ("layers.2", "layers.3", "norm", "b
 """Tied embeddings lie in the first stage and in the last."""
 
 
-def staged(rank: int, world: int, port: int, client: PlainClient) -> int:
+def staged(rank: int, world: int, client: PlainClient) -> int:
     """Two stages of two FSDP ranks, fp32; returns the bytes that this rank sent."""
     fsdp = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("pp", "fsdp"))["fsdp"]
 
@@ -66,59 +66,88 @@ def staged(rank: int, world: int, port: int, client: PlainClient) -> int:
         }
 
     now = held(NEW)
-    options = Options(port=port, seconds=30)
-    trainer = Trainer(TensorSource(lambda: now, rank=rank), client, rank=rank, world=world, options=options)
+    options = Options(seconds=30)
+    trainer = Trainer(lambda: now, client, options=options)
     trainer.connect()
     for version in (NEW, NEXT):
         now.update(held(version))
-        report = trainer.send_weights()
+        report = trainer.send()
         if rank == 0:
             assert client.call(differences, version) == [[], []]
             assert sum(report.received.values()) == report.lower_bound
-    trainer.shutdown()
-    return sum(report.sent[rank])
+    trainer.close()
+    return sum(report.sent[rank].values())
 
 
 def test_every_pipeline_stage_sends_what_it_holds():
-    rows = [(served(2), rank, rank, 2, OLD) for rank in range(2)]
+    rows = [(served(2), rank, rank, OLD) for rank in range(2)]
     with plain_workers(sample_target, rows) as (client, _), plain_ranks(4) as ranks:
-        sent = ranks.run(staged, free_port(), client)
+        sent = ranks.run(staged, client)
     assert min(sent) > 0
 
 
-def widen(receiver: Receiver) -> None:
+def widen(worker: Worker) -> None:
     """A worker whose live tensor is not what it was."""
-    live = dict(receiver.target.tensors())
+    live = dict(worker.target.tensors())
     live["layers.1"] = live["layers.1"].double()
-    receiver.target = Target(**{**vars(receiver.target), "tensors": lambda: live})
+    worker.target = Target(**{**vars(worker.target), "tensors": lambda: live})
 
 
-def restore(receiver: Receiver) -> None:
-    receiver.target = sample_target(receiver.target.layout.to_json(), 0, 0, 1, NEW)
+def restore(worker: Worker) -> None:
+    worker.target = sample_target(worker.target.layout.to_json(), 0, 0, NEW)
+
+
+def two_engines(**options: Any) -> Iterator[tuple[Trainer, dict, list[PlainClient], list]]:
+    with plain_workers(sample_target, [(served(1), 0, 0, OLD)] * 2, apart=True) as (client, processes):
+        engines = [PlainClient([address]) for address in client.addresses]
+        now = sample_locals(Layout.from_json(served(1)), 0, NEW)
+        trainer = Trainer(lambda: now, engines, options=Options(**{"seconds": 10, **options}))
+        yield trainer, now, engines, processes
 
 
 def test_two_engines_take_an_update_together_or_not_at_all():
-    whole = Layout.from_json(served(1))
-    with plain_workers(sample_target, [(served(1), 0, 0, 1, OLD)] * 2) as (client, _):
-        engines = [PlainClient([address]) for address in client.addresses]
-        now = sample_locals(whole, 0, NEW)
-        options = Options(seconds=10)
-        trainer = Trainer(
-            TensorSource(lambda: now, rank=0), FanOutClient(engines), rank=0, world=1, options=options
-        )
-        trainer.connect()
-        report = trainer.send_weights("first")
-        assert client.call(differences, NEW) == [[], []]
-        assert [engine.version for engine in engines] == ["first", "first"]
-        assert set(report.received) == {0, 1}
-
-        now.update(sample_locals(whole, 0, NEXT))
+    for trainer, now, engines, _ in two_engines():
+        report = trainer.send("first")
+        assert [engine.call(differences, NEW) for engine in engines] == [[[]], [[]]]
+        assert [engine.call(version) for engine in engines] == [["first"], ["first"]]
+        assert report.before == {"engine0": "default", "engine1": "default"}
+        assert set(report.received) == {"engine0/0", "engine1/0"}
+        now.update(sample_locals(Layout.from_json(served(1)), 0, NEXT))
         engines[1].call(widen)
         with pytest.raises(TransferError, match=r"layers\.1 on worker 0 is .*float64"):
-            trainer.send_weights("second")
+            trainer.send("second")
         engines[1].call(restore)
-        assert client.call(differences, NEW) == [[], []]
+        assert [engine.call(differences, NEW) for engine in engines] == [[[]], [[]]]
+        trainer.send("third")
+        assert [engine.call(differences, NEXT) for engine in engines] == [[[]], [[]]]
+        assert [engine.call(version) for engine in engines] == [["third"], ["third"]]
+        trainer.close()
 
-        trainer.send_weights("third")
-        assert client.call(differences, NEXT) == [[], []]
-        assert [engine.version for engine in engines] == ["third", "third"]
+
+def version(worker: Worker) -> str:
+    return worker.version
+
+
+def test_engines_come_and_go_and_a_dead_one_is_left_out():
+    for trainer, now, engines, processes in two_engines(on_dead="drop"):
+        trainer.engines.remove("engine1")
+        assert set(trainer.send("a").received) == {"engine0/0"}
+        trainer.engines.add(engines[1], "late")
+        now["norm"] += 1
+        report = trainer.send("b")  # what changed for the one, everything for the other
+        assert report.received["engine0/0"] < report.received["late/0"] == report.lower_bound // 2
+        assert [engine.call(version) for engine in engines] == [["b"], ["b"]]
+        assert trainer.verify() == 2 * len(SHAPES)
+        processes[0].kill()
+        processes[0].join()
+        now["norm"] += 1
+        report = trainer.send("c")
+        assert set(report.dropped) == {"engine0"}
+        assert list(trainer.engines) == ["late"]
+        assert engines[1].call(version) == ["c"]
+        assert trainer.verify() == len(SHAPES)
+        processes[1].kill()
+        processes[1].join()
+        with pytest.raises(TransferError):  # there is none left
+            trainer.send("d")
+        trainer.close()  # nobody is there to be told

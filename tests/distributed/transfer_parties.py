@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
-from titan_bridge.transfer.control import MARGIN
+from titan_bridge.testing_processes import PlainClient, PlainRanks, restart
+from titan_bridge.testing_samples import differences, sample_dtensors, sample_target
 from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import PlainClient, PlainRanks
-from titan_bridge.transfer.receiver import Receiver
-from titan_bridge.transfer.samples import differences, sample_dtensors, sample_target
+from titan_bridge.transfer.protocol import MARGIN
 from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer
+from titan_bridge.transfer.worker import Worker
 
 LIMIT = 4.0
 SLACK = 5 * MARGIN
@@ -36,10 +37,9 @@ def layout(ranks: int, dim: int) -> dict:
     ).to_json()
 
 
-def begin_anew(receiver: Receiver, told: dict) -> None:
-    receiver.shutdown()
-    at = receiver.target.index
-    receiver.__init__(sample_target(told, at, at, 2, OLD))
+def begin_anew(worker: Worker, told: dict) -> None:
+    at = worker.target.index
+    restart(worker, sample_target(told, at, at, OLD))
 
 
 class Trap(dict):
@@ -66,22 +66,22 @@ class Source(TensorSource):
         return tensors if act is None else Trap(tensors, act, 4)
 
 
-def make(rank: int, world: int, port: int, client: PlainClient, version: int) -> tuple[Trainer, dict]:
+def make(rank: int, world: int, client: PlainClient, version: int, **options: Any) -> tuple[Trainer, dict]:
     held = sample_dtensors(Layout.from_json(layout(world, 0)), rank, version)
-    options = Options(port=port, seconds=LIMIT, bucket_bytes=BUCKET)
-    trainer = Trainer(Source(lambda: held, rank=rank), client, rank=rank, world=world, options=options)
+    given = Options(**{"seconds": LIMIT, "bucket_bytes": BUCKET, **options})
+    trainer = Trainer(Source(lambda: held, rank=rank), client, options=given)
     trainer.connect()
     return trainer, held
 
 
-def good(rank: int, world: int, port: int, client: PlainClient, version: int) -> None:
-    trainer, _ = make(rank, world, port, client, version)
-    trainer.send_weights()
-    trainer.shutdown()
+def good(rank: int, world: int, client: PlainClient, version: int) -> None:
+    trainer, _ = make(rank, world, client, version)
+    trainer.send()
+    trainer.close()
 
 
 def takes_the_next_good_update(trainers: PlainRanks, workers: PlainClient) -> None:
-    trainers.run(good, free_port(), workers, NEXT)
+    trainers.run(good, workers, NEXT)
     assert workers.call(differences, NEXT) == [[], []]
 
 

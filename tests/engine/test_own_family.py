@@ -15,9 +15,7 @@ import torch
 
 from tests import own_model
 from tests.conftest import ROOT
-from titan_bridge.transfer.http import HTTPClient
 from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -88,16 +86,13 @@ def test_a_server_with_spawned_workers_takes_new_weights(
 
     with serve(model, tmp_path / "server.log", *options, **environment) as url:
         assert difference(url, held) <= 1e-4
-        client = HTTPClient(url)
-        source = TensorSource(lambda: held, rank=0)
-        trainer = Trainer(source, client, rank=0, world=1, options=Options(seconds=60))
+        trainer = Trainer(lambda: held, url, options=Options(seconds=60))
         trainer.connect()
         held = own_model.weights(1)
-        trainer.send_weights()
+        trainer.send()
         after = difference(url, held)
         assert difference(url, own_model.weights(0)) > 0.1
-        trainer.shutdown()
-        client.close()
+        trainer.close()
     print(f"max |difference| after the transfer {after:.1e}")
     assert after <= 1e-4
 

@@ -18,6 +18,7 @@ from tests.unit.test_examples import words_of
 from titan_bridge import cli, cpu, parity
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.models import load_hf_config
+from titan_bridge.policy.schema import NO_POLICY, Policy
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -175,6 +176,7 @@ def completions_here(
     *,
     dtype: Literal["float32", "bfloat16"],
     enforce_eager: bool = True,
+    policy: Policy = NO_POLICY,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the first worker says of itself, and the completions of the fixed prompts."""
     from titan_bridge.engine.run.offline import complete, engine
@@ -186,6 +188,7 @@ def completions_here(
         model=str(model),
         dtype=dtype,
         parallel=Parallel(**parallel),
+        parallelism=policy,
         max_model_len=parity.LONGEST,
         vllm={
             **parity.ENGINE_OPTIONS,

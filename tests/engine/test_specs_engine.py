@@ -31,7 +31,7 @@ def config_of(model: str, model_impl: str, ep: int, **additional: object) -> Inf
             "model_impl": model_impl,
             "dtype": "float32",
             "max_model_len": 64,
-            "parallel": {"tp": 2, "ep": ep},
+            "parallel": {"tp": 2, "ep": ep} | ({"attn_tp": 1} if model_impl == "torchtitan" else {}),
             "vllm": {"enforce_eager": True, "max_num_seqs": 2, "additional_config": {"titan": additional}},
         },
     )
@@ -49,21 +49,23 @@ def from_python(model):
 def url(model, tmp_path_factory, serve) -> Iterator[str]:
     """A real server with the route."""
     options = (
-        "--tp", "2", "--ep", "2", "--dtype", "float32", "--max-model-len", "64", "--enforce-eager",
-        "--max-num-seqs", "2", "--sharding-spec",
+        "--tp", "2", "--ep", "2", "--attention-tp", "1", "--dtype", "float32", "--max-model-len", "64",
+        "--enforce-eager", "--max-num-seqs", "2", "--sharding-spec",
     )  # fmt: skip
     with serve(model, tmp_path_factory.mktemp("server") / "log", *options) as url:
         yield url
 
 
 def test_the_three_answers_are_equal(model, from_python, url, capsys):
-    code = cli.main(["inspect", model, "--tp", "2", "--ep", "2", "--dtype", "float32", "--json"])
+    sizes = ("--tp", "2", "--ep", "2", "--attention-tp", "1")
+    code = cli.main(["inspect", model, *sizes, "--dtype", "float32", "--json"])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     from_config = json.loads(printed.out)
     answer = httpx.get(f"{url}/v1/sharding_spec")
     assert answer.status_code == 200
     assert answer.json() == from_python[0] == from_config
+    assert answer.json()["parallelism"]["axes"] == {"attn_tp": 1}
     assert "/v1/sharding_spec" in httpx.get(f"{url}/openapi.json").json()["paths"]
 
 
@@ -73,7 +75,7 @@ def test_every_parameter_gathered_by_its_spec_is_the_checkpoints(from_python):
     for worker in verified:
         assert [found["name"] for found in worker] == list(layout["params"])
         assert [found for found in worker if not found["equal"]] == []
-        assert sum(found["spec"] is not None for found in worker) == 12
+        assert sum(found["spec"] is not None for found in worker) == 8
 
 
 def test_vllms_own_model_in_a_running_engine(model):

@@ -22,6 +22,7 @@ from titan_bridge.engine.native.specs import cut
 from titan_bridge.mesh import Sizes
 from titan_bridge.model_layout import layout
 from titan_bridge.models import load_hf_config
+from titan_bridge.policy.read import policy_from
 from titan_bridge.ports import free_port
 from titan_bridge.sharding import Layout, ShardingSpec
 from titan_bridge.testing import make_checkpoint
@@ -32,6 +33,15 @@ ASK = {"additional_config": {"titan": {"attach_specs": True}}}
 OURS = {"model_impl": "torchtitan"}
 SHARD = OURS | {"additional_config": {"titan": {"dense": "shard"}}}
 SHARD_EP2 = OURS | {"additional_config": {"titan": {"dense": "shard", "ep": 2}}}
+RULES = {
+    "axes": {"attn_tp": 1},
+    "rules": [
+        {"match": {"kind": "attention"}, "plan": {"tp_size": "attn_tp"}},
+        {"match": {"kind": "lm_head"}, "plan": {"tp_size": 1}},
+    ],
+}
+NARROW = OURS | {"additional_config": {"titan": {"parallelism": RULES}}}
+NARROW_SHARD = OURS | {"additional_config": {"titan": {"parallelism": RULES, "dense": "shard"}}}
 EP = {"enable_expert_parallel": True}
 TP, DP = {"tensor_parallel_size": 2}, {"data_parallel_size": 2}
 MODELS = {
@@ -65,6 +75,8 @@ TITAN = {
     "titan_moe_dp_tp_ep_shard": ("moe", SHARD | DP | TP | EP, Sizes(dp=2, tp=2, ep=4)),
     "titan_moe_dp_tp_shard": ("moe", SHARD | DP | TP, Sizes(dp=2, tp=2)),
     "titan_moe_dp_tp_ep2_shard": ("moe", SHARD_EP2 | DP | TP | EP, Sizes(dp=2, tp=2, ep=2)),
+    "titan_moe_dp_tp_ep_narrow": ("moe", NARROW | DP | TP | EP, Sizes(dp=2, tp=2, ep=4)),
+    "titan_moe_dp_tp_ep_narrow_shard": ("moe", NARROW_SHARD | DP | TP | EP, Sizes(dp=2, tp=2, ep=4)),
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = NATIVE | {name: case[:2] for name, case in TITAN.items()}
 """Name -> model and vLLM's engine options. Mixtures first: with them vLLM makes the ep group."""
@@ -147,8 +159,9 @@ def answers(folder):
 def test_a_served_torchtitan_parameter_gathered_by_its_spec_is_the_checkpoints(answers, folder, case):
     """`DTensor.from_local(p, mesh, placements).full_tensor()`, bit for bit; and inspect says the same layout."""
     model, options, sizes = TITAN[case]
-    dense = options.get("additional_config", {}).get("titan", {}).get("dense", "replicate")
-    expected = layout(load_hf_config(folder / model), sizes, dense)
+    asked = options.get("additional_config", {}).get("titan", {})
+    policy = policy_from(asked.get("parallelism", {}), "the case")
+    expected = layout(load_hf_config(folder / model), sizes, asked.get("dense", "replicate"), policy=policy)
     for answer in answers[case]:
         assert "error" not in answer, answer["error"]
         assert [found for found in answer["verified"] if not found["equal"]] == []

@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
+from titan_bridge.testing_processes import PlainClient, plain_ranks
+from titan_bridge.testing_samples import as_dtensors, local_part
 from titan_bridge.transfer.options import Options
-from titan_bridge.transfer.plain import PlainClient, plain_ranks
-from titan_bridge.transfer.samples import as_dtensors, local_part
-from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
@@ -33,7 +32,7 @@ def serve(model: str, address: str, dense: str) -> None:
     from titan_bridge.config.schema import InferConfig, Parallel
     from titan_bridge.engine.run.offline import engine
     from titan_bridge.engine.transfer import LLMClient
-    from titan_bridge.transfer.plain import door
+    from titan_bridge.testing_processes import door
 
     class Rank(LLMClient):
         def answers(self) -> list[float]:
@@ -108,21 +107,18 @@ def sharded(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
     return as_dtensors({fqn: local_part(whole, told, fqn, rank) for fqn, whole in read.items()}, told)
 
 
-def there_and_back(
-    rank: int, world: int, port: int, client: PlainClient, folder: Path
-) -> list[list[list[float]]]:
+def there_and_back(rank: int, world: int, client: PlainClient, folder: Path) -> list[list[list[float]]]:
     held = sharded(folder, "b", rank)
-    options = Options(port=port, seconds=60)
-    trainer = Trainer(TensorSource(lambda: held, rank=rank), client, rank=rank, world=world, options=options)
+    trainer = Trainer(lambda: held, client, options=Options(seconds=60))
     trainer.connect()
     answers = []
     for name in "bab":
         held.update(sharded(folder, name, rank))
-        report = trainer.send_weights()
+        report = trainer.send(whole=True)
         if rank == 0:
             assert sum(report.received.values()) == report.lower_bound
             answers.append(client.call("answers"))
-    trainer.shutdown()
+    trainer.close()
     return answers
 
 
@@ -131,7 +127,7 @@ def test_both_dp_ranks_take_an_update_together(ranks):
     fresh = client.call("answers")
     assert fresh[0] == fresh[1]
     with plain_ranks(4) as trainers:
-        (b, a, again), *_ = trainers.run(there_and_back, free_port(), client, folder)
+        (b, a, again), *_ = trainers.run(there_and_back, client, folder)
     assert b[0] == b[1] != fresh[0]
     assert a == fresh
     assert again == b

@@ -15,8 +15,8 @@ from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.plan import padding_views, plan
 from titan_bridge.testing import make_checkpoint
+from titan_bridge.testing_samples import local_part, sample
 from titan_bridge.train import launch
-from titan_bridge.transfer.samples import local_part, sample
 
 
 @pytest.fixture

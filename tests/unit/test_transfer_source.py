@@ -23,7 +23,7 @@ from titan_bridge.model_layout import layout
 from titan_bridge.models import family_of
 from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.sharding.plan import plan
-from titan_bridge.transfer.samples import local_part, same_bits, sample
+from titan_bridge.testing_samples import local_part, same_bits, sample
 from titan_bridge.transfer.source import TensorSource
 
 
@@ -109,3 +109,14 @@ def test_a_missing_tensor_is_named_with_what_was_given() -> None:
         match=r"tok_embeddings.weight is in no source.*the source has net\.0, net\.1, net\.2 and 1",
     ):
         plan(TensorSource({f"net.{i}": torch.ones(2) for i in range(4)}, rank=0).layout(), engine)
+
+
+def test_a_filter_and_new_names() -> None:
+    given = {"model.a": torch.ones(2), "model.value_head": torch.ones(2), "model.b": torch.ones(2)}
+    source = TensorSource(
+        given, rank=0, filter=lambda n: "value_head" not in n, rename=lambda n: n.removeprefix("model.")
+    )
+    assert list(source.tensors()) == list(source.layout().params) == ["a", "b"]
+    clash = TensorSource(given, rank=0, rename=lambda name: "a")
+    with pytest.raises(BridgeError, match=r"model\.value_head is given a second time"):
+        clash.tensors()

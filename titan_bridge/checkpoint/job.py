@@ -28,6 +28,7 @@ from titan_bridge.checkpoint.team import Team
 from titan_bridge.checkpoint.verify import check_source, is_as_written
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes
+from titan_bridge.policy.schema import NO_POLICY, Policy
 from titan_bridge.sharding.layout import Layout, dtype_name
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.tensors import TensorMetadata
@@ -50,6 +51,8 @@ class Options:
     dp: int = 1
     tp: int = 1
     ep: int = 1
+    policy: Policy = NO_POLICY
+    """To engine files: how each layer is split over tp."""
     dense: Literal["replicate", "shard"] = "replicate"
     max_shard_size: int = 5_000_000_000
     with_optimizer: bool = False

@@ -105,6 +105,8 @@ def _check_paths(options: Options, found: Path) -> None:
     for name in DEGREES:
         if options.to != "engine" and getattr(options, name) != 1:
             raise BridgeError(f"--{name} is for --to engine; {options.to} has no ranks")
+    if options.to != "engine" and options.policy:
+        raise BridgeError(f"--policy and --attention-tp are for --to engine; {options.to} has no ranks")
     if options.workers < 1:
         raise BridgeError(f"--workers {options.workers}; give at least 1")
     if options.max_shard_size < 1:
@@ -174,14 +176,14 @@ def _between(
     # TorchTitan takes two seconds to import, which the other formats do without.
     from titan_bridge.model_layout import layout  # noqa: PLC0415
 
-    found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers))
+    found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers), policy=options.policy)
     dtypes = {tensor.name: dtype_name(tensor.dtype) for tensor in made.tensors}
     assert dtypes.keys() == found.params.keys(), dtypes.keys() ^ found.params.keys()
     params = {
         fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtypes[fqn])
         for fqn, param in found.params.items()
     }
-    return made, Layout(meshes=found.meshes, params=params)
+    return made, replace(found, params=params)
 
 
 def _target(

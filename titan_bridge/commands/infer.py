@@ -36,6 +36,10 @@ class InferCommand:
     """Tensor parallel ranks in a group."""
     ep: Int = None
     """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
+    attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
+    """Ranks of tp that attention is cut over; the others hold copies."""
+    policy: Annotated[Text, tyro.conf.arg(metavar="FILE")] = None
+    """YAML or JSON with rules for each layer (parallelism_rules)."""
     enable_expert_parallel: Annotated[bool, tyro.conf.arg(aliases=("-ep",))] = False
     """The same as --ep with dp * tp."""
     model_impl: Text = None
@@ -62,6 +66,11 @@ class InferCommand:
         from titan_bridge.run_folder import model_and_step
 
         is_file = self.model.endswith(".toml")
+        policy = None
+        if self.policy is not None:
+            from titan_bridge.policy.read import policy_of_flags  # yaml
+
+            policy = policy_of_flags(self.policy, self.attention_tp).to_dict()
         resolved = resolve(
             InferConfig,
             file=self.model if is_file else None,
@@ -70,6 +79,8 @@ class InferCommand:
                 "model": None if is_file else self.model,
                 **{f"parallel.{name}": getattr(self, name) for name in DEGREES},
                 "parallel.dense": self.dense,
+                "parallel.attn_tp": self.attention_tp,
+                "parallelism": policy,
                 "model_impl": self.model_impl,
                 "dtype": self.dtype,
                 "max_model_len": self.max_model_len,

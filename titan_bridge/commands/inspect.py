@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from titan_bridge.commands.infer import InferCommand, Int
+from titan_bridge.commands.infer import InferCommand, Int, Text
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import DEGREES
 
 if TYPE_CHECKING:
+    from torchtitan.models.common.decoder import Decoder
+
     from titan_bridge.mesh import Sizes
+    from titan_bridge.policy.layers import Split
+    from titan_bridge.policy.schema import Policy
     from titan_bridge.sharding.layout import Layout
 
 
@@ -26,7 +30,8 @@ class Inspect(InferCommand):
 
     Needs config.json only: no weights, no GPU and no second process, at any size. The same layout comes from a
     running engine: `titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec of `serve --sharding-spec`. For a
-    TOML file of `titan-bridge train` it is the trainer's layout.
+    TOML file of `titan-bridge train` it is the trainer's layout. With a policy it shows layers: the rule that
+    decides on each, weights, and bytes of KV cache a token and rank.
 
     Example: titan-bridge inspect out/demo/qwen3_moe --dp 2 --tp 2 --ep 4 --picture layout.svg
     """
@@ -36,13 +41,18 @@ class Inspect(InferCommand):
     """Show the local shapes and bytes of this rank."""
     all: bool = False
     """One row for every parameter, not one for all layers that look alike."""
+    layers: bool = False
+    """Show layers instead of parameters, as with a policy."""
+    why: Text = None
+    """Explain how this layer, module or parameter (by FQN) is split."""
     picture: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE")] = ()
     """Draw it: FILE ends in .svg, .png or .pdf; may be repeated."""
     json: bool = False
     """Print the layout as JSON (with --rank: that rank's rows and the totals)."""
 
     def run(self) -> int:
-        found, title, note = self._trainer() if _is_train_file(self.model) else self._engine()
+        shown = self._trainer() if _is_train_file(self.model) else self._engine()
+        found, title = shown.layout, shown.title
 
         from titan_bridge.sharding import show  # numpy and torch, as what follows
 
@@ -53,7 +63,10 @@ class Inspect(InferCommand):
             from titan_bridge.sharding.picture import layout_picture  # matplotlib
 
             layout_picture(found, file, title=title)
-        if self.json and self.rank is None:
+        by_layer = self.layers or (shown.policy and not self.json and self.rank is None and not self.all)
+        if self.why is not None or by_layer:
+            self._show_layers(shown)
+        elif self.json and self.rank is None:
             print(json.dumps(found.to_json()))
         elif self.json:
             rows = show.rows_of(found, self.rank)
@@ -70,12 +83,29 @@ class Inspect(InferCommand):
             )
             for file in self.picture:
                 print(f"picture {file}")
-        if note:
+        for note in shown.notes:
             print(f"titan-bridge: {note}", file=sys.stderr)
         return 0
 
-    def _engine(self) -> tuple[Layout, str, str]:
-        """Layout, title of the picture, and a remark."""
+    def _show_layers(self, shown: _Shown) -> None:
+        from rich.console import Console
+
+        from titan_bridge.policy import show
+
+        if shown.split is None or shown.config is None:
+            raise BridgeError(f"--layers and --why are for an engine; {self.model} is a file for training")
+        if self.why is not None:
+            for line in show.why(shown.policy, shown.split, shown.layout, self.why):
+                print(line)
+        elif self.json:
+            print(json.dumps(show.layer_rows(shown.split, shown.config, shown.layout)))
+        else:
+            table = show.layer_table(shown.policy, shown.split, shown.config, shown.layout)
+            Console(width=None if sys.stdout.isatty() else 200).print(table)
+            for file in self.picture:
+                print(f"picture {file}")
+
+    def _engine(self) -> _Shown:
         config = self.resolve().config
 
         import torch  # with what follows, four seconds that a bad flag need not wait for
@@ -85,23 +115,35 @@ class Inspect(InferCommand):
         hf = model_directory(config.model)
 
         from titan_bridge.model_layout import layout, stated_dtype
+        from titan_bridge.models import family_for
+        from titan_bridge.policy.layers import split
 
         parallel = config.parallel
         sizes = parallel.sizes
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        note = ""
+        notes = []
         if config.dtype == "auto" and stated_dtype(hf) in (torch.float32, None):
-            note = (
+            notes.append(
                 "shown in float32, as config.json says; vLLM serves such a checkpoint in bfloat16 unless told "
                 "--dtype float32"
             )
-        title = _title(config.model, hf, sizes, parallel.dense)
-        return layout(hf, sizes, parallel.dense, dtype=dtype), title, note
+        family = family_for(hf)
+        tree = family.model_config(hf)
+        decided = split(config.policy, family, tree, sizes)
+        return _Shown(
+            layout=layout(hf, sizes, parallel.dense, dtype=dtype, policy=config.policy),
+            title=_title(config.model, hf, decided.sizes, parallel.dense),
+            notes=(*notes, *decided.remarks),
+            policy=config.policy,
+            split=decided,
+            config=tree,
+        )
 
-    def _trainer(self) -> tuple[Layout, str, str]:
+    def _trainer(self) -> _Shown:
         from titan_bridge.commands.train import job_of
+        from titan_bridge.policy.schema import NO_POLICY
 
-        for flag in ("dense", "dtype", "max_model_len"):
+        for flag in ("dense", "dtype", "max_model_len", "attention_tp", "policy"):
             if getattr(self, flag) is not None:
                 name = flag.replace("_", "-")
                 raise BridgeError(
@@ -109,7 +151,20 @@ class Inspect(InferCommand):
                 )
         flags = {f"parallel.{axis}": getattr(self, axis) for axis in DEGREES}
         job = job_of(self.model, self.set, flags)
-        return job.layout(), _title(self.model, job.hf_config, job.sizes, "shard"), ""
+        title = _title(self.model, job.hf_config, job.sizes, "shard")
+        return _Shown(layout=job.layout(), title=title, policy=NO_POLICY)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """A layout and where it comes from; `split` and `config` are those of an engine."""
+
+    layout: Layout
+    title: str
+    policy: Policy
+    notes: tuple[str, ...] = ()
+    split: Split | None = None
+    config: Decoder.Config | None = None
 
 
 def _is_train_file(model: str) -> bool:
@@ -127,4 +182,6 @@ def _title(model: str, hf: Mapping[str, Any], sizes: Sizes, dense: str) -> str:
         folder = folder.parent
     architecture = ", ".join(hf.get("architectures") or ["unknown architecture"])
     numbers = " ".join(f"{name}={size}" for name, size in sizes.degrees.items())
-    return f"{folder.name} ({architecture}): {numbers}, dense weights {dense}"
+    widths = sorted({width for _, width in sizes.widths})
+    narrow = f", layers at tp={', '.join(map(str, widths))}" if widths else ""
+    return f"{folder.name} ({architecture}): {numbers}{narrow}, dense weights {dense}"

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from titan_bridge.commands.infer import Int, Text
+from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import DEGREES
 
@@ -58,6 +60,10 @@ class Reshard:
     """--to engine: ranks that share the experts."""
     dense: Literal["replicate", "shard"] = "replicate"
     """--to engine: whether dp ranks hold all of the dense weights or a part each."""
+    attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
+    """--to engine: ranks of tp that attention is cut over; the others hold copies."""
+    policy: Annotated[Text, tyro.conf.arg(metavar="FILE")] = None
+    """--to engine: YAML or JSON with rules for each layer (parallelism_rules)."""
     max_shard_size: str = "5GB"
     """Largest file, e.g. 500MB or 4GiB; a single larger tensor is a file of its own."""
     with_optimizer: bool = False
@@ -87,6 +93,7 @@ class Reshard:
 
         from titan_bridge.checkpoint.reshard import Options, prepare
         from titan_bridge.checkpoint.team import Team
+        from titan_bridge.policy.read import policy_of_flags
 
         gc.enable()
 
@@ -100,6 +107,7 @@ class Reshard:
             tp=self.tp,
             ep=self.ep,
             dense=self.dense,
+            policy=policy_of_flags(self.policy, self.attention_tp),
             max_shard_size=parse_size(self.max_shard_size),
             with_optimizer=self.with_optimizer,
             workers=self.workers or min(8, 2 * len(os.sched_getaffinity(0))),
@@ -125,8 +133,8 @@ class Reshard:
     def _execute(self, job: Job) -> int:
         start = time.perf_counter()
         try:
-            with _Progress(job, shown=job.team.rank == 0 and sys.stderr.isatty()) as progress:
-                outcome = job.run(progress.advance)
+            with _bars(job) as bars:
+                outcome = job.run(bars.advance)
         except KeyboardInterrupt:
             print("titan-bridge: stopped; --resume goes on from the files that are finished", file=sys.stderr)
             raise
@@ -137,10 +145,15 @@ class Reshard:
             print(json.dumps(facts))
         else:
             _show_outcome(facts, self.dst)
-            print(f"next: {_next(job)}")
+            print(f"next: {_next(job, self._policy_flag())}")
         for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
         return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
+
+    def _policy_flag(self) -> str:
+        if self.attention_tp is not None:
+            return f" --attention-tp {self.attention_tp}"
+        return "" if self.policy is None else f" --policy {shlex.quote(self.policy)}"
 
 
 def parse_size(text: str) -> int:
@@ -153,49 +166,15 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-class _Progress:
-    """A bar on stderr with bytes, bytes a second and the time left; nothing when it is not shown."""
-
-    def __init__(self, job: Job, *, shown: bool) -> None:
-        self._shown = shown
-        options, written = job.options, job.target.nbytes
-        self._totals = {
-            "check": job.bytes_to_read if options.verify and job.source.format == "dcp" else 0,
-            "write": written,
-            "verify": written if options.verify or options.resume else 0,
-        }
-        self._size = job.team.size  # this process sees its own share only
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Progress:
-        if self._shown:
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
-                progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            for what, total in self._totals.items():
-                if total:
-                    self._tasks[what] = self._bar.add_task(what, total=total // self._size)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, what: str, count: int) -> None:
-        """`count` more bytes of `what`."""
-        if what in self._tasks:
-            self._bar.advance(self._tasks[what], count)
+def _bars(job: Job) -> Bars:
+    options, written = job.options, job.target.nbytes
+    totals = {
+        "check": job.bytes_to_read if options.verify and job.source.format == "dcp" else 0,
+        "write": written,
+        "verify": written if options.verify or options.resume else 0,
+    }
+    size = job.team.size  # this process sees its own share only
+    return Bars({what: total // size for what, total in totals.items()}, shown=job.team.rank == 0)
 
 
 def _show_plan(job: Job, *, as_json: bool) -> None:
@@ -285,14 +264,16 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     )
 
 
-def _next(job: Job) -> str:
+def _next(job: Job, policy: str) -> str:
     """What to type with the result."""
     from titan_bridge.models import family_for  # torch, as in `run`
 
     options = job.options
     target = shlex.quote(str(options.target))
     sizes = "".join(f" --{name} {n}" for name in DEGREES if (n := getattr(options, name)) > 1)
-    command = f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}"
+    command = (
+        f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}{policy}"
+    )
     if job.hf is None:
         return f"put the model's config.json into {target}, then {command}"
     try:

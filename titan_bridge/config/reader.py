@@ -216,7 +216,14 @@ def _leaves(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         elif isinstance(value, Mapping) and value:
             yield from _walk(value, f"{prefix}{field.name}.")
         else:
-            yield prefix + field.name, value
+            yield prefix + field.name, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A list of config classes as tables, without what is not set."""
+    if dataclasses.is_dataclass(value):
+        return {name: _plain(each) for name, each in vars(value).items() if each is not None}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 _WANTED = {
@@ -239,6 +246,11 @@ def _explain(error: ValidationError, origin: Mapping[str, str], source: str) -> 
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return f"{source}: the key {key} is missing; it is required"
+    if first["type"] in (
+        "unexpected_keyword_argument",
+        "extra_forbidden",
+    ):  # in a list, where `_check_keys` does not look
+        return f"{source}: unknown key {key}"
     if first["type"] == "value_error":  # a rule of ours over several keys: its message says it all
         sources = [place for name, place in origin.items() if name.startswith(f"{key}." if key else "")]
         return f"{', '.join(dict.fromkeys(sources)) or source}: {first['ctx']['error']}"

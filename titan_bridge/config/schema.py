@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from titan_bridge.mesh import Sizes
+from titan_bridge.policy.schema import NO_POLICY, Policy, attention_width
 
 CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -40,6 +41,8 @@ class Parallel:
     """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
     dense: Dense = "replicate"
     """Dense weights over dp: whole on each group ("replicate") or 1/dp each, gathered layer by layer ("shard")."""
+    attn_tp: Positive | None = None
+    """Ranks of tp that attention is cut over, replicated over the rest: short for a rule in [parallelism]."""
 
     def __post_init__(self) -> None:
         _ = self.sizes  # refuses those that do not fit together
@@ -84,6 +87,8 @@ class InferConfig:
     """Longest sequence in tokens, prompt included; none: what the model's config allows."""
     parallel: Parallel = Field(default_factory=Parallel)
     """Sizes and layout."""
+    parallelism: Policy = NO_POLICY
+    """How each layer is split over the tp ranks: `axes` and `rules`; see titan_bridge/policy/README.md."""
     generate: Generate = Field(default_factory=Generate)
     """Prompts and sampling."""
     vllm: dict[str, Any] = Field(default_factory=dict)
@@ -96,11 +101,19 @@ class InferConfig:
         titan = self.additional_config().get("titan")
         if titan is not None and not isinstance(titan, dict):
             raise ValueError(f"vllm.additional_config.titan is {titan!r}; it must be a table")
-        for key in ("dense", "ep"):
+        for key, ours in (("dense", "parallel.dense"), ("ep", "parallel.ep"), ("parallelism", "parallelism")):
             if key in ((self.vllm.get("additional_config") or {}).get("titan") or {}):
-                raise ValueError(
-                    f"vllm.additional_config.titan.{key} is set by parallel.{key}; write it there"
-                )
+                raise ValueError(f"vllm.additional_config.titan.{key} is set by {ours}; write it there")
+        if self.parallelism and self.parallel.attn_tp:
+            raise ValueError(
+                f"parallel.attn_tp={self.parallel.attn_tp} is short for a rule of parallelism, which has rules of its "
+                "own; write it as one of them"
+            )
+
+    @property
+    def policy(self) -> Policy:
+        """The rules, or the one that `parallel.attn_tp` stands for."""
+        return attention_width(self.parallel.attn_tp) if self.parallel.attn_tp else self.parallelism
 
     def additional_config(self) -> dict[str, Any]:
         """vLLM's `additional_config`, with our options under "titan" where they differ from the default."""
@@ -110,6 +123,8 @@ class InferConfig:
             ours["dense"] = self.parallel.dense
         if 1 < self.parallel.ep < self.parallel.sizes.most_ep:
             ours["ep"] = self.parallel.ep
+        if self.policy:
+            ours["parallelism"] = self.policy.to_dict()
         if ours:
             given["titan"] = {**(given.get("titan") or {}), **ours}
         return given

@@ -86,10 +86,10 @@ def _without_null(field: Mapping[str, Any]) -> Mapping[str, Any]:
 def _allowed(kind: Mapping[str, Any]) -> str:
     if "enum" in kind:
         return ", ".join(map(str, kind["enum"]))
-    if kind["type"] == "array":
+    if kind.get("type") == "array":
         return f"list of {_allowed(kind['items'])}"
     limits = [f"{words} {kind[limit]}" for limit, words in _LIMITS.items() if limit in kind]
-    return ", ".join([_NAMES[kind["type"]], *limits])
+    return ", ".join([_NAMES[kind.get("type", "object")], *limits])  # a class of its own is a table
 
 
 def _cell(text: str) -> str:

@@ -34,7 +34,8 @@ def titan_sharding_spec(worker: Any) -> dict[str, Any]:
     """
     model, sizes = worker.get_model(), _sizes(worker)
     if hasattr(model, "setup"):
-        return as_layout(_titan_params(model, sizes), sizes).to_json()
+        known = model.layout.parallelism
+        return as_layout(_titan_params(model, sizes), sizes, parallelism=known).to_json()
     params = {
         fqn: ParamSpec(shape=native.shape, dtype=tensor.dtype, spec=native.spec)
         for fqn, tensor, native in _native_params(model)

@@ -9,6 +9,8 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.policy.read import policy_from
+from titan_bridge.policy.schema import NO_POLICY, Policy
 
 TRANSFER_BACKEND = "titan"
 """In vLLM's `weight_transfer_config`."""
@@ -28,6 +30,8 @@ class TitanOptions:
     """What attention with latents caches: a token's latent, or the keys and values of all heads, which any backend can.
     "auto" takes the latter on CPUs, where vLLM's latent attention has neither prefix caching nor chunked prefill, and
     with sharded dense weights."""
+    parallelism: Policy = NO_POLICY
+    """How each layer is split over the tp ranks: `axes` and `rules`."""
     cpu_pack: bool = True
     """On the CPU backend in bfloat16, compute with packed copies of linear weights, which is faster. With weight
     transfer the plain ones stay beside them: twice the memory."""
@@ -51,8 +55,11 @@ def titan_options(additional_config: Any) -> TitanOptions:
             f"additional_config.titan is {given!r}; it must be a table such as {{'dense': 'shard'}}"
         )
     known = ", ".join(TitanOptions.__dataclass_fields__)
+    values = {str(key): value for key, value in given.items()}
+    if "parallelism" in values:
+        values["parallelism"] = policy_from(values["parallelism"], "additional_config.titan.parallelism")
     try:
-        return TitanOptions(**{str(key): value for key, value in given.items()})
+        return TitanOptions(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

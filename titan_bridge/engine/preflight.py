@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.cpu.head_dims import check_head_dim
+from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.build import Setup, captures_experts, model_config, setup_from
 from titan_bridge.errors import BridgeError
 from titan_bridge.model_layout import layout
@@ -41,6 +42,10 @@ def check(vllm_config: VllmConfig) -> None:
     if parallel.enable_expert_parallel and not experts_in(setup.hf):
         raise BridgeError(f"enable_expert_parallel is set, but {model.model} has no experts; leave it out")
     model_fits(setup.hf, setup.sizes, max_model_len=setup.max_model_len)
+    for remark in setup.split.remarks:
+        logger.warning("%s", remark)
+    if (backend := vllm_config.attention_config.backend) is not None:
+        check_backend(backend.name, setup.split)
     if setup.options.mla == "latent" and (not model.use_mla or setup.sharded):
         why = "derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"
         raise BridgeError(
@@ -63,7 +68,7 @@ def check(vllm_config: VllmConfig) -> None:
             raise BridgeError(f"{model.model} holds no checkpoint that load_format={LOAD_FORMAT!r} reads")
         return
     load.load_format = LOAD_FORMAT
-    buffers = setup.buffers(layout(model_config(setup), setup.sizes))
+    buffers = setup.buffers(layout(model_config(setup), setup.sizes, policy=None))
     check_weights(directory, setup.family, setup.hf, buffers)
 
 

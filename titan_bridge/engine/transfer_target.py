@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from vllm.distributed.parallel_state import get_world_group
 from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.mapping import separate_qkv_views
@@ -33,7 +34,7 @@ def target_of(model: nn.Module, vllm_config: VllmConfig) -> Target:
     place = {
         "rank": dist.get_rank(),
         "index": parallel.data_parallel_index * parallel.world_size + parallel.rank,
-        "count": parallel.data_parallel_size * parallel.world_size,
+        "agree": _least,
     }
     if hasattr(model, "weights_changed"):
         return _titan(cast("TitanForCausalLM", model), place)
@@ -41,6 +42,13 @@ def target_of(model: nn.Module, vllm_config: VllmConfig) -> Target:
     from titan_bridge.engine.native.transfer import native_target  # noqa: PLC0415
 
     return native_target(model, vllm_config, place)
+
+
+def _least(mine: Sequence[int]) -> Sequence[int]:
+    """Over all workers that step together: dp ranks in lockstep, too, but not replicas that step by themselves."""
+    seen = torch.tensor(mine)
+    dist.all_reduce(seen, op=dist.ReduceOp.MIN, group=get_world_group().cpu_group)
+    return seen.tolist()
 
 
 def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:

@@ -37,8 +37,6 @@ class InnerAttention:
     """Factor of q @ k, YaRN's included."""
     window: int | None = None
     """Tokens that a query sees, itself included; None for all."""
-    latent_dim: int | None = None
-    """Width of the latent of a token, rotated part included, where one can be cached for all heads (MLA)."""
     sinks: bool = False
     """Whether the output is rescaled by a learned sink of each head (TorchTitan's ``out_transform``)."""
 
@@ -57,6 +55,11 @@ class LatentAttention:
     """R."""
     qk_rope_head_dim: int
     """P."""
+
+    @property
+    def width(self) -> int:
+        """Elements that are cached for a token."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,7 +261,6 @@ def _inner_attention(config: Attention.Config) -> InnerAttention:
         v_head_dim=config.v_head_dim,
         scale=scale,
         window=window_of(config),
-        latent_dim=config.kv_lora_rank + config.qk_rope_head_dim,
     )
 
 

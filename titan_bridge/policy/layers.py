@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
+from torchtitan.protocols.module import Module
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes
@@ -31,29 +32,26 @@ class Split:
 
 
 def layers_of(config: Decoder.Config) -> dict[str, Layer]:
-    """FQN to layer of all that a policy can split, in the tree's order."""
-    found = {"tok_embeddings": Layer(kind="embedding"), "lm_head": Layer(kind="lm_head")}
+    """FQN to layer of all that a policy can split, in the order of a forward."""
     cut: dict[str, dict[str, int]] = {}
     for fqn, division in divisions(config, Sizes()):
         if division.axis == "tp":
             cut.setdefault(fqn, {})[division.name] = division.size
+    found: dict[str, Layer] = {}
     for fqn, _, _, _ in config.traverse(MoE.Config, recurse=True):
-        inner = {
-            name: size
-            for part, sizes in cut.items()
-            if part.startswith(f"{fqn}.")
-            for name, size in sizes.items()
-        }
-        found[fqn] = Layer(kind="moe", divides=inner)
+        inside = [sizes for part, sizes in cut.items() if part.startswith(f"{fqn}.")]
+        found[fqn] = Layer(kind="moe", divides={name: n for sizes in inside for name, n in sizes.items()})
     for one in adapted(config):
         divides, outer = cut.get(one.fqn, {}), one.fqn.rpartition(".")[0]
         if one.adapter.inner_attention is not None:
-            flavor = "gqa" if one.adapter.inner_attention(one.config).latent_dim is None else "mla"
+            flavor = "gqa" if one.adapter.latent is None else "mla"
             found[one.fqn] = Layer(kind="attention", flavor=flavor, divides=divides)
         elif isinstance(one.config, FeedForward.Config):
-            inside = (outer, found[outer]) if outer in found else None
-            found[one.fqn] = Layer(kind="shared_expert" if inside else "mlp", divides=divides, inside=inside)
-    return found
+            around = (outer, found[outer]) if outer in found else None
+            found[one.fqn] = Layer(kind="shared_expert" if around else "mlp", divides=divides, inside=around)
+    order = {fqn: at for at, (fqn, _, _, _) in enumerate(config.traverse(Module.Config, recurse=True))}
+    layers = dict(sorted(found.items(), key=lambda item: order[item[0]]))
+    return {"tok_embeddings": Layer(kind="embedding"), **layers, "lm_head": Layer(kind="lm_head")}
 
 
 def split(policy: Policy, family: Family, config: Decoder.Config, sizes: Sizes) -> Split:

@@ -11,8 +11,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.policy.schema import Policy
+from titan_bridge.policy.schema import NO_POLICY, Policy, attention_width
 
+ALLOWED = "axes, rules; in a rule match (kind, attention_flavor, prefix_pattern) and plan (tp_size, ep_size, dcp_size)"
 KEY = "parallelism_rules"
 """The one key of a policy file."""
 
@@ -35,6 +36,23 @@ def read_policy(path: Path) -> Policy:
     return policy_from(data[KEY], f"{path}: {KEY}")
 
 
+def policy_of_flags(file: str | None, attention_tp: int | None) -> Policy:
+    """What `--policy FILE` or `--attention-tp N` say; no rules where neither is given.
+
+    Raises:
+        BridgeError: both are given, or as `read_policy`.
+    """
+    if file is not None and attention_tp is not None:
+        raise BridgeError(
+            "--attention-tp is short for a rule; write it into the file of --policy, or leave one out"
+        )
+    if attention_tp is not None and attention_tp < 1:
+        raise BridgeError(f"--attention-tp {attention_tp} is no number of ranks; give at least 1")
+    if attention_tp is not None:
+        return attention_width(attention_tp)
+    return NO_POLICY if file is None else read_policy(Path(file))
+
+
 def policy_from(data: Any, source: str) -> Policy:
     """The policy that plain tables say; `source` begins every message.
 
@@ -50,7 +68,7 @@ def policy_from(data: Any, source: str) -> Policy:
         if first["type"] == "value_error":
             raise BridgeError(f"{place}: {first['ctx']['error']}") from None
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            raise BridgeError(f"{place} is unknown; see `titan-bridge config --table`") from None
+            raise BridgeError(f"{place} is unknown; allowed: {ALLOWED}") from None
         raise BridgeError(f"{place} = {first['input']!r}: {first['msg']}") from None
 
 

@@ -54,20 +54,17 @@ class Match:
     def covers(self, other: Match) -> bool:
         """Whether it fits every layer that `other` fits, as far as the two can tell without a model."""
         kind = other.kind or ("attention" if other.attention_flavor else None)
-        pattern, theirs = self.prefix_pattern, other.prefix_pattern
+        pattern, theirs = self.prefix_pattern or "*", other.prefix_pattern or "*"
         return (
             self.kind in (None, kind)
             and self.attention_flavor in (None, other.attention_flavor)
             # A pattern whose only wildcards are stars and that matches another as a text matches all that it matches.
-            and (
-                pattern in (None, theirs)
-                or (theirs is not None and not set(pattern) & set("?[") and fnmatchcase(theirs, pattern))
-            )
+            and (pattern == theirs or (not set(pattern) & set("?[") and fnmatchcase(theirs, pattern)))
         )
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
-class Wanted:
+class RulePlan:
     """Sizes for the layers of a rule: a number or the name of an axis. What is left out stays as it is without it."""
 
     tp_size: _Size | None = None
@@ -93,7 +90,7 @@ class Rule:
 
     match: Match
     """Which layers."""
-    plan: Wanted
+    plan: RulePlan
     """How they are split."""
 
 
@@ -142,5 +139,5 @@ NO_POLICY = Policy()
 
 def attention_width(width: int) -> Policy:
     """The short form: all attention cut over `width` ranks."""
-    rule = Rule(match=Match(kind="attention"), plan=Wanted(tp_size="attn_tp"))
+    rule = Rule(match=Match(kind="attention"), plan=RulePlan(tp_size="attn_tp"))
     return Policy(axes={"attn_tp": width}, rules=(rule,))

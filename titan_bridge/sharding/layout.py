@@ -7,8 +7,8 @@
                                 "shape": [64], "dtype": "bfloat16"}}}
 
 `ranks` is nested as the mesh is. A pipeline stage is a mesh of its own: its parameters name it, and the ranks
-that are not on it hold nothing of them. Reading is strict: anything unknown, missing or contradictory is
-refused by name.
+that are not on it hold nothing of them. A layout that comes of a parallelism policy states it as `parallelism`, for
+people to read. Reading is strict: anything unknown, missing or contradictory is refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,8 @@ class Layout:
 
     meshes: Mapping[str, MeshLayout]
     params: Mapping[str, ParamLayout]
+    parallelism: Mapping[str, Any] | None = field(default=None, compare=False)
+    """The policy behind it, as plain tables; nothing reads it here."""
 
     def __post_init__(self) -> None:
         checked = set()
@@ -181,8 +183,10 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and ints, as in the module's text."""
+        said = {} if self.parallelism is None else {"parallelism": dict(self.parallelism)}
         return {
             "version": VERSION,
+            **said,
             "meshes": {
                 name: {"axes": list(mesh.axes), "shape": list(mesh.shape), "ranks": mesh.array.tolist()}
                 for name, mesh in self.meshes.items()
@@ -201,12 +205,14 @@ class Layout:
     @classmethod
     def from_json(cls, data: Any) -> Layout:
         """The reverse of `to_json`. Raises BridgeError that names the first thing that is wrong."""
-        _keys(data, {"version", "meshes", "params"}, "layout")
+        said = {"parallelism"} & set(_dict(data, "layout"))
+        _keys(data, {"version", "meshes", "params", *said}, "layout")
         if data["version"] != VERSION or isinstance(data["version"], bool):
             raise BridgeError(f"layout version {data['version']!r}; this release reads version {VERSION}")
         meshes = {name: _mesh(name, mesh) for name, mesh in _dict(data["meshes"], "meshes").items()}
         params = {fqn: _param(fqn, param) for fqn, param in _dict(data["params"], "params").items()}
-        return cls(meshes=meshes, params=params)
+        policy = _dict(data["parallelism"], "parallelism") if said else None
+        return cls(meshes=meshes, params=params, parallelism=policy)
 
     def write(self, path: str | Path) -> None:
         """Write the JSON file at `path`."""

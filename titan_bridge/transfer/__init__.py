@@ -1,23 +1,18 @@
-"""Live weight transfer from a trainer to an engine: dense and sparse, each byte once, all or nothing."""
+"""Live weight transfer from a trainer to engines: what changed or everything, each byte once, all or nothing."""
 
-from titan_bridge.transfer.changes import Snapshot, changed
+from titan_bridge.transfer.clients import HTTPClient, LLMClient
 from titan_bridge.transfer.errors import TransferError
-from titan_bridge.transfer.fanout import FanOutClient
-from titan_bridge.transfer.http import HTTPClient
 from titan_bridge.transfer.options import Options, Report
 from titan_bridge.transfer.source import TensorSource
-from titan_bridge.transfer.sparse import Patch
-from titan_bridge.transfer.trainer import Trainer
+from titan_bridge.transfer.trainer import Sending, Trainer
 
 __all__ = [
-    "FanOutClient",
     "HTTPClient",
+    "LLMClient",
     "Options",
-    "Patch",
     "Report",
-    "Snapshot",
+    "Sending",
     "TensorSource",
     "Trainer",
     "TransferError",
-    "changed",
 ]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from titan_bridge.transfer.lanes import BUCKET_BYTES
-from titan_bridge.transfer.transport import Backend
-
-PauseMode = Literal["abort", "wait", "keep"]
+from titan_bridge.errors import BridgeError
+from titan_bridge.transfer.protocol import BUCKET_BYTES, PauseMode
 
 
 class Client(Protocol):
-    """vLLM's `VLLMWeightSyncClient`; any other method of an engine is used if the client has it: `engines`,
-    `is_paused()`, `pause_generation(mode)`, `resume_generation()`, `reset_prefix_cache()`,
-    `update_weight_version(version)`."""
+    """vLLM's `VLLMWeightSyncClient`: any object with these methods reaches an engine.
+
+    `shutdown_weight_transfer_engine()` is used if it is there, and `address`, the host at which the engine is.
+    """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
     def start_weight_update(self) -> None: ...
@@ -25,22 +24,31 @@ class Client(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a trainer connects and sends."""
+    """How a trainer connects and sends; the same on all ranks."""
 
-    host: str = "127.0.0.1"
-    """Address of trainer rank 0 that the other trainer ranks and all workers reach."""
+    host: str | None = None
+    """Address of this rank that the workers and the other ranks reach; None: the one from which this host reaches the
+    first engine, or 127.0.0.1 for one in this process."""
     port: int = 0
-    """Of the board; 0 takes a free one, which only rank 0 then knows: for trainers of one rank."""
+    """Rank r listens at port + r; 0 takes free ones."""
     seconds: float = 300.0
-    """Time limit of a connection and of an update."""
+    """Time limit of connecting, and of an update."""
     bucket_bytes: int = BUCKET_BYTES
-    """Most bytes of one message; a sender holds two."""
-    backend: Backend = "gloo"
-    """Transport of the weights: "gloo" through the hosts' memory, "nccl" between GPUs."""
-    workers: int | None = None
-    """Workers of each engine where these cannot know: dense models with vLLM's data parallelism."""
-    pause: PauseMode | None = "keep"
-    """vLLM's pause mode for requests in flight while an update becomes live, if the client can pause; None: do not."""
+    """Most bytes of one message; a rank packs two at a time."""
+    delta: bool = True
+    """Keep a copy of what the engines have, in their dtypes, and send only what differs where that is less."""
+    pause: PauseMode = "keep"
+    """vLLM's pause mode for requests in flight while an update becomes live."""
+    on_dead: Literal["raise", "drop"] = "raise"
+    """What an engine that is lost in an update does: fail the update for all, or leave `Trainer.engines`."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("pause", ("keep", "wait", "abort")), ("on_dead", ("raise", "drop"))):
+            if (value := getattr(self, name)) not in allowed:
+                raise BridgeError(f"Options.{name} is {value!r}; allowed: {', '.join(allowed)}")
+        for name in ("seconds", "bucket_bytes"):
+            if not (value := getattr(self, name)) > 0:
+                raise BridgeError(f"Options.{name} is {value!r}; it must be more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +57,23 @@ class Report:
 
     version: str
     """Name of the weights that are live now."""
-    kind: Literal["dense", "sparse"]
-    """All weights, or what changed."""
+    before: Mapping[str, str]
+    """The version that each engine had, by engine."""
+    kind: Literal["whole", "delta"]
+    """All weights, or, wherever that was less, what changed."""
     seconds: float
     """From the call to the weights being live."""
-    sent: Sequence[Sequence[int]]
-    """`sent[rank][worker]`: bytes from each trainer rank to each worker."""
-    received: Mapping[int, int]
-    """Bytes that each worker received, by worker (0, 1, ...)."""
+    sent: Sequence[Mapping[str, int]]
+    """`sent[rank][worker]`: bytes from each trainer rank to each worker, which is called "engine/number"."""
+    received: Mapping[str, int]
+    """Bytes that each worker received."""
     lower_bound: int
-    """Bytes that a dense update needs at least, over all workers; 0 for a sparse one."""
+    """Bytes that an update of all weights needs at least, over all workers."""
     phases: Mapping[str, float]
-    """Seconds from the start of the update on rank 0 to the end of each phase: "ready", "received", "live"."""
+    """Seconds from the start of the update on rank 0 to the end of each phase: "prepared", "received", "live"."""
+    pause: float
+    """Longest that an engine took for its commit: generation stood still for less than this."""
+    unused: Sequence[str] = field(default=())
+    """Tensors of the trainer that no engine has, a value head for instance."""
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Engines that were lost in this update and left out, and why."""

@@ -30,10 +30,19 @@ class TensorSource:
             of names to DTensors or tensors, or a function that returns one, such as `model.state_dict`. Names are
             TorchTitan's FQNs, with one wqkv or with wq, wk and wv, or Hugging Face's.
         rank: This trainer rank: the number that the DTensors' meshes use.
+        filter: Says of a name, as given, whether the tensor is sent; else all are. A frozen tower may stay at home.
+        rename: Gives a tensor the name under which the engine knows it.
     """
 
-    def __init__(self, tensors: nn.Module | Tensors | Callable[[], Tensors], *, rank: int) -> None:
-        self._tensors = tensors
+    def __init__(
+        self,
+        tensors: nn.Module | Tensors | Callable[[], Tensors],
+        *,
+        rank: int,
+        filter: Callable[[str], bool] | None = None,
+        rename: Callable[[str], str] | None = None,
+    ) -> None:
+        self._tensors, self._filter, self._rename = tensors, filter, rename
         self.rank = rank
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -48,9 +57,12 @@ class TensorSource:
             given = self._tensors() if callable(self._tensors) else self._tensors
         result: dict[str, torch.Tensor] = {}
         for name, tensor in given.items():
-            if result.setdefault(_clean(name), tensor) is not tensor:
+            if self._filter is not None and not self._filter(name):
+                continue
+            clean = _clean(name)
+            if result.setdefault(self._rename(clean) if self._rename else clean, tensor) is not tensor:
                 raise BridgeError(
-                    f"{name} is given a second time, without its wrapper; give each tensor once"
+                    f"{name} is given a second time, without its wrapper or under another name; give each tensor once"
                 )
         return result
 

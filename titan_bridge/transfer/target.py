@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -10,6 +11,8 @@ import torch
 
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.view import View
+
+_SAMPLE = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +27,8 @@ class Target:
     """In `layout`."""
     index: int
     """Of this worker among all workers of the engine, its data-parallel groups included."""
-    count: int
-    """How many they are."""
+    agree: Callable[[Sequence[int]], Sequence[int]] = list
+    """The least of what the workers that step together say, number by number: the vote inside a commit."""
     on_change: Callable[[Iterable[str]], None] = lambda names: None
     """Called with the names of the live tensors that were written."""
     views: Callable[[], Sequence[View]] = lambda: ()
@@ -35,7 +38,7 @@ class Target:
     whole: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
     """Tensors of the layout that have no live tensor here: all of them arrive whole and go to `load`."""
     load: Callable[[Mapping[str, torch.Tensor]], None] = lambda tensors: None
-    """Makes live what the whole tensors say; called with all of them, after a dense update only."""
+    """Makes live what the whole tensors say; called with all of them. A target with some takes no deltas."""
     swap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     """Gives a live tensor other memory, of the same shape and dtype, and returns the one that it had: saves a copy
     where nobody holds on to addresses."""
@@ -52,3 +55,13 @@ def unshared(live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def signature(tensor: torch.Tensor) -> tuple:
     """What must not change between the plan and an update."""
     return str(tensor.dtype), tuple(tensor.shape), tensor.is_contiguous()
+
+
+def sample_digest(live: Mapping[str, torch.Tensor]) -> str:
+    """Of up to 256 elements of every tensor: tells whether somebody else has loaded other weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(live):
+        flat = live[name].detach().view(-1)
+        part = flat[:: max(1, len(flat) // _SAMPLE)].contiguous().cpu()
+        digest.update(part.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,291 +1,352 @@
-"""The trainer's side of a transfer, without vLLM: every trainer rank makes one, rank 0 talks to the engine.
+"""The trainer's side of a transfer, without vLLM: every trainer rank makes one. See `protocol` for what it does.
 
-Whatever goes wrong before an update is decided ends in no change and a TransferError on every rank, and the next
-update makes a new connection by itself. `rounds` has one update, `meeting` has how a connection comes about.
+Whatever goes wrong before an update is decided ends in no change and one error on every rank, and the next update makes
+new connections by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import socket
+import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.plan import Plan
-from titan_bridge.transfer.board import Board
-from titan_bridge.transfer.changes import Snapshot
-from titan_bridge.transfer.control import MARGIN, Call, Control
-from titan_bridge.transfer.dense import Deadline, DenseSender
+from titan_bridge.transfer.coordinator import Coordinator
+from titan_bridge.transfer.engines import Engines
 from titan_bridge.transfer.errors import TransferError
-from titan_bridge.transfer.exchange import Sides
-from titan_bridge.transfer.link import Link
-from titan_bridge.transfer.meeting import invite, welcome
+from titan_bridge.transfer.fingerprints import of_messages
+from titan_bridge.transfer.layouts import Sides
+from titan_bridge.transfer.messages import Bucket, messages
 from titan_bridge.transfer.options import Client, Options, Report
-from titan_bridge.transfer.packets import send_sparse
-from titan_bridge.transfer.payload import Terms
-from titan_bridge.transfer.rounds import Transmit, follow, lead
-from titan_bridge.transfer.source import TensorSource
-from titan_bridge.transfer.sparse import Outbox, Patch
+from titan_bridge.transfer.protocol import MARGIN
+from titan_bridge.transfer.ranks import Ranks
+from titan_bridge.transfer.sender import Sender, Way
+from titan_bridge.transfer.snapshot import Delta, Snapshot
+from titan_bridge.transfer.source import Tensors, TensorSource
+from titan_bridge.transfer.wire import Deadline, Listener
+
+Worker = tuple[str, int]
+"""(link, number of the worker)"""
+
+
+class Sending:
+    """An update on its way; see `Trainer.send`."""
+
+    def __init__(self, run: Callable[[], Report]) -> None:
+        self._report: Report | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(run,), name="titan-send")
+        self._thread.start()
+
+    def _run(self, run: Callable[[], Report]) -> None:
+        try:
+            self._report = run()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` returns at once."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> Report:
+        """The report, once the engines serve the weights. Raises what `Trainer.send` would have raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._report is not None
+        return self._report
 
 
 class Trainer:
     """One trainer rank. All ranks call the same methods in the same order."""
 
     def __init__(
-        self, source: TensorSource, client: Client, *, rank: int, world: int, options: Options | None = None
+        self,
+        model: nn.Module | Tensors | Callable[[], Tensors] | TensorSource,
+        engines: str | Client | Any | Sequence[Any],
+        *,
+        options: Options | None = None,
+        rank: int | None = None,
+        world: int | None = None,
+        filter: Callable[[str], bool] | None = None,
+        rename: Callable[[str], str] | None = None,
     ) -> None:
-        """Opens (rank 0) or joins the board; `connect` meets the engine.
+        """Listens for engines; nothing is sent, and no engine is asked, before the first `send` or `connect`.
+
+        Args:
+            model: What is sent; see `TensorSource`, as for `filter` and `rename`.
+            engines: One or several; see `Engines.add`. Used on rank 0.
+            rank: This trainer rank, else that of torch.distributed, or 0 where it is not initialized.
+            world: How many ranks, likewise.
 
         Raises:
-            BridgeError: Several ranks and no port.
-            TransferError: No board of rank 0 within the time.
+            BridgeError: Several ranks without torch.distributed, or something that is no engine.
+            TransferError: The address cannot be listened at.
         """
-        self.source, self.client, self.rank, self.world = source, client, rank, world
-        self.options = options or Options()
-        if not self.options.port and world > 1:
+        on = dist.is_available() and dist.is_initialized()
+        self.rank = (dist.get_rank() if on else 0) if rank is None else rank
+        self.world = (dist.get_world_size() if on else 1) if world is None else world
+        if self.world > 1 and not on:
             raise BridgeError(
-                f"{world} trainer ranks need a port that all of them know; give one (port=0 is for one)"
+                f"{self.world} trainer ranks need torch.distributed; call init_process_group first"
             )
-        o = self.options
-        make = Board.open if rank == 0 else Board.join
-        self._board = make(o.host, o.port, seconds=o.seconds)
-        self._control = Control(client, self._board, o.pause)
-        if rank == 0:
-            self._board.post("trainer", uuid.uuid4().hex)
-        self._name: str = self._board.read("trainer", seconds=o.seconds)
-        self._link: Link | None = None
-        self._sender: DenseSender | None = None
-        self._said: dict[str, tuple] = {}
-        self._epoch = self._calls = self._rounds = 0
-        self._version: str | None = None
+        self.options = o = options or Options()
+        given = isinstance(model, TensorSource)
+        self.source = model if given else TensorSource(model, rank=self.rank, filter=filter, rename=rename)
+        self.engines = Engines(engines if isinstance(engines, list | tuple) else [engines])
+        host = o.host or _own_address(self.engines)
+        told: list[Any] = []
+        if self.rank == 0:
+            secret = secrets.token_hex(32)
+            self._listener = Listener(host, o.port, bytes.fromhex(secret))
+            told = [secrets.token_hex(8), secret, (host, self._listener.port)]
+        if self.world > 1:
+            told = told or [None] * 3
+            dist.broadcast_object_list(told)
+        run, secret, first = told
+        if self.rank:
+            self._listener = Listener(host, o.port and o.port + self.rank, bytes.fromhex(secret))
+        self._ranks = Ranks(self.rank, self.world, self._listener, first, bytes.fromhex(secret), run)
+        self._coordinator = Coordinator(self.engines, self._listener, o, secret, run)
+        self._sender: Sender[Worker] = Sender()
+        self._ways: dict[str, dict[Worker, Way]] = {}
+        """By link."""
+        self._said: dict[str, tuple] | None = None
+        """Signature of the source when its layout was told."""
+        self._snapshot: tuple[int | None, Snapshot] = (None, Snapshot())
+        """The update whose weights it has, if that is known."""
+        self._planned: tuple[tuple[Any, ...], dict[int, tuple[Bucket, ...]]] | None = None
         self._committed = 0
-        self._planned: tuple[Sides, Plan] | None = None
-
-    @property
-    def sides(self) -> Sides | None:
-        """Both layouts, once connected."""
-        return self._link.sides if self._link is not None else None
+        self._sending: Sending | None = None
 
     @property
     def buffer_bytes(self) -> int:
         """Memory that this rank holds for sending: at most two buckets."""
-        return self._sender.buffer_bytes if self._sender is not None else 0
+        return self._sender.buffer_bytes
 
-    # Connecting
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory of what is kept to find changes."""
+        return self._snapshot[1].nbytes
+
+    # What users call
 
     def connect(self) -> None:
-        """Exchange layouts and make the plan and the group.
+        """Meet the engines now instead of in the first update.
 
         Raises:
             BridgeError: The two sides do not fit together.
-            TransferError: The engine is busy with another trainer, or somebody did not come within the time.
+            TransferError: An engine is busy with another trainer, or somebody did not come within the time.
         """
-        self._collective(self._nothing)
+        self._together(self._meet)
 
-    def _nothing(self, call: str) -> None:
-        return None
-
-    def _collective(self, action: Callable[[str], Any]) -> Any:
-        """Run `action` on all ranks, with a connection; what one rank cannot do, none does."""
-        self._calls += 1
-        key = f"call{self._calls}"
-        limit = Deadline(self.options.seconds)
-        self._board.post(f"{key}/{self.rank}", self._link is not None)
-        if self.rank == 0:
-            connected = [self._board.read(f"{key}/{r}", seconds=limit.left) for r in range(self.world)]
-            self._epoch += 0 if all(connected) else 1
-            self._board.post(key, None if all(connected) else self._epoch)
-        epoch = self._board.read(key, seconds=limit.left + MARGIN)
-        try:
-            if epoch is not None:
-                self._drop()
-                self._epoch = epoch
-                self._connect()
-            return action(key)
-        except TransferError:
-            self._drop()
-            raise
-
-    def _connect(self) -> None:
-        limit = Deadline(self.options.seconds)
-        terms = self._terms()
-        own = f"{terms.prefix}/trainer/{self.rank}"
-        try:
-            self._said = self.source.signature()
-            self._board.post(own, {"layout": self.source.layout().to_json()})
-        except BridgeError as error:
-            self._board.post(own, {"refused": f"trainer rank {self.rank}: {error}"})
-        call: Call | None = None
-        open_session = False
-        if self.rank == 0:
-            call, open_session = invite(self._board, self._control, terms, self._plan, limit)
-        note = self._board.read(f"{terms.prefix}/sides", seconds=limit.left + MARGIN)
-        if "refused" in note:
-            raise (BridgeError if note.get("mistake") else TransferError)(note["refused"])
-        sides = Sides.from_json(note)
-        plan = self._plan(sides)
-        self._link = Link(board=self._board, terms=terms, sides=sides, rank=self.rank, plan=plan)
-        self._sender = DenseSender(self._link.transport, self._link.messages)
-        outcome = f"{terms.prefix}/connected"
-        if self.rank == 0:
-            assert call is not None
-            self._board.post(outcome, welcome(self._link, self._control, call, open_session, limit))
-        if (reason := self._board.read(outcome, seconds=limit.left + MARGIN)) is not None:
-            raise TransferError(reason)
-
-    def _terms(self) -> Terms:
-        o = self.options
-        return Terms(
-            host=o.host,
-            port=self._board.port,
-            trainer=self._name,
-            epoch=self._epoch,
-            trainers=self.world,
-            engines=getattr(self.client, "engines", 1),
-            workers=o.workers,
-            seconds=o.seconds,
-            bucket_bytes=o.bucket_bytes,
-            backend=o.backend,
-        )
-
-    def _plan(self, sides: Sides) -> Plan:
-        """Made once and kept, also over connections."""
-        if self._planned is None or self._planned[0] != sides:
-            self._planned = (sides, sides.plan())
-        return self._planned[1]
-
-    # Updates
-
-    def snapshot(self) -> Snapshot:
-        """The source's tensors as they are now, in the engine's dtypes: what `changed` takes as `before`.
-
-        Raises:
-            BridgeError: Not connected.
-        """
-        if self._link is None:
-            raise BridgeError("the engine's dtypes are not known yet: call connect or send_weights first")
-        return Snapshot(self.source.tensors(), dtypes=self._link.sides.engine_dtypes())
-
-    def send_weights(self, version: str | int | None = None) -> Report:
-        """Send all weights as they are now; returns when the engine serves them.
+    @overload
+    def send(
+        self, version: str | int | None = ..., *, whole: bool = ..., wait: Literal[True] = ...
+    ) -> Report: ...
+    @overload
+    def send(
+        self, version: str | int | None = ..., *, whole: bool = ..., wait: Literal[False]
+    ) -> Sending: ...
+    def send(
+        self, version: str | int | None = None, *, whole: bool = False, wait: bool = True
+    ) -> Report | Sending:
+        """Bring the weights as they are now into all engines: what has changed where that is less, else all of it.
 
         Args:
             version: Name of these weights; else "1", "2", ...
+            whole: Send all, whatever has changed.
+            wait: Return when the engines serve them; else at once, with a handle. The tensors must not change before
+                its `wait` has returned, and no other method may be called.
 
         Raises:
-            TransferError: Nothing changed in the engine; the reason.
-            BridgeError: The source's tensors are not those of the connection.
+            TransferError: Nothing changed in the engines; the reason.
+            BridgeError: The source's tensors are not those of the first update.
         """
-        return self._collective(lambda call: self._update(call, "dense", (), None, version))
-
-    def send_sparse(
-        self, patches: Iterable[Patch], version: str | int | None = None, *, base: str | None = None
-    ) -> Report:
-        """Send changed elements; every rank gives its own, together each element once.
-
-        Args:
-            patches: In global coordinates of the trainer's or of Hugging Face's tensors (`changed` makes them).
-            version: Name of the weights after it.
-            base: Version that the engine must have; else that of this trainer's last update. A trainer that has
-                not sent any says "default" if the engine was started from the weights that it started from.
-
-        Raises:
-            BridgeError: An unknown name, an index outside its tensor or given twice, or no base.
-            TransferError: Nothing changed in the engine; the reason.
-        """
-        base = self._version if base is None else base
-        if base is None:
-            raise BridgeError(
-                "no update was sent yet: call send_weights first, or say base='default' if the engine was started "
-                "from the same weights"
-            )
-        given = tuple(patches)
-        return self._collective(lambda call: self._update(call, "sparse", given, base, version))
-
-    def _update(
-        self,
-        call: str,
-        kind: Literal["dense", "sparse"],
-        patches: tuple[Patch, ...],
-        base: str | None,
-        version: str | int | None,
-    ) -> Report:
         started = time.monotonic()
-        link = self._link
-        assert link is not None, "_collective connects"
-        self._rounds += 1
-        number = self._rounds
-        name = str(self._committed + 1 if version is None else version)
-        transmit = self._prepare(call, kind, patches)
-        link.transport.reset_counters()
-        limit = Deadline(self.options.seconds)
-        if self.rank:
-            told = follow(link, number, limit, transmit)
-        else:
-            what = {"version": name, "base": base, "kind": kind}
-            told = lead(link, self._control, number, limit, transmit, what)
-        self._version = name
-        self._committed += 1
-        if kind == "dense":
-            assert sum(told["sent"][self.rank]) == link.planned, "other bytes were sent than planned"
-        return Report(
-            version=name,
-            kind=kind,
-            seconds=time.monotonic() - started,
-            sent=told["sent"],
-            received=dict(enumerate(told["received"])),
-            lower_bound=link.plan.lower_bound if kind == "dense" else 0,
-            phases=told["phases"],
-        )
+        if wait:
+            return self._together(lambda limit: self._send(version, whole, started, limit))
+        sending = Sending(lambda: self._together(lambda limit: self._send(version, whole, started, limit)))
+        self._sending = sending
+        return sending
 
-    def _prepare(self, call: str, kind: str, patches: tuple[Patch, ...]) -> Transmit:
-        """What this rank will send, as a function that sends it.
+    def verify(self) -> int:
+        """Compare what the engines have, on every worker, with the weights as they are now, by fingerprints.
 
-        What can be refused is refused here, by one rank for all, before the engine hears of it.
+        Returns:
+            How many tensors of workers were compared.
+
+        Raises:
+            TransferError: The tensors that differ, by worker.
         """
-        link, sender = self._link, self._sender
-        assert link is not None
-        assert sender is not None
-        problem: str | None = None
-        outbox, local = Outbox(), {}
+        answer = self._together(self._verify)
+        if differ := answer["differ"]:
+            worker, names = next(iter(differ.items()))
+            more = sum(map(len, differ.values())) - 1
+            raise TransferError(
+                f"{names[0]} on {worker} is not what the trainer has ({more} more such tensors)"
+            )
+        return answer["compared"]
+
+    def close(self) -> None:
+        """Leave the engines to another trainer."""
+        self._forget()
+        if self.rank == 0:
+            for engine in self.engines.all():
+                if leave := getattr(engine.client, "shutdown_weight_transfer_engine", None):
+                    with contextlib.suppress(OSError, TransferError):  # one that is gone needs no word
+                        engine.call([leave], Deadline(MARGIN))
+        self._ranks.close()
+        self._listener.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The steps of one call; `protocol` has their order
+
+    def _together(self, action: Callable[[Deadline], Any]) -> Any:
+        """A call of all ranks; after a fault, connections are made anew."""
+        if self._sending is not None and threading.current_thread() is not self._sending._thread:
+            self._sending.wait()
+            self._sending = None
+        self._ranks.begin()
         try:
-            if kind == "sparse":
-                outbox = link.router().route(patches)
-            else:
-                local = self.source.local()
-                if self.source.signature() != self._said:
-                    raise BridgeError(
-                        "the tensors are not those that the connection was made for; make a new Trainer"
-                    )
+            with torch.no_grad():
+                return action(Deadline(self.options.seconds))
+        except Exception as error:
+            if not isinstance(error, BridgeError):
+                self._forget()
+            raise
+
+    def _meet(self, limit: Deadline) -> dict[str, Any]:
+        """Step 1: all ranks know the engines, and have their connections."""
+        said, layout, problem = None, None, None
+        try:
+            said = self.source.signature()
+            if self._said is None:
+                layout = self.source.layout().to_json()
+            elif said != self._said:
+                raise BridgeError("the tensors are not those of the first update; make a new Trainer")
         except BridgeError as error:
-            problem = f"trainer rank {self.rank}: {error}" if self.world > 1 else str(error)
-        self._board.post(f"{call}/ready/{self.rank}", problem)
-        limit = Deadline(self.options.seconds)
-        for rank in range(self.world):
-            if (found := self._board.read(f"{call}/ready/{rank}", seconds=limit.left)) is not None:
-                raise BridgeError(found)
+            problem = self._named(error)
+        links = [
+            link for link, ways in self._ways.items() if all(way.connection.alive() for way in ways.values())
+        ]
+        mine = {
+            "address": f"{self._listener.host}:{self._listener.port}",
+            "layout": layout,
+            "problem": problem,
+            "links": links,
+            "base": self._snapshot[0],
+        }
+        answer = self._ranks.exchange(mine, lambda given: self._coordinator.meet(given, limit), limit)
+        self._said = said
+        there = {engine["link"] for engine in answer["engines"]}
+        for link in set(self._ways) - there:
+            self._leave(link)
+        for engine in answer["engines"]:
+            if engine["sides"] is not None:
+                self._ways[engine["link"]] = self._join(engine["link"], engine["sides"], limit)
+        return answer
 
-        def transmit(deadline: Deadline) -> None:
-            try:
-                if kind == "dense":
-                    sender.send(local, deadline)
-                else:
-                    layout, most = link.sides.destination, link.terms.bucket_bytes
-                    send_sparse(link.transport, outbox, layout, link.workers, deadline, most)
-            except TransferError:
-                link.close()
-                raise
+    def _join(self, link: str, sides: Mapping[str, Any], limit: Deadline) -> dict[Worker, Way]:
+        made = Sides.from_json(sides)
+        if self._planned is None or self._planned[0] != (made, self.options.bucket_bytes):
+            dtypes = {name: param.dtype for name, param in made.destination.params.items()}
+            most = self.options.bucket_bytes
+            out = messages(self._coordinator.plan_of(made), dtypes, sender=self.rank, bucket_bytes=most)
+            self._planned = ((made, most), {peer - made.trainers: buckets for peer, buckets in out.items()})
+        out = self._planned[1]
+        found = self._listener.take(
+            lambda hello: hello["role"] == "data" and hello["link"] == link, count=len(out), deadline=limit
+        )
+        by_worker = {connection.hello["worker"]: connection for connection in found}
+        return {(link, at): Way(connection=by_worker[at], buckets=buckets) for at, buckets in out.items()}
 
-        return transmit
+    def _send(self, version: str | int | None, whole: bool, started: float, limit: Deadline) -> Report:
+        name = str(self._committed + 1 if version is None else version)
+        met = self._meet(limit)
+        deltas: dict[Worker, Delta] = {}
+        local, problem = {}, None
+        try:
+            local = self.source.local()
+            if not whole and met["base"] is not None and met["base"] == self._snapshot[0]:
+                able = {engine["link"] for engine in met["engines"] if engine["delta"]}
+                deltas = self._snapshot[1].deltas(local, self._buckets(able))
+        except Exception as error:
+            problem = self._named(error)
+        kinds = {
+            link: {str(at): "delta" if (link, at) in deltas else "whole" for _, at in ways}
+            for link, ways in self._ways.items()
+        }
+        mine = {"kinds": kinds, "problem": problem, "base": met["base"]}
+        going = self._ranks.exchange(mine, lambda given: self._coordinator.prepare(given, limit), limit)
+        ways = {worker: way for link in going["links"] for worker, way in self._ways[link].items()}
+        outcome = self._sender.send(ways, local, deltas, met["number"], limit)
+        sent = {link: {str(at): outcome[link, at] for _, at in self._ways[link]} for link in going["links"]}
+        kind = "whole" if any(worker not in deltas for worker in ways) else "delta"
+        told = self._ranks.exchange(
+            {"sent": sent, "kind": kind}, lambda given: self._coordinator.commit(given, name, limit), limit
+        )
+        self._committed += 1
+        if self.options.delta:
+            self._snapshot[1].take(local, self._buckets(self._ways).values())
+            self._snapshot = (told["number"], self._snapshot[1])
+        fields = {key: value for key, value in told.items() if key != "number"}
+        return Report(seconds=time.monotonic() - started, **fields)
 
-    def shutdown(self) -> None:
-        """Leave the engine to another trainer."""
-        self._drop()
-        if self.rank == 0 and (leave := getattr(self.client, "shutdown_weight_transfer_engine", None)):
-            leave()
+    def _verify(self, limit: Deadline) -> dict[str, Any]:
+        self._meet(limit)
+        local = self.source.local()
+        found = {
+            link: {str(at): of_messages({self.rank: way.buckets}, local) for (_, at), way in ways.items()}
+            for link, ways in self._ways.items()
+        }
+        mine = {"fingerprints": found}
+        return self._ranks.exchange(mine, lambda given: self._coordinator.verify(given, limit), limit)
 
-    def _drop(self) -> None:
-        if self._link is not None:
-            self._link.close()
-        self._link, self._sender = None, None
+    def _buckets(self, links: Any) -> dict[Worker, Sequence[Bucket]]:
+        return {worker: way.buckets for link in links for worker, way in self._ways[link].items()}
+
+    def _named(self, error: Exception) -> str:
+        text = str(error) if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
+        return f"trainer rank {self.rank}: {text}" if self.world > 1 else text
+
+    def _leave(self, link: str) -> None:
+        for way in self._ways.pop(link).values():
+            way.connection.close()
+
+    def _forget(self) -> None:
+        """Cut all connections with engines; what they have is not known."""
+        for link in list(self._ways):
+            self._leave(link)
+        self._snapshot = (None, self._snapshot[1])
+        self._coordinator.close()
+
+
+def _own_address(engines: Engines) -> str:
+    """Of this host, as the first engine sees it."""
+    host = next((getattr(engine.client, "address", None) for engine in engines.all()), None)
+    if host is None:
+        return "127.0.0.1"
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise BridgeError(
+            f"the engine's host {host} is not known here ({error}); give Options(host=...)"
+        ) from None

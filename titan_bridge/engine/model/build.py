@@ -26,6 +26,7 @@ from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.engine.cpu.packed import use_packed_weights
 from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
+from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.fsdp import shard_dense
 from titan_bridge.engine.model.latent import cache_form, cache_latents
 from titan_bridge.engine.model.lower import lower, strip
@@ -43,13 +44,14 @@ from titan_bridge.mesh import (
     check_divides,
     get_device_meshes,
     padded_vocab,
-    to_parallel_dims,
 )
 from titan_bridge.model_layout import as_layout, specs_of_module
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.models.experts import rows_fit
+from titan_bridge.parallelize import parallelize
+from titan_bridge.policy.layers import Split, split
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
 
@@ -65,6 +67,8 @@ class Setup:
     padded_vocab: int
     """Rows of the embedding and the head: the vocabulary rounded up to a multiple of tp."""
     max_model_len: int
+    split: Split
+    """What the policy decided for each layer; `sizes` follow from it."""
     expert_bias: bool = False
     """Whether the model was trained with TorchTitan's load-balancing bias, which routes at inference, too."""
 
@@ -120,12 +124,15 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     sizes = Sizes(dp=dp, tp=tp)
     if expert_parallel and vllm_config.model_config.is_moe:
         sizes = replace(sizes, ep=options.ep or sizes.most_ep)
+    rows = padded_vocab(hf["vocab_size"], sizes)
+    decided = split(options.parallelism, family, family.model_config(hf, padded_vocab=rows), sizes)
     return Setup(
         hf=hf,
         family=family,
-        sizes=sizes,
+        sizes=decided.sizes,
+        split=decided,
         options=options,
-        padded_vocab=padded_vocab(hf["vocab_size"], sizes),
+        padded_vocab=rows,
         max_model_len=vllm_config.model_config.max_model_len,
         expert_bias=has_expert_bias(vllm_config.model_config.model, options.step),
     )
@@ -151,41 +158,49 @@ def model_config(setup: Setup) -> Decoder.Config:
 def build(vllm_config: VllmConfig) -> Built:
     """Build this rank's part of the model on the worker's device; weights are uninitialised."""
     use_cpu_if_no_accelerator()
-    tp = vllm_config.parallel_config.tensor_parallel_size
-    setup = setup_from(vllm_config, dp=dist.get_world_size() // tp)
-    config = model_config(setup)
-    check_divides(config, setup.sizes)
+    world = dist.get_world_size()
+    setup = setup_from(vllm_config, dp=world // vllm_config.parallel_config.tensor_parallel_size)
+    config, sizes = model_config(setup), setup.sizes
+    check_divides(config, sizes)
     latent = vllm_config.model_config.use_mla
     for index, layer in enumerate(config.layers if not latent else ()):
-        computes = inner_attention(layer.attention)
+        computes, tp = inner_attention(layer.attention), sizes.at(f"layers.{index}.attention").tp
         layer.attention.inner_attention = PagedAttention.Config(layer=index, tp=tp, computes=computes)
     rules = setup.family.sharding
-    rules.set_sharding(config, enable_ep=setup.sizes.ep > 1)
+    rules.set_sharding(config, enable_ep=sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    layout = as_layout(specs_of_module(model, rules, setup.sizes, setup.options.dense), setup.sizes)
+    policy = setup.options.parallelism
+    layout = as_layout(
+        specs_of_module(model, rules, sizes, setup.options.dense),
+        sizes,
+        parallelism=policy.to_dict() if policy else None,
+    )
     # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
     # token dispatcher asks at run time which backend is on, so it is set for the whole process.
     set_spmd_backend("partial_dtensor")
-    model.parallelize(to_parallel_dims(setup.sizes, spmd_backend="partial_dtensor"))
+    parallelize(model, sizes, "partial_dtensor")
     _localise(model)
     if latent:
-        cache_latents(model, config, tp=tp)
+        cache_latents(model, config, sizes)
+    for layer in model.layers.values():
+        paged: Any = layer.attention.inner_attention.paged
+        check_backend(paged.get_attn_backend().get_name(), setup.split)
     _serve_experts(model, setup, vllm_config)
     if setup.options.cpu_pack and not setup.sharded:
         dtype = vllm_config.model_config.dtype
         use_packed_weights(model, dtype, experts_once=setup.options.cpu_experts_once)
-    lower(model)
+    lower(model, sizes)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
     ropes.fill(device)
     bind_sinks(model, vllm_config.model_config.dtype)
     if setup.sharded:
-        meshes = get_device_meshes(setup.sizes, device_type=device.type)
+        meshes = get_device_meshes(sizes, device_type=device.type)
         shard_dense(model, meshes, layout)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
-    attention = cache_form(config, vllm_config.model_config.dtype, tp=tp, latent=latent)
+    attention = cache_form(config, vllm_config.model_config.dtype, sizes, latent=latent)
     return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention)
 
 
@@ -212,9 +227,10 @@ def captures_experts(setup: Setup, dtype: torch.dtype, capability: DeviceCapabil
     grouped = dtype == torch.bfloat16 and capability is not None and capability.major in (9, 10)
     if not grouped or setup.spread:
         return False
-    shards = setup.sizes.tp if setup.sizes.ep == 1 else 1
-    experts = [layer.moe.routed_experts.inner_experts for layer in model_config(setup).layers if layer.moe]
-    return all(rows_fit((each.hidden_dim // shards, each.dim), dtype) for each in experts)
+    layers = enumerate(model_config(setup).layers)
+    experts = [(at, layer.moe.routed_experts.inner_experts) for at, layer in layers if layer.moe]
+    tp = {at: setup.sizes.at(f"layers.{at}.moe").tp if setup.sizes.ep == 1 else 1 for at, _ in experts}
+    return all(rows_fit((each.hidden_dim // tp[at], each.dim), dtype) for at, each in experts)
 
 
 def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> None:

@@ -18,6 +18,7 @@ from torchtitan.models.common.decoder import Decoder
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import MLAAttention
 
+from titan_bridge.mesh import Sizes
 from titan_bridge.models.adapter import InnerAttention, LatentAttention
 from titan_bridge.models.adapters import inner_attention, latent_attention
 
@@ -60,13 +61,13 @@ class LatentCache(nn.Module):
         return self.paged(q_TNH, latent_TR, k_T1P, output_shape=torch.Size((q_TNH.shape[0], width)))
 
 
-def cache_latents(model: Decoder, config: Decoder.Config, *, tp: int) -> None:
-    """Let every attention of `model`, which `config` built, cache latents, in place."""
+def cache_latents(model: Decoder, config: Decoder.Config, sizes: Sizes) -> None:
+    """Let every attention of `model`, which `config` built with `sizes`, cache latents, in place."""
     for index, (block, layer) in enumerate(zip(model.layers.values(), config.layers, strict=True)):
         attention: Any = block.attention
         latent = latent_attention(layer.attention)
         assert latent is not None, "vLLM takes a model for one with latents that has none"
-        computes = inner_attention(layer.attention)
+        computes, tp = inner_attention(layer.attention), sizes.at(f"layers.{index}.attention").tp
         attention.inner_attention = LatentCache(computes, latent, layer=index, tp=tp)
         attention.__class__ = latent.module
 
@@ -81,13 +82,14 @@ def derive(model: nn.Module, dtype: torch.dtype) -> None:
             inner.paged.process_weights_after_loading(dtype)
 
 
-def cache_form(config: Decoder.Config, dtype: torch.dtype, *, tp: int, latent: bool) -> str:
+def cache_form(config: Decoder.Config, dtype: torch.dtype, sizes: Sizes, *, latent: bool) -> str:
     """What attention caches, and its bytes a token on each rank; with latents, those of the other form, too."""
     heads = rows = 0
-    for layer in config.layers:
+    for index, layer in enumerate(config.layers):
+        tp = sizes.at(f"layers.{index}.attention").tp
         known, computes = latent_attention(layer.attention), inner_attention(layer.attention)
         heads += dtype.itemsize * 2 * computes.n_kv_heads // tp * computes.qk_head_dim
-        rows += dtype.itemsize * (known.kv_lora_rank + known.qk_rope_head_dim) if known else 0
+        rows += dtype.itemsize * known.width if known else 0
     if latent:
         return f"latent attention with a cache of {rows:,} bytes a token (expanded: {heads:,})"
     if rows:

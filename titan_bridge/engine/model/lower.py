@@ -2,8 +2,8 @@
 
 `Module.parallelize` wraps every `forward` with a general redistribution that looks each boundary up at run
 time. Here each boundary is resolved beforehand: most need nothing and get their own `forward` back, the others
-keep exactly one collective on the tp axis, from vLLM (shared memory on one CPU node, custom all-reduce and
-CUDA graphs on GPUs). The source of truth stays TorchTitan's `ShardingConfig`.
+keep exactly one collective on the tp axis of their module, from vLLM (shared memory on one CPU node, custom all-reduce
+and CUDA graphs on GPUs). The source of truth stays TorchTitan's `ShardingConfig`.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import torch
 from torch import nn
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import SpmdLayout
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed.parallel_state import GroupCoordinator
+
+from titan_bridge.engine.model.groups import group_of
+from titan_bridge.mesh import Sizes
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 _WHOLE = (spmd.R, spmd.I)
 """Types with which every rank of an axis holds the whole value; they differ in the backward pass only."""
 
 
-def lower(root: nn.Module) -> None:
-    """Replace the run-time redistribution of every TorchTitan module below `root` by its one collective."""
-    for child in root.children():
-        lower(child)
-    if isinstance(root, Module) and "forward" in root.__dict__:
-        _lower_one(root)
+def lower(root: nn.Module, sizes: Sizes) -> None:
+    """Replace the run-time redistribution of every TorchTitan module of `root` by its one collective.
+
+    `sizes` are those of the model, which say how wide each module is.
+    """
+    for fqn, module in root.named_modules():
+        if isinstance(module, Module) and "forward" in module.__dict__:
+            _lower_one(module, group_of(sizes.at(fqn)))
 
 
 def strip(root: nn.Module) -> None:
@@ -42,7 +42,7 @@ def strip(root: nn.Module) -> None:
         module.__dict__.pop("forward", None)
 
 
-def _lower_one(module: Module) -> None:
+def _lower_one(module: Module, group: GroupCoordinator) -> None:
     config = module._sharding_config
     assert config is not None
     del module.__dict__["forward"]
@@ -51,10 +51,12 @@ def _lower_one(module: Module) -> None:
     moves = {
         name: move
         for name, target in targets.items()
-        if (move := _move(module, name, sources.get(name), target)) is not None
+        if (move := _move(module, name, sources.get(name), target, group)) is not None
     }
     out = config.out_src_shardings
-    out_move = None if isinstance(out, tuple) else _move(module, "output", out, config.out_dst_shardings)
+    out_move = (
+        None if isinstance(out, tuple) else _move(module, "output", out, config.out_dst_shardings, group)
+    )
     if not moves and out_move is None:
         return
     names = module._cache_pos_arg_names()
@@ -69,31 +71,28 @@ def _lower_one(module: Module) -> None:
     module.forward = lowered  # type: ignore[method-assign]
 
 
-def _move(module: Module, name: str, source: SpmdLayout | None, target: SpmdLayout | None) -> Move | None:
-    """The collective that takes `source` to `target` on the tp axis; None where there is nothing to do."""
-    tp = get_tensor_model_parallel_world_size()
-    if source is None or target is None or tp == 1:
+def _move(
+    module: Module, name: str, source: SpmdLayout | None, target: SpmdLayout | None, group: GroupCoordinator
+) -> Move | None:
+    """The collective over `group` that takes `source` to `target` on the tp axis; None where there is nothing to do."""
+    if source is None or target is None or group.world_size == 1:
         return None
     have, want = (_on_tp(layout) for layout in (source, target))
     if have == want or (have in _WHOLE and want in _WHOLE):
         return None
     if have == spmd.P and want in _WHOLE:
-        return _all_reduce
+        # vLLM's tensors have two dims; with TorchTitan's three a compiled step makes a view of each product for it.
+        return lambda x: group.all_reduce(x.flatten(end_dim=-2)).view(x.shape)
     if isinstance(have, spmd.Shard) and want in _WHOLE:
         dim = have.dim
-        return lambda x: tensor_model_parallel_all_gather(x, dim)
+        return lambda x: group.all_gather(x, dim)
     if have in _WHOLE and isinstance(want, spmd.Shard):
-        dim, rank = want.dim, get_tensor_model_parallel_rank()
-        return lambda x: x.chunk(tp, dim)[rank]
+        dim, rank, count = want.dim, group.rank_in_group, group.world_size
+        return lambda x: x.chunk(count, dim)[rank]
     raise NotImplementedError(
         f"{type(module).__name__}.{name}: its sharding config goes from {have} to {want} on the tp axis, "
         "which serving does not know; allowed: P to R or I, S(dim) to R or I, R or I to S(dim)"
     )
-
-
-def _all_reduce(x: torch.Tensor) -> torch.Tensor:
-    # vLLM's tensors have two dims; with TorchTitan's three a compiled step makes a view of each product for it.
-    return tensor_model_parallel_all_reduce(x.flatten(end_dim=-2)).view(x.shape)
 
 
 def _on_tp(layout: SpmdLayout) -> Any:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_gather
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -31,6 +30,7 @@ from titan_bridge.engine.model.attention import bind_sinks
 from titan_bridge.engine.model.build import build
 from titan_bridge.engine.model.compiled import name_compiled_step
 from titan_bridge.engine.model.fsdp import drop_gathered, drop_head, gather_head, head
+from titan_bridge.engine.model.groups import group_of
 from titan_bridge.engine.model.latent import derive
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
@@ -65,12 +65,9 @@ class TitanForCausalLM(nn.Module):
         self.live = built.live()
         self.source: Path | None = None  # the directory that was read last
         self.packing = Packing(self.model, self.live, keep=vllm_config.weight_transfer_config is not None)
-        self._tp = setup.sizes.tp
-        self._gather = (
-            tensor_model_parallel_all_gather
-            if current_platform.use_all_gather()
-            else tensor_model_parallel_gather
-        )
+        group = group_of(setup.sizes.at("lm_head"))
+        gather = group.all_gather if current_platform.use_all_gather() else group.gather
+        self._gather = gather if group.world_size > 1 else None
         logger.info("Serving TorchTitan's %s: %s", type(self.model).__name__, built.describe())
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -100,7 +97,7 @@ class TitanForCausalLM(nn.Module):
             logits_TV = head(self.model, hidden_states)
         else:
             logits_TV = self.model.lm_head(hidden_states)
-        if self._tp > 1:
+        if self._gather is not None:
             logits_TV = self._gather(logits_TV)
         return None if logits_TV is None else logits_TV[..., : self.vocab_size]
 

@@ -146,7 +146,7 @@ def _experts(module: Any, sizes: Sizes, names: Sequence[str]) -> dict[str, Nativ
         split = 1
     else:
         split = parallel.tp_size
-        if split not in (1, sizes.dp * sizes.tp):
+        if split not in (1, sizes.most_ep):
             raise BridgeError(f"cut over {split} ranks of {sizes}; allowed: 1 or dp*tp")
         columns, rows = (_flat(split, sizes, dim) for dim in (1, 2))
         replicated = _flat(1, sizes, 0)

@@ -398,6 +398,33 @@ def read_all_replies(original: Callable[..., Any], self: Any) -> None:
         self.response_mqs = replies.Replies(self.response_mqs)
 
 
+@patch("vllm.v1.engine.core:EngineCore.collective_rpc", "self", "method", "timeout", "args", "kwargs")
+def commit_in_one_turn(
+    original: Callable[..., Any],
+    self: Any,
+    method: Any,
+    timeout: float | None = None,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Pause, write new weights, drop cached prefixes, name the version and resume, in one turn of the engine.
+
+    What: wraps `EngineCore.collective_rpc`; `engine/commit.py` does it where `finish_weight_update` is called. Why:
+    vLLM leaves pausing, dropping and resuming to the client, as calls of their own: one that dies in between leaves a
+    server that stands still, one that does not know of them a server that answers from prefixes of old weights, and
+    without the pause dp ranks in lockstep deadlock. Version: vllm 0.32 (`vllm/v1/engine/core.py`; uses
+    `pause_scheduler`, `resume_scheduler`, `_reset_caches`). Only for weight transfer "titan". Delete when:
+    `finish_weight_update` is a method of the engine core that does all of it.
+    """
+
+    def rpc() -> Any:
+        return original(self, method, timeout, args, kwargs)
+
+    if getattr(self.vllm_config.weight_transfer_config, "backend", None) != TRANSFER_BACKEND:
+        return rpc()
+    return importlib.import_module("titan_bridge.engine.commit").call(self, method, kwargs, rpc)
+
+
 @patch(
     "vllm.v1.executor.multiproc_executor:WorkerProc._init_message_queues",
     "self", "input_shm_handle", "vllm_config",

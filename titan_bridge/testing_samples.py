@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.transfer.receiver import Receiver
 from titan_bridge.transfer.target import Target
+from titan_bridge.transfer.worker import Worker
 
 
 def sample(
@@ -67,7 +67,7 @@ def sample_dtensors(layout: Layout, rank: int, version: int) -> dict[str, torch.
     return as_dtensors(sample_locals(layout, rank, version), layout)
 
 
-def sample_target(layout: dict[str, Any], rank: int, index: int, count: int, version: int) -> Target:
+def sample_target(layout: dict[str, Any], rank: int, index: int, version: int) -> Target:
     """A worker's live tensors, filled; `layout` as JSON so that it can be sent to a process."""
     read = Layout.from_json(layout)
     live = sample_locals(read, rank, version)
@@ -76,12 +76,12 @@ def sample_target(layout: dict[str, Any], rank: int, index: int, count: int, ver
         before, live[name] = live[name], tensor
         return before
 
-    return Target(tensors=lambda: live, layout=read, rank=rank, index=index, count=count, swap=swap)
+    return Target(tensors=lambda: live, layout=read, rank=rank, index=index, swap=swap)
 
 
-def differences(receiver: Receiver, version: int) -> list[str]:
+def differences(worker: Worker, version: int) -> list[str]:
     """Names of the live tensors of a worker that are not, bit for bit, those of `version`."""
-    target = receiver.target
+    target = worker.target
     live = target.tensors()
     expected = sample_locals(target.layout, target.rank, version)
     return [name for name, want in expected.items() if not same_bits(live[name], want)]

@@ -1,14 +1,14 @@
-"""What one rank sends to, or receives from, each other rank in a dense update: the plan cut into buckets.
+"""The messages between a trainer rank and a worker: the plan's copies, cut and joined into buckets.
 
 Both ends cut the same copies in the same order, so a bucket needs no header: not a byte travels that is not
 weight. A bucket holds elements of one dtype, that of the destination; copies larger than a bucket are cut along
-their outer dims.
+their outer dims. A delta sends, for each slice of each bucket, the positions that changed in it, and their values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,8 +17,8 @@ import torch
 from titan_bridge.sharding.layout import itemsize
 from titan_bridge.sharding.moves import Window
 from titan_bridge.sharding.plan import Plan
+from titan_bridge.transfer.protocol import BUCKET_BYTES
 
-BUCKET_BYTES = 64 * 2**20
 ALONE_BYTES = 2**19
 """A copy of this size, or of a quarter of a bucket, is a message of its own: where it is contiguous, it then leaves
 and arrives where it belongs, without being packed."""
@@ -29,6 +29,8 @@ class Slice:
     """A window of this rank's local tensor `name`, laid flat at `[at, at + elements)` of its bucket."""
 
     name: str
+    served: str
+    """Name of the engine's tensor: the same at both ends."""
     window: Window
     at: int
     elements: int
@@ -36,6 +38,18 @@ class Slice:
     def of(self, local: torch.Tensor) -> torch.Tensor:
         """The window of the (contiguous) local tensor."""
         return self.window.of(local)
+
+    def flat(self, positions: torch.Tensor) -> torch.Tensor:
+        """int64: where row-major positions in the window lie in the flat local tensor."""
+        rest = positions.long()
+        if self.window.is_run:
+            return rest + self.window.offset
+        result = torch.full_like(rest, self.window.offset)
+        for size, stride in zip(reversed(self.window.size), reversed(self.window.stride), strict=True):
+            outer = torch.div(rest, size, rounding_mode="floor")
+            result = result + (rest - outer * size) * stride
+            rest = outer
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,63 +78,23 @@ class Bucket:
         return slice(start, start + self.nbytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lane:
-    """All messages between this rank and `peer`, in order."""
-
-    peer: int
-    buckets: tuple[Bucket, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """A bucket on its way."""
-
-    peer: int
-    tag: int
-    bucket: Bucket
-
-
-def in_turn(lanes: Sequence[Lane], *, rank: int, trainers: int, workers: int) -> tuple[Message, ...]:
-    """All messages of one rank in the order of one list that all ranks share.
-
-    Two ranks may then have as few messages under way as they like and never wait for each other in a circle: the first
-    message of the list that has not arrived is the next of both its ends. And one message a peer in turn, each trainer
-    beginning with another worker, so that they do not all send to the same one.
-
-    Args:
-        rank: In the group: `trainers` come first, then `workers`.
-    """
-
-    def place(message: Message) -> tuple[int, int, int]:
-        trainer, worker = sorted((rank, message.peer))
-        return message.tag, (worker - trainers - trainer) % workers, trainer
-
-    messages = (
-        Message(peer=lane.peer, tag=tag, bucket=bucket)
-        for lane in lanes
-        for tag, bucket in enumerate(lane.buckets)
-    )
-    return tuple(sorted(messages, key=place))
-
-
-def lanes(
+def messages(
     plan: Plan,
     dtypes: Mapping[str, str],
     *,
     sender: int | None = None,
     receiver: int | None = None,
     bucket_bytes: int = BUCKET_BYTES,
-) -> tuple[Lane, ...]:
-    """The lanes out of `sender`, or into `receiver` (give one), by peer.
+) -> dict[int, tuple[Bucket, ...]]:
+    """The messages out of `sender`, or into `receiver` (give one), in order, by the rank at the other end.
 
     Args:
-        plan: Of the connection; its ranks are those of the group, and no rank is on both sides.
+        plan: Its ranks are those of `layouts.Sides`; no rank is on both sides.
         dtypes: Wire dtype by destination name.
         bucket_bytes: Most bytes of one message; at least one element travels in each.
     """
     assert (sender is None) != (receiver is None), "one end"
-    found: dict[int, dict[str, list[tuple[str, Window, int]]]] = {}
+    found: dict[int, dict[str, list[_Part]]] = {}
     for copy in plan.copies(source=sender, destination=receiver):
         dtype = dtypes[copy.destination_name]
         most = max(1, bucket_bytes // itemsize(dtype))
@@ -130,14 +104,15 @@ def lanes(
             peer, name, window = copy.source, copy.destination_name, copy.destination_window
         assert isinstance(peer, int)
         parts = found.setdefault(peer, {}).setdefault(dtype, [])
-        parts += [(name, part, math.prod(part.size)) for part in cut(window, most)]
-    result = []
-    for peer in sorted(found):
-        buckets: list[Bucket] = []
-        for dtype, parts in found[peer].items():
-            buckets += _packed(parts, dtype, max(1, bucket_bytes // itemsize(dtype)))
-        result.append(Lane(peer=peer, buckets=tuple(buckets)))
-    return tuple(result)
+        parts += [(name, copy.destination_name, part, math.prod(part.size)) for part in cut(window, most)]
+    return {
+        peer: tuple(
+            bucket
+            for dtype, parts in found[peer].items()
+            for bucket in _packed(parts, dtype, max(1, bucket_bytes // itemsize(dtype)))
+        )
+        for peer in sorted(found)
+    }
 
 
 def cut(window: Window, most: int) -> Iterator[Window]:
@@ -160,20 +135,23 @@ def cut(window: Window, most: int) -> Iterator[Window]:
         yield from cut(part, most)
 
 
-def _packed(parts: list[tuple[str, Window, int]], dtype: str, most: int) -> Iterator[Bucket]:
+_Part = tuple[str, str, Window, int]
+
+
+def _packed(parts: list[_Part], dtype: str, most: int) -> Iterator[Bucket]:
     torch_dtype = getattr(torch, dtype)
     alone = max(1, min(ALONE_BYTES // torch_dtype.itemsize, most // 4))
     slices: list[Slice] = []
     at = 0
-    for name, window, elements in parts:
+    for name, served, window, elements in parts:
         if elements >= alone:
-            only = Slice(name=name, window=window, at=0, elements=elements)
+            only = Slice(name=name, served=served, window=window, at=0, elements=elements)
             yield Bucket(dtype=torch_dtype, slices=(only,))
             continue
         if slices and at + elements > most:
             yield Bucket(dtype=torch_dtype, slices=tuple(slices))
             slices, at = [], 0
-        slices.append(Slice(name=name, window=window, at=at, elements=elements))
+        slices.append(Slice(name=name, served=served, window=window, at=at, elements=elements))
         at += elements
     if slices:
         yield Bucket(dtype=torch_dtype, slices=tuple(slices))

@@ -1,8 +1,7 @@
-"""From what every rank says about itself to the two layouts and the one plan of a connection.
+"""From what every rank says about itself to the two layouts and the one plan between a trainer and an engine.
 
-Each trainer rank and each worker posts the layout of what it holds, in its own numbering. Trainer rank 0 puts
-them together in the numbering of the transfer group (trainer ranks first, then workers) and posts the result;
-everybody makes the same plan from it.
+Each trainer rank and each worker tells the layout of what it holds, in its own numbering. Trainer rank 0 puts them
+together in one numbering (trainer ranks first, then the engine's workers); everybody makes the same plan from it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.distributed.tensor import Replicate
 
 from titan_bridge.errors import BridgeError, few
@@ -22,37 +20,26 @@ from titan_bridge.sharding.plan import Plan, plan
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
 
-WorkerId = tuple[int, int]
-"""(engine, index of the worker in it): sorted, workers take the group's ranks after the trainer's."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sides:
-    """Both sides of a connection; ranks are those of the transfer group."""
+    """Trainer and one engine; workers are numbered after the trainer's ranks."""
 
     source: Layout
     destination: Layout
     trainers: int
-    workers: tuple[WorkerId, ...]
+    workers: int
     unpadded: Mapping[str, tuple[int, ...]]
     """Shape without padding rows of the engine's tensors that have some."""
     views: tuple[View, ...] = ()
     """Only if the two sides name tensors differently."""
-
-    @property
-    def size(self) -> int:
-        """Members of the group."""
-        return self.trainers + len(self.workers)
-
-    def rank_of(self, worker: WorkerId) -> int:
-        return self.trainers + self.workers.index(worker)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "source": self.source.to_json(),
             "destination": self.destination.to_json(),
             "trainers": self.trainers,
-            "workers": [list(worker) for worker in self.workers],
+            "workers": self.workers,
             "unpadded": {name: list(shape) for name, shape in self.unpadded.items()},
             "views": [dataclasses.asdict(view) for view in self.views],
         }
@@ -63,7 +50,7 @@ class Sides:
             source=Layout.from_json(data["source"]),
             destination=Layout.from_json(data["destination"]),
             trainers=data["trainers"],
-            workers=tuple((engine, index) for engine, index in data["workers"]),
+            workers=data["workers"],
             unpadded={name: tuple(shape) for name, shape in data["unpadded"].items()},
             views=views_from_json(data["views"]),
         )
@@ -81,21 +68,6 @@ class Sides:
                 f"{few(self.source.params)}"
             )
         return made
-
-    def engine_dtypes(self) -> dict[str, torch.dtype]:
-        """A dtype that holds what the engine keeps of each of the trainer's tensors; none of those that it lacks."""
-        served = self.destination.params
-        counterparts: dict[str, list[str]] = {}
-        for view in self.views:
-            counterparts.setdefault(view.name, []).append(view.fqn)
-            counterparts.setdefault(view.fqn, []).append(view.name)
-        result: dict[str, torch.dtype] = {}
-        for name in self.source.params:
-            names = [name] if name in served else counterparts.get(name, [])
-            dtypes = [getattr(torch, served[other].dtype) for other in names if other in served]
-            if dtypes:
-                result[name] = functools.reduce(torch.promote_types, dtypes)
-        return result
 
     def padding_view(self, name: str) -> View:
         """A trainer's tensor without padding rows as a slice of the engine's, which has the same name."""
@@ -130,7 +102,7 @@ def merge(parts: Mapping[int, Layout], what: str) -> Layout:
 
     Args:
         parts: By rank; the numbering of all meshes is the same.
-        what: For messages: "trainer" or "engine".
+        what: In errors: "trainer" or "engine".
 
     Raises:
         BridgeError: Ranks that contradict each other, or a rank of a mesh that did not speak of the tensor.
@@ -186,32 +158,30 @@ def shifted(layout: Layout, by: int) -> Layout:
     return Layout(meshes=meshes, params=layout.params)
 
 
-def join_sides(trainers: Sequence[Mapping[str, Any]], workers: Mapping[WorkerId, Mapping[str, Any]]) -> Sides:
-    """Both sides from the notes of all ranks: `{"layout": JSON}`, workers' with `"rank"` and `"unpadded"`, too."""
-    order = tuple(sorted(workers))
+def join_sides(trainers: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]) -> Sides:
+    """Both sides from what all ranks told: layouts of the trainer's; of workers "rank" and "unpadded", too."""
     first = len(trainers)
-    source = merge({rank: _layout(note["layout"]) for rank, note in enumerate(trainers)}, "trainer")
+    source = merge({rank: layout_from(told) for rank, told in enumerate(trainers)}, "trainer")
     held, unpadded = {}, {}
-    for at, worker in enumerate(order):
-        note = workers[worker]
-        held[first + at] = shifted(_layout(note["layout"]), first + at - note["rank"])
-        unpadded |= {name: tuple(shape) for name, shape in note["unpadded"].items()}
+    for at, told in enumerate(workers, first):
+        held[at] = shifted(layout_from(told["layout"]), at - told["rank"])
+        unpadded |= {name: tuple(shape) for name, shape in told["unpadded"].items()}
     return Sides(
         source=source,
         destination=merge(held, "engine"),
         trainers=first,
-        workers=order,
+        workers=len(workers),
         unpadded=unpadded,
     )
 
 
-def _layout(data: Mapping[str, Any]) -> Layout:
+def layout_from(data: Mapping[str, Any]) -> Layout:
+    """`Layout.from_json`, once for the many ranks that say the same."""
     return _parsed(json.dumps(data, sort_keys=False))
 
 
 @functools.lru_cache(maxsize=64)
 def _parsed(text: str) -> Layout:
-    """The ranks of one mesh say the same, so it is read once."""
     return Layout.from_json(json.loads(text))
 
 

@@ -7,6 +7,8 @@ For tests and benchmarks, and to try a layout before there is an engine: they ne
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import tempfile
 import threading
@@ -23,16 +25,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from titan_bridge.ports import free_port
-from titan_bridge.transfer.payload import Terms, Update, parsed
-from titan_bridge.transfer.receiver import Receiver
+from titan_bridge.transfer.protocol import Terms, Update, parsed
 from titan_bridge.transfer.target import Target
+from titan_bridge.transfer.worker import Worker
 
 _METHODS: dict[str, Callable[..., None]] = {
-    "init_weight_transfer_engine": lambda receiver, info: receiver.connect(parsed(Terms, "init_info", info)),
-    "shutdown_weight_transfer_engine": Receiver.shutdown,
-    "start_weight_update": Receiver.begin,
-    "update_weights": lambda receiver, info: receiver.update(parsed(Update, "update_info", info)),
-    "finish_weight_update": Receiver.finish,
+    "init_weight_transfer_engine": lambda worker, info: worker.connect(parsed(Terms, "init_info", info)),
+    "shutdown_weight_transfer_engine": Worker.shutdown,
+    "start_weight_update": Worker.begin,
+    "update_weights": lambda worker, info: worker.decide(parsed(Update, "update_info", info)),
+    "finish_weight_update": Worker.finish,
 }
 
 
@@ -51,7 +53,8 @@ def _context() -> Iterator[Any]:
     context = mp.get_context("forkserver")
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     if not _users and server._forkserver_pid is None:
-        context.set_forkserver_preload(["titan_bridge.transfer.samples"])
+        # The second one is what the first DTensor of a process imports, for seconds.
+        context.set_forkserver_preload(["titan_bridge.testing_samples", "torch._dynamo"])
         _started = True
     _users += 1
     try:
@@ -63,15 +66,34 @@ def _context() -> Iterator[Any]:
             server._stop()
 
 
-def retarget(receiver: Receiver, make: Callable[..., Target], rows: Sequence[tuple]) -> None:
+def retarget(worker: Worker, make: Callable[..., Target], rows: Sequence[tuple]) -> None:
     """For `PlainClient.call`: let a worker start anew, with what `make(*rows[its index])` makes."""
-    receiver.shutdown()
-    receiver.__init__(make(*rows[receiver.target.index]))  # type: ignore[misc]
+    restart(worker, make(*rows[worker.target.index]))
 
 
-def _serve(make: Callable[..., Target], args: tuple, address: str, threads: int) -> None:
+def restart(worker: Worker, target: Target) -> None:
+    """Let a worker start anew, with another target; it votes with the workers that it voted with."""
+    worker.shutdown()
+    worker.__init__(dataclasses.replace(target, agree=worker.target.agree))  # type: ignore[misc]
+
+
+def _vote(group: dist.ProcessGroupGloo, mine: Sequence[int]) -> list[int]:
+    seen, options = torch.tensor(mine), dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
+    group.allreduce([seen], options).wait()  # type: ignore[attr-defined]
+    return seen.tolist()
+
+
+def _serve(
+    make: Callable[..., Target], args: tuple, address: str, threads: int, rank: int, together: int
+) -> None:
     torch.set_num_threads(threads)
-    receiver = Receiver(make(*args))
+    target = make(*args)
+    if together > 1:
+        store = dist.FileStore(f"{Path(address).parent}/vote", together)
+        group = dist.ProcessGroupGloo(store, rank, together, timedelta(seconds=60))
+        target = dataclasses.replace(target, agree=functools.partial(_vote, group))
+    worker = Worker(target)
     listener = connection.Listener(address, family="AF_UNIX")
     Path(f"{address}.ready").touch()
     while True:
@@ -79,7 +101,7 @@ def _serve(make: Callable[..., Target], args: tuple, address: str, threads: int)
             try:
                 method, given = caller.recv()
                 function = _METHODS[method] if isinstance(method, str) else method
-                caller.send((True, function(receiver, *given)))
+                caller.send((True, function(worker, *given)))
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 continue  # whoever called is gone
             except Exception as error:
@@ -93,7 +115,6 @@ class PlainClient:
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self.addresses = tuple(addresses)
-        self.version: str | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.call("init_weight_transfer_engine", init_info)
@@ -110,11 +131,8 @@ class PlainClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.call("finish_weight_update")
 
-    def update_weight_version(self, version: str) -> None:
-        self.version = version
-
     def call(self, method: str | Callable[..., Any], *args: Any) -> list[Any]:
-        """Run a method of all receivers, or `method(receiver, *args)`; their answers in order."""
+        """Run a method of all workers, or `method(worker, *args)`; their answers in order."""
         answers: list[Any] = [None] * len(self.addresses)
 
         def ask(at: int) -> None:
@@ -123,7 +141,7 @@ class PlainClient:
                     worker.send((method, args))
                     answers[at] = worker.recv()
             except (OSError, EOFError) as error:
-                answers[at] = (False, f"worker {at} is gone: {error!r}")
+                answers[at] = (None, f"worker {at} is gone: {error!r}")
 
         threads = [threading.Thread(target=ask, args=(at,), daemon=True) for at in range(len(self.addresses))]
         for thread in threads:
@@ -132,20 +150,27 @@ class PlainClient:
             thread.join()
         for good, answer in answers:
             if not good:
-                raise RuntimeError(answer)
+                raise (ConnectionError if good is None else RuntimeError)(answer)
         return [answer for _, answer in answers]
 
 
 @contextmanager
 def plain_workers(
-    make: Callable[..., Target], arguments: Sequence[tuple], *, threads: int = 1
+    make: Callable[..., Target], arguments: Sequence[tuple], *, threads: int = 1, apart: bool = False
 ) -> Iterator[tuple[PlainClient, list[mp.Process]]]:
-    """Start one process for each of `arguments`, which holds what `make(*arguments)` makes; end them afterwards."""
+    """Start one process for each of `arguments`, which holds what `make(*arguments)` makes; end them afterwards.
+
+    They vote together, as the workers of one engine, unless they are `apart`.
+    """
     with _context() as context, tempfile.TemporaryDirectory(prefix="titan-") as folder:
         addresses = [os.path.join(folder, str(i)) for i in range(len(arguments))]
         processes = [
-            context.Process(target=_serve, args=(make, args, address, threads), daemon=True)
-            for args, address in zip(arguments, addresses, strict=True)
+            context.Process(
+                target=_serve,
+                args=(make, args, address, threads, rank, 1 if apart else len(arguments)),
+                daemon=True,
+            )
+            for rank, (args, address) in enumerate(zip(arguments, addresses, strict=True))
         ]
         try:
             for process in processes:

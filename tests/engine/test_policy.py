@@ -1,0 +1,192 @@
+"""Engines whose layers are cut over different numbers of ranks: the numbers, the layout, and updates of the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.test_parity import EXPANDED, SERVABLE, answer_here, answer_of, check
+from tests.unit.test_parallelize_specs import MODELS
+from titan_bridge import cli, cpu, parity
+from titan_bridge.mesh import Sizes
+from titan_bridge.models import family_for
+from titan_bridge.policy.layers import split
+from titan_bridge.policy.read import policy_from
+from titan_bridge.policy.schema import NO_POLICY, Policy, attention_width
+from titan_bridge.testing import make_checkpoint, titan_tensors
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+WIDTHS = policy_from(
+    {
+        "rules": [
+            {"match": {"prefix_pattern": "layers.0.*"}, "plan": {"tp_size": 1}},
+            {"match": {"prefix_pattern": "layers.1.attention"}, "plan": {"tp_size": 1}},
+            {"match": {"kind": "attention"}, "plan": {"tp_size": 2}},
+            {"match": {"kind": "lm_head"}, "plan": {"tp_size": 1}},
+        ]
+    },
+    "WIDTHS",
+)
+"""Layer 0 replicated, attention over 1 and over 2 ranks, the head replicated."""
+MIXED = {"num_hidden_layers": 3, "mlp_only_layers": [1]}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, int], dict[str, Any]]] = {
+    "widths": ("llama3", {**SERVABLE, "num_hidden_layers": 3}, {"tp": 4}, {"policy": WIDTHS, "enforce_eager": False}),
+    "latents": ("deepseek_v3", EXPANDED, {"tp": 2, "attn_tp": 1}, {"enforce_eager": False}),
+    "too few heads": ("qwen3", {"num_key_value_heads": 2}, {"tp": 4}, {}),
+}  # fmt: skip
+"""Family, fields of its config, degrees, and how it is started."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_numbers_of_both_references(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
+) -> None:
+    family, fields, parallel, options = CASES[case]
+    model = make_checkpoint(tmp_path / "model", family, **fields)
+    check(answer_here(model, parallel, monkeypatch, **options), parallel)
+
+
+def test_replicated_attention_with_experts_over_dp_and_tp(
+    tmp_path: Path, bin_dir: Path, no_orphans: None
+) -> None:
+    model = make_checkpoint(tmp_path / "model", "qwen3_moe", **MIXED)
+    check(*answer_of(bin_dir, model, "--dp 2 --tp 2 --ep 4 --attention-tp 1"))
+
+
+def test_a_compiled_step_has_the_same_name_unless_a_layer_is_narrower() -> None:
+    from titan_bridge.engine.model.build import Setup
+    from titan_bridge.engine.model.compiled import _digest
+    from titan_bridge.engine.options import TitanOptions
+
+    hf = MODELS["deepseek"]
+    family = family_for(hf)
+
+    def digest(policy: Policy) -> str:
+        decided = split(policy, family, family.model_config(hf), Sizes(tp=2))
+        options = TitanOptions(parallelism=policy)
+        return _digest(
+            Setup(hf=hf, family=family, sizes=decided.sizes, options=options, padded_vocab=768, max_model_len=64,
+                  split=decided)
+        )  # fmt: skip
+
+    assert digest(NO_POLICY) == digest(attention_width(2)) != digest(attention_width(1))
+
+
+@dataclasses.dataclass
+class Running:
+    """An engine with attention over 2 of 4 ranks, started from checkpoint a; `b` lies beside it."""
+
+    llm: Any
+    folder: Path
+    facts: dict[str, Any]
+    """Its numbers against the references, as `titan-bridge parity` says them."""
+
+    def answers(self) -> list[float]:
+        """Log-probabilities of the tokens of a prompt."""
+        from vllm import SamplingParams
+
+        given = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        (output,) = self.llm.generate([{"prompt_token_ids": list(range(7, 47))}], given, use_tqdm=False)
+        return [next(iter(row.values())).logprob for row in output.prompt_logprobs[1:]]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Dense and sparse layers, experts over 4 ranks, attention over 2 of them."""
+    from titan_bridge.config.schema import InferConfig, Parallel
+    from titan_bridge.engine.run.offline import complete, engine
+
+    folder = tmp_path_factory.mktemp("running")
+    for seed, name in enumerate("ab"):
+        make_checkpoint(folder / name, "qwen3_moe", seed=seed, **MIXED)
+    config = InferConfig(
+        model=str(folder / "a"),
+        dtype="float32",
+        parallel=Parallel(tp=4, ep=4, attn_tp=2),
+        max_model_len=parity.LONGEST,
+        vllm={**parity.ENGINE_OPTIONS, "enforce_eager": True, "weight_transfer_config": {"backend": "titan"}},
+    )
+    with cpu.variables({}), engine(config) as (llm, workers, _):
+        completions, _ = complete(llm, *parity.rounds(parity.prompts(768)))
+        answers = [dataclasses.asdict(completion) for completion in completions]
+        facts = {
+            "model_class": workers[0]["model_class"],
+            "dtype": workers[0]["dtype"],
+            "cached_tokens": sum(answer["cached_tokens"] for answer in answers),
+            "sizes": workers[0]["sizes"],
+            "references": [
+                dataclasses.asdict(parity.compare(answers, *each))
+                for each in parity.references(str(folder / "a"))
+            ],
+        }
+        yield Running(llm=llm, folder=folder, facts=facts)
+
+
+def test_dense_and_sparse_layers_with_narrow_attention(running: Running) -> None:
+    check(running.facts, {"tp": 4, "ep": 4})
+
+
+def test_inspect_says_what_the_engine_holds(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    from titan_bridge.engine import specs
+
+    flags = ["--tp", "4", "--ep", "4", "--attention-tp", "2"]
+    assert cli.main(["inspect", str(running.folder / "a"), *flags, "--json"]) == 0
+    told = specs.layout(running.llm)
+    assert json.loads(capsys.readouterr().out) == told.to_json()
+    assert told.parallelism is not None
+    wqkv = "layers.0.attention.qkv_linear.wqkv.weight"
+    assert told.param(wqkv).spec.mesh == "dense_tp2"
+    assert told.pieces(wqkv, 1) == told.pieces(wqkv, 3) != told.pieces(wqkv, 0)
+    verified = specs.verify(running.llm, str(running.folder / "a"))
+    assert [found for worker in verified for found in worker if not found["equal"]] == []
+
+
+def test_dense_and_sparse_updates_send_what_they_must(running: Running) -> None:
+    from titan_bridge.engine.transfer import LLMClient
+    from titan_bridge.ports import free_port
+    from titan_bridge.transfer.changes import changed
+    from titan_bridge.transfer.options import Options
+    from titan_bridge.transfer.source import TensorSource
+    from titan_bridge.transfer.trainer import Trainer
+
+    fresh = running.answers()
+    held = titan_tensors(running.folder / "b")
+    options = Options(port=free_port(), seconds=60)
+    trainer = Trainer(
+        TensorSource(lambda: held, rank=0), LLMClient(running.llm), rank=0, world=1, options=options
+    )
+    trainer.connect()
+    trainer.send_weights()
+    assert sum(trainer.report.received.values()) == trainer.report.lower_bound
+    assert running.answers() != fresh
+    before = trainer.snapshot()
+    held |= titan_tensors(running.folder / "a")
+    patches = changed(before, held, rank=0)
+    trainer.send_sparse(patches)
+    trainer.shutdown()
+    assert running.answers() == fresh
+
+
+def test_engine_files_of_the_policy_are_what_the_engine_starts_from(running: Running, tmp_path: Path) -> None:
+    from titan_bridge.checkpoint.engine_files import map_rank
+    from titan_bridge.engine import specs
+
+    target = tmp_path / "engine"
+    command = ["reshard", str(running.folder / "a"), str(target), "--to", "engine"]
+    assert cli.main([*command, "--tp", "4", "--ep", "4", "--attention-tp", "2"]) == 0
+    told = specs.layout(running.llm)
+    whole = titan_tensors(running.folder / "a")
+    for rank in range(4):
+        held = dict(map_rank(target, rank))
+        assert held.keys() == told.params.keys()
+        for fqn, tensor in held.items():
+            assert tuple(tensor.shape) == told.local_shape(fqn, rank)
+            for piece in told.pieces(fqn, rank):
+                assert torch.equal(tensor[piece.local.slices], whole[fqn][piece.box.slices])

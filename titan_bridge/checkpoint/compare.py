@@ -1,0 +1,261 @@
+"""Two checkpoints under common names: what only one of them has, and how far apart the values are.
+
+Checkpoints of one format are compared under their own names. Of two formats, and for fingerprints, the names are
+Hugging Face's: each side is planned as if it were to be converted, and its strips are read instead of written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from titan_bridge.checkpoint import hf
+from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.mapping import check_source, make_mapping, same_names
+from titan_bridge.checkpoint.model_dir import weights_directory
+from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.target import Target, hf_target
+from titan_bridge.errors import BridgeError, few
+from titan_bridge.fingerprint import combine, of_box, seal
+from titan_bridge.models import family_for
+from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.plan import plan
+from titan_bridge.sharding.tensors import TensorMetadata
+from titan_bridge.sharding.view import View
+
+_PART_BYTES = 1 << 30
+"""Bytes of the tensors whose copies are listed at a time."""
+Advance = Callable[[int], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """An open checkpoint with its tensors under the names that are compared."""
+
+    source: Checkpoint
+    tensors: Mapping[str, TensorMetadata]
+    """By name: global shape and dtype; not in chunks."""
+    views: tuple[View, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Tensors that are not compared: they have no Hugging Face name, or repeat another tensor (a tied head)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far apart two tensors of equal shape are, in float64."""
+
+    name: str
+    elements: int
+    different: int
+    """Elements with another value; NaN equals NaN, and 0.0 equals -0.0."""
+    not_finite: int
+    """Those of them that are NaN or infinite on one side; the figures below leave them out."""
+    max: float
+    mean: float
+    """Over all elements."""
+
+
+def open_sides(
+    paths: Sequence[str], *, config: Mapping[str, Any] | None = None, common: bool = False
+) -> tuple[Side, ...]:
+    """Open checkpoints for a comparison: model folders of any format, training runs, or steps of one.
+
+    Args:
+        config: Of the model, where no path has a config.json.
+        common: Use Hugging Face's names wherever the model is known, even between checkpoints of one format.
+
+    Raises:
+        BridgeError: No checkpoint, a damaged one, different formats without a config.json, or one that does not fit.
+    """
+    opened = []
+    try:
+        for path in paths:
+            opened.append(open_checkpoint(weights_directory(path) or path))
+        for source in opened:
+            config = config or source.config or hf.read_config(source.path.parent)
+        formats = {source.format for source in opened}
+        if config is None and (len(formats) > 1 or formats == {"engine"}):
+            raise BridgeError(
+                f"{few([str(source.path) for source in opened])}: {few(sorted(formats))} are compared through the "
+                "model's config.json, which none of them has; give one with --config"
+            )
+        plain = config is None or (not common and len(formats) == 1 and formats != {"engine"})
+        return tuple(_side(source, None if plain and source.format != "hf" else config) for source in opened)
+    except BaseException:
+        for source in opened:
+            source.close()
+        raise
+
+
+def _side(source: Checkpoint, config: Mapping[str, Any] | None) -> Side:
+    """A checkpoint under Hugging Face's names, or under its own without a config."""
+    own = {tensor.name: tensor for tensor in same_names(source, None).tensors}
+    if config is None:
+        return Side(source=source, tensors=own)
+    if source.format == "hf":
+        # A model that nobody here knows can be compared all the same.
+        repeated = _repeated(config) & own.keys()
+        return Side(
+            source=source,
+            tensors={name: tensor for name, tensor in own.items() if name not in repeated},
+            left_out=tuple(sorted(repeated)),
+        )
+    family = family_for(config)
+    buffers = family.expert_biases(config)
+    left = check_source(source, family, config, buffers)
+    made = make_mapping(source, family, config, "hf", dtype=None, buffers=buffers)
+    return Side(
+        source=source,
+        tensors={tensor.name: tensor for tensor in made.tensors},
+        views=made.views,
+        left_out=tuple(sorted({*made.dropped, *left})),
+    )
+
+
+def _repeated(config: Mapping[str, Any]) -> set[str]:
+    """Hugging Face names that a file may have and need not."""
+    try:
+        family = family_for(config)
+    except BridgeError:
+        return set()
+    return {view.name for view in family.optional_views(config)}
+
+
+def differences(
+    one: Side, other: Side, *, dtype: torch.dtype | None = None, advance: Advance = lambda count: None
+) -> Iterator[Difference]:
+    """Compare all tensors of the same name and shape; memory is a few strips of 8 MiB a thread.
+
+    Args:
+        dtype: Cast both to it first.
+        advance: Is told of bytes compared, from any thread.
+    """
+    same = [
+        tensor
+        for name, tensor in one.tensors.items()
+        if name in other.tensors and other.tensors[name].shape == tensor.shape
+    ]
+    reads = [_Reader(side, same, dtype) for side in (one, other)]
+
+    def compare(strip: tuple[str, int]) -> tuple[int, int, float, float]:
+        found = _difference(*(read(strip) for read in reads))
+        advance(reads[0].nbytes(strip))
+        return found
+
+    for name, parts in reads[0].each_tensor(compare):
+        elements = Box.whole(one.tensors[name].shape).numel
+        yield Difference(
+            name=name,
+            elements=elements,
+            different=sum(part[0] for part in parts),
+            not_finite=sum(part[1] for part in parts),
+            max=max((part[2] for part in parts), default=0.0),
+            mean=sum(part[3] for part in parts) / max(elements, 1),
+        )
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int, float, float]:
+    """(different, not finite, maximum, sum) of two flat tensors."""
+    if one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+        return 0, 0, 0.0, 0.0
+    a, b = one.double(), other.double()
+    equal = (a == b) | (a.isnan() & b.isnan())
+    distance = (a - b).abs_().masked_fill_(equal, 0)
+    odd = ~distance.isfinite()
+    distance.masked_fill_(odd, 0)
+    return int((~equal).sum()), int(odd.sum()), float(distance.max()), float(distance.sum())
+
+
+def fingerprints(
+    side: Side, *, dtype: torch.dtype | None = None, advance: Advance = lambda count: None
+) -> Iterator[tuple[str, int]]:
+    """The fingerprint of every tensor, 0 to 2^64 - 1: see `titan_bridge.fingerprint`.
+
+    Args:
+        dtype: Cast floating-point tensors to it first; else each keeps its own.
+        advance: Is told of bytes read, from any thread.
+    """
+    read = _Reader(side, list(side.tensors.values()), dtype)
+
+    def count(strip: tuple[str, int]) -> int:
+        box, shape = read.box(strip), side.tensors[strip[0]].shape
+        found = of_box(read(strip).view(box.shape), box, shape)
+        advance(read.nbytes(strip))
+        return found
+
+    for name, parts in read.each_tensor(count):
+        tensor = side.tensors[name]
+        yield name, seal(combine(parts), tensor.shape, read.dtype_of(tensor))
+
+
+class _Reader:
+    """Reads the tensors of one side strip by strip; both sides of a comparison have the same strips."""
+
+    def __init__(self, side: Side, tensors: Sequence[TensorMetadata], dtype: torch.dtype | None) -> None:
+        self._side, self._dtype = side, dtype
+        # Strips of float64 elements: what a comparison holds of them.
+        self._target: Target = hf_target(
+            [replace(tensor, dtype=torch.float64) for tensor in tensors], _PART_BYTES, {}
+        )
+        self._strips = {tensor.name: tensor for tensor in self._target.tensors()}
+        self._empty = [tensor.name for tensor in tensors if tensor.name not in self._strips]
+        self._plan = plan(
+            side.source.tensors.values(), self._strips.values(), side.views, allow_missing=bool(side.views)
+        )
+        if lost := next(iter(self._plan.missing), None):
+            raise BridgeError(f"{lost}: some of its elements are in no tensor of {side.source.path}")
+        self._copies: dict[str, dict[tuple[str, int], list[Copy]]] = {}
+
+    def dtype_of(self, tensor: TensorMetadata) -> torch.dtype:
+        own = self._side.tensors[tensor.name].dtype
+        return self._dtype if self._dtype is not None and own.is_floating_point else own
+
+    def box(self, strip: tuple[str, int]) -> Box:
+        return self._strips[strip[0]].chunks[strip[1]].box
+
+    def nbytes(self, strip: tuple[str, int]) -> int:
+        """Bytes of a strip in the checkpoint."""
+        return self.box(strip).numel * self._side.tensors[strip[0]].dtype.itemsize
+
+    def __call__(self, strip: tuple[str, int]) -> torch.Tensor:
+        """A strip, flat."""
+        tensor = self._strips[strip[0]]
+        buffer = torch.empty(self.box(strip).numel, dtype=self.dtype_of(tensor))
+        for copy in self._of_file(str(tensor.chunks[strip[1]].owner)).get(strip, ()):
+            self._side.source.fetch(copy, copy.destination_window.of(buffer))
+        return buffer
+
+    def _of_file(self, file: str) -> dict[tuple[str, int], list[Copy]]:
+        found = self._copies.get(file)
+        if found is None:
+            found = {}
+            for copy in self._plan.copies(destination=file):
+                assert copy.destination_chunk is not None
+                found.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
+            self._copies = {file: found}  # files come in turn: only the one at hand is kept
+        return found
+
+    def each_tensor(self, work: Callable[[tuple[str, int]], T]) -> Iterator[tuple[str, list[T]]]:
+        """Run `work` on every strip, on several threads; by tensor, what it returned."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the workers are the parallelism
+        try:
+            with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+                for name in self._empty:
+                    yield name, []
+                for strips in self._target.in_file().values():
+                    found: dict[str, list[T]] = {}
+                    if strips:
+                        self._of_file(str(self._strips[strips[0][0]].chunks[strips[0][1]].owner))
+                    for strip, result in zip(strips, pool.map(work, strips), strict=True):
+                        found.setdefault(strip[0], []).append(result)
+                    yield from found.items()
+        finally:
+            torch.set_num_threads(threads)

@@ -1,0 +1,160 @@
+"""A policy's decisions as plain data and as a table: what each layer's ranks hold of it, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from torchtitan.models.common.decoder import Decoder
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.models.adapters import inner_attention, latent_attention
+from titan_bridge.policy.layers import Split
+from titan_bridge.policy.schema import Policy
+from titan_bridge.sharding.layout import Layout, itemsize
+from titan_bridge.sharding.show import human, local_numel, pattern_of
+
+
+def layer_rows(split: Split, config: Decoder.Config, layout: Layout) -> list[dict[str, Any]]:
+    """One row for each layer, then one for what no policy splits, in the model's order.
+
+    Returns:
+        Dicts with name, kind, rule (index or None), tp_size, ep_size, dcp_size, placements (of its parameters, each
+        once), weight_bytes (of the most loaded rank), kv_bytes and latent_bytes. The latter two are bytes that a rank
+        caches for a token, as the keys and values of its heads and as a latent; None where there is none.
+    """
+    held: dict[str, int] = {}
+    placed: dict[str, dict[str, None]] = {}
+    largest: dict[Any, int] = {}
+    for fqn, param in layout.params.items():
+        owner = _owner(split, fqn)
+        if param not in largest:
+            largest[param] = int(local_numel(param, layout.mesh_of(fqn)).max()) * itemsize(param.dtype)
+        held[owner] = held.get(owner, 0) + largest[param]
+        placed.setdefault(owner, {})[str(param.spec)] = None
+    item = itemsize(layout.param("norm.weight").dtype)
+    rows = []
+    for fqn, layer in split.layers.items():
+        plan = split.plans[fqn]
+        cache: dict[str, int | None] = {"kv_bytes": None, "latent_bytes": None}
+        if layer.kind == "attention":
+            attention = config.layers[int(fqn.split(".")[1])].attention
+            inner, latent = inner_attention(attention), latent_attention(attention)
+            cache["kv_bytes"] = 2 * inner.n_kv_heads // plan.tp_size * inner.qk_head_dim * item
+            cache["latent_bytes"] = None if latent is None else latent.width * item
+        sizes = {name: size for name, size in vars(plan).items() if name != "rule"}
+        rows.append(
+            {
+                "name": fqn, "kind": layer.kind, "rule": plan.rule, **sizes, "placements": list(placed.get(fqn, ())),
+                "weight_bytes": held.get(fqn, 0), **cache,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def other_bytes(split: Split, layout: Layout) -> int:
+    """Bytes on a rank of what no policy splits: norms."""
+    return sum(param.nbytes for fqn, param in layout.params.items() if not _owner(split, fqn))
+
+
+def layer_table(policy: Policy, split: Split, config: Decoder.Config, layout: Layout) -> Table:
+    """`layer_rows` as a table to print, layers that look alike in one row."""
+    rows, other = layer_rows(split, config, layout), other_bytes(split, layout)
+    weights = other + sum(row["weight_bytes"] for row in rows)
+    caches = [row for row in rows if row["kind"] == "attention"]
+    latent = sum(row["latent_bytes"] or 0 for row in caches)
+    table = Table(
+        title=f"{len(rows)} layers on " + ", ".join(f"{k}={n}" for k, n in split.sizes.degrees.items()),
+        caption=(
+            f"a rank holds {human(weights)} of weights ({human(other)} of them norms) and caches "
+            f"{sum(row['kv_bytes'] for row in caches):,} bytes a token"
+            + (f"; as latents {latent:,}" if latent else "")
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("layer", "kind", "rule", "plan", "placements"):
+        table.add_column(column, overflow="fold")
+    for column in ("weights a rank", "KV bytes a token and rank"):
+        table.add_column(column, justify="right")
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        same = {key: value for key, value in row.items() if key != "name"}
+        alike.setdefault(json.dumps([pattern_of(row["name"]), same]), []).append(row["name"])
+    for key, names in alike.items():
+        pattern, row = json.loads(key)
+        name = Text(names[0] if len(names) == 1 else pattern)
+        if len(names) > 1:
+            numbers = [int(name.split(".")[1]) for name in names]
+            name.append(f"  {_runs(numbers)}", style="dim")
+        at = row["rule"]
+        cache = "" if row["kv_bytes"] is None else f"{row['kv_bytes']:,}"
+        if row["latent_bytes"]:
+            cache += f", latent {row['latent_bytes']:,}"
+        table.add_row(
+            name,
+            row["kind"],
+            "none" if at is None else f"{at}: {policy.rules[at].match}",
+            _plan(row),
+            "\n".join(row["placements"]),
+            f"{human(row['weight_bytes'])}{f' x {len(names)}' if len(names) > 1 else ''}",
+            cache,
+        )
+    return table
+
+
+def why(policy: Policy, split: Split, layout: Layout, fqn: str) -> Iterator[str]:
+    """Why a layer, or the module or parameter `fqn` of it, is split as it is, in lines.
+
+    Raises:
+        BridgeError: The model has nothing of that name.
+    """
+    held = {name: param for name, param in layout.params.items() if f"{name}.".startswith(f"{fqn}.")}
+    if not held and fqn not in split.layers:
+        raise BridgeError(f"--why {fqn}: the model has no such layer, module or parameter; give one of --all")
+    owner = _owner(split, fqn)
+    if not owner:
+        yield f"{fqn} is in no layer that a policy splits"
+    else:
+        layer, plan = split.layers[owner], split.plans[owner]
+        cut = ", ".join(f"{name}={size}" for name, size in layer.divides.items())
+        yield f"{fqn} belongs to {owner}: {layer.kind} {layer.flavor or ''}".rstrip() + (
+            f", {cut}" if cut else ""
+        )
+        for at, rule in enumerate(policy.rules[: len(policy.rules) if plan.rule is None else plan.rule + 1]):
+            said = ", ".join(f"{name}={size}" for name, size in rule.plan.given.items())
+            yield f"rules.{at} ({rule.match}): " + (
+                f"decides, {said}" if at == plan.rule else "is not for it"
+            )
+        if plan.rule is None:
+            inside = f"; it goes with {layer.inside[0]}" if layer.inside else ""
+            yield f"no rule is for it{inside}" if policy else f"there are no rules{inside}"
+        yield f"plan: {_plan(vars(plan))} of tp={split.sizes.tp}"
+    for name, param in held.items():
+        yield f"{name}: {param}, {list(layout.local_shape(name, layout.mesh_of(name).ranks[0]) or ())} on a rank"
+
+
+def _owner(split: Split, fqn: str) -> str:
+    """The layer that a parameter belongs to, or ""."""
+    while fqn and fqn not in split.layers:
+        fqn = fqn.rpartition(".")[0]
+    return fqn
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    shown = {"tp": plan["tp_size"], "ep": plan["ep_size"], "dcp": plan["dcp_size"]}
+    return " ".join(f"{name}={size}" for name, size in shown.items() if size > 1 or name == "tp")
+
+
+def _runs(numbers: list[int]) -> str:
+    """ "0-2, 5" for 0, 1, 2 and 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,59 @@
+"""Fingerprints of what a trainer rank sent to a worker, computed at both ends from the same messages.
+
+Both ends know which elements each slice of each message has, in which order, and in which dtype; so each counts them
+through, and equal sums say that what is live is what the trainer has, element for element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from titan_bridge.fingerprint import combine, partial
+from titan_bridge.sharding.moves import Window
+from titan_bridge.transfer.messages import Bucket
+from titan_bridge.transfer.snapshot import Local
+
+_ROW = 1024
+"""Elements that are counted as one row: whole rows are quick to sum up."""
+_RANK = 1 << 40
+"""Rows of the messages of one trainer rank: elements of two ranks have different numbers."""
+
+
+def of_messages(messages: Mapping[int, Sequence[Bucket]], local: Local) -> dict[str, int]:
+    """By name of the engine's tensor; the sum over all trainer ranks is that of the tensor on this worker.
+
+    Args:
+        messages: By trainer rank, of one worker.
+        local: Local tensors by name, of either end. Names that it lacks are left out.
+    """
+    sums: dict[str, int] = {}
+    for rank, buckets in messages.items():
+        row = rank * _RANK
+        for bucket in buckets:
+            for part in bucket.slices:
+                if part.name in local:
+                    tensor = local[part.name]
+                    flat = part.of(tensor if tensor.is_contiguous() else tensor.contiguous()).reshape(-1)
+                    sums[part.served] = combine((sums.get(part.served, 0), _of(flat, row, bucket.dtype)))
+                row += -(-part.elements // _ROW)
+    return sums
+
+
+def _of(flat: torch.Tensor, row: int, dtype: torch.dtype) -> int:
+    """Of elements that fill rows, from this one on."""
+    rows, rest = divmod(len(flat), _ROW)
+    shape, total = (1 << 62, _ROW), []
+    if rows:
+        window = Window(size=(rows, _ROW), stride=(_ROW, 1), offset=row * _ROW)
+        total.append(partial(flat[: rows * _ROW].view(rows, _ROW), window, shape, dtype))
+    if rest:
+        window = Window(size=(rest,), stride=(1,), offset=(row + rows) * _ROW)
+        total.append(partial(flat[rows * _ROW :], window, shape, dtype))
+    return combine(total)
+
+
+def differing(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
+    """Names that both have with another fingerprint."""
+    return sorted(name for name, value in theirs.items() if name in ours and ours[name] != value)

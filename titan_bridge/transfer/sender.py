@@ -1,0 +1,120 @@
+"""What one trainer rank sends: to every worker its messages, all workers at once.
+
+A window that is contiguous and of the wire's dtype already is sent from where it lies. Others are packed into one of
+`BUFFERS` buckets, which are all the memory that sending takes beside the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.messages import Bucket
+from titan_bridge.transfer.snapshot import Delta, Local
+from titan_bridge.transfer.wire import Connection, Deadline, raw
+
+BUFFERS = 2
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """From this rank to one worker."""
+
+    connection: Connection
+    buckets: Sequence[Bucket]
+
+
+class Sender(Generic[Key]):
+    """Sends the tensors of one trainer rank, again and again; keeps its buffers."""
+
+    def __init__(self) -> None:
+        self._free: queue.Queue[torch.Tensor | None] = queue.Queue()
+        for _ in range(BUFFERS):
+            self._free.put(None)
+        self.buffer_bytes = 0
+        """Memory held beside the tensors: at most two buckets."""
+
+    def send(
+        self,
+        ways: Mapping[Key, Way],
+        local: Local,
+        deltas: Mapping[Key, Delta],
+        number: int,
+        deadline: Deadline,
+    ) -> dict[Key, int | str]:
+        """Send update `number` of `local` (local tensors by name) to every worker: its delta if there is one, else all.
+
+        Returns the bytes that each worker was sent, or why it was not sent all of them.
+        """
+        outcome: dict[Key, int | str] = {}
+
+        def one(key: Key, way: Way) -> None:
+            try:
+                delta = deltas.get(key)
+                way.connection.send(
+                    {"number": number, "kind": "whole" if delta is None else "delta"}, deadline
+                )
+                if delta is None:
+                    outcome[key] = self._whole(way, local, deadline)
+                else:
+                    outcome[key] = self._delta(way, delta, deadline)
+            except TransferError as error:
+                outcome[key] = str(error)
+            except Exception as error:  # said on all ranks: nobody may wait for the rest
+                outcome[key] = f"{type(error).__name__}: {error}"
+
+        threads = [threading.Thread(target=one, args=item, daemon=True) for item in ways.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return outcome
+
+    def _whole(self, way: Way, local: Local, deadline: Deadline) -> int:
+        for bucket in way.buckets:
+            if (data := _as_it_lies(bucket, local)) is not None:
+                way.connection.send_raw(data, deadline)
+                continue
+            buffer = self._free.get()
+            try:
+                buffer = self._packed(bucket, local, buffer)
+                way.connection.send_raw(raw(buffer[: bucket.nbytes]), deadline)
+            finally:
+                self._free.put(buffer)
+        return sum(bucket.nbytes for bucket in way.buckets)
+
+    def _delta(self, way: Way, delta: Delta, deadline: Deadline) -> int:
+        way.connection.send_raw(raw(delta.counts), deadline)
+        for positions, values in delta.parts:
+            if len(positions):
+                way.connection.send_raw(raw(positions), deadline)
+                way.connection.send_raw(raw(values), deadline)
+        return delta.nbytes
+
+    def _packed(self, bucket: Bucket, local: Local, buffer: torch.Tensor | None) -> torch.Tensor:
+        tensors = [local[part.name] for part in bucket.slices]
+        if buffer is None or buffer.nbytes < bucket.nbytes:
+            self.buffer_bytes += bucket.nbytes - (0 if buffer is None else buffer.nbytes)
+            pin = tensors[0].device.type == "cuda"
+            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, pin_memory=pin)
+        message = buffer[: bucket.nbytes].view(bucket.dtype)
+        for part, tensor in zip(bucket.slices, tensors, strict=True):
+            window = part.of(tensor if tensor.is_contiguous() else tensor.contiguous())
+            message[part.at : part.at + part.elements].view(part.window.size).copy_(window)
+        return buffer
+
+
+def _as_it_lies(bucket: Bucket, local: Local) -> memoryview | None:
+    """The message without a copy, where the bytes of a local tensor are the message."""
+    tensor = local[bucket.slices[0].name]
+    if bucket.run is None or tensor.dtype != bucket.dtype or tensor.device.type != "cpu":
+        return None
+    return raw(tensor)[bucket.run] if tensor.is_contiguous() else None

@@ -1,0 +1,305 @@
+"""Authenticated TCP connections that carry short JSON messages and raw bytes.
+
+Who connects and who listens both prove that they know the run's secret before anything else is read: the listener
+sends a nonce, the other side answers with its hello, a nonce of its own and an HMAC over both, and gets an HMAC back.
+Until then at most `HELLO_BYTES` are read within `HELLO_SECONDS`, so that a port scanner costs nothing. Nothing that
+arrives is ever unpickled: messages are JSON objects of a bounded size, tensors are bytes whose number is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from titan_bridge.transfer.errors import PeerLost, TransferError
+
+NONCE = MAC = 32
+HELLO_BYTES = 4096
+HELLO_SECONDS = 5.0
+MESSAGE_BYTES = 256 * 2**20
+"""Most bytes of one JSON message: both layouts of a model with a hundred thousand tensors."""
+_LENGTH = struct.Struct(">I")
+_BACKLOG = 1024
+
+
+class Deadline:
+    """A point in time up to which something may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self._at = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds; at least a little, so that what is there already is still taken."""
+        return max(self._at - time.monotonic(), 0.001)
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self._at
+
+
+class Connection:
+    """One end of an authenticated connection. One thread may send while another receives.
+
+    Every method raises PeerLost after the deadline, or when the other end is gone.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str, hello: Mapping[str, Any]) -> None:
+        self.peer, self.hello = peer, hello
+        """Who the other end is, for messages, and what whoever connected said of itself."""
+        self._socket = sock
+        sock.setblocking(True)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    def send(self, message: Mapping[str, Any], deadline: Deadline) -> None:
+        """Send a JSON object."""
+        body = json.dumps(message, separators=(",", ":")).encode()
+        if len(body) > MESSAGE_BYTES:
+            raise TransferError(f"a message of {len(body)} bytes; at most {MESSAGE_BYTES} can be sent")
+        self.send_raw(_LENGTH.pack(len(body)) + body, deadline)
+
+    def receive(self, deadline: Deadline | None) -> dict[str, Any]:
+        """The next JSON object; without a deadline, however long it takes to begin."""
+        head = bytearray(_LENGTH.size)
+        self.receive_raw(head, deadline)
+        (size,) = _LENGTH.unpack(head)
+        if size > MESSAGE_BYTES:
+            self.close()
+            raise TransferError(
+                f"{self.peer} sent a message of {size} bytes; at most {MESSAGE_BYTES} are read"
+            )
+        body = bytearray()
+        while len(body) < size:  # in pieces: memory is taken as bytes arrive, whatever the length said
+            piece = bytearray(min(size - len(body), 2**20))
+            self.receive_raw(piece, deadline or Deadline(HELLO_SECONDS))
+            body += piece
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            self.close()
+            raise TransferError(f"{self.peer} sent something that is not a JSON object")
+        return message
+
+    def send_raw(self, data: Any, deadline: Deadline) -> None:
+        """Send all bytes of a buffer."""
+        view = memoryview(data).cast("B")
+        while view:
+            self._limit(socket.SO_SNDTIMEO, deadline)
+            try:
+                view = view[self._socket.send(view) :]
+            except BlockingIOError:
+                raise PeerLost(f"{self.peer} takes no more: no answer within the time limit") from None
+            except OSError as error:
+                raise self._gone(error) from None
+
+    def receive_raw(self, into: Any, deadline: Deadline | None) -> None:
+        """Fill a buffer."""
+        view = memoryview(into).cast("B")
+        while view:
+            self._limit(socket.SO_RCVTIMEO, deadline)
+            try:
+                count = self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
+            except BlockingIOError:
+                raise PeerLost(f"{self.peer} is silent: no answer within the time limit") from None
+            except OSError as error:
+                raise self._gone(error) from None
+            if not count:
+                raise self._gone(None)
+            view = view[count:]
+
+    def alive(self) -> bool:
+        """Whether the other end has not closed the connection, as far as this host has heard."""
+        try:
+            if not select.select([self._socket], [], [], 0)[0]:
+                return True
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except (OSError, ValueError):
+            return False
+
+    def close(self) -> None:
+        """Close it; whoever waits on either end fails now."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _limit(self, option: int, deadline: Deadline | None) -> None:
+        left = 0.0 if deadline is None else deadline.left
+        seconds, rest = int(left), int(left % 1 * 1e6)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, rest))
+        except OSError as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: OSError | None) -> PeerLost:
+        return PeerLost(f"the connection with {self.peer} is gone{f' ({error})' if error else ''}")
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def connect(host: str, port: int, secret: bytes, hello: Mapping[str, Any], deadline: Deadline) -> Connection:
+    """Connect to a listener and prove to each other that both know the secret.
+
+    Raises:
+        PeerLost: Nobody there, or no answer within the time.
+        TransferError: The other end knows another secret.
+    """
+    peer = f"the trainer at {host}:{port}"
+    try:
+        sock = socket.create_connection((host, port), timeout=deadline.left)
+    except (OSError, OverflowError) as error:  # the latter: no port
+        raise PeerLost(f"no trainer at {host}:{port} ({error})") from None
+    connection = Connection(sock, peer, hello)
+    try:
+        theirs, mine = bytearray(NONCE), secrets.token_bytes(NONCE)
+        connection.receive_raw(theirs, deadline)
+        body = json.dumps({**hello, "nonce": mine.hex()}).encode()
+        connection.send_raw(_LENGTH.pack(len(body)) + body + _mac(secret, b"to", theirs, body), deadline)
+        proof = bytearray(MAC)
+        connection.receive_raw(proof, deadline)
+    except TransferError as error:
+        connection.close()
+        raise PeerLost(f"{peer} did not let this worker in ({error})") from None
+    if not hmac.compare_digest(proof, _mac(secret, b"from", mine, theirs)):
+        connection.close()
+        raise TransferError(f"{peer} does not know the secret of this run")
+    return connection
+
+
+def _mac(secret: bytes, *parts: bytes | bytearray) -> bytes:
+    return hmac.digest(secret, b"titan".join(parts), "sha256")
+
+
+class Listener:
+    """Accepts connections of those who know the secret, in a thread of its own, and keeps them until they are taken."""
+
+    def __init__(self, host: str, port: int, secret: bytes) -> None:
+        """Listens on this address alone; port 0 takes a free one. Raises TransferError where it cannot."""
+        self._secret = secret
+        try:
+            family = socket.getaddrinfo(host, None)[0][0]
+            self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            raise TransferError(f"cannot listen at {host}:{port} ({error})") from None
+        self._socket.setblocking(False)
+        self.host, self.port = host, self._socket.getsockname()[1]
+        self._changed = threading.Condition()
+        self._arrived: list[Connection] = []
+        self._greeted = 0
+        """Connections whose proof was right and whose answer is on its way."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="titan-listener", daemon=True)
+        self._thread.start()
+
+    def take(
+        self, want: Callable[[Mapping[str, Any]], bool], *, count: int, deadline: Deadline
+    ) -> list[Connection]:
+        """Connections whose hello is wanted, once `count` of them are there, and all that wait by then.
+
+        Raises PeerLost after the deadline.
+        """
+        with self._changed:
+            while True:
+                found = [each for each in self._arrived if want(each.hello)]
+                if len(found) >= count and not self._greeted:
+                    self._arrived = [each for each in self._arrived if not want(each.hello)]
+                    return found
+                if deadline.over:
+                    raise PeerLost(f"{len(found)} of {count} connected within the time limit")
+                self._changed.wait(deadline.left)
+
+    def close(self) -> None:
+        """Stop listening and close what nobody took."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._socket.close()
+        for each in self._arrived:
+            each.close()
+
+    def _run(self) -> None:
+        self._loop.create_task(self._accept())
+        self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    async def _accept(self) -> None:
+        pending: set[asyncio.Task] = set()
+        while True:
+            try:
+                sock, (host, port, *_) = await self._loop.sock_accept(self._socket)
+            except OSError:  # out of file descriptors, or the caller has hung up already
+                await asyncio.sleep(0.01)
+                continue
+            sock.setblocking(False)
+            task = self._loop.create_task(self._greet(sock, f"{host}:{port}"))
+            pending.add(task)
+            task.add_done_callback(pending.discard)
+
+    async def _greet(self, sock: socket.socket, peer: str) -> None:
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                hello, answer = await self._identify(sock)
+        except Exception:  # whoever it was does not belong here, and gets no reason
+            sock.close()
+            return
+        with self._changed:
+            self._greeted += 1
+        connection: Connection | None = None
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                await self._loop.sock_sendall(sock, answer)
+            connection = Connection(sock, f"{hello.get('who', 'a peer')} ({peer})", hello)
+        except (OSError, TimeoutError):
+            sock.close()
+        finally:
+            with self._changed:
+                self._greeted -= 1
+                if connection is not None:
+                    self._arrived.append(connection)
+                self._changed.notify_all()
+
+    async def _identify(self, sock: socket.socket) -> tuple[dict[str, Any], bytes]:
+        nonce = secrets.token_bytes(NONCE)
+        await self._loop.sock_sendall(sock, nonce)
+        (size,) = _LENGTH.unpack(await self._read(sock, _LENGTH.size))
+        if size > HELLO_BYTES:
+            raise ValueError("too long")
+        body = await self._read(sock, size)
+        if not hmac.compare_digest(await self._read(sock, MAC), _mac(self._secret, b"to", nonce, body)):
+            raise ValueError("wrong secret")
+        hello = json.loads(body)
+        return hello, _mac(self._secret, b"from", bytes.fromhex(hello["nonce"]), nonce)
+
+    async def _read(self, sock: socket.socket, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            piece = await self._loop.sock_recv(sock, size - len(data))
+            if not piece:
+                raise ConnectionError
+            data += piece
+        return data
