@@ -52,6 +52,9 @@ class Reshard:
         tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
     ] = None
     """Of the weights; else they keep their own."""
+    names: Annotated[str | None, tyro.conf.arg(metavar="PATTERN", help_behavior_hint="")] = None
+    """Where another program wrote SRC: how it calls the tensor NAME, with {} in place of NAME, for example
+    'state.model.{}'. Names are TorchTitan's or Hugging Face's behind it; tensors that do not fit are left out."""
     dp: int = 1
     """--to engine: data-parallel size."""
     tp: int = 1
@@ -103,6 +106,7 @@ class Reshard:
             to=self.to,
             config=self.config,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
+            names=self.names,
             dp=self.dp,
             tp=self.tp,
             ep=self.ep,
