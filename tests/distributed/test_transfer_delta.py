@@ -184,6 +184,9 @@ def stale(rank: int, world: int, client: PlainClient, told: dict, how: str) -> l
     if rank == 0:
         if how == "reload":
             client.call(reload)
+        elif how == "restart":
+            served = layout(*ENGINES["ep 2"], "bfloat16")
+            client.call(retarget, sample_target, [(served, at, at, 0) for at in range(2)])
         else:
             client.shutdown_weight_transfer_engine()
             other = Trainer({n: torch.zeros(s) for n, s in SHAPES.items()}, client, rank=0, world=1)
@@ -199,7 +202,7 @@ def stale(rank: int, world: int, client: PlainClient, told: dict, how: str) -> l
     return kinds
 
 
-@pytest.mark.parametrize("how", ["reload", "another trainer"])
+@pytest.mark.parametrize("how", ["reload", "restart", "another trainer"])
 def test_a_stale_base_is_refused_and_everything_sent_instead(trainers, workers, how):
     engine_of(workers, "ep 2")
     told = layout(*TRAINERS["fsdp 2"], "float32")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
+import socket
+import statistics
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
-from titan_bridge.testing_processes import PlainClient, plain_ranks, plain_workers
+from titan_bridge.testing_processes import PlainClient, PlainRanks, plain_ranks, plain_workers
 from titan_bridge.testing_samples import differences, sample, sample_locals, sample_target
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.options import Options
@@ -79,9 +84,16 @@ def staged(rank: int, world: int, client: PlainClient) -> int:
     return sum(report.sent[rank].values())
 
 
-def test_every_pipeline_stage_sends_what_it_holds():
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[PlainRanks]:
+    """For all tests: the server that processes are forked from stays as long as somebody uses it."""
+    with plain_ranks(4) as started:
+        yield started
+
+
+def test_every_pipeline_stage_sends_what_it_holds(ranks):
     rows = [(served(2), rank, rank, OLD) for rank in range(2)]
-    with plain_workers(sample_target, rows) as (client, _), plain_ranks(4) as ranks:
+    with plain_workers(sample_target, rows) as (client, _):
         sent = ranks.run(staged, client)
     assert min(sent) > 0
 
@@ -151,3 +163,67 @@ def test_engines_come_and_go_and_a_dead_one_is_left_out():
         with pytest.raises(TransferError):  # there is none left
             trainer.send("d")
         trainer.close()  # nobody is there to be told
+
+
+def test_all_replicas_of_a_dense_engine_are_updated_or_the_call_fails():
+    """Each steps by itself and knows only its own number, as with vLLM's data parallelism of dense models."""
+    rows = [(served(1), 0, index, OLD) for index in range(2)]
+    with plain_workers(sample_target, rows, apart=True) as (client, processes):
+        now = sample_locals(Layout.from_json(served(1)), 0, NEW)
+        with Trainer(lambda: now, client, options=Options(seconds=10)) as trainer:
+            report = trainer.send()
+            assert client.call(differences, NEW) == [[], []]
+            assert set(report.received) == {"engine0/0", "engine0/1"}
+            assert trainer.verify() == 2 * len(SHAPES)
+        processes[0].kill()
+        processes[0].join()
+        rest = PlainClient(client.addresses[1:])
+        now.update(sample_locals(Layout.from_json(served(1)), 0, NEXT))
+        with (
+            Trainer(lambda: now, rest, options=Options(seconds=10)) as trainer,
+            pytest.raises(TransferError, match=r"workers \[1\] of engine0 came; all of them have to"),
+        ):
+            trainer.send()
+        assert rest.call(differences, NEW) == [[]]
+
+
+def big() -> dict:
+    placements = (Shard(0),)
+    spec = ShardingSpec(mesh="m", placements=placements)
+    param = ParamLayout(spec=spec, shape=(4096, 4096), dtype="float32")
+    return Layout(meshes={"m": MeshLayout.make(("tp",), (1,))}, params={"w": param}).to_json()
+
+
+def repeated(rank: int, world: int, client: PlainClient, folder: str) -> tuple[list[float], list[float]]:
+    """Seconds of updates in peace, and while strangers knock."""
+    now = {"w": torch.ones(4096, 4096)}
+    with Trainer(lambda: now, client, options=Options(seconds=20, delta=False)) as trainer:
+        trainer.send()
+        peace = [trainer.send().seconds for _ in range(8)]
+        Path(folder, "port.part").write_text(str(trainer._listener.port))
+        Path(folder, "port.part").rename(Path(folder, "port"))
+        war = []
+        while not Path(folder, "over").exists():
+            war.append(trainer.send().seconds)
+        trainer.verify()
+    return peace, war
+
+
+def test_two_thousand_strangers_during_updates_neither_fail_nor_slow_them(ranks, tmp_path):
+    with plain_workers(sample_target, [(big(), 0, 0, OLD)]) as (client, _):
+        answers = ranks.start(repeated, client, str(tmp_path), world=1)
+        while not (tmp_path / "port").exists():
+            time.sleep(0.01)
+        port = int((tmp_path / "port").read_text())
+        for number in range(2000):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger:
+                if number % 2:
+                    stranger.sendall(secrets.token_bytes(500))
+            time.sleep(0.0002)
+        (tmp_path / "over").touch()
+        ((peace, war),) = answers()
+    print(
+        f"median {statistics.median(peace):.3f} s in peace, {statistics.median(war):.3f} s of {len(war)} updates"
+    )
+    assert len(war) > 2
+    assert statistics.median(war) < 2 * statistics.median(peace)

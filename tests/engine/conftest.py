@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.conftest import descendants
 from titan_bridge import cpu
 from titan_bridge.ports import free_port
 
@@ -51,12 +53,29 @@ def _serve(
             except httpx.TransportError:
                 time.sleep(0.5)
         yield url
+        segments = shared_memory(server.pid)
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
+        assert not [left for left in segments if left.exists()]
+        assert by is not TITAN_BRIDGE or not [
+            line
+            for line in log.read_text().splitlines()
+            if re.search("nanobind|leaked|resource_tracker", line)
+        ]
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
+
+
+def shared_memory(pid: int) -> set[Path]:
+    """Files in /dev/shm that a process and its children have mapped."""
+    found = set()
+    for process in [pid, *descendants(pid)]:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+            found |= {Path(file[1]) for line in lines if (file := re.search(r"(/dev/shm/\S+)", line))}
+    return found
 
 
 @pytest.fixture(autouse=True)

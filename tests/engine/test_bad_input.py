@@ -9,13 +9,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.engine.features import REFUSED
 from titan_bridge.testing import make_checkpoint, make_run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -192,6 +193,13 @@ print(json.dumps([answer(options) for options in json.loads(sys.stdin.read())]))
 """
 
 
+def filled(value: Any, model: str) -> Any:
+    """Options of the table of features with the model's folder in them."""
+    if isinstance(value, Mapping):
+        return {key: filled(inner, model) for key, inner in value.items()}
+    return model if value == "MODEL" else value
+
+
 def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "qwen3", "qwen3")
     run = make_run(tmp_path / "out", model, model)
@@ -201,16 +209,15 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     narrow = str(make_checkpoint(tmp_path / "narrow", "deepseek_v3", tokenizer=False))
     latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
     wide = str(make_checkpoint(tmp_path / "wide", "deepseek_v3", tokenizer=False, **latent))
+    sharded = {"additional_config": {"titan": {"dense": "shard"}}}
     classifier = {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 2}
     speculation = {"model": str(model), "num_speculative_tokens": 2}
     longer = {"max_position_embeddings": 8192}
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported with model_impl='torchtitan'"),
-        ({"enable_lora": True}, "LoRA is not supported with model_impl='torchtitan'"),
-        ({"quantization": "fp8"}, "quantization=fp8 is not supported with model_impl='torchtitan'"),
-        ({"enable_prompt_embeds": True}, "prompt embeddings are not supported with model_impl='torchtitan'"),
+        *((filled(each.options, str(model)), each.said) for each in REFUSED),
+        ({"model": moe, "enable_lora": True, "data_parallel_size": 2, **sharded},
+         "LoRA with additional_config.titan.dense = 'shard' is not supported with model_impl='torchtitan'"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel is set, but"),
-        ({"load_format": "sharded_state"}, "load_format='sharded_state' is not supported with model_impl='torchtitan'"),
         ({}, f"taken: {model} as {model}, {{}}, titan"),
         ({"model": str(run)}, f"taken: {steps} as {run}, {{'titan': {{'step': 2}}}}, titan"),
         ({"model": str(steps)}, f"taken: {steps} as {steps}, {{'titan': {{'step': 2}}}}, titan"),
@@ -228,13 +235,10 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
          "kv_lora_rank=32 and qk_rope_head_dim=16 have no kernel in vLLM's latent attention on CPUs"),
         ({"model": wide, "data_parallel_size": 2, "additional_config": {"titan": {"mla": "latent", "dense": "shard"}}},
          "mla = 'latent' derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"),
-        ({"enable_dbo": True}, "microbatches (enable_dbo) are not supported with model_impl='torchtitan'"),
-        ({"runner": "pooling", "convert": "classify"}, "runner='pooling' (convert='classify') is not supported"),
         ({"model": folder_with(model, tmp_path / "head", config=classifier)},
          "architecture Qwen3ForSequenceClassification is not supported"),
         ({"model": llama, "speculative_config": {"method": "eagle", **speculation, "model": llama}},
          "speculative method 'eagle' is not supported"),
-        ({"speculative_config": {"method": "eagle3", **speculation}}, "speculative method 'eagle3' is not supported"),
         ({"model": moe, "additional_config": {"titan": {"ep": 2}}, "tensor_parallel_size": 2},
          "additional_config.titan.ep=2 needs enable_expert_parallel"),
         ({"hf_overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
@@ -242,6 +246,7 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
         # What must go on:
         ({"hf_overrides": longer, "max_model_len": 4096}, "taken"),
         ({"speculative_config": {"method": "draft_model", **speculation}}, "taken"),
+        ({"runner": "pooling"}, "taken"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "taken"),
         ({"model": moe, "additional_config": {"titan": {"ep": 1}}}, "taken"),
     ]  # fmt: skip

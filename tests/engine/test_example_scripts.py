@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from tests.conftest import ROOT
+from titan_bridge.ports import free_port
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_tokenizer
 
@@ -93,3 +98,15 @@ def test_a_family_of_ones_own(tmp_path: Path) -> None:
     assert facts["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
     assert {row["reference"] for row in facts["references"]} == {"TorchTitan", "transformers"}
     assert all(row["max"] <= 1e-4 and row["tokens"] > 500 for row in facts["references"]), facts
+
+
+def test_live_weights(trained: tuple[Path, str], serve: Callable[..., Any], tmp_path: Path) -> None:
+    options = ("--enforce-eager", "--dtype", "float32", "--served-model-name", "it")
+    transfer = ("--weight-transfer-config", json.dumps({"backend": "titan"}))
+    with serve(trained[0], tmp_path / "log", *options, *transfer, VLLM_SERVER_DEV_MODE="1") as url:
+        torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
+        done = run(sys.executable, *torchrun, EXAMPLES / "live_weights.py", trained[0], "--url", url)
+        assert httpx.get(f"{url}/weight_info").json() == {"weight_version": "step 2"}
+    losses = [float(loss) for loss in re.findall(r"step \d: loss ([\d.]+), ", done.stdout)]
+    assert len(losses) == 3
+    assert losses[2] < losses[1] < losses[0]

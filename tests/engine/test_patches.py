@@ -71,6 +71,10 @@ TARGETS = {
     "vllm.engine.arg_utils:EngineArgs.create_model_config": ("changed",),  # vLLM itself stops without it
     "vllm.distributed.device_communicators.cpu_communicator:"
     "CpuCommunicator._all_group_ranks_share_shm_group_name": ("changed", "gone"),
+    "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed._init_cpu_shm": (
+        "changed",
+        "gone",
+    ),
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor._init_executor": ("changed", "gone"),
     "vllm.v1.executor.multiproc_executor:WorkerProc._init_message_queues": ("changed", "gone"),
     "vllm.v1.executor.multiproc_executor:get_mp_context": ("changed", "gone"),

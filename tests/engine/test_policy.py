@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.engine.test_parity import EXPANDED, SERVABLE, answer_here, answer_of, check
+from tests.engine.test_parity import EXPANDED, SERVABLE, answer_here, check
 from tests.unit.test_parallelize_specs import MODELS
 from titan_bridge import cli, cpu, parity
 from titan_bridge.mesh import Sizes
@@ -51,13 +52,6 @@ def test_the_numbers_of_both_references(
     family, fields, parallel, options = CASES[case]
     model = make_checkpoint(tmp_path / "model", family, **fields)
     check(answer_here(model, parallel, monkeypatch, **options), parallel)
-
-
-def test_replicated_attention_with_experts_over_dp_and_tp(
-    tmp_path: Path, bin_dir: Path, no_orphans: None
-) -> None:
-    model = make_checkpoint(tmp_path / "model", "qwen3_moe", **MIXED)
-    check(*answer_of(bin_dir, model, "--dp 2 --tp 2 --ep 4 --attention-tp 1"))
 
 
 def test_a_compiled_step_has_the_same_name_unless_a_layer_is_narrower() -> None:
@@ -148,28 +142,34 @@ def test_inspect_says_what_the_engine_holds(running: Running, capsys: pytest.Cap
     assert [found for worker in verified for found in worker if not found["equal"]] == []
 
 
-def test_dense_and_sparse_updates_send_what_they_must(running: Running) -> None:
-    from titan_bridge.engine.transfer import LLMClient
-    from titan_bridge.ports import free_port
-    from titan_bridge.transfer.changes import changed
-    from titan_bridge.transfer.options import Options
-    from titan_bridge.transfer.source import TensorSource
-    from titan_bridge.transfer.trainer import Trainer
+def test_updates_of_all_weights_and_of_a_few_reach_every_width(running: Running) -> None:
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    from titan_bridge.engine.transfer import LLMClient, TitanTrainerInitInfo, TitanWeightSource
 
     fresh = running.answers()
-    held = titan_tensors(running.folder / "b")
-    options = Options(port=free_port(), seconds=60)
-    trainer = Trainer(
-        TensorSource(lambda: held, rank=0), LLMClient(running.llm), rank=0, world=1, options=options
+    held = load_file(running.folder / "b" / "model.safetensors")
+    trainer = WeightTransferTrainerFactory.trainer_init(
+        TitanTrainerInitInfo(rank=0, timeout_seconds=60),
+        client=LLMClient(running.llm),
+        source=TitanWeightSource(lambda: held),
     )
-    trainer.connect()
     trainer.send_weights()
+    assert trainer.report.kind == "whole"
     assert sum(trainer.report.received.values()) == trainer.report.lower_bound
     assert running.answers() != fresh
-    before = trainer.snapshot()
-    held |= titan_tensors(running.folder / "a")
-    patches = changed(before, held, rank=0)
-    trainer.send_sparse(patches)
+    held = load_file(running.folder / "a" / "model.safetensors")
+    trainer.send_weights()
+    assert running.answers() == fresh
+    wo = "model.layers.0.self_attn.o_proj.weight"
+    held[wo] = held[wo].clone()
+    held[wo].view(-1)[::23] *= 1.5
+    trainer.send_weights()
+    assert trainer.report.kind == "delta"
+    assert sum(trainer.report.received.values()) < trainer.report.lower_bound // 20
+    assert running.answers() != fresh
+    held = load_file(running.folder / "a" / "model.safetensors")
+    trainer.send_weights()
     trainer.shutdown()
     assert running.answers() == fresh
 

@@ -207,24 +207,22 @@ def test_weights_are_not_saved_in_vllms_sharded_format(llm: Any, tmp_path: Path)
 
 def test_a_draft_model_is_vllms_and_all_its_drafts_are_accepted(tmp_path: Path) -> None:
     """The draft is the served checkpoint itself, so only another model or other weights could be refused."""
-    from titan_bridge.engine.run.offline import complete, engine
+    from titan_bridge.engine.run.offline import complete, drafts, engine
 
     model = str(make_checkpoint(tmp_path / "model", "qwen3", tokenizer=False))
+    draft = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
     config = InferConfig(
         model=model,
         dtype="float32",
         max_model_len=128,
-        vllm={
-            "enforce_eager": True,
-            "skip_tokenizer_init": True,
-            "disable_log_stats": False,
-            "speculative_config": {"method": "draft_model", "model": model, "num_speculative_tokens": 3},
-        },
+        vllm={"enforce_eager": True, "skip_tokenizer_init": True, "speculative_config": draft},
     )
-    with engine(config) as (llm, _, _):
+    with engine(config) as (llm, workers, _):
+        assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
         sampling = {"max_tokens": 24, "temperature": 0, "detokenize": False, "ignore_eos": True}
-        complete(llm, [PROMPT], sampling)
-        counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    drafted = counters["vllm:spec_decode_num_draft_tokens"]
-    assert drafted >= 18
-    assert counters["vllm:spec_decode_num_accepted_tokens"] == drafted
+        ((completion,), _) = complete(llm, [PROMPT], sampling)
+        counted = drafts(llm)
+    assert counted["draft"] >= 18
+    assert counted["accepted"] == counted["draft"]
+    expected_LV = load_reference(model).logprobs([*PROMPT, *completion.token_ids])
+    assert list(completion.token_ids) == expected_LV[len(PROMPT) - 1 : -1].argmax(-1).tolist()

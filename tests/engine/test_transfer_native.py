@@ -68,6 +68,6 @@ def test_a_trainer_updates_vllms_own_model_at_tp_2(tmp_path, family, model_class
             # Half of everything that is sharded into each worker, fused or not, and the norms into both.
             experts = sum(tensor.nbytes for name, tensor in hf_tensors(b).items() if ".experts." in name)
             assert trainer.report.received == {
-                rank: worker["local_bytes"] + experts // 2 for rank, worker in enumerate(workers)
+                f"engine0/{rank}": worker["local_bytes"] + experts // 2 for rank, worker in enumerate(workers)
             }
             trainer.shutdown()

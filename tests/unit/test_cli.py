@@ -21,7 +21,6 @@ from titan_bridge.commands import doctor
 from titan_bridge.commands import quiet as quiet_module
 from titan_bridge.commands.quiet import last_error, quiet, user_error
 from titan_bridge.engine.cpu import forking
-from titan_bridge.engine.run.ranks import devices
 from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint, make_run
@@ -398,6 +397,7 @@ def test_an_option_of_vllms_is_the_flag_that_says_the_same(case, model, capsys):
         (["--additional-config", '{"titan": {"ep": 2}}'], "vllm.additional_config.titan.ep is set by parallel.ep"),
         (["--max-model-len", "9000", "--hf-overrides", '{"max_position_embeddings": 8192}'], "up to 8192"),
         (["--hf-overrides", '{"attention_bias": true}'], "attention_bias=true"),
+        (["--tp", "2", "--nnodes", "2", "--node-rank", "1"], "serves nothing itself; add --headless"),
     ],
 )  # fmt: skip
 def test_options_of_vllms_that_contradict_ours_are_refused(arguments, expected, model, capsys):
@@ -411,17 +411,11 @@ def test_a_node_without_a_server_needs_no_port_and_binds_its_own_workers(
     monkeypatch.delenv(cpu.BIND, raising=False)
     nodes = ["--tp", "4", "--nnodes", "2", "--node-rank", "1", "--headless"]
     assert cli.main(["serve", model, "--port", str(busy_port), "--dry-run", *nodes]) == 0
-    variables = dict(word.partition("=")[::2] for word in shlex.split(capsys.readouterr().out))
+    words = shlex.split(capsys.readouterr().out)
+    variables = dict(word.partition("=")[::2] for word in words)
+    assert not {"--host", "--port"} & set(words)
     assert variables[cpu.WORKERS] == "2"
     assert variables.get(cpu.BIND) == cpu.bind(2, cpu.cores())
-
-
-def test_dp_ranks_of_a_dense_model_take_gpus_of_their_own():
-    assert [devices({}, rank, 2, 2) for rank in range(2)] == [["0", "1"], ["2", "3"]]
-    given = {"CUDA_VISIBLE_DEVICES": "7,5,3"}
-    assert [devices(given, rank, 3, 1) for rank in range(3)] == [["7"], ["5"], ["3"]]
-    with pytest.raises(BridgeError, match="names 3 GPUs; dp=2 with tp=2 needs 4"):
-        devices(given, 0, 2, 2)
 
 
 def test_serve_binds_threads_where_the_user_did_not(model):

@@ -241,3 +241,32 @@ def test_what_is_no_delta_is_refused(head, counts, positions, reason):
     with pytest.raises(TransferError, match=reason):
         Staging(into[0], target, live).receive(0, there, 1, False, Deadline(1))
     assert not live["w"].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("changes", [7, 5000])
+def test_from_gpu_to_gpu_through_the_hosts_memory(changes):
+    source = layout_of((100, 64), (2,), [Shard(0)], "float32")
+    destination = layout_of((100, 64), (2,), [Shard(1)], "bfloat16")
+    first, out, into = between(source, destination, bucket_bytes=1024)
+    before = sample("w", (100, 64), 1).cuda()
+    after = before.clone()
+    after.view(-1)[:changes] *= -1
+
+    def local_of(whole: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+        return {"w": local_part(whole.cpu(), source, "w", rank).cuda()}
+
+    deltas, local = {}, {}
+    for rank in source.ranks:
+        snapshot = Snapshot()
+        snapshot.take(local_of(before, rank), out[rank].values())
+        local[rank] = local_of(after, rank)
+        deltas[rank] = snapshot.deltas(local[rank], out[rank])
+    live = {
+        w: {"w": local_part(before.bfloat16().cpu(), destination, "w", w).cuda()} for w in destination.ranks
+    }
+    transfer(out, into, local, live, deltas, first)
+    for worker in destination.ranks:
+        want = local_part(after.bfloat16().cpu(), destination, "w", worker)
+        assert same_bits(live[worker]["w"].cpu(), want)

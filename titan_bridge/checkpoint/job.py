@@ -57,6 +57,8 @@ class Options:
     """To engine files: how each layer is split over tp."""
     dense: Literal["replicate", "shard"] = "replicate"
     max_shard_size: int = 5_000_000_000
+    merge_lora: Path | None = None
+    """A LoRA adapter in PEFT's format whose products are added to the weights."""
     with_optimizer: bool = False
     workers: int = 2
     overwrite: bool = False
@@ -124,6 +126,8 @@ class Job:
     def digest(self) -> str:
         """The same for runs that write the same bytes from the same files."""
         paths = {chunk.path for stored in self._stored() for chunk in stored.chunks}
+        if self.options.merge_lora is not None:
+            paths |= set(self.options.merge_lora.iterdir())
         facts = {
             "source": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)],
             "files": [[f.name, f.size] for f in self.target.files],

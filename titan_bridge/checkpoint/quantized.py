@@ -41,22 +41,32 @@ class _Packed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DequantizedCheckpoint(Checkpoint):
-    """`raw` with the tensors in `packed` multiplied out; `tensors` and `config` are those of the result."""
+class ComputedCheckpoint(Checkpoint):
+    """`raw`, a Hugging Face checkpoint, with some tensors computed where they are read."""
 
     raw: Checkpoint
-    packed: Mapping[str, _Packed]
-    quantization: Quantization
+
+    def computes(self, name: str) -> bool:
+        """Whether a tensor is computed, and not what the file says."""
+        raise NotImplementedError
+
+    def values(self, name: str, box: Box) -> torch.Tensor:
+        """A box of a tensor that is computed, in float32, contiguous."""
+        raise NotImplementedError
+
+    def order(self) -> Sequence[int]:
+        """For each dim of such a tensor, how far out it stands in the file."""
+        return (0, 1)
 
     def fetch(self, copy: Copy, out: torch.Tensor) -> None:
-        if copy.source_name in self.packed:
+        if self.computes(copy.source_name):
             self._copy(copy.source_name, copy.source_window, out)
         else:
-            super().fetch(copy, out)
+            self.raw.fetch(copy, out)
 
     def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
-        if name not in self.packed:
-            super().read_into(name, box, out)
+        if not self.computes(name):
+            self.raw.read_into(name, box, out)
             return
         shape = self.tensor(name).shape
         if not Box.whole(shape).contains(box) or tuple(out.shape) != box.shape:
@@ -69,18 +79,36 @@ class DequantizedCheckpoint(Checkpoint):
         shape = self.tensor(name).shape
         dims = _dims_of(window, shape)
         # Along the outermost dim of the file first, so that a piece lies together there.
-        rank = (0, 1) if self.quantization.method == "fp8" else (0, 2, 1)
+        rank = self.order()
         order = sorted(range(len(dims)), key=lambda i: (rank[dims[i]], -window.stride[i]))
         for index in _cut(window.size, order, _PIECE):
             size = tuple(part.stop - part.start for part in index)
             first = window.offset + sum(part.start * s for part, s in zip(index, window.stride, strict=True))
             piece = Window(size=size, stride=window.stride, offset=first)
             box, local = _hull(piece, shape, dims)
-            out[index].copy_(local.of(self._values(self.packed[name], box)))
+            out[index].copy_(local.of(self.values(name, box)))
 
-    def _values(self, packed: _Packed, box: Box) -> torch.Tensor:
-        """A box of the result in float32, contiguous."""
-        return (self._fp8 if self.quantization.method == "fp8" else self._mxfp4)(packed, box)
+    def _read(self, name: str, box: Box) -> torch.Tensor:
+        out = torch.empty(box.shape, dtype=self.raw.tensor(name).dtype)
+        self.raw.read_into(name, box, out)
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class DequantizedCheckpoint(ComputedCheckpoint):
+    """`raw` with the tensors in `packed` multiplied out; `tensors` and `config` are those of the result."""
+
+    packed: Mapping[str, _Packed]
+    quantization: Quantization
+
+    def computes(self, name: str) -> bool:
+        return name in self.packed
+
+    def order(self) -> Sequence[int]:
+        return (0, 1) if self.quantization.method == "fp8" else (0, 2, 1)
+
+    def values(self, name: str, box: Box) -> torch.Tensor:
+        return (self._fp8 if self.quantization.method == "fp8" else self._mxfp4)(self.packed[name], box)
 
     def _fp8(self, packed: _Packed, box: Box) -> torch.Tensor:
         values = self._read(packed.values, box).float()
@@ -103,11 +131,6 @@ class DequantizedCheckpoint(Checkpoint):
         torch.ldexp(values, exponents.unsqueeze(-1), out=values)
         skipped = column - group * MXFP4_GROUP
         return values.flatten(2).narrow(2, skipped, last_column - column).transpose(1, 2).contiguous()
-
-    def _read(self, name: str, box: Box) -> torch.Tensor:
-        out = torch.empty(box.shape, dtype=self.raw.tensor(name).dtype)
-        self.raw.read_into(name, box, out)
-        return out
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_bridge.checkpoint import hf
+from titan_bridge.checkpoint.adapter import merged
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.foreign import refuse_remote
 from titan_bridge.checkpoint.job import Job, Options, Outcome
@@ -55,6 +56,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     source = open_checkpoint(found, extra=extra or options.names is not None)
     if options.names is not None:
         source = renamed(source, options.names)
+    if options.merge_lora is not None:
+        source = merged(source, options.merge_lora)
     if extra and (source.format, options.to) != ("dcp", "dcp"):
         raise BridgeError(
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
@@ -134,9 +137,19 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
             return hf.read_config(run), tuple(hf.carried_files(run))  # a step of a training run
         return source.config, tuple(hf.carried_files(source.path))
     given = options.config
+    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
+    return stated_config(given), tuple(small)
+
+
+def stated_config(given: Path) -> Mapping[str, Any]:
+    """config.json that `--config` names: a directory with it, the file, or FAMILY:FLAVOR.
+
+    Raises:
+        BridgeError: There is none.
+    """
     if not given.exists():
         if flavor := re.fullmatch(r"(\w+):([\w.-]+)", str(given)):
-            return _flavor(*flavor.groups()), tuple(hf.carried_files(source.path))
+            return _flavor(*flavor.groups())
         raise BridgeError(
             f"--config {given} does not exist; give a directory with config.json, the file, or one of TorchTitan's "
             "models as FAMILY:FLAVOR, for example qwen3:0.6B"
@@ -144,8 +157,7 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
     config = read_json_object(given) if given.is_file() else hf.read_config(given)
     if config is None:
         raise BridgeError(f"--config {given} has no config.json")
-    small = hf.carried_files(source.path) or (hf.carried_files(given) if given.is_dir() else [])
-    return config, tuple(small)
+    return config
 
 
 def _flavor(name: str, flavor: str) -> Mapping[str, Any]:

@@ -79,6 +79,9 @@ class Generate(InferCommand):
             print(
                 f"time    {outcome.load_seconds:.1f} s to load, {tokens} tokens in {outcome.generate_seconds:.1f} s"
             )
+            if outcome.drafts is not None:
+                drafted = outcome.drafts["draft"]
+                print(f"drafts  {drafted} tokens, of which {outcome.drafts['accepted']} were accepted")
         warn_of_weights(outcome.workers)
         if outcome.killed_ranks:
             print(

@@ -41,9 +41,10 @@ class Reshard:
     """Directory with a checkpoint in any of the three formats."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Directory to be made."""
-    to: Literal["hf", "dcp", "engine"]
+    to: Literal["hf", "dcp", "engine", "peft"]
     """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), engine (files that
-    each rank of the given sizes reads without slicing)."""
+    each rank of the given sizes reads without slicing), peft (the LoRA adapter that TorchTitan trained in SRC; with
+    --to dcp, SRC may be such a folder)."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Where SRC has no config.json: a directory with one (and the tokenizer), the file itself, or one of TorchTitan's
     models as FAMILY:FLAVOR, for example qwen3:0.6B."""
@@ -55,6 +56,10 @@ class Reshard:
     names: Annotated[str | None, tyro.conf.arg(metavar="PATTERN", help_behavior_hint="")] = None
     """Where another program wrote SRC: how it calls the tensor NAME, with {} in place of NAME, for example
     'state.model.{}'. Names are TorchTitan's or Hugging Face's behind it; tensors that do not fit are left out."""
+    merge_lora: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")] = None
+    """A folder with a LoRA adapter in PEFT's format, which is added to SRC's weights (Hugging Face)."""
+    lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="ALPHA", help_behavior_hint="")] = None
+    """--to peft: the converter's alpha, which is not in a checkpoint."""
     dp: int = 1
     """--to engine: data-parallel size."""
     tp: int = 1
@@ -99,11 +104,13 @@ class Reshard:
         from titan_bridge.policy.read import policy_of_flags
 
         gc.enable()
+        if self.to == "peft" or (self.src / "adapter_config.json").is_file():
+            return self._adapter()
 
         options = Options(
             source=self.src,
             target=self.dst,
-            to=self.to,
+            to=self.to,  # type: ignore[arg-type]
             config=self.config,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
             names=self.names,
@@ -113,6 +120,7 @@ class Reshard:
             dense=self.dense,
             policy=policy_of_flags(self.policy, self.attention_tp),
             max_shard_size=parse_size(self.max_shard_size),
+            merge_lora=self.merge_lora,
             with_optimizer=self.with_optimizer,
             workers=self.workers or min(8, 2 * len(os.sched_getaffinity(0))),
             overwrite=self.overwrite,
@@ -133,6 +141,29 @@ class Reshard:
             return self._execute(jobs[0])
         finally:
             team.leave()
+
+    def _adapter(self) -> int:
+        from titan_bridge.checkpoint import adapter
+        from titan_bridge.checkpoint.reshard import stated_config
+        from titan_bridge.models import load_hf_config
+        from titan_bridge.run_folder import model_and_step
+
+        if adapter.is_adapter(self.src):
+            if self.to != "dcp":
+                raise BridgeError(f"{self.src} is a LoRA adapter; allowed: --to dcp")
+            if self.config is None:
+                raise BridgeError(f"{self.src} has no config.json; give the model's with --config")
+            count = adapter.write_dcp(self.src, self.dst, hf=stated_config(self.config))
+        else:
+            if self.lora_alpha is None:
+                raise BridgeError(
+                    "--to peft needs --lora-alpha, the alpha of TorchTitan's LoRAConverter: no checkpoint has it"
+                )
+            hf = stated_config(self.config) if self.config else load_hf_config(model_and_step(self.src)[0])
+            count = adapter.write_peft(self.src, self.dst, hf=hf, alpha=self.lora_alpha)
+        facts = {"to": self.to, "tensors": count, "path": str(self.dst)}
+        print(json.dumps(facts) if self.json else f"{self.dst}: a LoRA adapter, {count} tensors")
+        return 0
 
     def _execute(self, job: Job) -> int:
         start = time.perf_counter()

@@ -54,12 +54,17 @@ class Serve(InferCommand):
         from titan_bridge.checks import check, port_free
         from titan_bridge.engine.cpu import forking
 
-        given = {**config.vllm, **passed}
-        if not given.get("headless"):
+        given, parallel = {**config.vllm, **passed}, config.parallel
+        listens = not given.get("headless")
+        if listens:
             port_free(self.host, self.port)
-        parallel = config.parallel
         nodes, dp_local = given.get("nnodes", 1), given.get("data_parallel_size_local")
         workers = cpu.local_workers(parallel.dp, parallel.tp, nnodes=nodes, dp_local=dp_local)
+        if listens and workers < parallel.tp and given.get("node_rank", 0) > 0:
+            raise BridgeError(
+                f"node_rank={given['node_rank']} holds workers of another node's engine, and serves nothing itself; "
+                "add --headless"
+            )
         added = cpu.environment(workers, given=os.environ, options=given)
         if self.sharding_spec:
             added["VLLM_PLUGINS"] = _plugins(os.environ.get("VLLM_PLUGINS"))
@@ -70,7 +75,8 @@ class Serve(InferCommand):
         if parallel.ep == 1:
             del options["enable_expert_parallel"]  # vLLM's default
         arguments = ["serve", options.pop("model"), *format_vllm_options(options)]
-        arguments += ["--host", self.host, "--port", str(self.port)]
+        if listens:
+            arguments += ["--host", self.host, "--port", str(self.port)]
         for option in split_options(self.vllm_options):
             if option_name(option[0])[0] not in read:
                 arguments += option
@@ -79,24 +85,33 @@ class Serve(InferCommand):
             command = [sys.executable, "-m", "titan_bridge.engine.run.server", *arguments]
             print(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in added.items()), shlex.join(command)]))
             return 0
+        from titan_bridge.engine.run.nodes import node, watch
         from titan_bridge.engine.run.offline import users_mistake
 
         # Interrupted, vLLM leaves the memory of a queue to Python's resource tracker, which removes it and warns.
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-        with cpu.variables(added):
+        with cpu.variables(added), watch(node(given, parallel.dp)) as others:
             forking.start()  # it imports while this process does
             try:
                 check(config)
                 from titan_bridge.engine.run.server import main
 
                 main(arguments)
-            except Exception as error:
-                if mistake := users_mistake(error):
+                if not listens and not (others and others.lost):
+                    raise RuntimeError("an engine or a worker of this node has ended; the log above says why")
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # SystemExit: how vLLM takes a signal without an HTTP server
+                if others and others.lost:
+                    pass  # said already
+                elif mistake := users_mistake(error):
                     raise BridgeError(mistake) from error
-                raise
+                else:
+                    raise
             finally:
                 forking.stop()
-        return 0
+        return 1 if others and others.lost and not others.stopped else 0
 
 
 def _plugins(given: str | None) -> str:

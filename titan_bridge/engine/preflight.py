@@ -13,11 +13,15 @@ from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.cpu.head_dims import check_head_dim
 from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.build import Setup, captures_experts, model_config, setup_from
+from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
 from titan_bridge.model_layout import layout
 
 SPECULATION = ("draft_model", "ngram", "ngram_gpu", "suffix")
 """Methods that need no more of the served model than its logits."""
+
+RUNNERS = (("generate", "none"), ("pooling", "embed"))
+"""vLLM's runner and the conversion of a causal model: embeddings, and scores from them, need no further weights."""
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -77,15 +81,29 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     stages = parallel.pipeline_parallel_size
     yield stages > 1, f"pipeline_parallel_size={stages} is", "allowed: 1"
+    context = parallel.prefill_context_parallel_size
+    yield context > 1, f"prefill_context_parallel_size={context} is", "allowed: 1"
     yield parallel.enable_eplb, "expert load balancing is", "leave enable_eplb off"
     yield parallel.use_ubatching, "microbatches (enable_dbo) are", "leave enable_dbo and ubatch_size out"
-    yield vllm_config.lora_config, "LoRA is", "leave enable_lora off"
+    if (lora := vllm_config.lora_config) is not None:
+        dense = titan_options(vllm_config.additional_config).dense
+        sharded = dense == "shard" and parallel.data_parallel_size > 1
+        yield sharded, "LoRA with additional_config.titan.dense = 'shard' is", "leave one of them out"
+        for name in ("fully_sharded_loras", "enable_mixed_moe_lora_format", "enable_moe_shared_loras"):
+            yield getattr(lora, name), f"{name} is", "leave it off"
     quantization = model.quantization or vllm_config.quant_config
     yield quantization, f"quantization={quantization} is", "leave it out"
     yield model.enable_prompt_embeds, "prompt embeddings are", "leave enable_prompt_embeds off"
+    offload = vllm_config.offload_config
+    for name, value in (
+        ("cpu_offload_gb", offload.uva.cpu_offload_gb),
+        ("offload_group_size", offload.prefetch.offload_group_size),
+    ):
+        yield value, f"{name}={value} is", "leave it out"
     # A head for classes would be left without its weights.
     runner = f"runner={model.runner_type!r} (convert={model.convert_type!r}) is"
-    yield model.runner_type != "generate", runner, "allowed: runner='generate'"
+    allowed = "allowed: runner='generate', or 'pooling' with convert='embed'"
+    yield (model.runner_type, model.convert_type) not in RUNNERS, runner, allowed
     method = getattr(vllm_config.speculative_config, "method", None)
     methods = ", ".join(map(repr, SPECULATION))
     yield method not in (None, *SPECULATION), f"speculative method {method!r} is", f"allowed: {methods}"

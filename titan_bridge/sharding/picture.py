@@ -207,12 +207,12 @@ def _sums(axes: Axes, grid: Axes, sums: np.ndarray, title: str, *, values: bool)
 
 def _names(owners: Sequence[object]) -> list[str]:
     """Ranks as numbers; files by as many of their last parts as tell them apart."""
-    texts = [str(owner) for owner in owners]
+    texts = short = [str(owner) for owner in owners]
     for count in range(1, 10):
         short = ["/".join(text.split("/")[-count:]) for text in texts]
         if len(set(short)) == len(set(texts)):
-            return [text if len(text) <= 32 else "…" + text[-31:] for text in short]
-    return ["…" + text[-31:] for text in texts]
+            break
+    return [text if len(text) <= 32 else "…" + text[-31:] for text in short]
 
 
 def _checked(path: str | Path) -> Path:

@@ -25,8 +25,12 @@ class HTTPClient:
     Every call raises RuntimeError with what the server said, or PeerLost where it cannot be reached.
     """
 
-    def __init__(self, base_url: str, timeout: float = 300) -> None:
-        """`base_url`: for instance "http://engine:8000". `timeout`: seconds that one call may take."""
+    def __init__(self, base_url: str, timeout: float | None = None) -> None:
+        """
+        Args:
+            base_url: For instance "http://engine:8000".
+            timeout: Seconds that one call may take; None: for as long as the trainer's own limits let it.
+        """
         self.base_url = base_url.rstrip("/")
         parts = urllib.parse.urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -199,7 +199,7 @@ class Coordinator:
                 states = engine.ask({"do": "state"}, limit)
             except TransferError as error:
                 raise failed or error from None
-            if failed or any(state["base"] != base_of(self._run, self._number) for state in states):
+            if any(state["base"] != base_of(self._run, self._number) for state in states):
                 raise failed or TransferError(f"{engine.name} did not take the update")
             engine.version = version
 

@@ -13,7 +13,7 @@ from titan_bridge.transfer.protocol import BUCKET_BYTES, PauseMode
 class Client(Protocol):
     """vLLM's `VLLMWeightSyncClient`: any object with these methods reaches an engine.
 
-    `shutdown_weight_transfer_engine()` is used if it is there, and `address`, the host at which the engine is.
+    `address`, the host at which the engine is, is used if it is there.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...

@@ -64,8 +64,6 @@ CONNECT_SECONDS = 10.0
 BUCKET_BYTES = 64 * 2**20
 
 PauseMode = Literal["abort", "wait", "keep"]
-Kind = Literal["whole", "delta"]
-"""What a trainer rank sends to a worker: all planned messages, or the elements of them that changed."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _Text = Annotated[str, Field(min_length=1, max_length=1024)]

@@ -6,7 +6,6 @@ new connections by itself.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import socket
 import threading
@@ -26,7 +25,6 @@ from titan_bridge.transfer.fingerprints import of_messages
 from titan_bridge.transfer.layouts import Sides
 from titan_bridge.transfer.messages import Bucket, messages
 from titan_bridge.transfer.options import Client, Options, Report
-from titan_bridge.transfer.protocol import MARGIN
 from titan_bridge.transfer.ranks import Ranks
 from titan_bridge.transfer.sender import Sender, Way
 from titan_bridge.transfer.snapshot import Delta, Snapshot
@@ -57,9 +55,13 @@ class Sending:
         """Whether `wait` returns at once."""
         return not self._thread.is_alive()
 
+    def join(self) -> None:
+        """Until it has ended, well or not."""
+        self._thread.join()
+
     def wait(self) -> Report:
         """The report, once the engines serve the weights. Raises what `Trainer.send` would have raised."""
-        self._thread.join()
+        self.join()
         if self._error is not None:
             raise self._error
         assert self._report is not None
@@ -166,7 +168,7 @@ class Trainer:
             version: Name of these weights; else "1", "2", ...
             whole: Send all, whatever has changed.
             wait: Return when the engines serve them; else at once, with a handle. The tensors must not change before
-                its `wait` has returned, and no other method may be called.
+                its `wait` has returned; other calls wait for it, too.
 
         Raises:
             TransferError: Nothing changed in the engines; the reason.
@@ -175,9 +177,9 @@ class Trainer:
         started = time.monotonic()
         if wait:
             return self._together(lambda limit: self._send(version, whole, started, limit))
-        sending = Sending(lambda: self._together(lambda limit: self._send(version, whole, started, limit)))
-        self._sending = sending
-        return sending
+        self._finish_sending()
+        self._sending = Sending(lambda: self._call(lambda limit: self._send(version, whole, started, limit)))
+        return self._sending
 
     def verify(self) -> int:
         """Compare what the engines have, on every worker, with the weights as they are now, by fingerprints.
@@ -198,13 +200,9 @@ class Trainer:
         return answer["compared"]
 
     def close(self) -> None:
-        """Leave the engines to another trainer."""
+        """Leave the engines to another trainer: a worker whose connection ends is free."""
+        self._finish_sending()
         self._forget()
-        if self.rank == 0:
-            for engine in self.engines.all():
-                if leave := getattr(engine.client, "shutdown_weight_transfer_engine", None):
-                    with contextlib.suppress(OSError, TransferError):  # one that is gone needs no word
-                        engine.call([leave], Deadline(MARGIN))
         self._ranks.close()
         self._listener.close()
 
@@ -217,10 +215,16 @@ class Trainer:
     # The steps of one call; `protocol` has their order
 
     def _together(self, action: Callable[[Deadline], Any]) -> Any:
+        self._finish_sending()
+        return self._call(action)
+
+    def _finish_sending(self) -> None:
+        """Calls are one after the other; what became of one in the background is said by its own `wait`."""
+        if self._sending is not None:
+            self._sending.join()
+
+    def _call(self, action: Callable[[Deadline], Any]) -> Any:
         """A call of all ranks; after a fault, connections are made anew."""
-        if self._sending is not None and threading.current_thread() is not self._sending._thread:
-            self._sending.wait()
-            self._sending = None
         self._ranks.begin()
         try:
             with torch.no_grad():

@@ -224,7 +224,11 @@ class Listener:
             while True:
                 found = [each for each in self._arrived if want(each.hello)]
                 if len(found) >= count and not self._greeted:
-                    self._arrived = [each for each in self._arrived if not want(each.hello)]
+                    rest = [each for each in self._arrived if not want(each.hello)]
+                    self._arrived = [each for each in rest if each.alive()]
+                    for each in rest:
+                        if each not in self._arrived:
+                            each.close()  # of a connection that came to nothing
                     return found
                 if deadline.over:
                     raise PeerLost(f"{len(found)} of {count} connected within the time limit")

@@ -154,7 +154,7 @@ class Worker:
         opened, self._open = self._open, False
         if update is None:
             return
-        staged = link.staged if link is not None else None
+        staged, staging = (link.staged, link.staging) if link is not None else (None, None)
         mine = opened and staged is not None and staged[0] == update.number and self.connected
         # The least of a number and of its negative: both are its own where all have the same.
         yes, least, most = self.target.agree([int(mine), update.number, -update.number])
@@ -165,12 +165,12 @@ class Worker:
             )
             raise TransferError(self.error)
         assert link is not None
-        assert link.staging is not None
+        assert staging is not None
         assert staged is not None
         with self._writing:
             link.staged = None
             try:
-                link.staging.write(staged[1])
+                staging.write(staged[1])
             except Exception as error:
                 # vLLM's loaders may raise anything, and the weights are then neither the old ones nor the new.
                 self.version, self._base, self._open = BROKEN_VERSION, None, True
@@ -208,7 +208,8 @@ class Worker:
         except Exception:
             logger.exception("weight transfer")
         finally:
-            link.close()  # and the staging goes with the link
+            link.close()
+            link.staging = link.staged = None  # gives the memory back
 
     def _hello(self) -> dict[str, Any]:
         try:

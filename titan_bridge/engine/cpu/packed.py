@@ -138,19 +138,22 @@ class PackedFeedForward(FeedForward):
 Packed = PackedLinear | PackedQKV | PackedFeedForward | PackedRoutedExperts
 
 
-def use_packed_weights(model: nn.Module, dtype: torch.dtype, *, experts_once: bool = False) -> None:
+def use_packed_weights(
+    model: nn.Module, dtype: torch.dtype, *, experts_once: bool = False, apart: bool = False
+) -> None:
     """Make TorchTitan's plain linears and routed experts of `model` packed ones; nothing on GPUs and in float32.
 
-    `experts_once`: see `additional_config.titan.cpu_experts_once`.
+    `experts_once`: see `additional_config.titan.cpu_experts_once`. `apart`: each linear layer's own forward is called,
+    and none of several becomes one product.
     """
     if not current_platform.is_cpu() or dtype != torch.bfloat16 or not hasattr(torch.ops._C, "onednn_mm"):
         return
     others: set[nn.Module] = set()  # whose weights the module around them packs or uses
     for module in model.modules():  # parents first
-        if type(module) is FeedForward and module.w1.bias is None and module.w3.bias is None:
+        if type(module) is FeedForward and not apart and module.w1.bias is None and module.w3.bias is None:
             module.__class__ = PackedFeedForward
             others |= {module.w1, module.w3}
-        elif type(module) is FusedQKVLinear and module.wqkv.bias is None:
+        elif type(module) is FusedQKVLinear and not apart and module.wqkv.bias is None:
             module.__class__ = PackedQKV
             others.add(module.wqkv)
         elif type(module) is Linear and module.bias is None and module not in others:

@@ -29,6 +29,7 @@ from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
 from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.fsdp import shard_dense
 from titan_bridge.engine.model.latent import cache_form, cache_latents
+from titan_bridge.engine.model.lora import accept_adapters
 from titan_bridge.engine.model.lower import lower, strip
 from titan_bridge.engine.model.moe import (
     OwnExpertsDispatcher,
@@ -186,9 +187,12 @@ def build(vllm_config: VllmConfig) -> Built:
         paged: Any = layer.attention.inner_attention.paged
         check_backend(paged.get_attn_backend().get_name(), setup.split)
     _serve_experts(model, setup, vllm_config)
+    adapters = vllm_config.lora_config is not None
     if setup.options.cpu_pack and not setup.sharded:
-        dtype = vllm_config.model_config.dtype
-        use_packed_weights(model, dtype, experts_once=setup.options.cpu_experts_once)
+        dtype, once = vllm_config.model_config.dtype, setup.options.cpu_experts_once
+        use_packed_weights(model, dtype, experts_once=once, apart=adapters)
+    if adapters:
+        accept_adapters(model, setup)
     lower(model, sizes)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)

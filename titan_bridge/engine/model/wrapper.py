@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from titan_bridge.engine.model.compiled import name_compiled_step
 from titan_bridge.engine.model.fsdp import drop_gathered, drop_head, gather_head, head
 from titan_bridge.engine.model.groups import group_of
 from titan_bridge.engine.model.latent import derive
+from titan_bridge.engine.model.lora import AdapterManager, Target, targets
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
 
@@ -49,6 +51,12 @@ class TitanForCausalLM(nn.Module):
 
     is_text_generation_model = True
     supports_pp = False
+    supports_lora = True  # and what vLLM asks of a model that does
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
+    lora_skip_prefixes: ClassVar[list[str]] = []
+    is_3d_moe_weight = is_non_gated_moe = False
+    lora_manager = None
+    adapter_manager = AdapterManager
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -63,12 +71,23 @@ class TitanForCausalLM(nn.Module):
         self.vocab_size = setup.hf["vocab_size"]
         self.dtype = vllm_config.model_config.dtype
         self.live = built.live()
+        # vLLM takes an adapter whose modules have these last names.
+        self.embedding_modules = dict.fromkeys(self._adapted_names(), "")
         self.source: Path | None = None  # the directory that was read last
         self.packing = Packing(self.model, self.live, keep=vllm_config.weight_transfer_config is not None)
         group = group_of(setup.sizes.at("lm_head"))
         gather = group.all_gather if current_platform.use_all_gather() else group.gather
         self._gather = gather if group.world_size > 1 else None
         logger.info("Serving TorchTitan's %s: %s", type(self.model).__name__, built.describe())
+
+    embedding_modules: Mapping[str, str] = MappingProxyType({})
+
+    def adapter_targets(self) -> Iterator[Target]:
+        """The linear layers that may have LoRA adapters."""
+        return targets(self.model, self.setup)
+
+    def _adapted_names(self) -> set[str]:
+        return {name.rpartition(".")[2] for target in self.adapter_targets() for name in target.names}
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, `(T,)` int to `(T, D)`."""

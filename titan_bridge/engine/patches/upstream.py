@@ -302,6 +302,11 @@ def _current_config() -> Any:
     return importlib.import_module("vllm.config").get_current_vllm_config_or_none()
 
 
+def _ours_is_built() -> bool:
+    """Whether this process builds, or is about to build, a model for `model_impl="torchtitan"`."""
+    return getattr(getattr(_current_config(), "model_config", None), "model_impl", None) == "torchtitan"
+
+
 def answer_about_specs() -> None:
     """Give vLLM's worker the methods that `titan_bridge.engine.specs` calls through `collective_rpc`.
 
@@ -376,8 +381,22 @@ def wait_without_spinning(original: Callable[..., Any], self: Any) -> bool:
     (`vllm/distributed/device_communicators/cpu_communicator.py`, `shm_broadcast.py` beside it,
     `vllm/v1/executor/multiproc_executor.py`). Delete when: both yield, or vLLM has a switch for it.
     """
-    ours = getattr(getattr(_current_config(), "model_config", None), "model_impl", None) == "torchtitan"
-    return original(self) and not (ours and cpu.shares_cores(os.environ))
+    return original(self) and not (_ours_is_built() and cpu.shares_cores(os.environ))
+
+
+@patch("vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed._init_cpu_shm", "self")
+def unlink_shared_memory(original: Callable[..., Any], self: Any) -> int:
+    """Leave no shared memory behind, however the workers end.
+
+    What: wraps `_CPUSHMDistributed._init_cpu_shm`, and takes this rank's segment out of /dev/shm as soon as all ranks
+    have mapped it, which is where it returns. Why: vLLM does it in a C++ destructor that no worker lives to run, so
+    that each start with tp > 1 leaves a segment a rank. Only for `model_impl="torchtitan"`. Version: vllm 0.32
+    (`vllm/distributed/device_communicators/cpu_communicator.py`). Delete when: nothing stays there.
+    """
+    handle = original(self)
+    if _ours_is_built():
+        Path(f"/dev/shm/{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
+    return handle
 
 
 @patch("vllm.v1.executor.multiproc_executor:MultiprocExecutor._init_executor", "self")
@@ -467,6 +486,21 @@ def share_fork_server(server: Any, pid: int) -> None:
     """
     server._forkserver_pid = pid
     server.ensure_running = lambda: None
+
+
+@patch(
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.create_lora_manager", "self", "model", "vllm_config",
+    when="build",
+)  # fmt: skip
+def manage_adapters(original: Callable[..., Any], self: Any, model: Any, vllm_config: Any) -> Any:
+    """Let vLLM manage LoRA adapters of TorchTitan's linear layers.
+
+    What: wraps `LRUCacheWorkerLoRAManager.create_lora_manager`, and gives it the manager's class that the model names.
+    Why: vLLM's own takes its own linear layers and no others. Version: vllm 0.32 (`vllm/lora/worker_manager.py`).
+    Delete when: a model can name the class, or a linear layer of another package can say how it is wrapped.
+    """
+    self._manager_cls = getattr(model, "adapter_manager", self._manager_cls)
+    return original(self, model, vllm_config)
 
 
 @patch(

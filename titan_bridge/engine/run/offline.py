@@ -67,6 +67,8 @@ def engine(config: InferConfig) -> Iterator[tuple[LLM, list[dict[str, Any]], flo
             near = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise BridgeError(f"vLLM has no engine option {unknown[0]}; {hint}see `vllm serve --help=all`")
+        if options.get("speculative_config"):
+            options.setdefault("disable_log_stats", False)  # which would leave drafts uncounted
         started = time.perf_counter()
         llm = vllm.LLM(**options, worker_extension_cls=WORKER_EXTENSION)
         try:
@@ -103,6 +105,16 @@ def complete(llm: LLM, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[l
     outputs = llm.generate(inputs, params, use_tqdm=False)
     seconds = time.perf_counter() - started
     return [_completion(output) for output in outputs], seconds
+
+
+def drafts(llm: LLM) -> dict[str, int] | None:
+    """How many tokens speculation has drafted so far, and how many of them were accepted; None without speculation."""
+    if llm.llm_engine.vllm_config.speculative_config is None:
+        return None
+    counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    return {
+        name: int(counters.get(f"vllm:spec_decode_num_{name}_tokens", 0)) for name in ("draft", "accepted")
+    }
 
 
 def _completion(output: Any) -> Completion:

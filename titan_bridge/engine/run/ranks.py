@@ -32,7 +32,15 @@ from titan_bridge.checks import experts_in, model_directory
 from titan_bridge.config.reader import from_dict
 from titan_bridge.config.schema import InferConfig
 from titan_bridge.engine.cpu import forking
-from titan_bridge.engine.run.offline import Completion, Prompt, Sampling, complete, engine, users_mistake
+from titan_bridge.engine.run.offline import (
+    Completion,
+    Prompt,
+    Sampling,
+    complete,
+    drafts,
+    engine,
+    users_mistake,
+)
 from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
 
@@ -56,6 +64,8 @@ class Outcome:
     """From nothing to an engine that takes requests; the slowest rank's."""
     generate_seconds: float
     """From the first request to the last answer; the slowest rank's."""
+    drafts: Mapping[str, int] | None = None
+    """With speculation, of all ranks: tokens drafted ("draft"), and of these "accepted"."""
     killed_ranks: tuple[int, ...] = ()
     """dp ranks that answered but did not end by themselves."""
 
@@ -254,13 +264,14 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _merge(answers: Sequence[Mapping[str, Any]], prompts: int, killed: tuple[int, ...]) -> Outcome:
-    dp = len(answers)
+    dp, counted = len(answers), answers[0]["drafts"]
     completions = [answers[i % dp]["completions"][i // dp] for i in range(prompts)]
     return Outcome(
         completions=tuple(Completion(**{k: _frozen(v) for k, v in c.items()}) for c in completions),
         workers=tuple({"dp_rank": rank, **w} for rank, a in enumerate(answers) for w in a["workers"]),
         load_seconds=max(a["load_seconds"] for a in answers),
         generate_seconds=max(a["generate_seconds"] for a in answers),
+        drafts=counted and {name: sum(a["drafts"][name] for a in answers) for name in counted},
         killed_ranks=killed,
     )
 
@@ -294,6 +305,7 @@ def _run_rank() -> int:
                 "workers": workers,
                 "load_seconds": load_seconds,
                 "generate_seconds": seconds,
+                "drafts": drafts(llm),
             }
             _write(job["answer"], answer)
             told.get()

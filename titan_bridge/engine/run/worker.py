@@ -28,7 +28,7 @@ class BridgeWorker:
         return {
             "rank": self.rank,  # type: ignore[attr-defined]
             "dtype": str(self.model_config.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
-            "model_class": _name(type(model)),
+            "model_class": _name(_ours(type(model))),
             "inner_class": None if inner is None else _name(type(inner)),
             "sizes": None if setup is None else setup.sizes.axes,
             "attention": None if setup is None else model.attention,
@@ -36,6 +36,11 @@ class BridgeWorker:
             "loaded": None if loaded is None else dataclasses.asdict(loaded),
             "local_bytes": sum(p.numel() * p.element_size() for p in parameters),
         }
+
+
+def _ours(cls: type) -> type:
+    """Our class where vLLM has made another of it, for embeddings; else the class itself."""
+    return next((base for base in cls.__mro__ if base.__module__.startswith("titan_bridge.")), cls)
 
 
 def _name(cls: type) -> str:

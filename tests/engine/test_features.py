@@ -1,0 +1,156 @@
+"""The table of `features.py`, run: our class against vLLM's own model on the same weights, in one server each.
+
+What is refused is in `test_bad_input.py`, where the process is that needs no engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModel
+
+from tests.engine.features import SAME, Same
+from titan_bridge import cli
+from titan_bridge.config.schema import InferConfig
+from titan_bridge.testing import make_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+ATOL = 2e-5
+OPTIONS = (
+    "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8",
+    "--max-num-batched-tokens", "128", "--scheduling-policy", "priority", "--served-model-name", "model",
+    "--enable-prompt-tokens-details", "--enable-server-load-tracking",
+)  # fmt: skip
+OWN = (
+    "id",
+    "created",
+    "created_at",
+    "completed_at",
+    "request_id",
+    "system_fingerprint",
+    "root",
+    "parent",
+    "permission",
+)
+"""Fields that differ from request to request."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("features") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def answers(model: Path, serve: Callable[..., Any]) -> dict[str, list[tuple[int, Any]]]:
+    """Status and JSON of every request of the table, by `model_impl`."""
+    given: dict[str, list[tuple[int, Any]]] = {}
+    for impl, loaded in (("torchtitan", "TitanForCausalLM"), ("vllm", "Qwen3ForCausalLM")):
+        log = model.parent / f"{impl}.log"
+        with (
+            serve(model, log, "--model-impl", impl, *OPTIONS) as url,
+            httpx.Client(base_url=url, timeout=60) as client,
+        ):
+            assert f"Resolved architecture: {loaded}" in log.read_text()
+            given[impl] = [ask(client, path, body) for each in SAME for path, body in each.requests]
+    return given
+
+
+def ask(client: httpx.Client, path: str, body: Any) -> tuple[int, Any]:
+    answer = client.get(path) if body is None else client.post(path, json={"model": "model", **body})
+    return answer.status_code, answer.json() if answer.content else None
+
+
+def differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """Where two answers differ by more than rounding."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{at}: {sorted(a)} and {sorted(b)}"]
+        return [line for key in a if key not in OWN for line in differences(a[key], b[key], f"{at}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [
+            line
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for line in differences(x, y, f"{at}[{i}]")
+        ]
+    if isinstance(a, float) and isinstance(b, float):
+        return [] if math.isclose(a, b, rel_tol=0, abs_tol=ATOL) else [f"{at}: {a} and {b}"]
+    return [] if a == b else [f"{at}: {a!r} and {b!r}"]
+
+
+WITH_REQUESTS = [each for each in SAME if each.requests]
+
+
+@pytest.mark.parametrize(
+    "feature", WITH_REQUESTS, ids=[each.name.split()[0].strip(":,") for each in WITH_REQUESTS]
+)
+def test_it_works_as_in_vllm(feature: Same, answers: dict[str, list[tuple[int, Any]]]) -> None:
+    first = sum(len(each.requests) for each in itertools.takewhile(lambda each: each is not feature, SAME))
+    for at, (path, body) in enumerate(feature.requests, first):
+        (status, ours), (expected, theirs) = answers["torchtitan"][at], answers["vllm"][at]
+        assert expected == 200, (path, body, theirs)
+        assert status == 200, (path, body, ours)
+        assert not differences(ours, theirs), (path, body)
+
+
+def test_the_prefix_cache_was_used(answers: dict[str, list[tuple[int, Any]]]) -> None:
+    used = [
+        (answer.get("usage") or {}).get("prompt_tokens_details") or {}
+        for _, answer in answers["torchtitan"]
+        if isinstance(answer, dict)
+    ]
+    assert max(details.get("cached_tokens") or 0 for details in used) >= 256
+
+
+def test_embeddings_and_scores_are_those_of_transformers(model: Path) -> None:
+    from titan_bridge.engine.run.offline import engine
+
+    prompts = [[5, 9, 13, 200, 31], [7, 8, 9], list(range(40, 240))]
+    reference = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = [reference(torch.tensor([prompt])).last_hidden_state[0] for prompt in prompts]
+    expected = [torch.nn.functional.normalize(rows[-1], dim=0) for rows in hidden]
+    config = InferConfig(
+        model=str(model),
+        dtype="float32",
+        max_model_len=256,
+        vllm={"enforce_eager": True, "runner": "pooling"},
+    )
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    with engine(config) as (llm, workers, _):
+        assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
+        given = [torch.tensor(output.outputs.embedding) for output in llm.embed(inputs, use_tqdm=False)]
+        tokens = llm.encode(inputs[:1], pooling_task="token_embed", use_tqdm=False)[0].outputs.data
+        (score,) = llm.score("def main(", "class A:", use_tqdm=False)
+        texts = llm.embed(["def main(", "class A:"], use_tqdm=False)
+    for ours, theirs in zip(given, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.allclose(tokens.float(), torch.nn.functional.normalize(hidden[0], dim=1), atol=1e-6)
+    first, second = (torch.tensor(output.outputs.embedding) for output in texts)
+    assert math.isclose(score.outputs.score, float(first @ second), abs_tol=1e-5)
+
+
+def test_ngram_speculation_has_the_same_tokens(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from titan_bridge.reference import load_reference
+
+    prompt = "def main(x):\n    return main(x)\n" * 3
+    code = cli.main([
+        "generate", str(model), "--prompt", prompt, "--max-tokens", "40", "--dtype", "float32", "--json",
+        "--max-model-len", "256", "--enforce-eager", "--set", "generate.ignore_eos=true", "--speculative-config",
+        '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}',
+    ])  # fmt: skip
+    assert code == 0
+    told = json.loads(capsys.readouterr().out)
+    (completion,) = told["completions"]
+    asked, said = completion["prompt_token_ids"], completion["token_ids"]
+    expected_LV = load_reference(model).logprobs([*asked, *said])
+    assert said == expected_LV[len(asked) - 1 : -1].argmax(-1).tolist()
+    assert 0 < told["drafts"]["accepted"] <= told["drafts"]["draft"]

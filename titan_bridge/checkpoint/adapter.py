@@ -1,0 +1,162 @@
+"""LoRA adapters as files: out of a checkpoint that TorchTitan wrote into PEFT's folder, and back into a DCP.
+
+They are small, so that they are read whole. The target is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+
+from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.model_dir import weights_directory
+from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.quantized import ComputedCheckpoint
+from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import read_json_object
+from titan_bridge.models import family_for
+from titan_bridge.models.peft import PREFIX, WEIGHT, adapter_names, from_peft, to_peft
+from titan_bridge.sharding.boxes import Box
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether PEFT's files lie there."""
+    return (folder / CONFIG).is_file()
+
+
+def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: float) -> int:
+    """Write the adapter in a checkpoint by TorchTitan's names as a PEFT folder; how many tensors.
+
+    Args:
+        source: A DCP, or a training run.
+        target: Is made.
+        hf: config.json of the model.
+        alpha: The converter's; the product is scaled by it over the rank.
+
+    Raises:
+        BridgeError: No adapter in the checkpoint, or one that does not fit the model.
+    """
+    with open_checkpoint(weights_directory(str(source)) or source) as checkpoint:
+        found = {name: checkpoint.read(name) for name in adapter_names(checkpoint.tensors)}
+    if not found:
+        raise BridgeError(f"{source} has no LoRA adapter: no tensor is called NAME.lora_a.weight")
+    tensors = to_peft(found, family_for(hf).views(hf))
+    (rank,) = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+        "bias": "none",
+    }
+    with _beside(target) as made:
+        (made / CONFIG).write_text(json.dumps(config, indent=2))
+        save_file(tensors, made / TENSORS, metadata={"format": "pt"})
+    return len(tensors)
+
+
+def write_dcp(source: Path, target: Path, *, hf: Mapping[str, Any]) -> int:
+    """Write a PEFT folder's adapter as a DCP by TorchTitan's names; how many tensors. Arguments as above.
+
+    Raises:
+        BridgeError: Not a plain LoRA, or one that TorchTitan's cannot be.
+    """
+    tensors = from_peft(_read_adapter(source)[1], family_for(hf).views(hf))
+    with _beside(target) as made:
+        dcp.save(dict(tensors), checkpoint_id=made, no_dist=True)
+    return len(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedCheckpoint(ComputedCheckpoint):
+    """`raw` with a LoRA adapter's products added to its weights; they are multiplied where they are read."""
+
+    products: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    """Scaled B `(out, rank)` and A `(rank, in)` by the weight's name, float32."""
+
+    def computes(self, name: str) -> bool:
+        return name in self.products
+
+    def values(self, name: str, box: Box) -> torch.Tensor:
+        b, a = self.products[name]
+        rows, columns = box.slices
+        return torch.addmm(self._read(name, box).float(), b[rows], a[:, columns])
+
+
+def merged(checkpoint: Checkpoint, adapter: Path) -> MergedCheckpoint:
+    """A Hugging Face checkpoint with a PEFT folder's adapter in it.
+
+    Raises:
+        BridgeError: Another format, no plain LoRA, or matrices that fit no weight.
+    """
+    if checkpoint.format != "hf":
+        raise BridgeError(
+            f"--merge-lora: {checkpoint.path} is {checkpoint.format}; allowed: hf (convert it first with --to hf)"
+        )
+    config, held = _read_adapter(adapter)
+    scale = config["lora_alpha"] / config["r"]
+    products, shapes = {}, {}
+    for name in [name for name in held if name.endswith(f".lora_A{WEIGHT}")]:
+        stem = name.removesuffix(f".lora_A{WEIGHT}")
+        weight = stem.removeprefix(PREFIX) + WEIGHT
+        a, b = held.pop(name).float(), held.pop(f"{stem}.lora_B{WEIGHT}", torch.zeros(0, 0)).float()
+        products[weight], shapes[weight] = (b * scale, a), (b.shape[0], a.shape[1])
+    stored = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    left = sorted([*held, *(name for name, shape in shapes.items() if stored.get(name) != shape)])
+    if left:
+        raise BridgeError(f"--merge-lora {adapter}: {', '.join(left[:3])} fit no weight of {checkpoint.path}")
+    stated = {
+        field.name: getattr(checkpoint, field.name)
+        for field in fields(Checkpoint)
+        if field.name != "_located"
+    }
+    return MergedCheckpoint(**stated, raw=checkpoint, products=products)
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """adapter_config.json and the tensors of a plain LoRA."""
+    if not is_adapter(folder):
+        raise BridgeError(f"{folder} is no LoRA adapter: it has no {CONFIG}")
+    config = read_json_object(folder / CONFIG)
+    plain = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
+    for key, allowed in plain.items():
+        if config.get(key, allowed) not in (allowed, None):
+            raise BridgeError(
+                f"{folder / CONFIG}: {key}={config[key]!r} is not supported; allowed: {allowed!r}"
+            )
+    if not (folder / TENSORS).is_file():
+        raise BridgeError(f"{folder} has no {TENSORS}")
+    return config, load_file(folder / TENSORS)
+
+
+class _beside:
+    """A hidden folder that takes the target's place in the end, and goes where something fails."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = Path(os.path.abspath(target))
+        if self._target.exists():
+            raise BridgeError(f"{target} exists; give another directory for DST")
+
+    def __enter__(self) -> Path:
+        self._made = self._target.parent / f".{self._target.name}.partial"
+        shutil.rmtree(self._made, ignore_errors=True)
+        self._made.mkdir(parents=True)
+        return self._made
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is None:
+            self._made.rename(self._target)
+        else:
+            shutil.rmtree(self._made, ignore_errors=True)
