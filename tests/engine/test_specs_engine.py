@@ -69,6 +69,17 @@ def test_the_three_answers_are_equal(model, from_python, url, capsys):
     assert "/v1/sharding_spec" in httpx.get(f"{url}/openapi.json").json()["paths"]
 
 
+def test_the_engine_has_the_fingerprints_of_its_checkpoint(model, url, capsys):
+    """From tp=2 ep=2 over HTTP, against the files; the layout has fused and padded tensors, and replicas."""
+    assert cli.main(["fingerprint", url, model, "--dtype", "float32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"]
+    assert cli.main(["fingerprint", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fingerprint"] == found["fingerprints"][1]
+    assert cli.main(["fingerprint", url + "/nothing"]) == 2
+    assert "--sharding-spec" in capsys.readouterr().err
+
+
 def test_every_parameter_gathered_by_its_spec_is_the_checkpoints(from_python):
     layout, verified = from_python
     assert len(verified) == 2

@@ -169,7 +169,14 @@ def test_folders_of_torch_checkpointing_are_refused_by_name(tmp_path: Path, caps
         def get_items(self) -> dict[str, object]:
             return {"model": package.CheckpointItem(value={"w": torch.ones(2)})}
 
-    saver = pytest.importorskip("torch_checkpointing.builder").make_sync_checkpoint_saver()
+        def load_state_dict(self, *args: object, **kwargs: object) -> None:
+            """Never called."""
+
+    storage = pytest.importorskip("torch_checkpointing.storage.filesystem").LocalFileSystemStorageConfig(
+        use_direct_io=False
+    )
+    builder = pytest.importorskip("torch_checkpointing.builder")
+    saver = builder.make_sync_checkpoint_saver(storage_config=storage)
     saver.save(str(tmp_path / "step-1"), Weights())
     assert list((tmp_path / "step-1").glob("*.pt"))
     said = refused(capsys, "reshard", tmp_path / "step-1", tmp_path / "new", "--to", "hf")

@@ -31,7 +31,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Che
     Raises:
         BridgeError: No such directory, no checkpoint in it, or one that is damaged; the message names the file.
     """
-    refuse_remote(path)
+    refuse_remote(os.fspath(path))
     directory = Path(path)
     if not directory.is_dir():
         what = "is a file; give its directory" if directory.is_file() else "does not exist"

@@ -1,6 +1,6 @@
 """What a worker says about the parameters that it really holds. Runs inside vLLM's worker processes.
 
-The three functions become methods of vLLM's worker (`patches.answer_about_specs`), so that `collective_rpc`
+The four functions become methods of vLLM's worker (`patches.answer_about_specs`), so that `collective_rpc`
 reaches them by name whatever extension class the user has. Answers are plain lists, dicts, strings and numbers.
 """
 
@@ -15,15 +15,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from vllm.distributed import get_world_group
 
 from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
 from titan_bridge.engine.native.layers import Native
 from titan_bridge.errors import BridgeError
+from titan_bridge.fingerprint import of_plan, seal
 from titan_bridge.mesh import DENSE, Sizes, describe, get_device_meshes, mesh_axes, sizes_of
 from titan_bridge.model_layout import ParamSpec, as_layout
-from titan_bridge.sharding.layout import ParamLayout
+from titan_bridge.sharding.layout import ParamLayout, dtype_name
+from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.spec import ShardingSpec, attached, placement_to_str
+from titan_bridge.sharding.tensors import TensorMetadata
 
 
 def titan_sharding_spec(worker: Any) -> dict[str, Any]:
@@ -88,6 +92,38 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
         with model.packing.unpacked():
             return list(_verify_titan(model, sizes, tensors))
     return list(_verify_native(model, sizes, tensors))
+
+
+def titan_fingerprints(worker: Any) -> dict[str, dict[str, Any]]:
+    """The fingerprint of every tensor that a Hugging Face checkpoint of the served model has, as it is live.
+
+    Each rank sums up what a plan takes from it, replicas once, and all ranks add: all workers of all engines call it
+    together. Rows that pad the vocabulary and a tied head's second name are left out, as in a checkpoint.
+
+    Returns:
+        By Hugging Face name `{"fingerprint" (hexadecimal), "shape", "dtype"}`, the same on every worker.
+    """
+    model, sizes = worker.get_model(), _sizes(worker)
+    if not hasattr(model, "setup"):
+        raise BridgeError("fingerprints are of TorchTitan's models; serve with model_impl='torchtitan'")
+    setup = model.setup
+    views = setup.family.views(setup.hf, padded_vocab=setup.padded_vocab)
+    with model.packing.unpacked():
+        params = _titan_params(model, sizes)
+        live = {fqn: _local(tensor).detach().contiguous() for fqn, tensor, _ in _live(model)}
+        wanted = [TensorMetadata.whole(v.name, v.shape, params[v.fqn].dtype, "whole") for v in views]
+        made = plan(as_layout(params, sizes), wanted, views)
+        own = of_plan(made, dist.get_rank(), lambda copy: live[copy.source_name])
+    sums = torch.tensor([own.get(tensor.name, 0) for tensor in wanted], dtype=torch.uint64).view(torch.int64)
+    dist.all_reduce(sums, group=get_world_group().cpu_group)  # int64 wraps, as the sum modulo 2^64 does
+    return {
+        tensor.name: {
+            "fingerprint": f"{seal(total, tensor.shape, tensor.dtype):016x}",
+            "shape": list(tensor.shape),
+            "dtype": dtype_name(tensor.dtype),
+        }
+        for tensor, total in zip(wanted, sums.tolist(), strict=True)
+    }
 
 
 def _sizes(worker: Any) -> Sizes:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 LAYOUT, NATIVE, VERIFY = "titan_sharding_spec", "titan_native_specs", "titan_verify_specs"
+FINGERPRINTS = "titan_fingerprints"
 """Names of the worker's methods, for `collective_rpc`."""
 
 HINT = "serve with model_impl='torchtitan', or set additional_config.titan.attach_specs for vLLM's own models"
