@@ -77,6 +77,8 @@ def test_fingerprints_of_the_engine_are_those_of_the_checkpoint(model, url, tmp_
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["only_a"] == found["only_b"] == []
     assert any("experts.3.down_proj" in name for name in found["different"])
+    assert cli.main(["fingerprint", f"{url}/nothing"]) == 2
+    assert "serve with --sharding-spec" in capsys.readouterr().err
 
 
 def test_every_parameter_gathered_by_its_spec_is_the_checkpoints(from_python):

@@ -312,7 +312,7 @@ def answer_about_specs() -> None:
 
     Called in the process that loads a model whose parameters carry specs.
 
-    What: adds three methods to `WorkerBase`, all with names of ours; replaces nothing. Why: `collective_rpc` finds
+    What: adds four methods to `WorkerBase`, all with names of ours; replaces nothing. Why: `collective_rpc` finds
     methods of the worker by name, and `worker_extension_cls`, the public way to add some, has room for one class,
     the user's. Version: vllm 0.32 (`vllm/v1/worker/worker_base.py`). Delete when: vLLM takes more than one
     extension class, or an entry point for worker methods.
