@@ -62,9 +62,9 @@ def test_one_rank_reads_its_part_of_70_000_files_tensors(bench):
             views.append(view)
             files.append(whole(view.name, view.shape, torch_dtype(param.dtype), f"{fqn}.safetensors"))
     assert len(files) > 70_000
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: others may use the machine
     result = plan(files, layout, views)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     own = sum(copy.elements for copy in result.copies(destination=5)) * 2
     load = load_of(layout)
     assert own == result.received[5] == load.nbytes[load.ranks.index(5)]
