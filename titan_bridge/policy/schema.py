@@ -101,7 +101,8 @@ class Policy:
     axes: dict[str, _Count] = Field(default_factory=dict)
     """Name -> size, for instance `attn_tp = 2`. dp, tp and ep are known without it."""
     rules: tuple[Rule, ...] = ()
-    """In the order in which they are tried."""
+    """`match` (kind, attention_flavor, prefix_pattern) and `plan` (tp_size, ep_size, dcp_size); the first that matches
+    a layer decides."""
 
     def __post_init__(self) -> None:
         known = sorted({*self.axes, *DEGREES})
