@@ -20,7 +20,7 @@ from titan_bridge import parity
 from titan_bridge.config.schema import InferConfig
 from titan_bridge.models import load_hf_config
 from titan_bridge.testing import make_checkpoint
-from titan_bridge.transfer import Options, TensorSource, Trainer, changed
+from titan_bridge.transfer import Options, Trainer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
 
@@ -105,16 +105,12 @@ def send(llm: Any, model: Path, patched: Path) -> Iterator[Path]:
     from titan_bridge.engine.transfer import LLMClient
 
     held = load_file(model / "model.safetensors")
-    source = TensorSource(lambda: held, rank=0)
-    trainer = Trainer(source, LLMClient(llm), rank=0, world=1, options=Options(seconds=60))
-    trainer.connect()
-    trainer.send_weights()
-    yield model
-    before = trainer.snapshot()
-    for tensor in held.values():
-        tensor.view(-1)[::7] *= 1.5
-    trainer.send_sparse(changed(before, held, rank=0))
-    trainer.shutdown()
+    with Trainer(lambda: held, LLMClient(llm), options=Options(seconds=60)) as trainer:
+        trainer.send()
+        yield model
+        for tensor in held.values():
+            tensor.view(-1)[::7] *= 1.5
+        assert trainer.send().kind == "delta"
     shutil.copytree(model, patched)
     save_file(held, patched / "model.safetensors", metadata={"format": "pt"})
     yield patched
