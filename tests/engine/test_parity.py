@@ -241,5 +241,3 @@ def check(facts: dict[str, Any], asked: dict[str, int]) -> None:
         assert row["max"] <= 1e-4
         assert row["tokens"] > 1500
         assert row["diverged"] is None
-        if row["reference"] == "TorchTitan" and not asked:  # tp=1, eager: the same sums in the same order
-            assert row["max"] <= 1e-5
