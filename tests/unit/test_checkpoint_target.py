@@ -16,6 +16,7 @@ from titan_bridge.checkpoint.staging import PART, Staging
 from titan_bridge.checkpoint.verify import is_as_written
 from titan_bridge.cli import main
 from titan_bridge.errors import BridgeError
+from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 
 
@@ -183,4 +184,4 @@ def test_the_next_command_is_understood(tmp_path, capsys):
         main(["reshard", str(source), str(tmp_path / "x"), "--to", "engine", "--tp", "2", "--ep", "2"]) == 0
     )
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: titan-bridge "))
-    assert main([*command, "--dry-run"]) == 0
+    assert main([*command, "--port", str(free_port()), "--dry-run"]) == 0

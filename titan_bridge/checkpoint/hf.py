@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from titan_bridge.json_file import read_json_object
 from titan_bridge.run_folder import INDEX, SINGLE
 from titan_bridge.sharding.tensors import TensorMetadata
 
+_NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CARRIED = (
     "generation_config.json",
     "tokenizer*.json",
@@ -30,11 +32,13 @@ CARRIED = (
 
 def is_hf(directory: Path) -> bool:
     """Whether the directory has safetensors weights under Hugging Face's names."""
-    return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+    return (directory / SINGLE).is_file() or (directory / INDEX).is_file() or bool(_numbered(directory))
 
 
 def open_hf(directory: Path) -> Checkpoint:
     """Open a directory with `model.safetensors`, or with the files that `model.safetensors.index.json` names.
+
+    Without an index, all of `model-00001-of-0000N.safetensors` to the Nth.
 
     Raises:
         BridgeError: What is missing, unreadable, contradictory or outside the directory.
@@ -43,6 +47,8 @@ def open_hf(directory: Path) -> Checkpoint:
     stored: dict[str, TensorMetadata] = {}
     if (directory / SINGLE).is_file():
         files = {directory / SINGLE: None}
+    elif not index.is_file():
+        files = dict.fromkeys(_all_numbered(directory))
     else:
         wanted: dict[Path, set[str]] = {}
         for name, file in _weight_map(index).items():
@@ -76,6 +82,27 @@ def carried_files(directory: Path) -> list[Path]:
     """The tokenizer and generation files of a directory."""
     found = {path for pattern in CARRIED for path in directory.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.name != INDEX)
+
+
+def _numbered(directory: Path) -> dict[Path, tuple[int, int]]:
+    """Files that say which one of how many they are."""
+    matches = {path: _NUMBERED.fullmatch(path.name) for path in sorted(directory.glob("model-*.safetensors"))}
+    return {path: (int(match[1]), int(match[2])) for path, match in matches.items() if match}
+
+
+def _all_numbered(directory: Path) -> list[Path]:
+    found = _numbered(directory)
+    counts = {count for _, count in found.values()}
+    if len(counts) > 1:
+        raise BridgeError(
+            f"{directory} has files of {sorted(counts)} parts and no {INDEX}; which belong together?"
+        )
+    missing = set(range(1, max(counts) + 1)) - {number for number, _ in found.values()}
+    if missing:
+        raise BridgeError(
+            f"{directory} lacks part {min(missing)} of {max(counts)}, and {INDEX}; copy it, too"
+        )
+    return list(found)
 
 
 def _weight_map(index: Path) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Options:
     """A directory with config.json, the file, or "FAMILY:FLAVOR" of TorchTitan; else the source's own."""
     dtype: torch.dtype | None = None
     """Of floating-point weights; else they keep their own."""
+    names: str | None = None
+    """How the source calls tensor NAME, with `{}` in place of NAME; None: as we do."""
     dp: int = 1
     tp: int = 1
     ep: int = 1
@@ -132,6 +134,7 @@ class Job:
             "tensors": [[t.name, t.shape, str(t.dtype)] for t in self.tensors.tensors],
             "layout": self.layout.to_json() if self.layout else None,
             "config": self.hf,
+            "names": self.options.names,
             "views": [repr(view) for view in self.tensors.views],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -8,9 +8,11 @@ from pathlib import Path
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.checkpoint.engine_files import is_engine, open_engine
+from titan_bridge.checkpoint.foreign import refuse_folder, refuse_remote
 from titan_bridge.checkpoint.hf import is_hf, open_hf
+from titan_bridge.checkpoint.names import under_hf_names
 from titan_bridge.checkpoint.quantized import dequantized
-from titan_bridge.errors import BridgeError, few
+from titan_bridge.errors import BridgeError
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -29,28 +31,16 @@ def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Che
     Raises:
         BridgeError: No such directory, no checkpoint in it, or one that is damaged; the message names the file.
     """
+    refuse_remote(os.fspath(path))
     directory = Path(path)
     if not directory.is_dir():
         what = "is a file; give its directory" if directory.is_file() else "does not exist"
         raise BridgeError(f"{directory} {what}")
     if is_dcp(directory):
-        return open_dcp(directory, extra=extra)
+        found = open_dcp(directory, extra=extra)
+        return under_hf_names(found, found.config)
     if is_engine(directory):
         return open_engine(directory)
     if is_hf(directory):
         return dequantized(open_hf(directory))
-    found = few(sorted(path.name for path in directory.iterdir()))
-    if any(directory.glob("*.pt")):
-        raise BridgeError(
-            f"{directory} was written by torch_checkpointing or torch.save ({found}), which is not read; have "
-            "TorchTitan write DCP (its default checkpointer)"
-        )
-    if any(directory.glob("shard-*.safetensors")):
-        raise BridgeError(
-            f"{directory} holds the parts that each rank saved ({found}), which are not read; put them together with "
-            "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files"
-        )
-    raise BridgeError(
-        f"{directory} holds no checkpoint (found: {found}); looked for .metadata (DCP), engine.json (engine files), "
-        f"model.safetensors and model.safetensors.index.json (Hugging Face)"
-    )
+    refuse_folder(directory)

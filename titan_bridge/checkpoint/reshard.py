@@ -16,9 +16,11 @@ from typing import Any
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.adapter import merged
 from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.foreign import refuse_remote
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
+from titan_bridge.checkpoint.names import check_pattern, renamed, under_hf_names
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.staging import Staging
@@ -41,11 +43,19 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         BridgeError: The first thing that is wrong; all tensors that do not fit the model are in one line.
     """
     team = team or Team()
+    refuse_remote(options.source)
+    refuse_remote(options.target)
     # The output folder of a training run, and its checkpoint folder, stand for the last whole step.
     found = weights_directory(str(options.source)) or options.source
     _check_paths(options, found)
     extra = options.with_optimizer
-    source = open_checkpoint(found, extra=extra)
+    if options.names is not None:
+        if extra:
+            raise BridgeError("--names and --with-optimizer do not go together; give one of them")
+        check_pattern(options.names)
+    source = open_checkpoint(found, extra=extra or options.names is not None)
+    if options.names is not None:
+        source = renamed(source, options.names)
     if options.merge_lora is not None:
         source = merged(source, options.merge_lora)
     if extra and (source.format, options.to) != ("dcp", "dcp"):
@@ -54,6 +64,7 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         )
     config, small = _config(options, source)
     config = config and without_quantization(config)
+    source = under_hf_names(source, config)
     if options.dtype is not None:
         _check_not_quantized(source, config)
     same = source.format == options.to and options.to != "engine"

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,13 +14,13 @@ from titan_bridge.commands.infer import Text
 from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
 
-if TYPE_CHECKING:
-    from titan_bridge.checkpoint.compare import Side
+_SECONDS = 600
+"""For an engine's answer: it reads all its weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """Print a fingerprint of each tensor of a checkpoint, or compare two checkpoints by them.
+    """Print a fingerprint of each tensor of a checkpoint or a running engine, or compare two of them.
 
     The same weights have the same fingerprints in every format and layout; a single bit that differs changes them. With
     A and B it names the tensors that differ, and exits with 1 if there are any. `titan-bridge diff` says by how much.
@@ -29,7 +29,8 @@ class Fingerprint:
     """
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """Checkpoint: a model folder in any format, a training run, or one step of it."""
+    """Checkpoint: a model folder in any format, a training run, or one step of it; or the URL of a running engine
+    (`titan-bridge serve ... --sharding-spec`)."""
     b: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[B]", help_behavior_hint="")] = None
     """Another one, to compare with."""
     dtype: Annotated[
@@ -43,6 +44,17 @@ class Fingerprint:
     """Print one JSON object."""
 
     def run(self) -> int:
+        sources = [self.a] if self.b is None else [self.a, self.b]
+        folders = [source for source in sources if not _is_url(source)]
+        found = self._of_folders(folders) if folders else {}
+        found |= {source: (self._of_engine(source), []) for source in sources if _is_url(source)}
+        if self.b is None:
+            self._print(*found[self.a])
+            return 0
+        return self._compare(found[self.a][0], found[self.b][0])
+
+    def _of_folders(self, folders: list[str]) -> dict[str, tuple[dict[str, str], list[str]]]:
+        """By folder: fingerprints by tensor, in hexadecimal, and tensors that have none."""
         import torch  # with what follows, two seconds that a bad flag need not wait for
 
         from titan_bridge.checkpoint import compare
@@ -52,39 +64,48 @@ class Fingerprint:
         if self.config is not None and config is None:
             raise BridgeError(f"--config {self.config} has no config.json")
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        paths = [self.a] if self.b is None else [self.a, self.b]
-        sides = compare.open_sides(paths, config=config, common=True)
+        sides = compare.open_sides(folders, config=config, common=True)
+        result = {}
         try:
             with Bars({"read": sum(side.source.nbytes for side in sides)}) as bars:
-                found = [
-                    dict(compare.fingerprints(side, dtype=dtype, advance=lambda n: bars.advance("read", n)))
-                    for side in sides
-                ]
+                for folder, side in zip(folders, sides, strict=True):
+                    numbers = compare.fingerprints(
+                        side, dtype=dtype, advance=lambda n: bars.advance("read", n)
+                    )
+                    result[folder] = {name: f"{number:016x}" for name, number in numbers}, list(side.left_out)
         finally:
             for side in sides:
                 side.source.close()
-        if self.b is None:
-            self._print(sides[0], found[0])
-            return 0
-        return self._compare(*found)
+        return result
 
-    def _print(self, side: Side, found: dict[str, int]) -> None:
-        from titan_bridge.sharding.layout import dtype_name
+    def _of_engine(self, url: str) -> dict[str, str]:
+        import httpx  # only where a server is asked
 
+        query = {"dtype": self.dtype} if self.dtype else {}
+        try:
+            answer = httpx.get(f"{url.rstrip('/')}/v1/fingerprints", params=query, timeout=_SECONDS)
+        except httpx.HTTPError as error:
+            raise BridgeError(f"{url}: {error}") from None
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            raise BridgeError(f"{url} has no route /v1/fingerprints; serve with --sharding-spec")
+        try:
+            said = answer.json()
+            return {str(name): str(value) for name, value in said["tensors"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BridgeError(f"{url} answers {answer.status_code}: {answer.text[:300]}") from None
+
+    def _print(self, found: dict[str, str], left_out: list[str]) -> None:
         if self.json:
-            tensors = {name: f"{number:016x}" for name, number in found.items()}
-            facts = {"path": self.a, "fingerprint": whole(found), "tensors": tensors}
-            print(json.dumps(facts | {"left_out": list(side.left_out)}))
+            facts = {"path": self.a, "fingerprint": whole(found), "tensors": found, "left_out": left_out}
+            print(json.dumps(facts))
             return
         for name, number in found.items():
-            tensor = side.tensors[name]
-            floating = self.dtype if tensor.dtype.is_floating_point else None
-            print(f"{number:016x}  {name}  {floating or dtype_name(tensor.dtype)} {list(tensor.shape)}")
-        if side.left_out:
-            print(f"not in it: {', '.join(side.left_out)}")
+            print(f"{number}  {name}")
+        if left_out:
+            print(f"not in it: {', '.join(left_out)}")
         print(f"{whole(found)}  {self.a}: {len(found):,} tensors")
 
-    def _compare(self, a: dict[str, int], b: dict[str, int]) -> int:
+    def _compare(self, a: dict[str, str], b: dict[str, str]) -> int:
         facts: dict[str, Any] = {
             "a": self.a,
             "b": self.b,
@@ -110,9 +131,13 @@ class Fingerprint:
         return 0 if equal else 1
 
 
-def whole(found: dict[str, int]) -> str:
+def whole(found: dict[str, str]) -> str:
     """One fingerprint of all tensors, in hexadecimal: of their names and fingerprints, in the order of the names."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(found):
-        digest.update(f"{name} {found[name]:016x}\n".encode())
+        digest.update(f"{name} {found[name]}\n".encode())
     return digest.hexdigest()
+
+
+def _is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))

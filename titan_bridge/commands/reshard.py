@@ -53,6 +53,9 @@ class Reshard:
         tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
     ] = None
     """Of the weights; else they keep their own."""
+    names: Annotated[str | None, tyro.conf.arg(metavar="PATTERN", help_behavior_hint="")] = None
+    """Where another program wrote SRC: how it calls the tensor NAME, with {} in place of NAME, for example
+    'state.model.{}'. Names are TorchTitan's or Hugging Face's behind it; tensors that do not fit are left out."""
     merge_lora: Annotated[Path | None, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")] = None
     """A folder with a LoRA adapter in PEFT's format, which is added to SRC's weights (Hugging Face)."""
     lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="ALPHA", help_behavior_hint="")] = None
@@ -110,6 +113,7 @@ class Reshard:
             to=self.to,  # type: ignore[arg-type]
             config=self.config,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
+            names=self.names,
             dp=self.dp,
             tp=self.tp,
             ep=self.ep,

@@ -1,6 +1,6 @@
 """What a worker says about the parameters that it really holds. Runs inside vLLM's worker processes.
 
-The three functions become methods of vLLM's worker (`patches.answer_about_specs`), so that `collective_rpc`
+The four functions become methods of vLLM's worker (`patches.answer_about_specs`), so that `collective_rpc`
 reaches them by name whatever extension class the user has. Answers are plain lists, dicts, strings and numbers.
 """
 
@@ -20,10 +20,13 @@ from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
 from titan_bridge.engine.native.layers import Native
 from titan_bridge.errors import BridgeError
+from titan_bridge.fingerprint import of_plan, shapes_of
 from titan_bridge.mesh import DENSE, Sizes, describe, get_device_meshes, mesh_axes, sizes_of
 from titan_bridge.model_layout import ParamSpec, as_layout
-from titan_bridge.sharding.layout import ParamLayout
+from titan_bridge.sharding.layout import ParamLayout, dtype_name, torch_dtype
+from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.spec import ShardingSpec, attached, placement_to_str
+from titan_bridge.sharding.tensors import TensorMetadata
 
 
 def titan_sharding_spec(worker: Any) -> dict[str, Any]:
@@ -88,6 +91,47 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
         with model.packing.unpacked():
             return list(_verify_titan(model, sizes, tensors))
     return list(_verify_native(model, sizes, tensors))
+
+
+def titan_fingerprints(worker: Any, dtype: str | None = None) -> dict[str, Any]:
+    """What this worker's rank adds to the fingerprint of each Hugging Face tensor; see `titan_bridge.fingerprint`.
+
+    Of replicas one rank counts an element, so the sums of all ranks add up to each tensor once.
+
+    Args:
+        dtype: Cast the weights to it first, e.g. "bfloat16"; expert biases keep their own.
+
+    Returns:
+        `{"rank", "world", "sums": {name: hexadecimal}, "shapes": {name: list}, "dtypes": {name: text}}`.
+
+    Raises:
+        BridgeError: vLLM's own model, or a dtype that does not exist.
+    """
+    model = worker.get_model()
+    if not hasattr(model, "setup"):
+        raise BridgeError(f"{type(model).__name__} has no fingerprints; serve with model_impl='torchtitan'")
+    setup, layout = model.setup, as_layout(_titan_params(model, _sizes(worker)), _sizes(worker))
+    views = setup.family.views(setup.hf, padded_vocab=setup.padded_vocab)
+    cast = None if dtype is None else torch_dtype(dtype)
+    kept = {view.name for view in views if view.fqn in setup.family.expert_biases(setup.hf)}
+    dtypes = {
+        view.name: cast
+        if cast is not None and view.name not in kept
+        else torch_dtype(layout.params[view.fqn].dtype)
+        for view in views
+    }
+    whole = [TensorMetadata.whole(view.name, view.shape, dtypes[view.name], "all") for view in views]
+    made, rank = plan(layout, whole, views), dist.get_rank()
+    with model.packing.unpacked():
+        live = {fqn: _local(tensor).detach() for fqn, tensor, _ in _live(model)}
+        sums = of_plan(made, rank, lambda copy: live[copy.source_name], dtypes)
+    return {
+        "rank": rank,
+        "world": dist.get_world_size(),
+        "sums": {name: f"{number:016x}" for name, number in sums.items()},
+        "shapes": {name: list(shape) for name, shape in shapes_of(made).items()},
+        "dtypes": {name: dtype_name(each) for name, each in dtypes.items()},
+    }
 
 
 def _sizes(worker: Any) -> Sizes:

@@ -21,7 +21,7 @@ from titan_bridge.engine.cpu import forking
 from titan_bridge.engine.options import TRANSFER_BACKEND, titan_options
 from titan_bridge.engine.patches import apply
 from titan_bridge.engine.patches.apply import after_import, patch
-from titan_bridge.engine.specs import LAYOUT, NATIVE, VERIFY
+from titan_bridge.engine.specs import FINGERPRINTS, LAYOUT, NATIVE, VERIFY
 from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import model_and_step
 from titan_bridge.versions import unsupported
@@ -31,7 +31,7 @@ ARCHITECTURE = "TitanForCausalLM"
 MODEL_CLASS = "titan_bridge.engine.model.wrapper:TitanForCausalLM"
 PREFLIGHT_MODULE = "titan_bridge.engine.preflight"
 TRANSFER_MODULE = "titan_bridge.engine.transfer"
-SPEC_METHODS = (LAYOUT, NATIVE, VERIFY)
+SPEC_METHODS = (LAYOUT, NATIVE, VERIFY, FINGERPRINTS)
 
 
 def install() -> None:
@@ -312,7 +312,7 @@ def answer_about_specs() -> None:
 
     Called in the process that loads a model whose parameters carry specs.
 
-    What: adds three methods to `WorkerBase`, all with names of ours; replaces nothing. Why: `collective_rpc` finds
+    What: adds four methods to `WorkerBase`, all with names of ours; replaces nothing. Why: `collective_rpc` finds
     methods of the worker by name, and `worker_extension_cls`, the public way to add some, has room for one class,
     the user's. Version: vllm 0.32 (`vllm/v1/worker/worker_base.py`). Delete when: vLLM takes more than one
     extension class, or an entry point for worker methods.

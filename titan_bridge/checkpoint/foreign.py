@@ -1,0 +1,53 @@
+"""Checkpoints that are not read: what they are, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NoReturn
+
+from titan_bridge.errors import BridgeError, few
+
+_COPY = {
+    "s3": "aws s3 cp --recursive {} DIR",
+    "gs": "gcloud storage cp --recursive {} DIR",
+    "hf": "hf download NAME --local-dir DIR",
+    "az": "azcopy copy {} DIR --recursive",
+}
+"""By scheme: what brings a folder here."""
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}[^/]", re.IGNORECASE)  # Path() makes one slash of two
+
+
+def refuse_remote(path: str | Path) -> None:
+    """Raise BridgeError for `s3://...` and the like: slices are read in place, from files of this machine."""
+    match = _SCHEME.match(str(path))
+    if match is None or Path(path).exists():
+        return
+    address = re.sub(r":/+", "://", str(path), count=1)
+    how = _COPY.get(match[1].lower(), "copy the folder to this machine").format(address)
+    raise BridgeError(f"{address} is remote, which is not read; fetch it first ({how}) and give DIR")
+
+
+def refuse_folder(directory: Path) -> NoReturn:
+    """Raise BridgeError for a folder in which no checkpoint that we read was found."""
+    found = few(sorted(path.name for path in directory.iterdir()))
+    if binary := sorted(directory.glob("*.bin")):
+        raise BridgeError(
+            f"{directory} holds pickles ({few([path.name for path in binary])}), which are not read, since a pickle "
+            "can run code; convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR)"
+            ".save_pretrained(NEW) writes safetensors"
+        )
+    if any(directory.glob("*.pt")) or any(directory.glob("rank_*/*.pt")):
+        raise BridgeError(
+            f"{directory} was written by torch_checkpointing or torch.save ({found}), which is not read; have "
+            "TorchTitan write DCP (its default checkpointer)"
+        )
+    if any(directory.glob("shard-*.safetensors")):
+        raise BridgeError(
+            f"{directory} holds the parts that each rank saved ({found}), which are not read; put them together with "
+            "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files"
+        )
+    raise BridgeError(
+        f"{directory} holds no checkpoint (found: {found}); looked for .metadata (DCP), engine.json (engine files), "
+        f"model.safetensors and model.safetensors.index.json (Hugging Face)"
+    )
