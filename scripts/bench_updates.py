@@ -5,10 +5,10 @@
     python scripts/bench_updates.py --family qwen3_moe --serve "--dp 2 --ep 2" --updates 50    ranks in lockstep
 
 A server of a random model on this machine, a steady load of streaming requests, and a trainer that sends all weights
-again and again. "during" is the time from the call of `send` to its return. "reload" is the same number of updates by
-vLLM's own `reload_weights` from a file in memory, for which the engine stands still. Trainer, load, server and engine
-share the cores: "a busy core" says how much of "during" is the machine's share and not the engine's; nothing is sent,
-but one thread copies memory for as long.
+again and again. In turn: nothing; an update, from the call of `send` to its return; a busy core; and a reload by vLLM's
+own `reload_weights`, from a file in memory, for which the engine stands still. Trainer, load, server and engine share
+the cores: "a busy core" says how much of an update's effect is the machine's share; nothing is sent, but one thread
+copies memory for as long.
 """
 
 from __future__ import annotations
@@ -106,17 +106,6 @@ def server(model: Path, folder: Path, options: list[str]) -> Iterator[str]:
         process.wait()
 
 
-def timed(action: Any, count: int, rest: float) -> tuple[list[tuple[float, float]], list[Any]]:
-    """Do something `count` times with a rest between; when, and what it gave."""
-    spans, given = [], []
-    for _ in range(count):
-        started = time.monotonic()
-        given.append(action())
-        spans.append((started, time.monotonic()))
-        time.sleep(rest)
-    return spans, given
-
-
 def measure(family: Any, options: list[str], users: int, updates: int, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="titan-", dir="/dev/shm") as name:
         folder = Path(name)
@@ -130,23 +119,25 @@ def measure(family: Any, options: list[str], users: int, updates: int, seconds: 
             load = Load(url, users)
             time.sleep(5)
             rows: dict[str, Any] = {}
-            before, _ = timed(lambda: time.sleep(seconds), 1, 0)
-            during, reports = timed(trainer.send, updates, 0.5)
-            after, _ = timed(lambda: time.sleep(seconds), 1, 0)
-            busy, _ = timed(lambda: _busy(sum(b - a for a, b in during) / updates), updates, 0.5)
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
             post = httpx.Client(timeout=300).post
-            reload, _ = timed(
-                lambda: post(f"{url}/collective_rpc", json=body).raise_for_status(), updates, 0.5
-            )
-            load.stop()
-            spans = {
-                "before": before,
-                "during": during,
-                "after": after,
-                "a busy core": busy,
-                "reload": reload,
+            reports = []
+            actions = {
+                "nothing": lambda: time.sleep(seconds),
+                "updates": lambda: reports.append(trainer.send()),
+                "a busy core": lambda: _busy(reports[-1].seconds),
+                "reload": lambda: post(f"{url}/collective_rpc", json=body).raise_for_status(),
             }
+            spans: dict[str, list[tuple[float, float]]] = {what: [] for what in actions}
+            for _ in range(updates):
+                for what, action in actions.items():  # in turn, since a machine's other work comes and goes
+                    time.sleep(0.3)
+                    started = time.monotonic()
+                    action()
+                    spans[what].append((started, time.monotonic()))
+            trainer.send()
+            rows["compared"] = trainer.verify()
+            load.stop()
             for what, each in spans.items():
                 rows[what] = {**load.of(each), "seconds_each": sum(b - a for a, b in each) / len(each)}
             rows["longest_commit"] = max(report.pause for report in reports)
@@ -169,7 +160,7 @@ def main() -> None:
     parser.add_argument("--serve", default="", help='options of the server, such as "--dp 2 --ep 2"')
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--updates", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=8, help="how long before and after are watched")
+    parser.add_argument("--seconds", type=float, default=1.5, help="how long nothing is watched, each time")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,19 +168,23 @@ def main() -> None:
     if given.json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("", "tokens/s", "of before", "longest gap ms", "seconds each")
+    table = Table("", "tokens/s", "of nothing", "longest gap ms", "seconds each")
     for what, row in rows.items():
         if isinstance(row, dict):
             speed = row["tokens_per_second"]
             table.add_row(
                 what,
                 f"{speed:.1f}",
-                f"{speed / rows['before']['tokens_per_second']:.2f}",
+                f"{speed / rows['nothing']['tokens_per_second']:.2f}",
                 f"{row['longest_gap'] * 1e3:.0f}",
                 f"{row['seconds_each']:.2f}",
             )
     Console(width=120).print(table)
-    print(f"{rows['bytes'] / 1e6:.0f} MB an update; longest commit {rows['longest_commit'] * 1e3:.0f} ms")
+    print(
+        f"{given.updates} updates of {rows['bytes'] / 1e6:.0f} MB; "
+        f"longest commit {rows['longest_commit'] * 1e3:.0f} ms; "
+        f"{rows['compared']} tensors of workers compared afterwards, all equal"
+    )
 
 
 if __name__ == "__main__":

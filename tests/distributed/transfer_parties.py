@@ -17,7 +17,8 @@ from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer
 from titan_bridge.transfer.worker import Worker
 
-LIMIT = 4.0
+LIMIT = 20.0
+"""Of what does not wait for anybody who is away: generous, for a busy machine."""
 SLACK = 5 * MARGIN
 """What the slowest step of giving up may take beyond the limit."""
 BUCKET = 4096

@@ -72,7 +72,7 @@ SAME = (
             _complete([5, 9, 13, 200, 31], logprobs=5, return_token_ids=True),
             _complete(prompt_logprobs=2, max_tokens=1),
             _complete(echo=True, max_tokens=4),
-            _complete(["import", "class A:", [4, 5, 6]]),
+            _complete(["import", "class A:", "x"]),
         ),
     ),
     Same(
@@ -134,7 +134,7 @@ SAME = (
         ),
     ),
     Same(
-        name="Embeddings, token embeddings and scores (`runner='pooling'`)",
+        name="Embeddings, and scores from them (`runner='pooling'`)",
         test="test_features.py::test_embeddings_and_scores_are_those_of_transformers",
     ),
     Same(

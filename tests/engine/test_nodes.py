@@ -24,7 +24,7 @@ from tests.conftest import ROOT, descendants, kill
 from titan_bridge.ports import free_port
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
-from titan_bridge.transfer import HTTPClient, Options, TensorSource, Trainer
+from titan_bridge.transfer import Options, Trainer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
 
@@ -164,9 +164,7 @@ def expect(model: Path, prompt: list[int], tokens: list[int], logprobs: list[flo
     assert torch.allclose(torch.tensor(logprobs), expected_LV[rows, torch.tensor(tokens)], atol=1e-5)
 
 
-def test_tensor_parallel_over_two_nodes(
-    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensor_parallel_over_two_nodes(network: Network, tmp_path: Path) -> None:
     a, b = (make_checkpoint(tmp_path / name, "qwen3", seed=seed) for seed, name in enumerate("ab"))
     options = (str(a), "--tp", "2", "--weight-transfer-config", '{"backend": "titan"}')
     with served(network, tmp_path, *options) as nodes:
@@ -177,15 +175,10 @@ def test_tensor_parallel_over_two_nodes(
             assert "local_world_size=1," in log  # where vLLM binds workers to cores
         expect(a, PROMPT, *nodes.answer(a, PROMPT))
 
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", network.interfaces[0])  # what node 1 reaches this one by
-        trainer = Trainer(
-            TensorSource(load_reference(b).model, rank=0), HTTPClient(nodes.url), rank=0, world=1,
-            options=Options(host=nodes.address, seconds=60),
-        )  # fmt: skip
-        trainer.connect()
-        report = trainer.send_weights()
-        trainer.shutdown()
-        assert sorted(report.received) == [0, 1]
+        with Trainer(load_reference(b).model, nodes.url, options=Options(seconds=60)) as trainer:
+            report = trainer.send()
+        assert len(report.received) == 2
+        assert sum(report.received.values()) == report.lower_bound
         expect(b, PROMPT, *nodes.answer(a, PROMPT))
 
         code, seconds = nodes.kill(1)

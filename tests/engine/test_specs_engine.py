@@ -69,15 +69,16 @@ def test_the_three_answers_are_equal(model, from_python, url, capsys):
     assert "/v1/sharding_spec" in httpx.get(f"{url}/openapi.json").json()["paths"]
 
 
-def test_the_engine_has_the_fingerprints_of_its_checkpoint(model, url, capsys):
-    """From tp=2 ep=2 over HTTP, against the files; the layout has fused and padded tensors, and replicas."""
-    assert cli.main(["fingerprint", url, model, "--dtype", "float32", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["equal"]
-    assert cli.main(["fingerprint", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["fingerprint"] == found["fingerprints"][1]
-    assert cli.main(["fingerprint", url + "/nothing"]) == 2
-    assert "--sharding-spec" in capsys.readouterr().err
+def test_fingerprints_of_the_engine_are_those_of_the_checkpoint(model, url, tmp_path, capsys):
+    assert cli.main(["fingerprint", url, model]) == 0, capsys.readouterr()
+    assert cli.main(["fingerprint", url, model, "--dtype", "bfloat16"]) == 0, capsys.readouterr()
+    other = make_checkpoint(tmp_path / "other", "qwen3_moe", seed=1, vocab_size=777)
+    assert cli.main(["fingerprint", url, str(other), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["only_a"] == found["only_b"] == []
+    assert any("experts.3.down_proj" in name for name in found["different"])
+    assert cli.main(["fingerprint", f"{url}/nothing"]) == 2
+    assert "serve with --sharding-spec" in capsys.readouterr().err
 
 
 def test_every_parameter_gathered_by_its_spec_is_the_checkpoints(from_python):

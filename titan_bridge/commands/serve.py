@@ -37,7 +37,8 @@ class Serve(InferCommand):
     port: int = 8000
     """Port to listen on."""
     sharding_spec: bool = False
-    """Answer GET /v1/sharding_spec, too: where every parameter lives."""
+    """Answer GET /v1/sharding_spec, too: where every parameter lives; and /v1/fingerprints for `titan-bridge
+    fingerprint URL`."""
     dry_run: bool = False
     """Print the command and the variables that would be set, and stop."""
     vllm_options: tyro.conf.Suppress[tuple[str, ...]] = ()

@@ -15,16 +15,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from vllm.distributed import get_world_group
 
 from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
 from titan_bridge.engine.native.layers import Native
 from titan_bridge.errors import BridgeError
-from titan_bridge.fingerprint import of_plan, seal
+from titan_bridge.fingerprint import of_plan, shapes_of
 from titan_bridge.mesh import DENSE, Sizes, describe, get_device_meshes, mesh_axes, sizes_of
 from titan_bridge.model_layout import ParamSpec, as_layout
-from titan_bridge.sharding.layout import ParamLayout, dtype_name
+from titan_bridge.sharding.layout import ParamLayout, dtype_name, torch_dtype
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.spec import ShardingSpec, attached, placement_to_str
 from titan_bridge.sharding.tensors import TensorMetadata
@@ -94,35 +93,44 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
     return list(_verify_native(model, sizes, tensors))
 
 
-def titan_fingerprints(worker: Any) -> dict[str, dict[str, Any]]:
-    """The fingerprint of every tensor that a Hugging Face checkpoint of the served model has, as it is live.
+def titan_fingerprints(worker: Any, dtype: str | None = None) -> dict[str, Any]:
+    """What this worker's rank adds to the fingerprint of each Hugging Face tensor; see `titan_bridge.fingerprint`.
 
-    Each rank sums up what a plan takes from it, replicas once, and all ranks add: all workers of all engines call it
-    together. Rows that pad the vocabulary and a tied head's second name are left out, as in a checkpoint.
+    Of replicas one rank counts an element, so the sums of all ranks add up to each tensor once.
+
+    Args:
+        dtype: Cast the weights to it first, e.g. "bfloat16"; expert biases keep their own.
 
     Returns:
-        By Hugging Face name `{"fingerprint" (hexadecimal), "shape", "dtype"}`, the same on every worker.
+        `{"rank", "world", "sums": {name: hexadecimal}, "shapes": {name: list}, "dtypes": {name: text}}`.
+
+    Raises:
+        BridgeError: vLLM's own model, or a dtype that does not exist.
     """
-    model, sizes = worker.get_model(), _sizes(worker)
+    model = worker.get_model()
     if not hasattr(model, "setup"):
-        raise BridgeError("fingerprints are of TorchTitan's models; serve with model_impl='torchtitan'")
-    setup = model.setup
+        raise BridgeError(f"{type(model).__name__} has no fingerprints; serve with model_impl='torchtitan'")
+    setup, layout = model.setup, as_layout(_titan_params(model, _sizes(worker)), _sizes(worker))
     views = setup.family.views(setup.hf, padded_vocab=setup.padded_vocab)
+    cast = None if dtype is None else torch_dtype(dtype)
+    kept = {view.name for view in views if view.fqn in setup.family.expert_biases(setup.hf)}
+    dtypes = {
+        view.name: cast
+        if cast is not None and view.name not in kept
+        else torch_dtype(layout.params[view.fqn].dtype)
+        for view in views
+    }
+    whole = [TensorMetadata.whole(view.name, view.shape, dtypes[view.name], "all") for view in views]
+    made, rank = plan(layout, whole, views), dist.get_rank()
     with model.packing.unpacked():
-        params = _titan_params(model, sizes)
-        live = {fqn: _local(tensor).detach().contiguous() for fqn, tensor, _ in _live(model)}
-        wanted = [TensorMetadata.whole(v.name, v.shape, params[v.fqn].dtype, "whole") for v in views]
-        made = plan(as_layout(params, sizes), wanted, views)
-        own = of_plan(made, dist.get_rank(), lambda copy: live[copy.source_name])
-    sums = torch.tensor([own.get(tensor.name, 0) for tensor in wanted], dtype=torch.uint64).view(torch.int64)
-    dist.all_reduce(sums, group=get_world_group().cpu_group)  # int64 wraps, as the sum modulo 2^64 does
+        live = {fqn: _local(tensor).detach() for fqn, tensor, _ in _live(model)}
+        sums = of_plan(made, rank, lambda copy: live[copy.source_name], dtypes)
     return {
-        tensor.name: {
-            "fingerprint": f"{seal(total, tensor.shape, tensor.dtype):016x}",
-            "shape": list(tensor.shape),
-            "dtype": dtype_name(tensor.dtype),
-        }
-        for tensor, total in zip(wanted, sums.tolist(), strict=True)
+        "rank": rank,
+        "world": dist.get_world_size(),
+        "sums": {name: f"{number:016x}" for name, number in sums.items()},
+        "shapes": {name: list(shape) for name, shape in shapes_of(made).items()},
+        "dtypes": {name: dtype_name(each) for name, each in dtypes.items()},
     }
 
 

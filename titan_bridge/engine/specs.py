@@ -1,6 +1,6 @@
 """Ask a running engine where its parameters are, from outside: an offline `LLM`, or the engine client of a server.
 
-`python`: `titan_bridge.engine.specs.layout(llm)`; over HTTP: `GET /v1/sharding_spec` (`endpoint.py`); without an
+Python: `titan_bridge.engine.specs.layout(llm)`; over HTTP: `GET /v1/sharding_spec` (`endpoint.py`); without an
 engine: `titan-bridge inspect`. All three give the same layout.
 """
 
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.fingerprint import combine, seal
+from titan_bridge.sharding.layout import Layout, torch_dtype
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -45,6 +46,50 @@ def verify(llm: LLM, checkpoint: str) -> list[list[dict[str, Any]]]:
     With data parallelism the engines of all dp ranks must be asked at the same time.
     """
     return _call(llm, VERIFY, str(checkpoint))
+
+
+def fingerprints(llm: LLM, dtype: str | None = None) -> dict[str, str]:
+    """The fingerprint of each Hugging Face tensor of the live weights, in hexadecimal; see `titan_bridge.fingerprint`.
+
+    Args:
+        dtype: Cast the weights to it first, e.g. "bfloat16".
+
+    Raises:
+        BridgeError: vLLM's own model, or an engine that shares its experts with engines of other dp ranks.
+    """
+    return sealed(_call(llm, FINGERPRINTS, dtype))
+
+
+def sealed(answers: Sequence[Any]) -> dict[str, str]:
+    """Fingerprints from what the workers of an engine counted.
+
+    Raises:
+        BridgeError: Two workers of one rank (replicas of a dense model) have different weights, or a rank is missing.
+    """
+    by_rank: dict[int, Any] = {}
+    for answer in answers:
+        known = by_rank.setdefault(answer["rank"], answer)
+        if known != answer:
+            name = next(name for name, value in answer["sums"].items() if known["sums"].get(name) != value)
+            raise BridgeError(
+                f"two replicas of rank {answer['rank']} have different weights, first in {name}"
+            )
+    first = answers[0]
+    if len(by_rank) < first["world"]:
+        raise BridgeError(
+            f"{len(by_rank)} of {first['world']} ranks answered: vLLM asks the engine of one dp rank, which has a part "
+            "of the experts only; compare with dp=1, or with the trainer's verify()"
+        )
+    return {
+        name: "{:016x}".format(
+            seal(
+                combine(int(each["sums"].get(name, "0"), 16) for each in by_rank.values()),
+                shape,
+                torch_dtype(first["dtypes"][name]),
+            )
+        )
+        for name, shape in first["shapes"].items()
+    }
 
 
 def agreed(answers: Sequence[Any]) -> Any:
