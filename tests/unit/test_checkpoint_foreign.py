@@ -147,6 +147,7 @@ def test_remote_checkpoints_are_refused_with_what_to_do(model, address, hint, tm
         ("reshard", model["hf"], address, "--to", "dcp"),
         ("diff", address, model["hf"]),
         ("fingerprint", address),
+        ("serve", address),
     ):
         said = refused(capsys, *arguments)
         assert f"{address} is remote" in said

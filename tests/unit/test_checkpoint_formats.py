@@ -325,7 +325,7 @@ def test_files_and_index_must_agree(tmp_path):
     [
         ("optimizer_0.pt", r"torch_checkpointing or torch.save \(config.json, optimizer_0.pt\), which is not read"),
         ("shard-00001-model-00001-of-00002.safetensors", "parts that each rank saved.*consolidate_safetensors_files"),
-        ("pytorch_model.bin", r"holds no checkpoint \(found: config.json, pytorch_model.bin\)"),
+        ("pytorch_model.bin", r"holds pickles \(pytorch_model.bin\), which are not read.*save_pretrained"),
     ],
 )  # fmt: skip
 def test_files_of_others_are_named(tmp_path, file, message):

@@ -8,10 +8,10 @@ from pathlib import Path
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.checkpoint.engine_files import is_engine, open_engine
-from titan_bridge.checkpoint.foreign import refuse_folder, refuse_remote
 from titan_bridge.checkpoint.hf import is_hf, open_hf
 from titan_bridge.checkpoint.names import under_hf_names
 from titan_bridge.checkpoint.quantized import dequantized
+from titan_bridge.checkpoint.refused import refuse_folder, refuse_remote
 from titan_bridge.errors import BridgeError
 
 

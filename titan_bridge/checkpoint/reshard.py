@@ -16,13 +16,13 @@ from typing import Any
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.adapter import merged
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.foreign import refuse_remote
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.names import check_pattern, renamed, under_hf_names
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.quantized import without_quantization
+from titan_bridge.checkpoint.refused import refuse_remote
 from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.checkpoint.target import Target, dcp_target, engine_target, hf_target
 from titan_bridge.checkpoint.team import Team

@@ -118,6 +118,10 @@ def local_folder(model: str, file: str | None, *, weights: bool) -> str:
     """
     if os.path.exists(model):
         return model
+    if "://" in model:
+        from titan_bridge.checkpoint.refused import refuse_remote  # torch, only to say no
+
+        refuse_remote(model)
     hint = "give the directory of a model, with its config.json"
     if file is not None:
         hint = f"{file} names it, relative to the working directory {os.getcwd()}"
