@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from vllm.v1.engine import EngineCoreRequestType
+
 _DECIDED = "_titan_bridge_decided"
 """Attribute of the engine core: the update that `finish_weight_update` is about to take."""
 
@@ -50,6 +52,8 @@ def call(core: Any, method: Any, kwargs: dict[str, Any] | None, rpc: Callable[[]
             taken.set_result(turn())
         except Exception as error:
             taken.set_exception(error)
+        # This runs where the engine is about to wait for its next call, since it was idle: its requests are not.
+        core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     idle.add_done_callback(then)
     return taken
