@@ -107,10 +107,14 @@ from titan_bridge.engine.model.compiled import _digest
 from titan_bridge.engine.options import TitanOptions
 from titan_bridge.mesh import Sizes
 from titan_bridge.models import family_for, load_hf_config
+from titan_bridge.policy.layers import split
+from titan_bridge.policy.schema import NO_POLICY
 
-hf = load_hf_config(sys.argv[1])
+hf, sizes = load_hf_config(sys.argv[1]), Sizes()
+family = family_for(hf)
 setup = Setup(
-    hf=hf, family=family_for(hf), sizes=Sizes(), options=TitanOptions(), padded_vocab=301, max_model_len=64
+    hf=hf, family=family, sizes=sizes, options=TitanOptions(), padded_vocab=301, max_model_len=64,
+    split=split(NO_POLICY, family, family.model_config(hf), sizes),
 )
 first, second = _digest(setup), _digest(setup)
 file = Path(gated_model.__file__).with_name("model.py")
