@@ -108,7 +108,6 @@ BAD_MODELS = {
     ),
     "no experts": (["{model}", "--tp", "2", "--ep", "2"], "has no experts; leave ep at 1"),
     "heads": (["{model}", "--tp", "3"], "tp=3 does not divide n_heads=8, n_kv_heads=4"),
-    "more tp than kv heads": (["{model}", "--tp", "8"], "allowed for this model: 1, 2, 4"),
     "rope limit": (
         ["{model}", "--max-model-len", "4096"],
         "max_model_len=4096 is over the model's rope limit",

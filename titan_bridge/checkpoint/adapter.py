@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
@@ -75,6 +74,8 @@ def write_dcp(source: Path, target: Path, *, hf: Mapping[str, Any]) -> int:
     """
     tensors = from_peft(_read_adapter(source)[1], family_for(hf).views(hf))
     with _beside(target) as made:
+        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  brings DTensor, which reads do without
+
         dcp.save(dict(tensors), checkpoint_id=made, no_dist=True)
     return len(tensors)
 
