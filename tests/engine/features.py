@@ -148,7 +148,7 @@ SAME = (
     ),
     Same(
         name="LoRA: PEFT adapters over attention and dense layers",
-        test="test_lora.py::test_they_have_the_numbers_of_vllms_own_model",
+        test="test_lora.py::test_adapters_have_the_numbers_of_merged_checkpoints",
         note="routed experts and embeddings are refused by name",
     ),
     Same(

@@ -162,7 +162,7 @@ HOSTILE = {
     "deep JSON": (["inspect", "{folder}/deep"], "deep/config.json cannot be read as JSON: "),
     "deep layout": (
         ["plan", "{folder}/deep/config.json", "{folder}/deep/config.json"],
-        "not a layout file: ",
+        "cannot be read as JSON: ",
     ),
     "deep TOML": (["config", "{folder}/deep.toml"], "deep.toml cannot be read as TOML: "),
     "deep --set": (["inspect", "{model}", "--set", "model=" + "[" * 5000], "nested too deeply"),
