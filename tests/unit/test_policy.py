@@ -430,3 +430,20 @@ def test_ranks_hold_every_parameter_as_often_as_the_plan_says(case: tuple[str, S
         # Rows that dp does not divide leave the last ranks with less.
         if all(size % (over * over_dp) == 0 for size in param.shape):
             assert set(count.values()) == {sizes.world // over // over_dp}, (fqn, param)
+
+
+def test_backends_that_count_the_heads_of_the_model_take_no_narrow_attention() -> None:
+    from titan_bridge.engine.model.backends import check_backend
+
+    hf = MODELS["deepseek"]
+    family = family_for(hf)
+
+    def decided(width: int):
+        return split(attention_width(width), family, family.model_config(hf), Sizes(tp=2))
+
+    check_backend("CPU_ATTN", decided(1))
+    check_backend("FLEX_ATTENTION", decided(2))
+    with pytest.raises(
+        BridgeError, match=r"backend FLEX_ATTENTION counts heads .* layers\.0\.attention has tp_size=1"
+    ):
+        check_backend("FLEX_ATTENTION", decided(1))

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -62,32 +63,35 @@ class Difference:
     """Over all elements."""
 
 
-def open_sides(
-    paths: Sequence[str], *, config: Mapping[str, Any] | None = None, common: bool = False
-) -> tuple[Side, ...]:
+def open_sides(paths: Sequence[str], *, config: str | None = None, common: bool = False) -> tuple[Side, ...]:
     """Open checkpoints for a comparison: model folders of any format, training runs, or steps of one.
 
     Args:
-        config: Of the model, where no path has a config.json.
+        config: A directory with the model's config.json, for where no path has one.
         common: Use Hugging Face's names wherever the model is known, even between checkpoints of one format.
 
     Raises:
         BridgeError: No checkpoint, a damaged one, different formats without a config.json, or one that does not fit.
     """
-    opened = []
+    hf_config = None if config is None else hf.read_config(Path(config))
+    if config is not None and hf_config is None:
+        raise BridgeError(f"--config {config} has no config.json")
+    opened: list[Checkpoint] = []
     try:
         for path in paths:
             opened.append(open_checkpoint(weights_directory(path) or path))
         for source in opened:
-            config = config or source.config or hf.read_config(source.path.parent)
+            hf_config = hf_config or source.config or hf.read_config(source.path.parent)
         formats = {source.format for source in opened}
-        if config is None and (len(formats) > 1 or formats == {"engine"}):
+        if hf_config is None and (len(formats) > 1 or formats == {"engine"}):
             raise BridgeError(
                 f"{few([str(source.path) for source in opened])}: {few(sorted(formats))} are compared through the "
                 "model's config.json, which none of them has; give one with --config"
             )
-        plain = config is None or (not common and len(formats) == 1 and formats != {"engine"})
-        return tuple(_side(source, None if plain and source.format != "hf" else config) for source in opened)
+        plain = hf_config is None or (not common and len(formats) == 1 and formats != {"engine"})
+        return tuple(
+            _side(source, None if plain and source.format != "hf" else hf_config) for source in opened
+        )
     except BaseException:
         for source in opened:
             source.close()

@@ -87,14 +87,10 @@ class Diff:
         import torch  # with what follows, two seconds that a bad flag need not wait for
 
         from titan_bridge.checkpoint import compare
-        from titan_bridge.checkpoint.hf import read_config
         from titan_bridge.sharding.layout import dtype_name
 
-        config = None if self.config is None else read_config(Path(self.config))
-        if self.config is not None and config is None:
-            raise BridgeError(f"--config {self.config} has no config.json")
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        a, b = compare.open_sides([self.a, self.b], config=config)
+        a, b = compare.open_sides([self.a, self.b], config=self.config)
         with a.source, b.source:
             common = [(one, b.tensors[name]) for name, one in a.tensors.items() if name in b.tensors]
             facts = _names(a.tensors, b.tensors)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -58,13 +57,9 @@ class Fingerprint:
         import torch  # with what follows, two seconds that a bad flag need not wait for
 
         from titan_bridge.checkpoint import compare
-        from titan_bridge.checkpoint.hf import read_config
 
-        config = None if self.config is None else read_config(Path(self.config))
-        if self.config is not None and config is None:
-            raise BridgeError(f"--config {self.config} has no config.json")
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        sides = compare.open_sides(folders, config=config, common=True)
+        sides = compare.open_sides(folders, config=self.config, common=True)
         result = {}
         try:
             with Bars({"read": sum(side.source.nbytes for side in sides)}) as bars:

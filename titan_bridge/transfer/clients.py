@@ -94,7 +94,7 @@ class LLMClient:
 
 
 def client_of(engine: str | Client | Any) -> Client:
-    """The client of an engine given as a URL, a client, an `LLM`, or a Ray actor that has an `AsyncLLM`'s methods.
+    """The client of an engine given as a URL, a client (vLLM's own for a Ray actor, too), or an `LLM`.
 
     Raises:
         BridgeError: Something else.
@@ -102,15 +102,11 @@ def client_of(engine: str | Client | Any) -> Client:
     if isinstance(engine, str):
         return HTTPClient(engine)
     kind = type(engine)
-    if kind.__module__.startswith("ray."):
-        # vLLM's client for actors, and so vLLM on the trainer's side, too.
-        from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient  # noqa: PLC0415
-
-        return RayVLLMWeightSyncClient(engine)
     if hasattr(engine, "llm_engine"):
         return LLMClient(engine)
     if lacks := [name for name in METHODS if not callable(getattr(engine, name, None))]:
         raise BridgeError(
-            f"the engine is a {kind.__name__} without {lacks[0]}; allowed: a URL, a client, an LLM, a Ray actor"
+            f"the engine is a {kind.__name__} without {lacks[0]}; allowed: a URL, a client (for a Ray actor "
+            "vLLM's RayVLLMWeightSyncClient), an LLM"
         )
     return engine

@@ -183,9 +183,9 @@ def build(vllm_config: VllmConfig) -> Built:
     _localise(model)
     if latent:
         cache_latents(model, config, sizes)
-    for layer in model.layers.values():
-        paged: Any = layer.attention.inner_attention.paged
-        check_backend(paged.get_attn_backend().get_name(), setup.split)
+    paged: list[Any] = [layer.attention.inner_attention.paged for layer in model.layers.values()]
+    for backend in {each.get_attn_backend().get_name() for each in paged}:
+        check_backend(backend, setup.split)
     _serve_experts(model, setup, vllm_config)
     adapters = vllm_config.lora_config is not None
     if setup.options.cpu_pack and not setup.sharded:
