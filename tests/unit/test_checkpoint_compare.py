@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.checkpoint_samples import NORM, SMALL, changed, contents, options
 from titan_bridge import cli
+from titan_bridge.checkpoint import target
 from titan_bridge.checkpoint.compare import fingerprints, open_sides
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.fingerprint import fingerprint
@@ -63,6 +64,22 @@ def test_fingerprints_are_those_of_whole_tensors(model) -> None:
         found = dict(fingerprints(side))
     expected.pop("lm_head.weight", None) if "lm_head.weight" not in found else None
     assert found == expected
+
+
+def test_tensors_of_many_strips_and_other_dtypes(model, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(target, "STRIP_BYTES", 1000)
+    (side,) = open_sides([str(model["bf16"])], common=True)
+    with side.source:
+        found = dict(fingerprints(side))
+    whole = load_file(model["hf"] / "model.safetensors")
+    assert found == {name: fingerprint(whole[name].to(side.tensors[name].dtype)) for name in found}
+    assert {tensor.dtype for tensor in side.tensors.values()} == {torch.bfloat16}
+    assert run(capsys, "diff", model["engine"], model["hf"])[0] == 0
+    stated = run(capsys, "diff", model["hf"], model["bf16"])[1]["values"]
+    distances = {name: (whole[name].double() - whole[name].bfloat16()).abs() for name in found}
+    assert {each["name"]: each["max"] for each in stated} == {
+        name: float(each.max()) for name, each in distances.items() if each.any()
+    }
 
 
 def test_other_dtype_is_a_difference_unless_both_are_cast(model, capsys) -> None:
