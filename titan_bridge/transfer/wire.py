@@ -13,7 +13,6 @@ import contextlib
 import hmac
 import json
 import secrets
-import select
 import socket
 import struct
 import threading
@@ -128,12 +127,10 @@ class Connection:
     def alive(self) -> bool:
         """Whether the other end has not closed the connection, as far as this host has heard."""
         try:
-            if not select.select([self._socket], [], [], 0)[0]:
-                return True
             return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return True
-        except (OSError, ValueError):
+        except OSError:
             return False
 
     def close(self) -> None:
