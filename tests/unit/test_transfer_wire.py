@@ -157,7 +157,7 @@ def test_a_message_that_is_cut_off_late_or_not_taken_is_one_error(listener):
 def test_connections_live_in_a_process_with_many_open_files(listener):
     with contextlib.ExitStack() as files:
         for _ in range(1100):
-            files.enter_context(open(os.devnull))  # noqa: SIM115
+            files.enter_context(open(os.devnull))
         here, there = pair(listener)
         assert there._socket.fileno() > 1024  # what select() can take
         assert here.alive()

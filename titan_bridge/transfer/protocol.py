@@ -55,7 +55,7 @@ from pydantic.dataclasses import dataclass
 
 from titan_bridge.errors import BridgeError
 
-VERSION = 2
+VERSION = 3
 """Of the calls and messages."""
 MARGIN = 2.0
 """Seconds that whoever waits for somebody else's answer waits longer, so that it hears the reason."""
@@ -88,6 +88,10 @@ class Terms:
     """Names this connection: one is made anew after a fault."""
     seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
     """Time limit of connecting and of one update."""
+    adapter: _Text | None = None
+    """Name of the engine's LoRA adapter that is updated, instead of the weights."""
+    scaling: Annotated[float, Field(gt=0)] | None = None
+    """What the adapter's products are multiplied by; None: what the engine has loaded it with."""
     bucket_bytes: _Count = BUCKET_BYTES
     """Most bytes of one message."""
     version: int = VERSION

@@ -58,7 +58,7 @@ class Connection:
     def __init__(self, sock: socket.socket, peer: str, hello: Mapping[str, Any]) -> None:
         self.peer, self.hello = peer, hello
         """Who the other end is, for messages, and what whoever connected said of itself."""
-        self._socket = sock
+        self._socket, self.host = sock, sock.getsockname()[0]
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

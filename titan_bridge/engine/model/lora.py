@@ -10,7 +10,7 @@ each has its own ranks and fills its own rows; the family's views say which.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from vllm.config.lora import LoRAConfig
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper import PunicaWrapperBase
 from vllm.lora.utils import is_in_target_modules
@@ -193,3 +194,60 @@ class AdapterManager(LRUCacheLoRAModelManager):
                 "take none; allowed: linear layers of attention and of dense and shared feed-forwards"
                 f"{', as far as lora_target_modules says' if wanted else ''}"
             )
+
+
+class LiveAdapter:
+    """An adapter that a trainer updates: its matrices by TorchTitan's names, and the way into vLLM's slots.
+
+    vLLM would evict an adapter that is not used and load it from its folder again, as it was: it is pinned instead.
+    """
+
+    def __init__(self, manager: AdapterManager, name: str, scaling: float | None) -> None:
+        """Raises BridgeError where no adapter of this name is loaded, or no slot is left for it."""
+        loaded = {getattr(each, "name", "?"): each for _, each in manager.list_adapters().items()}
+        if name not in loaded:
+            raise BridgeError(
+                f"no LoRA adapter {name!r} is loaded; loaded: {', '.join(sorted(loaded)) or 'none'} "
+                "(--lora-modules NAME=FOLDER, or POST /v1/load_lora_adapter)"
+            )
+        self._manager, self._adapter, self._scaling = manager, loaded[name], scaling
+        try:
+            manager.activate_adapter(self._adapter.id)
+            manager.pin_adapter(self._adapter.id)
+        except (ValueError, RuntimeError) as error:
+            raise BridgeError(
+                f"LoRA adapter {name!r} gets no slot of its own: {error}; raise --max-loras"
+            ) from None
+        self._alpha = next(iter(self._adapter.loras.values())).lora_alpha
+        self.tensors: dict[str, torch.Tensor] = {}
+        """Whole matrices, in the engine's dtype for adapters, as they came last."""
+        for fqn, adapters in manager.modules.items():
+            found = [lora for each in adapters.target.names if (lora := self._adapter.get_lora(each))]
+            if not found:
+                continue
+            rows, columns = adapters.target.views[0].titan_shape
+            for half, shape in ("a", (found[0].rank, columns)), ("b", (rows, found[0].rank)):
+                self.tensors[f"{fqn}.lora_{half}{WEIGHT}"] = torch.zeros(
+                    shape, dtype=manager.lora_config.lora_dtype
+                )
+
+    def checked(self) -> dict[str, torch.Tensor]:
+        """`tensors`. Raises BridgeError where the adapter has been unloaded, or loaded again."""
+        if self._manager.list_adapters().get(self._adapter.id) is not self._adapter:
+            raise BridgeError(f"LoRA adapter {self._adapter.name!r} was unloaded or loaded anew")
+        return self.tensors
+
+    def write(self, names: Iterable[str]) -> None:
+        """Make the matrices live, in the adapter and in its slot."""
+        manager, adapter = self._manager, self._adapter
+        index = manager.lora_index_to_id.index(adapter.id)
+        for fqn in {name.rpartition(".lora_")[0] for name in names}:
+            a, b = (self.tensors[f"{fqn}.lora_{half}{WEIGHT}"] for half in "ab")
+            module, rank = manager.modules[fqn], a.shape[0]
+            for view in module.target.views:
+                name = view.name.removesuffix(WEIGHT)
+                scaling = self._scaling or self._alpha / rank
+                part = (rows_of(view, rank).read(b) * scaling).contiguous()
+                adapter.loras[name] = LoRALayerWeights(name, rank, self._alpha, a, part, scaling=1.0)
+            pair = manager._get_lora_layer_weights(adapter, fqn)
+            module.set_lora(index, pair.lora_a, pair.lora_b)
