@@ -1,4 +1,4 @@
-"""LoRA adapters of a server: loaded and unloaded through vLLM's own routes, and one that a trainer updates while it serves."""
+"""LoRA adapters of a server: loaded and unloaded through vLLM's own routes, and updated live by a trainer."""
 
 from __future__ import annotations
 

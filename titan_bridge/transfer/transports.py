@@ -71,7 +71,8 @@ class Tcp:
 
 
 class Memory(Tcp):
-    """A ring of slots that both processes have; over the connection goes one byte for each slot that was filled."""
+    """A ring of slots that both processes have; over the connection goes one byte for each that was filled or
+    emptied: their number, so that anything else is noticed."""
 
     name = "memory"
 
@@ -79,25 +80,27 @@ class Memory(Tcp):
         super().__init__(connection)
         self.device = ring.device
         self._slots = ring.view(SLOTS, SLOT_BYTES)
-        self._next, self._free, self._byte = 0, SLOTS, bytearray(1)
+        self._next, self._free, self._told, self._heard = 0, SLOTS, 0, 0
 
     def send(self, data: torch.Tensor, deadline: Deadline) -> None:
         for part in data.view(-1).view(torch.uint8).split(SLOT_BYTES):
             if not self._free:
-                self._freed(deadline)
+                self._hear(deadline)
+                self._free += 1
             self._slot(len(part)).copy_(part)
             self._free -= 1
             self._tell(deadline)
 
     def receive(self, into: torch.Tensor, deadline: Deadline) -> None:
         for part in into.view(-1).view(torch.uint8).split(SLOT_BYTES):
-            self.connection.receive_raw(self._byte, deadline)
+            self._hear(deadline)
             part.copy_(self._slot(len(part)))
             self._tell(deadline)
 
     def finish(self, deadline: Deadline) -> None:
-        while self._free < SLOTS:
-            self._freed(deadline)
+        for _ in range(SLOTS - self._free):
+            self._hear(deadline)
+        self._free = SLOTS
 
     def _slot(self, size: int) -> torch.Tensor:
         slot, self._next = self._slots[self._next], (self._next + 1) % SLOTS
@@ -106,11 +109,14 @@ class Memory(Tcp):
     def _tell(self, deadline: Deadline) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        self.connection.send_raw(b"\0", deadline)
+        self._told = (self._told + 1) % 256
+        self.connection.send_raw(bytes([self._told]), deadline)
 
-    def _freed(self, deadline: Deadline) -> None:
-        self.connection.receive_raw(self._byte, deadline)
-        self._free += 1
+    def _hear(self, deadline: Deadline) -> None:
+        self._heard = (self._heard + 1) % 256
+        self.connection.receive_raw(byte := bytearray(1), deadline)
+        if byte[0] != self._heard:
+            raise TransferError(f"{self.connection.peer} is out of step")
 
 
 class Group(Tcp):
