@@ -15,8 +15,10 @@
                         is live? is there memory? It answers, or refuses
  3  SEND                every trainer rank, to all its workers at once:
                         all planned messages, or only what changed in
-                        them. A thread of the worker receives into host
-                        memory; its engine goes on serving
+                        them; the first time, the two agree on what
+                        tensors travel over (`transports`). A thread
+                        of the worker receives into the host's memory;
+                        its engine goes on serving
  4  VOTE                worker -> rank 0: "I have everything", or why not.
                         Other ranks -> rank 0: the same of sending.
                         One "no" ends the update here
