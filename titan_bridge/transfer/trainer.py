@@ -143,11 +143,6 @@ class Trainer:
         """Memory that this rank holds for sending: at most two buckets."""
         return self._sender.buffer_bytes
 
-    @property
-    def snapshot_bytes(self) -> int:
-        """Memory of what is kept to find changes."""
-        return self._snapshot[1].nbytes
-
     # What users call
 
     def connect(self) -> None:
