@@ -25,6 +25,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper import PunicaWrapperBase
+from vllm.lora.request import LoRARequest
 from vllm.lora.utils import is_in_target_modules
 
 from titan_bridge.engine.model.latent import LatentCache
@@ -163,6 +164,20 @@ class AdapterManager(LRUCacheLoRAModelManager):
     model: TitanForCausalLM  # type: ignore[assignment]
     modules: dict[str, Adapters]  # type: ignore[assignment]
 
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self.names: dict[str, int] = {}
+        """Of each name the adapter that was loaded last."""
+        self.live: dict[int, LiveAdapter] = {}
+        """Those that a trainer has updated."""
+        super().__init__(*given, **options)
+
+    def loaded(self, adapter: LoRAModel, request: LoRARequest) -> None:
+        """Told of each adapter that was read from its folder, before it is used."""
+        self.names[request.lora_name] = adapter.id
+        adapter.load_inplace = request.load_inplace  # type: ignore[attr-defined]
+        if adapter.id in self.live:
+            self.live[adapter.id].fill(adapter)
+
     def _create_lora_modules(self) -> None:
         wanted = self.lora_config.target_modules
         for target in self.model.adapter_targets():
@@ -197,57 +212,64 @@ class AdapterManager(LRUCacheLoRAModelManager):
 
 
 class LiveAdapter:
-    """An adapter that a trainer updates: its matrices by TorchTitan's names, and the way into vLLM's slots.
+    """An adapter that a trainer updates: its matrices by TorchTitan's names, and the way into vLLM's adapter.
 
-    vLLM would evict an adapter that is not used and load it from its folder again, as it was: it is pinned instead.
+    vLLM evicts adapters and loads them from their folders again; one that is loaded again gets these matrices.
     """
 
     def __init__(self, manager: AdapterManager, name: str, scaling: float | None) -> None:
-        """Raises BridgeError where no adapter of this name is loaded, or no slot is left for it."""
-        loaded = {getattr(each, "name", "?"): each for _, each in manager.list_adapters().items()}
-        if name not in loaded:
+        """Raises BridgeError where no adapter of this name is loaded, or one whose folder vLLM reads again."""
+        if name not in manager.names:
             raise BridgeError(
-                f"no LoRA adapter {name!r} is loaded; loaded: {', '.join(sorted(loaded)) or 'none'} "
+                f"no LoRA adapter {name!r} is loaded; loaded: {', '.join(sorted(manager.names)) or 'none'} "
                 "(--lora-modules NAME=FOLDER, or POST /v1/load_lora_adapter)"
             )
-        self._manager, self._adapter, self._scaling = manager, loaded[name], scaling
-        try:
-            manager.activate_adapter(self._adapter.id)
-            manager.pin_adapter(self._adapter.id)
-        except (ValueError, RuntimeError) as error:
+        if (adapter := manager.list_adapters().get(manager.names[name])) is None:
             raise BridgeError(
-                f"LoRA adapter {name!r} gets no slot of its own: {error}; raise --max-loras"
-            ) from None
-        self._alpha = next(iter(self._adapter.loras.values())).lora_alpha
+                f"LoRA adapter {name!r} is not in use, and vLLM has dropped it; raise --max-cpu-loras"
+            )
+        if adapter.load_inplace:
+            raise BridgeError(
+                f"LoRA adapter {name!r} was loaded with load_inplace: its folder is read again and again"
+            )
+        self._manager, self.name, self.id, self._scaling = manager, name, adapter.id, scaling
+        self._alpha = next(iter(adapter.loras.values())).lora_alpha
         self.tensors: dict[str, torch.Tensor] = {}
         """Whole matrices, in the engine's dtype for adapters, as they came last."""
         for fqn, adapters in manager.modules.items():
-            found = [lora for each in adapters.target.names if (lora := self._adapter.get_lora(each))]
+            found = [lora for each in adapters.target.names if (lora := adapter.get_lora(each))]
             if not found:
                 continue
             rows, columns = adapters.target.views[0].titan_shape
             for half, shape in ("a", (found[0].rank, columns)), ("b", (rows, found[0].rank)):
-                self.tensors[f"{fqn}.lora_{half}{WEIGHT}"] = torch.zeros(
-                    shape, dtype=manager.lora_config.lora_dtype
-                )
+                dtype = manager.lora_config.lora_dtype
+                self.tensors[f"{fqn}.lora_{half}{WEIGHT}"] = torch.zeros(shape, dtype=dtype)
 
     def checked(self) -> dict[str, torch.Tensor]:
-        """`tensors`. Raises BridgeError where the adapter has been unloaded, or loaded again."""
-        if self._manager.list_adapters().get(self._adapter.id) is not self._adapter:
-            raise BridgeError(f"LoRA adapter {self._adapter.name!r} was unloaded or loaded anew")
+        """`tensors`. Raises BridgeError where another adapter has got the name."""
+        if self._manager.names.get(self.name) != self.id:
+            raise BridgeError(f"LoRA adapter {self.name!r} was loaded anew; connect again")
         return self.tensors
 
-    def write(self, names: Iterable[str]) -> None:
-        """Make the matrices live, in the adapter and in its slot."""
-        manager, adapter = self._manager, self._adapter
-        index = manager.lora_index_to_id.index(adapter.id)
-        for fqn in {name.rpartition(".lora_")[0] for name in names}:
+    def write(self, names: Iterable[str] = ()) -> None:
+        """Make the matrices live: in the adapter, and in its slot if it has one."""
+        manager = self._manager
+        manager.live[self.id] = self
+        if (adapter := manager.list_adapters().get(self.id)) is None:
+            return
+        self.fill(adapter)
+        if self.id in manager.lora_index_to_id:
+            index = manager.lora_index_to_id.index(self.id)
+            for fqn, module in manager.modules.items():
+                if (pair := manager._get_lora_layer_weights(adapter, fqn)) is not None:
+                    module.set_lora(index, pair.lora_a, pair.lora_b)
+
+    def fill(self, adapter: LoRAModel) -> None:
+        """Put the matrices into an adapter of vLLM's."""
+        for fqn in {name.rpartition(".lora_")[0] for name in self.tensors}:
             a, b = (self.tensors[f"{fqn}.lora_{half}{WEIGHT}"] for half in "ab")
-            module, rank = manager.modules[fqn], a.shape[0]
-            for view in module.target.views:
-                name = view.name.removesuffix(WEIGHT)
-                scaling = self._scaling or self._alpha / rank
-                part = (rows_of(view, rank).read(b) * scaling).contiguous()
+            rank = a.shape[0]
+            scaling = self._scaling or self._alpha / rank
+            for view in self._manager.modules[fqn].target.views:
+                name, part = view.name.removesuffix(WEIGHT), rows_of(view, rank).read(b) * scaling
                 adapter.loras[name] = LoRALayerWeights(name, rank, self._alpha, a, part, scaling=1.0)
-            pair = manager._get_lora_layer_weights(adapter, fqn)
-            module.set_lora(index, pair.lora_a, pair.lora_b)

@@ -496,8 +496,8 @@ def manage_adapters(original: Callable[..., Any], self: Any, model: Any, vllm_co
     """Let vLLM manage LoRA adapters of TorchTitan's linear layers.
 
     What: wraps `LRUCacheWorkerLoRAManager.create_lora_manager`, gives it the manager's class that the model names, and
-    lets adapters keep the name that they were loaded under. Why: vLLM's own takes its own linear layers and no others,
-    and forgets names in workers. Version: vllm 0.32 (`vllm/lora/worker_manager.py`).
+    tells that manager of each adapter and its name. Why: vLLM's own takes its own linear layers and no others, and
+    forgets names in workers. Version: vllm 0.32 (`vllm/lora/worker_manager.py`).
     Delete when: a model can name the class, or a linear layer of another package can say how it is wrapped.
     """
     self._manager_cls = getattr(model, "adapter_manager", self._manager_cls)
@@ -506,7 +506,7 @@ def manage_adapters(original: Callable[..., Any], self: Any, model: Any, vllm_co
 
         def named(request: Any) -> Any:
             adapter = load(request)
-            adapter.name = request.lora_name
+            self._adapter_manager.loaded(adapter, request)
             return adapter
 
         self._load_adapter = named
