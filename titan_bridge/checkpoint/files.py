@@ -89,8 +89,8 @@ class FilePool:
                 os.close(descriptor)
             self._files.clear()
 
-    def __del__(self) -> None:
-        self.close()  # descriptors are numbers: nobody else closes them for a caller who forgets
+    __del__ = close
+    """Descriptors are numbers: without this a pool that nobody closed would keep them for ever."""
 
     def read_into(self, path: Path, offset: int, out: memoryview, *, counted: bool = True) -> None:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
