@@ -76,7 +76,7 @@ def served(experts: nn.Module, first: int | None) -> ServedExperts:
     routed.inner_experts = experts
     if first is not None:
         routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=first, count=EXPERTS)
-    options = {"name": "a", "layer_id": 0, "spread": False, "splits": False}
+    options = {"name": "a", "layer_id": 0, "spread": None, "splits": False}
     return ServedExperts(routed, compilation=CompilationConfig(), **options)
 
 

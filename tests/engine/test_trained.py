@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked_training import forked_training
 from titan_bridge import cli, parity
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.engine.run.ranks import generate
@@ -99,7 +100,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
             sizes, parallel = RUNS[family]
             file, out, hf = folder / "a.toml", folder / "out", folder / "hf"
             file.write_text(TOML.format(family=family, sizes=sizes))
-            assert cli.main(["train", str(file), "--out", str(out), "--set", parallel]) == 0
+            with forked_training():
+                assert cli.main(["train", str(file), "--out", str(out), "--set", parallel]) == 0
             losses = [entry["loss"] for entry in read_metrics(out / "metrics.jsonl").values()]
             assert losses[-1] <= losses[0] * 2 / 3
             run = find(out)

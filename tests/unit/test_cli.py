@@ -88,7 +88,7 @@ BAD_MODELS = {
         "has no config.json (found: nothing); give a model in Hugging Face format",
     ),
     "no experts": (["{model}", "--tp", "2", "--ep", "2"], "has no experts; leave ep at 1"),
-    "heads": (["{model}", "--tp", "3"], "tp=3 does not divide n_heads=8, n_kv_heads=4"),
+    "heads": (["{model}", "--tp", "3"], "tp=3 does not divide n_heads=8, intermediate_size=256; "),
     "rope limit": (
         ["{model}", "--max-model-len", "4096"],
         "max_model_len=4096 is over the model's rope limit",

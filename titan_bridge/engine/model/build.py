@@ -17,7 +17,6 @@ from torchtitan.models.common.rope import RoPE
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 from torchtitan.protocols.module import Module
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 
@@ -43,6 +42,7 @@ from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.mesh import (
     Sizes,
     check_divides,
+    describe,
     get_device_meshes,
     padded_vocab,
 )
@@ -162,7 +162,7 @@ def build(vllm_config: VllmConfig) -> Built:
     world = dist.get_world_size()
     setup = setup_from(vllm_config, dp=world // vllm_config.parallel_config.tensor_parallel_size)
     config, sizes = model_config(setup), setup.sizes
-    check_divides(config, sizes)
+    check_divides(config, sizes, narrows=setup.family.takes_policy)
     latent = vllm_config.model_config.use_mla
     for index, layer in enumerate(config.layers if not latent else ()):
         computes, tp = inner_attention(layer.attention), sizes.at(f"layers.{index}.attention").tp
@@ -240,6 +240,8 @@ def captures_experts(setup: Setup, dtype: torch.dtype, capability: DeviceCapabil
 def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> None:
     capability = current_platform.get_device_capability()
     captures = captures_experts(setup, vllm_config.model_config.dtype, capability)
+    sizes, rank = setup.sizes, dist.get_rank()
+    on_tp, on_ep = (describe(axis, sizes, rank=rank).coordinate(rank)[0] for axis in ("tp", "ep"))
     for index, layer in enumerate(model.layers.values()):
         moe = getattr(layer, "moe", None)
         if not isinstance(moe, MoE):
@@ -256,15 +258,15 @@ def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> Non
         elif setup.sizes.ep == 1:
             experts.token_dispatcher.__class__ = TopKSumDispatcher
         else:
-            count = moe.router.num_experts // setup.sizes.ep
+            count = moe.router.num_experts // sizes.ep
             experts.token_dispatcher = OwnExpertsDispatcher(
-                experts.token_dispatcher, first=count * get_tensor_model_parallel_rank(), count=count
+                experts.token_dispatcher, first=count * on_ep, count=count
             )
         moe.routed_experts = ServedExperts(
             experts,
             name=f"model.layers.{index}.mlp.experts",
             layer_id=index,
-            spread=setup.spread,
+            spread=(on_tp, sizes.tp) if setup.spread else None,
             splits=setup.spread or (current_platform.support_static_graph_mode() and not captures),
             compilation=vllm_config.compilation_config,
         )

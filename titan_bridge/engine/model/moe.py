@@ -32,7 +32,6 @@ from torchtitan.models.common.token_dispatcher import (
     LocalTokenDispatcher,
 )
 from vllm.config import CompilationConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -137,11 +136,14 @@ class ServedExperts(nn.Module):
         *,
         name: str,
         layer_id: int,
-        spread: bool,
+        spread: tuple[int, int] | None,
         splits: bool,
         compilation: CompilationConfig,
     ) -> None:
-        """`name` is unique in the model; `spread` takes the all-to-all way; `splits` keeps it out of CUDA graphs."""
+        """`name` is unique in the model; `splits` keeps it out of CUDA graphs.
+
+        `spread` takes the all-to-all way: position on the tp axis and its size, by which ranks share out the tokens.
+        """
         super().__init__()
         self.name, self.layer_id, self.spread = name, layer_id, spread
         self.capture_fn: Callable[[torch.Tensor], None] | None = None
@@ -172,9 +174,9 @@ class ServedExperts(nn.Module):
         """The body of the operator; returns this rank's part of the sum, `(T, D)`."""
         if self.capture_fn is not None:
             self.capture_fn(ids_TK)
-        if not self.spread:
+        if self.spread is None:
             return self._compute(x_TD, scores_TK, ids_TK, count_E)
-        tp, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        rank, tp = self.spread
         start, stop = (len(x_TD) * r // tp for r in (rank, rank + 1))
         out_TD = torch.zeros_like(x_TD)
         share = slice(start, stop)
@@ -187,7 +189,7 @@ class ServedExperts(nn.Module):
     def _compute(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
-        packed = isinstance(self.inner_experts, PackedRoutedExperts) and not self.spread
+        packed = isinstance(self.inner_experts, PackedRoutedExperts) and self.spread is None
         if packed and self.inner_experts.in_one(ids_TK.numel() / len(count_E)):
             first = getattr(self.token_dispatcher, "first", None)
             return self.inner_experts.routed(x_TD, scores_TK, ids_TK, first=first)

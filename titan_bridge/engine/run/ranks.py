@@ -103,8 +103,9 @@ def start(config: InferConfig) -> Iterator[Ranks]:
     lockstep = experts_in(model_directory(config.model)) or (
         config.model_impl == "torchtitan" and config.parallel.dense == "shard"
     )
-    dp, tp = config.parallel.dp, config.parallel.tp
-    common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
+    sizes = config.parallel.sizes
+    dp, tp = sizes.dp, sizes.tp
+    common = {**os.environ, **cpu.environment(sizes.world, given=os.environ, options=config.vllm)}
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     try:
