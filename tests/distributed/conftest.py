@@ -58,6 +58,13 @@ def ranks() -> PlainRanks:
 
 
 @pytest.fixture
+def new_ranks() -> Iterator[PlainRanks]:
+    """Four ranks for one test: DTensor's caches remember meshes, whose groups end with a job."""
+    with plain_ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture
 def pair() -> PlainClient:
     """Two workers that hold nothing; `retarget` gives them something."""
     return _pair()

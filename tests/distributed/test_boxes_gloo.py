@@ -134,8 +134,8 @@ SCENARIOS = (fsdp_x_tp, hsdp_x_tp, efsdp_x_ep, distributed_tensors, another_shar
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_four_ranks(ranks, scenario):
-    ranks.run(on_rank, scenario)
+def test_four_ranks(new_ranks, scenario):
+    new_ranks.run(on_rank, scenario)
 
 
 def on_rank(rank: int, world: int, scenario: Callable[[], None]) -> None:

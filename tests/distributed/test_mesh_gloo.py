@@ -117,8 +117,8 @@ def all_of_them(rank: int, world: int) -> None:
         scenario()
 
 
-def test_four_ranks(ranks):
-    ranks.run(all_of_them)
-    ranks.run(all_of_them)  # in another process group: nothing is left of the first one
+def test_four_ranks(new_ranks):
+    new_ranks.run(all_of_them)
+    new_ranks.run(all_of_them)  # in another process group: nothing is left of the first one
     with pytest.raises(BridgeError, match="no process group"):
         get_device_meshes(ALL_SIZES[0])

@@ -72,10 +72,10 @@ def on_rank(rank: int, world: int, kind: str, base: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_dcp_loads_into_a_parallel_model_and_its_own_is_read(ranks, tmp_path, kind):
+def test_dcp_loads_into_a_parallel_model_and_its_own_is_read(new_ranks, tmp_path, kind):
     source = make_checkpoint(tmp_path / "hf", kind, tokenizer=False, **SMALL, **CASES[kind][1])
     prepare(Options(source=source, target=tmp_path / "dcp", to="dcp", max_shard_size=200_000)).run()
-    ranks.run(on_rank, kind, tmp_path)
+    new_ranks.run(on_rank, kind, tmp_path)
     assert len(list((tmp_path / "saved").glob("*.distcp"))) == 4
     prepare(Options(source=tmp_path / "saved", target=tmp_path / "back", to="hf", config=source)).run()
     with open_checkpoint(source) as expected, open_checkpoint(tmp_path / "back") as found:

@@ -117,7 +117,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
 @pytest.mark.parametrize(("family", "parallel"), CASES, ids=str)
 def test_a_dcp_is_served_as_it_lies_with_the_numbers_of_its_hugging_face_twin(
-    trained: Callable[[str], Trained], family: str, parallel: Parallel, no_orphans: None
+    trained: Callable[[str], Trained],
+    family: str,
+    parallel: Parallel,
+    forked_ranks: None,
+    no_orphans: None,
 ) -> None:
     model = trained(family)
     before = files_in(model.run.folder)
