@@ -226,9 +226,9 @@ def test_a_compiled_step_from_disk_takes_the_weights_that_are_packed_now(
     """In bfloat16 the CPU's products read packed copies, whose places in memory each start has anew."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     options = {"dtype": "bfloat16", "enforce_eager": False}
-    first = completions_here(models["llama3"], {}, monkeypatch, **options)[1]
+    first = completions_here(models["moe"], {}, monkeypatch, **options)[1]
     monkeypatch.setenv("VLLM_FORCE_AOT_LOAD", "1")
-    second = completions_here(models["llama3"], {}, monkeypatch, **options)[1]
+    second = completions_here(models["moe"], {}, monkeypatch, **options)[1]
     assert [answer["logprobs"] for answer in second] == [answer["logprobs"] for answer in first]
     assert len({logprob for answer in first for logprob in answer["logprobs"]}) > 100
 

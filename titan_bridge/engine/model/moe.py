@@ -139,14 +139,16 @@ class ServedExperts(nn.Module):
         spread: tuple[int, int] | None,
         splits: bool,
         compilation: CompilationConfig,
+        reports: bool = False,
     ) -> None:
-        """`name` is unique in the model; `splits` keeps it out of CUDA graphs.
+        """`name` is unique in the model; `splits` keeps it out of CUDA graphs; `reports`: `capture_fn` will be set.
 
         `spread` takes the all-to-all way: position on the tp axis and its size, by which ranks share out the tokens.
         """
         super().__init__()
         self.name, self.layer_id, self.spread = name, layer_id, spread
         self.capture_fn: Callable[[torch.Tensor], None] | None = None
+        self.reports = reports
         self.inner_experts = experts.inner_experts
         self.token_dispatcher = experts.token_dispatcher
         compilation.static_forward_context[name] = self
@@ -161,12 +163,24 @@ class ServedExperts(nn.Module):
         num_local_tokens_per_expert_E: torch.Tensor,
     ) -> torch.Tensor:
         """`(B, L, D)` in, `(B, L, D)` out, same dtype; arguments as `RoutedExperts.forward`."""
+        if self._is_one_operator():
+            x_TD, scores_TK, ids_TK = (t.flatten(0, 1) for t in (x_BLD, topk_scores_BLK, topk_expert_ids_BLK))
+            return self.inner_experts.routed(x_TD, scores_TK, ids_TK, first=None).view_as(x_BLD)
         out_BLD = torch.empty_like(x_BLD)
         torch.ops.vllm.titan_routed_experts(
             x_BLD.flatten(0, 1), topk_scores_BLK.flatten(0, 1), topk_expert_ids_BLK.flatten(0, 1),
             num_local_tokens_per_expert_E, out_BLD.view(-1, x_BLD.shape[-1]), self.name,
         )  # fmt: skip
         return out_BLD
+
+    def _is_one_operator(self) -> bool:
+        """Whether the experts are one operator of vLLM's whatever the tokens are, which the step calls itself."""
+        packed = isinstance(self.inner_experts, PackedRoutedExperts) and self.inner_experts.in_one(
+            float("inf")
+        )
+        all_here = getattr(self.token_dispatcher, "first", None) is None
+        unseen = self.capture_fn is None and not self.reports
+        return packed and all_here and unseen and self.spread is None
 
     def run(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
