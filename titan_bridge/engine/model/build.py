@@ -23,6 +23,7 @@ from vllm.platforms.interface import DeviceCapability
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
+from titan_bridge.engine.attention_dp.stream import GroupRows, group_attention
 from titan_bridge.engine.cpu.packed import use_packed_weights
 from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
@@ -52,6 +53,7 @@ from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.models.experts import rows_fit
 from titan_bridge.parallelize import parallelize
+from titan_bridge.policy.attention_dp import attention_groups, check_groups
 from titan_bridge.policy.layers import Split, split
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
@@ -99,6 +101,8 @@ class Built:
     layout: Layout
     attention: str
     """Its form and its cache in words."""
+    rows: GroupRows | None
+    """With attention data parallelism, which rows are of which group."""
 
     def live(self) -> dict[str, torch.Tensor]:
         """This rank's local tensor of every parameter and persistent buffer in the layout, by FQN."""
@@ -126,7 +130,10 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     if expert_parallel and vllm_config.model_config.is_moe:
         sizes = replace(sizes, ep=options.ep or sizes.most_ep)
     rows = padded_vocab(hf["vocab_size"], sizes)
-    decided = split(options.parallelism, family, family.model_config(hf, padded_vocab=rows), sizes)
+    tree = family.model_config(hf, padded_vocab=rows)
+    options = replace(options, attention_dp=attention_groups(options.attention_dp, tree, tp))
+    decided = split(options.policy(tp), family, tree, sizes)
+    check_groups(options.attention_groups, decided)
     return Setup(
         hf=hf,
         family=family,
@@ -170,7 +177,7 @@ def build(vllm_config: VllmConfig) -> Built:
     rules = setup.family.sharding
     rules.set_sharding(config, enable_ep=sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    policy = setup.options.parallelism
+    policy = setup.options.policy(sizes.tp)
     layout = as_layout(
         specs_of_module(model, rules, sizes, setup.options.dense),
         sizes,
@@ -193,7 +200,13 @@ def build(vllm_config: VllmConfig) -> Built:
         use_packed_weights(model, dtype, experts_once=once, apart=adapters)
     if adapters:
         accept_adapters(model, setup)
-    lower(model, sizes)
+    rows = None
+    if setup.options.attention_groups > 1:
+        rows = GroupRows(setup.options.attention_groups)
+        lower(model, sizes, merges=lambda fqn: ".attention." not in fqn)
+        group_attention(model, rows)
+    else:
+        lower(model, sizes)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
@@ -205,7 +218,7 @@ def build(vllm_config: VllmConfig) -> Built:
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
     attention = cache_form(config, vllm_config.model_config.dtype, sizes, latent=latent)
-    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention)
+    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention, rows=rows)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
