@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.policy.read import policy_from
-from titan_bridge.policy.schema import NO_POLICY, Policy, attention_width
+from titan_bridge.policy.schema import NO_POLICY, Policy
 
 TRANSFER_BACKEND = "titan"
 """In vLLM's `weight_transfer_config`."""
@@ -43,17 +43,6 @@ class TitanOptions:
     attach_specs: bool = False
     """Declare ShardingSpecs on vLLM's own models too (`model_impl` other than `torchtitan`). On the CPU backend their
     linears then keep plain weights, which are slower than vLLM's packed ones."""
-
-    @property
-    def attention_groups(self) -> int:
-        """The number of groups, once `attention_dp` is one; 1 without attention data parallelism."""
-        assert self.attention_dp is not True
-        return int(self.attention_dp) or 1
-
-    def policy(self, tp: int) -> Policy:
-        """`parallelism`, or with groups and without rules attention over the ranks of one group."""
-        groups = self.attention_groups
-        return attention_width(tp // groups) if groups > 1 and not self.parallelism else self.parallelism
 
 
 def titan_options(additional_config: Any) -> TitanOptions:

@@ -25,7 +25,7 @@ def use_groups(vllm_config: VllmConfig, setup: Setup) -> None:
     Raises:
         BridgeError: an option that does not go with it.
     """
-    groups = setup.options.attention_groups
+    groups = setup.split.groups
     if groups == 1:
         if titan_options(vllm_config.additional_config).attention_dp is True:
             logger.warning("attention_dp makes one group here, which is none: tp copies no key-value heads")
@@ -83,5 +83,5 @@ def _unsupported(vllm_config: VllmConfig, setup: Setup) -> Iterator[tuple[object
     yield worker not in ("auto", WORKER), f"worker_cls={worker!r} is", "leave it out"
     scheduled = scheduler.scheduler_cls
     yield scheduled not in (None, SCHEDULER), f"scheduler_cls={scheduled!r} is", "leave it out"
-    routed = vllm_config.model_config.enable_return_routed_experts
+    routed = vllm_config.aux_output_config.enable_return_routed_experts
     yield routed, "enable_return_routed_experts is", "leave it off"

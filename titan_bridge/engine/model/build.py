@@ -53,7 +53,6 @@ from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.models.experts import rows_fit
 from titan_bridge.parallelize import parallelize
-from titan_bridge.policy.attention_dp import attention_groups, check_groups
 from titan_bridge.policy.layers import Split, split
 from titan_bridge.sharding.layout import Layout, ParamLayout
 from titan_bridge.sharding.spec import attach_module
@@ -131,9 +130,7 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
         sizes = replace(sizes, ep=options.ep or sizes.most_ep)
     rows = padded_vocab(hf["vocab_size"], sizes)
     tree = family.model_config(hf, padded_vocab=rows)
-    options = replace(options, attention_dp=attention_groups(options.attention_dp, tree, tp))
-    decided = split(options.policy(tp), family, tree, sizes)
-    check_groups(options.attention_groups, decided)
+    decided = split(options.parallelism, family, tree, sizes, attention_dp=options.attention_dp)
     return Setup(
         hf=hf,
         family=family,
@@ -177,7 +174,7 @@ def build(vllm_config: VllmConfig) -> Built:
     rules = setup.family.sharding
     rules.set_sharding(config, enable_ep=sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    policy = setup.options.policy(sizes.tp)
+    policy = setup.split.policy
     layout = as_layout(
         specs_of_module(model, rules, sizes, setup.options.dense),
         sizes,
@@ -201,8 +198,8 @@ def build(vllm_config: VllmConfig) -> Built:
     if adapters:
         accept_adapters(model, setup)
     rows = None
-    if setup.options.attention_groups > 1:
-        rows = GroupRows(setup.options.attention_groups)
+    if setup.split.groups > 1:
+        rows = GroupRows(setup.split.groups)
         lower(model, sizes, merges=lambda fqn: ".attention." not in fqn)
         group_attention(model, rows)
     else:
