@@ -255,6 +255,7 @@ def table() -> str:
         "Made by `python -m tests.engine.features` from the table that the tests of the engine run on CPUs.",
         "*As in vLLM*: the same answers as vLLM's own model on the same weights, log-probabilities within 2e-5 in",
         "fp32. *Refused*: with one line when the engine starts. *Not on CPUs*: vLLM itself refuses it there.",
+        "What is as in vLLM is so with attention data parallelism, too, but for what is refused with it below.",
         "",
         "| feature | | note |",
         "|---|---|---|",

@@ -177,6 +177,7 @@ def completions_here(
     dtype: Literal["float32", "bfloat16"],
     enforce_eager: bool = True,
     policy: Policy = NO_POLICY,
+    **vllm: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the first worker says of itself, and the completions of the fixed prompts."""
     from titan_bridge.engine.run.offline import complete, engine
@@ -194,6 +195,7 @@ def completions_here(
             **parity.ENGINE_OPTIONS,
             "enforce_eager": enforce_eager,
             "distributed_executor_backend": "mp",
+            **vllm,
         },
     )
     vocab_size = load_hf_config(model)["vocab_size"]

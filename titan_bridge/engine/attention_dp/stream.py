@@ -48,7 +48,9 @@ class GroupRows:
 
     def all_ids(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Token ids of all groups, `(A,)`, from those of the own one."""
-        return self._together(ids_T, self._counts(len(ids_T)))
+        # As floats, bit for bit: shared memory on CPUs gathers no integers.
+        bits_T = ids_T.to(torch.int32).view(torch.float32)
+        return self._together(bits_T, self._counts(len(ids_T))).view(torch.int32).to(ids_T.dtype)
 
     def own(self, x_AD: torch.Tensor, *, dim: int = 0) -> torch.Tensor:
         """This group's rows, as a view."""
