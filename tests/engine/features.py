@@ -233,6 +233,7 @@ REFUSED = (
     _groups("LoRA", "LoRA is", enable_lora=True),
     _groups("KV connectors", "a KV connector is",
             kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}),
+    _groups("a KV cache offloaded to the host", "kv_offloading_size=1.0 is", kv_offloading_size=1.0),
     _groups("KV cache events", "KV cache events are",
             kv_events_config={"enable_kv_cache_events": True, "publisher": "null"}),
     _groups("pooling", "runner='pooling' is", runner="pooling"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from titan_bridge.engine.attention_dp.executor import GroupExecutor
 from titan_bridge.engine.model.build import Setup
@@ -68,6 +69,8 @@ def _unsupported(vllm_config: VllmConfig, setup: Setup) -> Iterator[tuple[object
     )
     yield vllm_config.speculative_config, "speculation is", "leave speculative_config out"
     yield vllm_config.kv_transfer_config, "a KV connector is", "leave kv_transfer_config out"
+    offload = vllm_config.cache_config.kv_offloading_size
+    yield offload is not None, f"kv_offloading_size={offload} is", "leave it out"
     yield vllm_config.ec_transfer_config, "an encoder-cache connector is", "leave ec_transfer_config out"
     events = vllm_config.kv_events_config
     yield events and events.enable_kv_cache_events, "KV cache events are", "leave kv_events_config out"
@@ -77,6 +80,8 @@ def _unsupported(vllm_config: VllmConfig, setup: Setup) -> Iterator[tuple[object
     executor = f"distributed_executor_backend={backend!r} is"
     yield backend not in (None, "mp", "uni", GroupExecutor), executor, "allowed: 'mp', 'uni'"
     yield parallel.nnodes > 1, f"nnodes={parallel.nnodes} is", "allowed: 1"
+    platform = current_platform.device_type
+    yield platform not in ("cpu", "cuda"), f"device {platform!r} is", "allowed: CPUs, CUDA and ROCm devices"
     context = parallel.decode_context_parallel_size
     yield context > 1, f"decode_context_parallel_size={context} is", "allowed: 1"
     worker = parallel.worker_cls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from titan_bridge.engine.options import titan_options
 
 class GroupExecutor(MultiprocExecutor):
     """Sends a step to all workers; takes one answer for each group, where vLLM takes one worker's."""
+
+    @functools.cached_property
+    def _groups(self) -> int:
+        return int(titan_options(self.vllm_config.additional_config).attention_dp)
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """The groups' outputs where no group has work, else None: what is left comes with `sample_tokens`."""
@@ -38,8 +43,7 @@ class GroupExecutor(MultiprocExecutor):
     def aggregate(self, outputs: Sequence[ModelRunnerOutput | None], output_rank: int = 0) -> Any:
         """Called by `collective_rpc` with the answers of all workers; those of other workers than a group's first
         are None."""
-        groups = int(titan_options(self.vllm_config.additional_config).attention_dp)
-        found = outputs[:: len(outputs) // groups]
+        found = outputs[:: len(outputs) // self._groups]
         if any(output is None for output in found):
             return None
         make: Any = GroupOutputs  # a type checker that does not see vLLM takes it for a class of one field
