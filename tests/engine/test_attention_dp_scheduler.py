@@ -289,10 +289,12 @@ PROMPT = list(range(40))
 
 
 def with_prompt_in(scheduler: GroupScheduler) -> int:
-    """Let a group's cache hold PROMPT; which."""
+    """Let a group's cache hold PROMPT, and not that of the first one, which wins ties; which."""
+    scheduler.add_request(request("other", [60] * 50, 2))
     scheduler.add_request(request("first", PROMPT, 2))
     at = group_of(scheduler, "first")
     finish(scheduler)
+    assert at == 1
     return at
 
 

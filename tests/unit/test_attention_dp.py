@@ -108,7 +108,10 @@ def test_the_flag_needs_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert cli.main(["inspect", str(model), "--tp", "2", "--layers", "--json", *flags]) == 0
         told = capsys.readouterr()
         rows.append(json.loads(told.out))
-        assert "attention_dp: 2 groups of 1 ranks" in told.err
+        assert (
+            "attention_dp: 2 groups of 1 ranks with requests of their own; a token takes 512 bytes on each rank of its "
+            "group, without groups 512 on each of tp=2: the same memory holds 2 times the tokens" in told.err
+        )
     assert rows[0] == rows[1] == rows[2]
     assert {row["tp_size"] for row in rows[0] if row["kind"] == "attention"} == {1}
     assert cli.main(["inspect", str(model), "--tp", "2", "--attention-dp", "0"]) == 2

@@ -118,6 +118,7 @@ class Inspect(InferCommand):
         from titan_bridge.model_layout import layout, stated_dtype
         from titan_bridge.models import family_for
         from titan_bridge.policy.layers import split
+        from titan_bridge.policy.show import layer_rows, what_groups_win
 
         parallel = config.parallel
         sizes = parallel.sizes
@@ -137,13 +138,12 @@ class Inspect(InferCommand):
             sizes,
             attention_dp=titan_options(config.additional_config()).attention_dp,
         )
+        found = layout(hf, sizes, parallel.dense, dtype=dtype, policy=decided.policy)
         if decided.groups > 1:
-            notes.append(
-                f"attention_dp: {decided.groups} groups of {sizes.tp // decided.groups} ranks; each caches its own "
-                f"requests, so that the ranks of tp={sizes.tp} hold {decided.groups} times the tokens of one group"
-            )
+            plain = split(config.policy, family, tree, sizes)
+            notes.append(what_groups_win(decided, plain, layer_rows(decided, tree, found)))
         return _Shown(
-            layout=layout(hf, sizes, parallel.dense, dtype=dtype, policy=decided.policy),
+            layout=found,
             title=_title(config.model, hf, decided.sizes, parallel.dense),
             notes=(*notes, *decided.remarks),
             policy=decided.policy,
