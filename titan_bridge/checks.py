@@ -140,7 +140,7 @@ def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any]) -> N
     directory = weights_directory(model, step)
     if directory is None:
         raise BridgeError(
-            f"{model} has no weights; looked for safetensors, a DCP (.metadata), engine files (engine.json) and the "
+            f"{model} has no weights; looked for safetensors, a DCP (.metadata) and the "
             "step-N folders of a training run"
         )
     family = family_for(hf_config)

@@ -83,12 +83,12 @@ def open_sides(paths: Sequence[str], *, config: str | None = None, common: bool 
         for source in opened:
             hf_config = hf_config or source.config or hf.read_config(source.path.parent)
         formats = {source.format for source in opened}
-        if hf_config is None and (len(formats) > 1 or formats == {"engine"}):
+        if hf_config is None and len(formats) > 1:
             raise BridgeError(
                 f"{few([str(source.path) for source in opened])}: {few(sorted(formats))} are compared through the "
                 "model's config.json, which none of them has; give one with --config"
             )
-        plain = hf_config is None or (not common and len(formats) == 1 and formats != {"engine"})
+        plain = hf_config is None or (not common and len(formats) == 1)
         return tuple(
             _side(source, None if plain and source.format != "hf" else hf_config) for source in opened
         )
@@ -114,7 +114,7 @@ def _side(source: Checkpoint, config: Mapping[str, Any] | None) -> Side:
     family = family_for(config)
     buffers = family.expert_biases(config)
     left = check_source(source, family, config, buffers)
-    made = make_mapping(source, family, config, "hf", dtype=None, buffers=buffers)
+    made = make_mapping(source, family, config, dtype=None, buffers=buffers)
     return Side(
         source=source,
         tensors={tensor.name: tensor for tensor in made.tensors},

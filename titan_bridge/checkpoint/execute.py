@@ -40,8 +40,8 @@ class Work:
     plan: Plan
     files: Sequence[OutFile]
     """Those of this process that are not done yet."""
-    empty: frozenset[str] = frozenset()
-    """Tensors that have elements from nowhere: they become zero."""
+    zero: frozenset[str] = frozenset()
+    """Tensors that no source has: they become zero."""
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Executor:
 
     def _fill(self, opened: _Open, strip: tuple[str, int], buffer: torch.Tensor) -> None:
         """Read a strip into a buffer of as many elements, of any dtype."""
-        if strip[0] in self._work.empty:
+        if strip[0] in self._work.zero:
             buffer.zero_()
         for copy in opened.copies.get(strip, ()):
             self._work.source.fetch(copy, copy.destination_window.of(buffer))

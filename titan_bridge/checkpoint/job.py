@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from titan_bridge.checkpoint import engine_files, hf
+from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
@@ -27,11 +26,8 @@ from titan_bridge.checkpoint.target import OutFile, Target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.checkpoint.verify import check_source, is_as_written
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import Sizes
-from titan_bridge.policy.schema import NO_POLICY, Policy
-from titan_bridge.sharding.layout import Layout, dtype_name
+from titan_bridge.sharding.layout import dtype_name
 from titan_bridge.sharding.plan import Plan
-from titan_bridge.sharding.tensors import TensorMetadata
 
 _SMALL = 64 << 20
 """Bytes allowed for plans and headers when the memory is estimated."""
@@ -43,19 +39,13 @@ class Options:
 
     source: Path
     target: Path
-    to: Literal["hf", "dcp", "engine"]
+    to: Literal["hf", "dcp"]
     config: Path | None = None
     """A directory with config.json, the file, or "FAMILY:FLAVOR" of TorchTitan; else the source's own."""
     dtype: torch.dtype | None = None
     """Of floating-point weights; else they keep their own."""
     names: str | None = None
     """How the source calls tensor NAME, with `{}` in place of NAME; None: as we do."""
-    dp: int = 1
-    tp: int = 1
-    ep: int = 1
-    policy: Policy = NO_POLICY
-    """To engine files: how each layer is split over tp."""
-    dense: Literal["replicate", "shard"] = "replicate"
     max_shard_size: int = 5_000_000_000
     merge_lora: Path | None = None
     """A LoRA adapter in PEFT's format whose products are added to the weights."""
@@ -98,7 +88,6 @@ class Job:
     target: Target
     plan: Plan
     hf: Mapping[str, Any] | None
-    layout: Layout | None
     carried: tuple[Path, ...]
     team: Team = field(default_factory=Team)
 
@@ -132,7 +121,6 @@ class Job:
             "source": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)],
             "files": [[f.name, f.size] for f in self.target.files],
             "tensors": [[t.name, t.shape, str(t.dtype)] for t in self.tensors.tensors],
-            "layout": self.layout.to_json() if self.layout else None,
             "config": self.hf,
             "names": self.options.names,
             "views": [repr(view) for view in self.tensors.views],
@@ -242,7 +230,7 @@ class Job:
             target=self.target,
             plan=self.plan,
             files=files,
-            empty=frozenset(self.tensors.empty),
+            zero=self.tensors.zero,
         )
         executor = Executor(
             work,
@@ -276,21 +264,6 @@ class Job:
                 "weight_map": dict(sorted(self.target.weight_map.items())),
             }
             writers[hf.INDEX] = lambda path: path.write_text(json.dumps(index, indent=2) + "\n")
-        if options.to == "engine":
-            assert self.layout is not None
-            rows = {
-                tensor.name: _rows(tensor, self.tensors.empty[tensor.name])
-                for tensor in self.tensors.tensors
-                if tensor.name in self.tensors.empty and tensor.name not in self.tensors.buffers
-            }
-            files = engine_files.EngineIndex(
-                sizes=Sizes.of(options).degrees,
-                dense=options.dense,
-                rows=rows,
-                ranks=self.target.ranks,
-            )
-            writers[engine_files.INDEX] = files.write
-            writers[engine_files.LAYOUT] = self.layout.write
         if self.hf is not None:
             config = dict(self.hf)
             dtypes = {dtype_name(t.dtype) for t in self.tensors.tensors if t.name not in self.tensors.buffers}
@@ -323,15 +296,11 @@ class Job:
             for name, (shape, dtype) in expected.items():
                 got_shape, got_dtype = found.get(name, ((), None))
                 assert got_dtype == dtype, f"{name} was written as {got_dtype}, not {dtype}"
-                assert got_shape == shape or name in self.tensors.empty, f"{name} was written as {got_shape}"
+                assert got_shape == shape, f"{name} was written as {got_shape}"
         staging.publish(self.files, overwrite=self.options.overwrite, fsync=self.options.fsync)
 
     def _stored(self) -> list[Any]:
         return [*self.source.tensors.values(), *self.source.extra_tensors.values()]
-
-
-def _rows(tensor: TensorMetadata, empty: int) -> int:
-    return tensor.shape[0] - empty // math.prod(tensor.shape[1:])
 
 
 def options_disk(options: Options) -> str:

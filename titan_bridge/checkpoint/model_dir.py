@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.checkpoint.dcp import is_dcp
-from titan_bridge.checkpoint.engine_files import is_engine
 from titan_bridge.checkpoint.mapping import check_source
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
 from titan_bridge.run_folder import RECORD, Record, model_and_step, step_folder
@@ -55,7 +54,7 @@ def has_expert_bias(model: str, step: int | None = None) -> bool:
         BridgeError: A checkpoint that is damaged, or `step` is not there.
     """
     directory = weights_directory(model, step)
-    if directory is None or not (is_dcp(directory) or is_engine(directory)):
+    if directory is None or not is_dcp(directory):
         return False  # Hugging Face has no name for it
     if (directory.parent / RECORD).is_file():
         return Record.read(directory.parent).expert_bias

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
-from titan_bridge.checkpoint.engine_files import is_engine, open_engine
 from titan_bridge.checkpoint.hf import is_hf, open_hf
 from titan_bridge.checkpoint.names import under_hf_names
 from titan_bridge.checkpoint.quantized import dequantized
@@ -17,11 +16,11 @@ from titan_bridge.errors import BridgeError
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether a checkpoint of any known format lies there."""
-    return any(known(directory) for known in (is_dcp, is_engine, is_hf))
+    return any(known(directory) for known in (is_dcp, is_hf))
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Checkpoint:
-    """Open a directory: DCP, engine files or Hugging Face safetensors, in this order of looking.
+    """Open a directory: DCP or Hugging Face safetensors, in this order of looking.
 
     Headers are read and checked in full; no weight is read. Quantized weights are presented multiplied out.
 
@@ -39,8 +38,6 @@ def open_checkpoint(path: str | os.PathLike[str], *, extra: bool = False) -> Che
     if is_dcp(directory):
         found = open_dcp(directory, extra=extra)
         return under_hf_names(found, found.config)
-    if is_engine(directory):
-        return open_engine(directory)
     if is_hf(directory):
         return dequantized(open_hf(directory))
     refuse_folder(directory)

@@ -14,10 +14,8 @@ from typing import TypeVar
 
 from titan_bridge.checkpoint.archive import Archive
 from titan_bridge.checkpoint.checkpoint import Blob
-from titan_bridge.checkpoint.engine_files import local_runs, shard_label
 from titan_bridge.checkpoint.safetensors import header_bytes
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 CHUNK_BYTES = 256 << 20
@@ -55,8 +53,6 @@ class Target:
     """DCP: what its metadata says of each tensor, under all its names."""
     blobs: dict[str, Blob] = field(default_factory=dict)
     """DCP: the entries that are no tensors."""
-    ranks: tuple[tuple[str, ...], ...] = ()
-    """Engine files: the files of each rank."""
     weight_map: dict[str, str] = field(default_factory=dict)
     """Hugging Face: the file of each tensor."""
 
@@ -179,47 +175,6 @@ def dcp_target(
     for name, fqn in [*((name, name) for name in chunks), *aliases.items()]:
         target.archives[name] = replace(target.shapes[fqn], name=name, chunks=tuple(chunks[fqn]))
     return target
-
-
-def engine_target(tensors: Sequence[TensorMetadata], most: int, layout: Layout) -> Target:
-    """Files of at most `most` bytes of weights for each shard of `layout`; `tensors` are its parameters."""
-    target = Target(shapes={tensor.name: tensor for tensor in tensors})
-    shards = {tensor.name: _shards(tensor.name, layout) for tensor in tensors}
-    files: dict[int, set[str]] = {rank: set() for rank in layout.ranks}
-
-    def largest(tensor: TensorMetadata) -> int:
-        elements = (
-            math.prod(layout.local_shape(tensor.name, ranks[0]) or ())
-            for ranks in shards[tensor.name].values()
-        )
-        return max(elements) * tensor.dtype.itemsize
-
-    # Wide dtypes first: then every tensor of a file is aligned to its own dtype.
-    order = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    for number, group in enumerate(_grouped(order, most, largest), start=1):
-        by_label: dict[str, list[tuple[TensorMetadata, list[int]]]] = {}
-        for tensor in group:
-            for label, ranks in shards[tensor.name].items():
-                by_label.setdefault(label, []).append((tensor, ranks))
-        for label, entries in by_label.items():
-            name = f"model-{number:05d}.{label}.safetensors"
-            local = [replace(t, shape=layout.local_shape(t.name, ranks[0]) or ()) for t, ranks in entries]
-            offsets = _safetensors_file(target, name, local, shard=label)
-            for (tensor, ranks), start in zip(entries, offsets, strict=True):
-                for box, offset in local_runs(layout, tensor.name, ranks[0]):
-                    target._place(tensor, name, start + offset * tensor.dtype.itemsize, box)
-                for rank in ranks:
-                    files[rank].add(name)
-    target.ranks = tuple(tuple(sorted(files[rank])) for rank in layout.ranks)
-    return target
-
-
-def _shards(fqn: str, layout: Layout) -> dict[str, list[int]]:
-    """By label: the ranks that hold this part of a parameter."""
-    found: dict[str, list[int]] = {}
-    for rank in layout.mesh_of(fqn).ranks:
-        found.setdefault(shard_label(layout, fqn, rank), []).append(rank)
-    return found
 
 
 def _safetensors_file(

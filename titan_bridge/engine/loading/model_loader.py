@@ -1,6 +1,6 @@
 """vLLM's load format "titan": each rank reads its own boxes of whatever checkpoint lies in the model directory.
 
-Hugging Face safetensors, DCP as the trainer left it, and engine files, with no conversion step. The preflight
+Hugging Face safetensors and DCP as the trainer left it, with no conversion step. The preflight
 chooses it for `load_format="auto"`; every other format goes through `load_weights`.
 """
 
@@ -91,7 +91,7 @@ def _open_alike(path: str, step: int | None) -> Checkpoint:
         if directory is None:
             raise BridgeError(
                 f"{path} holds no weights that load_format={LOAD_FORMAT!r} reads; give the directory of safetensors, "
-                "of a DCP, of engine files or of a training run"
+                "of a DCP or of a training run"
             )
         checkpoint = open_checkpoint(directory)
         found = digest(checkpoint)
