@@ -6,6 +6,7 @@ Hugging Face's: each side is planned as if it were to be converted, and its stri
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,12 +64,19 @@ class Difference:
     """Over all elements."""
 
 
-def open_sides(paths: Sequence[str], *, config: str | None = None, common: bool = False) -> tuple[Side, ...]:
+def open_sides(
+    paths: Sequence[str],
+    *,
+    config: str | None = None,
+    common: bool = False,
+    names: Sequence[str | None] = (),
+) -> tuple[Side, ...]:
     """Open checkpoints for a comparison: model folders of any format, training runs, or steps of one.
 
     Args:
         config: A directory with the model's config.json, for where no path has one.
         common: Use Hugging Face's names wherever the model is known, even between checkpoints of one format.
+        names: For each of `paths`, as for `open_checkpoint`.
 
     Raises:
         BridgeError: No checkpoint, a damaged one, different formats without a config.json, or one that does not fit.
@@ -78,8 +86,8 @@ def open_sides(paths: Sequence[str], *, config: str | None = None, common: bool 
         raise BridgeError(f"--config {config} has no config.json")
     opened: list[Checkpoint] = []
     try:
-        for path in paths:
-            opened.append(open_checkpoint(weights_directory(path) or path))
+        for path, pattern in itertools.zip_longest(paths, names):
+            opened.append(open_checkpoint(weights_directory(path) or path, names=pattern))
         for source in opened:
             hf_config = hf_config or source.config or hf.read_config(source.path.parent)
         formats = {source.format for source in opened}

@@ -44,11 +44,12 @@ def weights_directory(model: str, step: int | None = None) -> Path | None:
     return Path(folder) if is_checkpoint(Path(folder)) else None
 
 
-def has_expert_bias(model: str, step: int | None = None) -> bool:
+def has_expert_bias(model: str, step: int | None = None, names: str | None = None) -> bool:
     """Whether the weights come with TorchTitan's load-balancing bias, which routes in serving, too.
 
     Args:
         model, step: As for `weights_directory`.
+        names: As for `open_checkpoint`.
 
     Raises:
         BridgeError: A checkpoint that is damaged, or `step` is not there.
@@ -58,19 +59,26 @@ def has_expert_bias(model: str, step: int | None = None) -> bool:
         return False  # Hugging Face has no name for it
     if (directory.parent / RECORD).is_file():
         return Record.read(directory.parent).expert_bias
-    with open_checkpoint(directory) as checkpoint:
+    with open_checkpoint(directory, names=names) as checkpoint:
         return any(name.endswith(_EXPERT_BIAS) for name in checkpoint.tensors)
 
 
-def check_weights(directory: Path, family: Family, hf: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
+def check_weights(
+    directory: Path,
+    family: Family,
+    hf: Mapping[str, Any],
+    buffers: Mapping[str, Any],
+    names: str | None = None,
+) -> None:
     """Hold names, shapes, types and lengths in a checkpoint's headers against its config; reads no weight.
 
     Args:
         directory: From `weights_directory`.
         buffers: FQNs that the model has besides Hugging Face's tensors (expert bias).
+        names: As for `open_checkpoint`.
 
     Raises:
         BridgeError: A damaged file, or every missing, unexpected or mis-shaped tensor in one line.
     """
-    with open_checkpoint(directory) as checkpoint:
+    with open_checkpoint(directory, names=names) as checkpoint:
         check_source(checkpoint, family, hf, buffers)

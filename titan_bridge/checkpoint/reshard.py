@@ -19,7 +19,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
-from titan_bridge.checkpoint.names import check_pattern, renamed, under_hf_names
+from titan_bridge.checkpoint.names import under_hf_names
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.refused import refuse_remote
@@ -47,13 +47,9 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     found = weights_directory(str(options.source)) or options.source
     _check_paths(options, found)
     extra = options.with_optimizer
-    if options.names is not None:
-        if extra:
-            raise BridgeError("--names and --with-optimizer do not go together; give one of them")
-        check_pattern(options.names)
-    source = open_checkpoint(found, extra=extra or options.names is not None)
-    if options.names is not None:
-        source = renamed(source, options.names)
+    if options.names is not None and extra:
+        raise BridgeError("--names and --with-optimizer do not go together; give one of them")
+    source = open_checkpoint(found, extra=extra, names=options.names)
     if options.merge_lora is not None:
         source = merged(source, options.merge_lora)
     if extra and (source.format, options.to) != ("dcp", "dcp"):

@@ -73,7 +73,7 @@ def check(vllm_config: VllmConfig) -> None:
         return
     load.load_format = LOAD_FORMAT
     buffers = setup.buffers(layout(model_config(setup), setup.sizes, policy=None))
-    check_weights(directory, setup.family, setup.hf, buffers)
+    check_weights(directory, setup.family, setup.hf, buffers, setup.options.names)
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:

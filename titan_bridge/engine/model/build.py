@@ -135,7 +135,7 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
         options=options,
         padded_vocab=rows,
         max_model_len=vllm_config.model_config.max_model_len,
-        expert_bias=has_expert_bias(vllm_config.model_config.model, options.step),
+        expert_bias=has_expert_bias(vllm_config.model_config.model, options.step, options.names),
     )
 
 
