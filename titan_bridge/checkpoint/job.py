@@ -17,7 +17,7 @@ from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
-from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
+from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
@@ -114,7 +114,8 @@ class Job:
 
     def digest(self) -> str:
         """The same for runs that write the same bytes from the same files."""
-        paths = {chunk.path for stored in self._stored() for chunk in stored.chunks}
+        stored = [*self.source.tensors.values(), *self.source.extra_tensors.values()]
+        paths = {chunk.path for one in stored for chunk in one.chunks}
         if self.options.merge_lora is not None:
             paths |= set(self.options.merge_lora.iterdir())
         facts = {
@@ -147,7 +148,8 @@ class Job:
             kept = team.each(lambda: self._kept(staging, found, lambda n: advance("verify", n)))
             done = {name: result for own in kept for name, result in own.items()}
             mine = [file for file in self._share() if file.name not in done]
-            new = team.each(lambda: self._write(staging, mine, advance))
+            executor = Executor(self, staging, mine, lambda count: advance("write", count))
+            new = team.each(executor.run)
             found = done | {result.file: result for own in new for result in own}
             results = [found[file.name] for file in self.target.files]
             if options.verify:
@@ -165,9 +167,9 @@ class Job:
             bytes_written=sum(file.size for file in self.target.files if file.name not in done),
             resumed_parts=len(done),
             source_checked=all(checked),
-            nan=self._sums(result.nan for result in results),
-            inf=self._sums(result.inf for result in results),
-            overflow=self._sums(result.overflow for result in results),
+            nan=self._sums(results, "nan"),
+            inf=self._sums(results, "inf"),
+            overflow=self._sums(results, "overflow"),
             lost=lost,
         )
 
@@ -179,7 +181,7 @@ class Job:
         )
         if needed > free:
             raise BridgeError(
-                f"{options_disk(self.options)} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
+                f"the disk of {self.options.target} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
                 "free some space or choose another disk"
             )
         staging.begin(self.digest(), resume=self.options.resume, fsync=self.options.fsync)
@@ -222,31 +224,11 @@ class Job:
                 mine.add(file.name)
         return [file for file in self.target.files if file.name in mine]
 
-    def _write(
-        self, staging: Staging, files: list[OutFile], advance: Callable[[str, int], None]
-    ) -> list[FileResult]:
-        work = Work(
-            source=self.source,
-            target=self.target,
-            plan=self.plan,
-            files=files,
-            zero=self.tensors.zero,
-        )
-        executor = Executor(
-            work,
-            staging,
-            rank=self.team.rank,
-            workers=self.options.workers,
-            fsync=self.options.fsync,
-            advance=lambda count: advance("write", count),
-        )
-        return executor.run()
-
-    def _sums(self, counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-        """Counts of several files together, in the order of the tensors."""
+    def _sums(self, results: Iterable[FileResult], what: str) -> dict[str, int]:
+        """Counts of all files together, in the order of the tensors."""
         total: Counter[str] = Counter()
-        for count in counts:
-            total.update(count)
+        for result in results:
+            total.update(result.counts[what])
         return {tensor.name: total[tensor.name] for tensor in self.tensors.tensors if total[tensor.name]}
 
     def _lost(self) -> dict[str, int]:
@@ -275,11 +257,9 @@ class Job:
         for carried in self.carried:
             writers[carried.name] = lambda path, carried=carried: shutil.copyfile(carried, path)
         if options.to == "dcp":
-            writers[METADATA] = self._write_metadata
+            target, paths = self.target, self.source.paths
+            writers[METADATA] = lambda path: write_metadata(path, target.archives, target.blobs, paths)
         return writers
-
-    def _write_metadata(self, path: Path) -> None:
-        write_metadata(path, self.target.archives, self.target.blobs, self.source.paths)
 
     def _publish(self, staging: Staging, results: Sequence[FileResult]) -> None:
         for name, write in self._small_files().items():
@@ -289,20 +269,9 @@ class Job:
                 raise BridgeError(f"{staging.path / file.name} has {found} bytes, {file.size} were written")
         with open_checkpoint(staging.path, extra=True) as written:
             expected = {t.name: (t.shape, t.dtype) for t in self.tensors.tensors}
-            found = {
-                s.name: (s.shape, s.dtype)
-                for s in [*written.tensors.values(), *written.extra_tensors.values()]
-            }
-            for name, (shape, dtype) in expected.items():
-                got_shape, got_dtype = found.get(name, ((), None))
-                assert got_dtype == dtype, f"{name} was written as {got_dtype}, not {dtype}"
-                assert got_shape == shape, f"{name} was written as {got_shape}"
+            for name, stated in expected.items():
+                found = written.tensor(name)
+                assert (found.shape, found.dtype) == stated, (
+                    f"{name} was written as {found.dtype} {found.shape}"
+                )
         staging.publish(self.files, overwrite=self.options.overwrite, fsync=self.options.fsync)
-
-    def _stored(self) -> list[Any]:
-        return [*self.source.tensors.values(), *self.source.extra_tensors.values()]
-
-
-def options_disk(options: Options) -> str:
-    """The disk of the target, in words."""
-    return f"the disk of {options.target}"

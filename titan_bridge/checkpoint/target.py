@@ -16,6 +16,8 @@ from titan_bridge.checkpoint.archive import Archive
 from titan_bridge.checkpoint.checkpoint import Blob
 from titan_bridge.checkpoint.safetensors import header_bytes
 from titan_bridge.sharding.boxes import Box
+from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 CHUNK_BYTES = 256 << 20
@@ -24,6 +26,8 @@ STRIP_BYTES = 8 << 20
 """Most bytes of a strip, of the destination's dtype."""
 _ALIGNMENT = 64
 T = TypeVar("T")
+Strip = tuple[str, int]
+"""Tensor, and number of the strip."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +42,8 @@ class OutFile:
     """(offset, archive)."""
     blobs: list[tuple[int, Blob]] = field(default_factory=list)
     """(offset, what to copy there as it is)."""
+    strips: list[Strip] = field(default_factory=list)
+    """In the order of the bytes."""
 
 
 @dataclass(kw_only=True)
@@ -63,21 +69,24 @@ class Target:
 
     def tensors(self) -> list[TensorMetadata]:
         """Every tensor that has an element, in strips: the destination of a plan."""
-        return [replace(self.shapes[name], chunks=tuple(strips)) for name, strips in self.strips.items()]
+        return [replace(self.shapes[name], chunks=tuple(s)) for name, s in self.strips.items() if s]
 
-    def in_file(self) -> dict[str, list[tuple[str, int]]]:
-        """By file: (tensor, number of the strip) in the order of the bytes."""
-        found: dict[str, list[tuple[int, str, int]]] = {file.name: [] for file in self.files}
-        for name, strips in self.strips.items():
-            for number, strip in enumerate(strips):
-                found[str(strip.owner)].append((strip.offset, name, number))
-        return {file: [(name, number) for _, name, number in sorted(own)] for file, own in found.items()}
-
-    def _place(self, tensor: TensorMetadata, file: str, offset: int, box: Box, rows: int = 1) -> None:
+    def _place(self, tensor: TensorMetadata, file: OutFile, offset: int, box: Box, rows: int) -> None:
         """A box of a tensor lies in a file from `offset` on."""
+        strips = self.strips.setdefault(tensor.name, [])
         for strip in rows_of(box, tensor.dtype.itemsize, STRIP_BYTES, rows):
-            self.strips.setdefault(tensor.name, []).append(Chunk(owner=file, box=strip, offset=offset))
+            file.strips.append((tensor.name, len(strips)))
+            strips.append(Chunk(owner=file.name, box=strip, offset=offset))
             offset += strip.numel * tensor.dtype.itemsize
+
+
+def copies_of(plan: Plan, file: OutFile) -> dict[Strip, list[Copy]]:
+    """What fills each strip of a file."""
+    found: dict[Strip, list[Copy]] = {}
+    for copy in plan.copies(destination=file.name):
+        assert copy.destination_chunk is not None
+        found.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
+    return found
 
 
 def rows_of(box: Box, itemsize: int, most: int, align: int = 1) -> Iterator[Box]:
@@ -119,9 +128,13 @@ def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, i
     target = Target(shapes={tensor.name: tensor for tensor in tensors})
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        for tensor, offset in zip(group, _safetensors_file(target, name, group), strict=True):
-            target._place(tensor, name, offset, Box.whole(tensor.shape), rows.get(tensor.name, 1))
+        header, offsets = header_bytes([(t.name, t.shape, t.dtype) for t in group], {"format": "pt"})
+        size = len(header) + sum(tensor.nbytes for tensor in group)
+        file = OutFile(name=name, size=size, fixed=[(0, header)])
+        for tensor, offset in zip(group, offsets, strict=True):
+            target._place(tensor, file, offset, Box.whole(tensor.shape), rows.get(tensor.name, 1))
             target.weight_map[tensor.name] = name
+        target.files.append(file)
     return target
 
 
@@ -167,7 +180,7 @@ def dcp_target(
             tensor = target.shapes[name]
             archive = Archive(part.shape, tensor.dtype)
             file.archives.append((file.size, archive))
-            target._place(tensor, file.name, file.size + archive.head_bytes, part, rows.get(name, 1))
+            target._place(tensor, file, file.size + archive.head_bytes, part, rows.get(name, 1))
             length = archive.total_bytes
             chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=length, box=part))
             file.size += length
@@ -175,18 +188,6 @@ def dcp_target(
     for name, fqn in [*((name, name) for name in chunks), *aliases.items()]:
         target.archives[name] = replace(target.shapes[fqn], name=name, chunks=tuple(chunks[fqn]))
     return target
-
-
-def _safetensors_file(
-    target: Target, name: str, tensors: Sequence[TensorMetadata], **metadata: str
-) -> list[int]:
-    """Add a file; returns where in it each tensor begins."""
-    header, offsets = header_bytes(
-        [(t.name, t.shape, t.dtype) for t in tensors], {"format": "pt", **metadata}
-    )
-    size = len(header) + sum(tensor.nbytes for tensor in tensors)
-    target.files.append(OutFile(name=name, size=size, fixed=[(0, header)]))
-    return offsets
 
 
 def _grouped(items: Iterable[T], most: int, size: Callable[[T], int]) -> Iterator[list[T]]:

@@ -97,7 +97,9 @@ def agreed(answers: Sequence[Any]) -> Any:
     for rank, answer in enumerate(answers):
         if answer != answers[0]:
             one, other = (Layout.from_json(said) for said in (answers[0], answer))
-            names = [fqn for fqn in one.params | other.params if one.params.get(fqn) != other.params.get(fqn)]
+            names = [
+                fqn for fqn in {**one.params, **other.params} if one.params.get(fqn) != other.params.get(fqn)
+            ]
             what = (
                 f"{names[0]} is {one.params.get(names[0])} and {other.params.get(names[0])}"
                 if names
