@@ -93,17 +93,9 @@ class Checkpoint:
         if chunk.archive is None:
             return chunk.offset
         where = f"{chunk.path}: {stored.name} at {chunk.box.start}"
-        key, length = (chunk.path, chunk.offset), chunk.archive
+        key = chunk.path, chunk.offset
         if key not in self._located:
-
-            def header(offset: int, count: int) -> bytes:
-                if offset < 0 or count < 0 or offset + count > length:
-                    raise BridgeError(f"{where}: damaged archive")
-                buffer = bytearray(count)
-                self.pool.read_into(chunk.path, chunk.offset + offset, memoryview(buffer), counted=False)
-                return bytes(buffer)
-
-            self._located[key] = locate(header, length, where)
+            self._located[key] = locate(self.pool.part(*key, chunk.archive, where), chunk.archive, where)
         found = self._located[key]
         if (found.dtype, found.shape) != (stored.dtype, chunk.box.shape):
             raise BridgeError(
