@@ -94,7 +94,7 @@ class FilePool:
         self._read_each(path, [offset], out, out.nbytes if counted else 0)
 
     def part(self, path: Path, start: int, length: int, what: str) -> Callable[[int, int], bytes]:
-        """Reads (offset, bytes) inside a part of a file, which are not counted; one outside is an error that says `what`."""
+        """Reads (offset, bytes) inside a part of a file, which are not counted. Errors begin with `what`."""
 
         def read(offset: int, count: int) -> bytes:
             if offset < 0 or count < 0 or offset + count > length:
