@@ -63,8 +63,8 @@ def check(vllm_config: VllmConfig) -> None:
     load = vllm_config.load_config
     if load.load_format in ("sharded_state", "tensorizer"):
         raise BridgeError(
-            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out, and for "
-            "files that each rank maps use `titan-bridge reshard DIR OUT --to engine`"
+            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out: each "
+            "rank reads only its own slices of safetensors and of a DCP"
         )
     if load.load_format not in ("auto", LOAD_FORMAT):
         return
@@ -75,7 +75,7 @@ def check(vllm_config: VllmConfig) -> None:
         return
     load.load_format = LOAD_FORMAT
     buffers = setup.buffers(layout(setup.config, setup.sizes, policy=None))
-    check_weights(directory, setup.family, setup.hf, buffers)
+    check_weights(directory, setup.family, setup.hf, buffers, setup.options.names)
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:

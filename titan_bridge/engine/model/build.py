@@ -131,7 +131,7 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     if expert_parallel and vllm_config.model_config.is_moe:
         sizes = replace(sizes, ep=options.ep or sizes.most_ep)
     rows = padded_vocab(hf["vocab_size"], sizes)
-    expert_bias = has_expert_bias(vllm_config.model_config.model, options.step)
+    expert_bias = has_expert_bias(vllm_config.model_config.model, options.step, options.names)
     config = family.model_config(hf, padded_vocab=rows, expert_bias=expert_bias)
     decided = split(options.parallelism, family, config, sizes, attention_dp=options.attention_dp)
     setup = Setup(
