@@ -112,4 +112,4 @@ class _Live:
     def _now(self) -> dict[str, torch.Tensor]:
         inner = self._model.model
         tensors = dict(inner.named_parameters(remove_duplicate=False)) | dict(inner.named_buffers())
-        return {name: local_of(tensors[name]) for name in self._model.layout.params}
+        return {name: local_of(tensors[name]) for name in self._model.live}
