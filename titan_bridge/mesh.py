@@ -5,9 +5,9 @@ describe the same ranks: ``rank = ((pp_rank * dp_replicate + replica) * dp + dp_
 dense mesh unflattens them as (dp_replicate, fsdp, tp), the sparse mesh as (dp_replicate, efsdp, ep), so that
 the ep axis runs over consecutive ranks, first through tp and then through dp.
 
-A pipeline stage has a dense and a sparse mesh of its own: ``dense_pp1`` is that of stage 1. What several stages hold (a
-tied embedding) lives on a mesh of all of them, ``dense_pp0_3``, with the axis pp in front. vLLM numbers the stages inside
-of data parallelism (`Sizes.dp_outside`), TorchTitan outside.
+A pipeline stage has a dense and a sparse mesh of its own: ``dense_pp1`` is that of stage 1. What several stages hold
+(a tied embedding) lives on a mesh of all of them, ``dense_pp0_3``, with the axis pp in front. vLLM numbers the stages
+inside of data parallelism (`Sizes.dp_outside`), TorchTitan outside.
 
 A module may be cut over fewer ranks than tp: over ``width`` consecutive ones, and be replicated over the rest. Its
 parameters live on the mesh ``dense_tp{width}`` with the axes (dp_replicate, fsdp, tp_replicate, tp). `Sizes.at` says
@@ -140,7 +140,9 @@ class Sizes:
                 f"allowed with dp={self.dp}, tp={self.tp}: {_listed(divisors(self.most_ep))}"
             )
         if self.stages and (len(self.stages) != self.pp or min(self.stages) < 1):
-            raise BridgeError(f"stages of {_listed(self.stages)} layers; give at least 1 to each of pp={self.pp}")
+            raise BridgeError(
+                f"stages of {_listed(self.stages)} layers; give at least 1 to each of pp={self.pp}"
+            )
 
     @classmethod
     def of(cls, options: Any) -> Sizes:

@@ -25,6 +25,7 @@ from titan_bridge.checkpoint.hf import read_config
 from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
+from titan_bridge.mesh import base_and_stages, on_stages
 from titan_bridge.sharding.boxes import Box, contiguous_stride, shard_dim
 from titan_bridge.sharding.layout import Layout, dtype_name
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
@@ -38,7 +39,7 @@ class EngineIndex:
     """engine.json."""
 
     sizes: Mapping[str, int]
-    """dp, tp and ep that the files were cut for."""
+    """dp, tp, ep, and pp if more than 1, that the files were cut for."""
     dense: str
     """"replicate" or "shard"."""
     rows: Mapping[str, int]
@@ -113,7 +114,10 @@ def open_engine(directory: Path) -> Checkpoint:
 
 
 def shard_label(layout: Layout, fqn: str, rank: int) -> str:
-    """Names the part of `fqn` that `rank` holds, the same for all ranks that hold it: "all", "tp1", "efsdp0.ep3"."""
+    """Names the part of `fqn` that `rank` holds, the same for all ranks that hold it: "all", "tp1", "efsdp0.ep3".
+
+    Pipeline stages come first: "pp1.tp0".
+    """
     mesh, placements = layout.mesh_of(fqn), layout.param(fqn).spec.placements
     coordinate = mesh.coordinate(rank)
     assert coordinate is not None, f"rank {rank} holds nothing of {fqn}"
@@ -124,7 +128,8 @@ def shard_label(layout: Layout, fqn: str, rank: int) -> str:
         for axis, size, at, placement in zip(mesh.axes, mesh.shape, coordinate, placements, strict=True)
         if size > 1 and shard_dim(placement) is not None
     ]
-    return ".".join(sharded) or "all"
+    _, stages = base_and_stages(layout.param(fqn).spec.mesh)
+    return ".".join([*([on_stages("", stages)[1:]] if stages else []), *sharded]) or "all"
 
 
 def contiguous_parts(local: Box, shape: Sequence[int]) -> Iterator[tuple[Box, int]]:

@@ -53,6 +53,9 @@ class Options:
     dp: int = 1
     tp: int = 1
     ep: int = 1
+    pp: int = 1
+    stages: tuple[int, ...] = ()
+    """To engine files with pp > 1: how many layers each pipeline stage has."""
     policy: Policy = NO_POLICY
     """To engine files: how each layer is split over tp."""
     dense: Literal["replicate", "shard"] = "replicate"

@@ -184,7 +184,7 @@ def _between(
     family = family_for(config)
     buffers = family.expert_biases(config)
     check_source(source, family, config, buffers)
-    sizes = Sizes.of(options)
+    sizes = replace(Sizes.of(options), stages=options.stages)
     made = make_mapping(
         source,
         family,

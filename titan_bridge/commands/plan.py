@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from titan_bridge.commands.infer import Text
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
+    from titan_bridge.mesh import Sizes
     from titan_bridge.sharding.layout import Layout
     from titan_bridge.sharding.plan import Plan
 
@@ -89,14 +91,15 @@ class PlanCommand:
         sizes, dense = parse_sizes(side)
         if self.model is None and self.src.endswith(".toml"):
             job = _trainer(self.src)
-            return layout(job.hf_config, sizes, dense, expert_bias=job.expert_bias)
+            return layout(job.hf_config, _staged(sizes, job.hf_config), dense, expert_bias=job.expert_bias)
         model = self.model or self.src
         if not Path(model).is_dir():
             raise BridgeError(f"{side} are sizes of which model? give its folder with --model")
 
         from titan_bridge.checkpoint.model_dir import has_expert_bias
 
-        return layout(_config_of(model), sizes, dense, expert_bias=has_expert_bias(model))
+        hf = _config_of(model)
+        return layout(hf, _staged(sizes, hf), dense, expert_bias=has_expert_bias(model))
 
 
 def parse_sizes(text: str) -> tuple[Any, Any]:
@@ -115,7 +118,15 @@ def parse_sizes(text: str) -> tuple[Any, Any]:
     dense = [match[3] for match in matches if match and match[3]]
     if len(numbers) + len(dense) < len(matches) or len(dense) > 1:
         raise BridgeError(f"{text!r} are no sizes; write for instance tp=2,ep=2 or dp=2,tp=2,dense=shard")
-    return Sizes(**numbers), dense[0] if dense else "replicate"
+    return Sizes(**numbers, dp_outside=numbers.get("pp", 1) > 1), dense[0] if dense else "replicate"
+
+
+def _staged(sizes: Sizes, hf: Mapping[str, Any]) -> Sizes:
+    if sizes.pp == 1:
+        return sizes
+    from titan_bridge.engine.model.stages import staged  # vLLM, seconds
+
+    return staged(sizes, hf["num_hidden_layers"])
 
 
 def _trainer(file: str) -> Any:

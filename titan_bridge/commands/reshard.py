@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -66,6 +67,8 @@ class Reshard:
     """--to engine: tensor-parallel size."""
     ep: int = 1
     """--to engine: ranks that share the experts."""
+    pp: int = 1
+    """--to engine: pipeline stages."""
     dense: Literal["replicate", "shard"] = "replicate"
     """--to engine: whether dp ranks hold all of the dense weights or a part each."""
     attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
@@ -117,6 +120,8 @@ class Reshard:
             dp=self.dp,
             tp=self.tp,
             ep=self.ep,
+            pp=self.pp,
+            stages=self._stages() if self.to == "engine" and self.pp > 1 else (),
             dense=self.dense,
             policy=policy_of_flags(self.policy, self.attention_tp),
             max_shard_size=parse_size(self.max_shard_size),
@@ -142,11 +147,24 @@ class Reshard:
         finally:
             team.leave()
 
-    def _adapter(self) -> int:
-        from titan_bridge.checkpoint import adapter
+    def _hf(self) -> Mapping[str, Any]:
+        """config.json of the model."""
         from titan_bridge.checkpoint.reshard import stated_config
         from titan_bridge.models import load_hf_config
         from titan_bridge.run_folder import model_and_step
+
+        return stated_config(self.config) if self.config else load_hf_config(model_and_step(self.src)[0])
+
+    def _stages(self) -> tuple[int, ...]:
+        """How many layers vLLM gives to each pipeline stage."""
+        from titan_bridge.engine.model.stages import staged  # vLLM, seconds
+        from titan_bridge.mesh import Sizes
+
+        return staged(Sizes(pp=self.pp), self._hf()["num_hidden_layers"]).stages
+
+    def _adapter(self) -> int:
+        from titan_bridge.checkpoint import adapter
+        from titan_bridge.checkpoint.reshard import stated_config
 
         if adapter.is_adapter(self.src):
             if self.to != "dcp":
@@ -159,8 +177,7 @@ class Reshard:
                 raise BridgeError(
                     "--to peft needs --lora-alpha, the alpha of TorchTitan's LoRAConverter: no checkpoint has it"
                 )
-            hf = stated_config(self.config) if self.config else load_hf_config(model_and_step(self.src)[0])
-            count = adapter.write_peft(self.src, self.dst, hf=hf, alpha=self.lora_alpha)
+            count = adapter.write_peft(self.src, self.dst, hf=self._hf(), alpha=self.lora_alpha)
         facts = {"to": self.to, "tensors": count, "path": str(self.dst)}
         print(json.dumps(facts) if self.json else f"{self.dst}: a LoRA adapter, {count} tensors")
         return 0

@@ -29,8 +29,8 @@ KEY = "titan_step"
 """In `additional_config`, which is part of the name; set by each worker for itself."""
 
 
-def name_compiled_step(vllm_config: VllmConfig, setup: Setup, stage: int) -> None:
-    """Let the name of this worker's compiled step say what `setup`, its pipeline stage and the code that executes it are.
+def name_compiled_step(vllm_config: VllmConfig, setup: Setup, stage: int = 0) -> None:
+    """Let the name of this worker's compiled step say what `setup`, its stage and the code that executes it are.
 
     Nothing where nothing is compiled, or where `additional_config` is an object that hashes itself.
     """
@@ -43,7 +43,7 @@ def name_compiled_step(vllm_config: VllmConfig, setup: Setup, stage: int) -> Non
     vllm_config.additional_config = {**given, "titan": ours, KEY: _digest(setup, stage)}
 
 
-def _digest(setup: Setup, stage: int) -> str:
+def _digest(setup: Setup, stage: int = 0) -> str:
     facts = {
         "hf": setup.hf,  # vLLM's name has the directory; its files may have changed
         "sizes": repr(setup.sizes),

@@ -83,9 +83,7 @@ def derive(model: nn.Module, dtype: torch.dtype) -> None:
             inner.paged.process_weights_after_loading(dtype)
 
 
-def cache_form(
-    config: Decoder.Config, own: range, dtype: torch.dtype, sizes: Sizes, *, latent: bool
-) -> str:
+def cache_form(config: Decoder.Config, own: range, dtype: torch.dtype, sizes: Sizes, *, latent: bool) -> str:
     """What attention of the layers `own` caches, and its bytes a token on each rank; with latents, those of the other
     form, too."""
     heads = rows = 0

@@ -24,7 +24,9 @@ def staged(sizes: Sizes, layers: int) -> Sizes:
     if sizes.pp == 1:
         return sizes
     if sizes.pp > layers:
-        raise BridgeError(f"pp={sizes.pp} is more than the {layers} layers of the model; allowed: 1 to {layers}")
+        raise BridgeError(
+            f"pp={sizes.pp} is more than the {layers} layers of the model; allowed: 1 to {layers}"
+        )
     try:
         ends = [get_pp_indices(layers, stage, sizes.pp) for stage in range(sizes.pp)]
     except ValueError as error:

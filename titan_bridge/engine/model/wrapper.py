@@ -37,6 +37,7 @@ from titan_bridge.engine.model.latent import derive
 from titan_bridge.engine.model.lora import AdapterManager, Target, targets
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
+from titan_bridge.models.peft import WEIGHT
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -95,8 +96,18 @@ class TitanForCausalLM(nn.Module):
         """The linear layers that may have LoRA adapters."""
         return targets(self.model, self.setup)
 
+    def names_elsewhere(self) -> set[str]:
+        """Hugging Face's names of the modules of other pipeline stages."""
+        views = self.setup.family.views(self.setup.hf, padded_vocab=self.setup.padded_vocab)
+        return {
+            view.name.removesuffix(WEIGHT)
+            for view in views
+            if view.fqn not in self.live and view.name.endswith(WEIGHT)
+        }
+
     def _adapted_names(self) -> set[str]:
-        return {name.rpartition(".")[2] for target in self.adapter_targets() for name in target.names}
+        own = {name for target in self.adapter_targets() for name in target.names}
+        return {name.rpartition(".")[2] for name in own | self.names_elsewhere()}
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, `(T,)` int to `(T, D)`."""

@@ -185,7 +185,11 @@ def rank_environment(
     if not cpu.is_cpu_backend():
         return {} if dp == 1 else {VISIBLE: ",".join(devices(common, rank, dp, workers))}
     cores = common.get(cpu.BIND, "").split("|")
-    return {cpu.BIND: "|".join(cores[rank * workers : (rank + 1) * workers])} if len(cores) == dp * workers else {}
+    return (
+        {cpu.BIND: "|".join(cores[rank * workers : (rank + 1) * workers])}
+        if len(cores) == dp * workers
+        else {}
+    )
 
 
 def devices(common: Mapping[str, str], rank: int, dp: int, workers: int) -> list[str]:
@@ -195,7 +199,7 @@ def devices(common: Mapping[str, str], rank: int, dp: int, workers: int) -> list
     visible = common[VISIBLE].split(",")
     if len(visible) < dp * workers:
         raise BridgeError(
-            f"{VISIBLE}={common[VISIBLE]} names {len(visible)} GPUs; dp={dp} with {workers} workers each needs {dp * workers}"
+            f"{VISIBLE}={common[VISIBLE]} names {len(visible)} GPUs; dp={dp} with pp*tp={workers} needs {dp * workers}"
         )
     return visible[rank * workers : (rank + 1) * workers]
 

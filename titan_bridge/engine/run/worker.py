@@ -17,8 +17,9 @@ class BridgeWorker:
         """What this worker serves: rank, class, dtype, sizes, parameters and bytes that it holds, bytes that it read.
 
         `model_class` is the class that vLLM loaded, `inner_class` the TorchTitan module inside it, `sizes` the parallel
-        degrees, `stage` that of the pipeline, `attention` its form and cache in words, `loaded` the fields of `checkpoint.load.Loaded` (None where
-        our loader did not read the weights); all but the first are None for vLLM's own models.
+        degrees, `stage` that of the pipeline, `attention` its form and cache in words, `loaded` the fields of
+        `checkpoint.load.Loaded` (None where our loader did not read the weights); all but the first are None for vLLM's
+        own models.
         """
         model = self.get_model()  # type: ignore[attr-defined]  # the worker's
         setup = getattr(model, "setup", None)
