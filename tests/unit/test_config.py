@@ -138,7 +138,8 @@ REFUSED = {
     'model = "m"\n[paralel]\ntp = 2': "unknown key paralel; did you mean parallel?",
     'model = "m"\n[parallel]\ntpp = 2': "unknown key parallel.tpp; did you mean parallel.tp? "
     "allowed in [parallel]: attn_tp, dense, dp, ep, pp, tp",
-    'model = "m"\n[parallel]\nzzz = 2': "unknown key parallel.zzz; allowed in [parallel]: attn_tp, dense, dp, ep, pp, tp",
+    'model = "m"\n[parallel]\nzzz = 2': "unknown key parallel.zzz; "
+    "allowed in [parallel]: attn_tp, dense, dp, ep, pp, tp",
     "model = 1": "model = 1 (int) is not allowed; it must be a string",
     'model = "m"\n[parallel]\ntp = 0': "parallel.tp = 0 (int) is not allowed; it must be greater than or equal to 1",
     'model = "m"\n[parallel]\ntp = "2"': "parallel.tp = '2' (str) is not allowed; it must be an integer",
