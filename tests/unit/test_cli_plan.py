@@ -106,6 +106,15 @@ def test_sizes_stand_for_the_layout_of_an_engine(
     assert told == plan(str(trainer), str(engine))
     assert len(json.loads(told)["received"]) == 4
 
+    # With a policy, in short and as a file.
+    rules = {"parallelism_rules": {"rules": [{"match": {"kind": "attention"}, "plan": {"tp_size": 2}}]}}
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    narrow = inspect(model, tmp_path / "narrow.json", capsys, "--tp", "4", "--attention-tp", "2")
+    expected = plan(str(model), str(narrow))
+    assert expected != plan(str(model), "tp=4")
+    for sizes in ("tp=4,attn_tp=2", f"tp=4,policy={tmp_path / 'rules.json'}"):
+        assert plan(str(model), sizes) == expected
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -115,6 +124,10 @@ def test_sizes_stand_for_the_layout_of_an_engine(
         (["{model}", "pp=3"], "pp=3 is more than the 2 layers of the model; allowed: 1 to 2"),
         (["{model}", "tp=two"], "'tp=two' are no sizes"),
         (["{model}", "tp=2,tp=4"], "'tp=2,tp=4' are no sizes"),
+        (["{model}", "tp=2,attn_tp=x"], "'tp=2,attn_tp=x' are no sizes"),
+        (["{model}", "tp=2,dense=half"], "'tp=2,dense=half' are no sizes"),
+        (["{model}", "tp=2,attn_tp=3"], "tp_size=3 does not divide tp=2; allowed: 1, 2"),
+        (["{model}", "tp=2,policy=none.yaml"], "none.yaml cannot be read: No such file or directory"),
         (["{model}", "{model}"], "is a directory; give a layout file"),
     ],
 )

@@ -1,28 +1,19 @@
-"""Pipeline stages without an engine: who has which parameter, how ranks are numbered, plans, and engine files."""
+"""Pipeline stages without an engine: who has which parameter, how ranks are numbered, and plans."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from tests.unit.test_parallelize_specs import MODELS
-from titan_bridge.checkpoint import open_checkpoint
-from titan_bridge.checkpoint.load import load_into
-from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import Sizes, describe, in_order, mesh_axes, padded_vocab
+from titan_bridge.mesh import Sizes, describe, in_order, mesh_axes
 from titan_bridge.model_layout import layout
-from titan_bridge.models import family_for, load_hf_config
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.plan import plan
-from titan_bridge.sharding.show import load_of, totals_of
-from titan_bridge.testing import make_checkpoint, titan_tensors
+from titan_bridge.sharding.show import load_of
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
@@ -99,49 +90,3 @@ def test_a_plan_gives_each_stage_what_it_holds_and_takes_it_from_there(name: str
     for copy in back.copies():
         assert copy.source in found.mesh_of(copy.source_name).ranks
     assert plan(found, found, colocated=True).bytes == 0
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_engine_files_of_stages(tmp_path: Path, *, tied: bool) -> None:
-    model = make_checkpoint(
-        tmp_path / "hf", "qwen3", num_hidden_layers=3, vocab_size=769, tie_word_embeddings=tied, tokenizer=False
-    )  # fmt: skip
-    engine, back = tmp_path / "engine", tmp_path / "back"
-    options = Options(source=model, target=engine, to="engine", pp=2, tp=2, stages=(1, 2), workers=1)
-    prepare(options).run()
-    checkpoint = open_checkpoint(engine)
-    assert checkpoint.layout is not None
-    files = {rank: set() for rank in range(4)}
-    for fqn, stored in checkpoint.tensors.items():
-        for chunk in stored.chunks:
-            for rank in checkpoint.layout.mesh_of(fqn).ranks:
-                files[rank].add(chunk.path.name)
-    assert not any(".pp1." in file for rank in (0, 1) for file in files[rank])
-    assert not any(".pp0." in file for rank in (2, 3) for file in files[rank])
-    hf = load_hf_config(model)
-    family, rows = family_for(hf), padded_vocab(769, Sizes(tp=2))
-    live = {
-        fqn: torch.zeros(shape)
-        for fqn in checkpoint.layout.params
-        if (shape := checkpoint.layout.local_shape(fqn, 3)) is not None
-    }
-    assert {name.split(".")[1] for name in live if name.startswith("layers.")} == {"1", "2"}
-    assert ("tok_embeddings.weight" in live) == tied
-    loaded = load_into(
-        checkpoint, live, checkpoint.layout, 3, family=family, hf=hf, padded_vocab=rows, buffers={}
-    )
-    assert loaded.bytes_read == loaded.bytes_planned
-    assert totals_of(checkpoint.layout)["ranks"] == 4
-    whole = titan_tensors(model)
-    for fqn, tensor in live.items():
-        for piece in checkpoint.layout.pieces(fqn, 3):
-            real = whole[fqn][piece.box.slices]  # without the rows that pad the vocabulary
-            part = tensor[piece.local.slices]
-            assert torch.equal(part[: len(real)], real)
-            assert not part[len(real) :].any()
-    prepare(Options(source=engine, target=back, to="hf", workers=1)).run()
-    (written,) = back.glob("*.safetensors")
-    before, after = load_file(model / "model.safetensors"), load_file(written)
-    assert before.keys() == after.keys()
-    for name, tensor in after.items():
-        assert torch.equal(tensor, before[name])

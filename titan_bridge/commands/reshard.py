@@ -11,16 +11,13 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from titan_bridge.commands.infer import Int, Text
 from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import DEGREES
 
 if TYPE_CHECKING:
     from titan_bridge.checkpoint.job import Job, Outcome
@@ -30,7 +27,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reshard:
-    """Convert a checkpoint: Hugging Face safetensors, TorchTitan's DCP, or rank-local files for the engine.
+    """Convert a checkpoint: Hugging Face safetensors into TorchTitan's DCP, or back.
 
     Streams in one pass with flat memory. DST appears when it is complete, and not before; a run that was killed
     goes on with --resume. Under torchrun the files are shared out over the processes.
@@ -39,13 +36,12 @@ class Reshard:
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Directory with a checkpoint in any of the three formats."""
+    """Directory with a checkpoint in either format."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Directory to be made."""
-    to: Literal["hf", "dcp", "engine", "peft"]
-    """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), engine (files that
-    each rank of the given sizes reads without slicing), peft (the LoRA adapter that TorchTitan trained in SRC; with
-    --to dcp, SRC may be such a folder)."""
+    to: Literal["hf", "dcp", "peft"]
+    """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), peft (the LoRA
+    adapter that TorchTitan trained in SRC; with --to dcp, SRC may be such a folder)."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Where SRC has no config.json: a directory with one (and the tokenizer), the file itself, or one of TorchTitan's
     models as FAMILY:FLAVOR, for example qwen3:0.6B."""
@@ -61,20 +57,6 @@ class Reshard:
     """A folder with a LoRA adapter in PEFT's format, which is added to SRC's weights (Hugging Face)."""
     lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="ALPHA", help_behavior_hint="")] = None
     """--to peft: the converter's alpha, which is not in a checkpoint."""
-    dp: int = 1
-    """--to engine: data-parallel size."""
-    tp: int = 1
-    """--to engine: tensor-parallel size."""
-    ep: int = 1
-    """--to engine: ranks that share the experts."""
-    pp: int = 1
-    """--to engine: pipeline stages."""
-    dense: Literal["replicate", "shard"] = "replicate"
-    """--to engine: whether dp ranks hold all of the dense weights or a part each."""
-    attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
-    """--to engine: ranks of tp that attention is cut over; the others hold copies."""
-    policy: Annotated[Text, tyro.conf.arg(metavar="FILE")] = None
-    """--to engine: YAML or JSON with rules for each layer (parallelism_rules)."""
     max_shard_size: str = "5GB"
     """Largest file, e.g. 500MB or 4GiB; a single larger tensor is a file of its own."""
     with_optimizer: bool = False
@@ -104,7 +86,6 @@ class Reshard:
 
         from titan_bridge.checkpoint.reshard import Options, prepare
         from titan_bridge.checkpoint.team import Team
-        from titan_bridge.policy.read import policy_of_flags
 
         gc.enable()
         if self.to == "peft" or (self.src / "adapter_config.json").is_file():
@@ -117,13 +98,6 @@ class Reshard:
             config=self.config,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
             names=self.names,
-            dp=self.dp,
-            tp=self.tp,
-            ep=self.ep,
-            pp=self.pp,
-            stages=self._stages() if self.to == "engine" and self.pp > 1 else (),
-            dense=self.dense,
-            policy=policy_of_flags(self.policy, self.attention_tp),
             max_shard_size=parse_size(self.max_shard_size),
             merge_lora=self.merge_lora,
             with_optimizer=self.with_optimizer,
@@ -147,24 +121,11 @@ class Reshard:
         finally:
             team.leave()
 
-    def _hf(self) -> Mapping[str, Any]:
-        """config.json of the model."""
-        from titan_bridge.checkpoint.reshard import stated_config
-        from titan_bridge.models import load_hf_config
-        from titan_bridge.run_folder import model_and_step
-
-        return stated_config(self.config) if self.config else load_hf_config(model_and_step(self.src)[0])
-
-    def _stages(self) -> tuple[int, ...]:
-        """How many layers vLLM gives to each pipeline stage."""
-        from titan_bridge.engine.model.stages import staged  # vLLM, seconds
-        from titan_bridge.mesh import Sizes
-
-        return staged(Sizes(pp=self.pp), self._hf()["num_hidden_layers"]).stages
-
     def _adapter(self) -> int:
         from titan_bridge.checkpoint import adapter
         from titan_bridge.checkpoint.reshard import stated_config
+        from titan_bridge.models import load_hf_config
+        from titan_bridge.run_folder import model_and_step
 
         if adapter.is_adapter(self.src):
             if self.to != "dcp":
@@ -177,7 +138,8 @@ class Reshard:
                 raise BridgeError(
                     "--to peft needs --lora-alpha, the alpha of TorchTitan's LoRAConverter: no checkpoint has it"
                 )
-            count = adapter.write_peft(self.src, self.dst, hf=self._hf(), alpha=self.lora_alpha)
+            hf = stated_config(self.config) if self.config else load_hf_config(model_and_step(self.src)[0])
+            count = adapter.write_peft(self.src, self.dst, hf=hf, alpha=self.lora_alpha)
         facts = {"to": self.to, "tensors": count, "path": str(self.dst)}
         print(json.dumps(facts) if self.json else f"{self.dst}: a LoRA adapter, {count} tensors")
         return 0
@@ -197,15 +159,10 @@ class Reshard:
             print(json.dumps(facts))
         else:
             _show_outcome(facts, self.dst)
-            print(f"next: {_next(job, self._policy_flag())}")
+            print(f"next: {_next(job)}")
         for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
         return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
-
-    def _policy_flag(self) -> str:
-        if self.attention_tp is not None:
-            return f" --attention-tp {self.attention_tp}"
-        return "" if self.policy is None else f" --policy {shlex.quote(self.policy)}"
 
 
 def parse_size(text: str) -> int:
@@ -316,16 +273,13 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     )
 
 
-def _next(job: Job, policy: str) -> str:
+def _next(job: Job) -> str:
     """What to type with the result."""
     from titan_bridge.models import family_for  # torch, as in `run`
 
     options = job.options
     target = shlex.quote(str(options.target))
-    sizes = "".join(f" --{name} {n}" for name in DEGREES if (n := getattr(options, name)) > 1)
-    command = (
-        f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}{policy}"
-    )
+    command = f"titan-bridge serve {target}"
     if job.hf is None:
         return f"put the model's config.json into {target}, then {command}"
     try:

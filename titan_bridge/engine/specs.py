@@ -105,12 +105,20 @@ def joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for part in ("meshes", "params"):
             alike[part] = {name: whole[part].get(name, said) for name, said in answer[part].items()}
         if alike != answer:
-            difference = Layout.from_json(alike).diff(Layout.from_json(answer))
-            raise BridgeError(f"workers 0 and {rank} hold different layouts: {difference[0]}")
+            before, now = alike["params"], answer["params"]
+            names = [fqn for fqn in now if before[fqn] != now[fqn]]
+            what = (
+                f"{names[0]} is {_said(before[names[0]])} and {_said(now[names[0]])}" if names else "meshes"
+            )
+            raise BridgeError(f"workers 0 and {rank} hold different layouts: {what}")
         for part in ("meshes", "params"):
             whole[part].update(answer[part])
     whole["meshes"] = {name: whole["meshes"][name] for name in in_order(whole["meshes"])}
     return whole
+
+
+def _said(param: dict[str, Any]) -> str:
+    return f"{param['dtype']}{param['shape']} on {param['mesh']}({', '.join(param['placements'])})"
 
 
 def _call(llm: LLM, method: str, *args: Any) -> list[Any]:
