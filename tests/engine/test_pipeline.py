@@ -66,8 +66,8 @@ def test_the_name_of_a_compiled_step_says_its_stage() -> None:
         config, options = family.model_config(hf), TitanOptions()
         decided = split(NO_POLICY, family, config, sizes)
         return _digest(
-            Setup(hf=hf, family=family, config=config, sizes=decided.sizes, options=options, padded_vocab=768, max_model_len=64,
-                  split=decided),
+            Setup(hf=hf, family=family, config=config, sizes=decided.sizes, options=options, padded_vocab=768,
+                  max_model_len=64, split=decided),
             stage,
         )  # fmt: skip
 
