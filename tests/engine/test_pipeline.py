@@ -164,10 +164,7 @@ def test_the_numbers_of_both_references_and_each_stage_its_own_part(running: Run
     for each in loaded:
         assert each["bytes_read"] == each["bytes_planned"] < each["bytes_total"] // 2
     assert [worker["attention"] for worker in running.workers] == [
-        f"attention with a cache of {count * 1024} bytes a token".replace("2048", "2,048").replace(
-            "1024", "1,024"
-        )
-        for count in (1, 1, 2, 2)
+        f"attention with a cache of {layers * 1024:,} bytes a token" for layers in (1, 1, 2, 2)
     ]
 
 
