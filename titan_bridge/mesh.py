@@ -406,7 +406,8 @@ def to_parallel_dims(
         spmd_backend=spmd_backend,
     )
     if sizes.dp_outside and sizes.dp > 1:
-        # It would number the ranks of these meshes in TorchTitan's order, and builds them when first asked for one.
+        # It would number the ranks of its meshes in TorchTitan's order, and builds them when first asked for one.
+        assert spmd_backend == "partial_dtensor", "the other backends ask for further meshes"
         roots = _roots(sizes, _device_type(), (sizes.dense_mesh, SPARSE))
         dims._world_mesh = roots[sizes.dense_mesh]
         dims._global_meshes = roots
