@@ -185,6 +185,11 @@ REFUSED = (
         said="additional_config.titan.dense = 'shard' with pipeline_parallel_size=2 is not supported with",
     ),
     Refused(
+        name="Pipeline stages with a draft model",
+        options={"pipeline_parallel_size": 2, "speculative_config": {"method": "draft_model", **_DRAFT}},
+        said="a draft model with pipeline_parallel_size=2 is not supported with model_impl='torchtitan'",
+    ),
+    Refused(
         name="LoRA with `fully_sharded_loras`", options={"enable_lora": True, "fully_sharded_loras": True},
         said="fully_sharded_loras is not supported with model_impl='torchtitan'",
     ),
