@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tests.unit.test_parallelize_specs import MODELS, fake_world
@@ -96,6 +96,14 @@ def test_a_model_with_fewer_kv_heads_than_ranks_says_what_it_costs():
     wqkv = "layers.0.attention.qkv_linear.wqkv.weight"
     assert [laid.pieces(wqkv, rank)[0].box.start[0] for rank in range(4)] == [0, 288, 0, 288]
     assert laid.meshes["dense_tp2"].array.tolist() == [[[[0, 1], [2, 3]]]]
+
+
+def test_a_size_is_allowed_that_divides_query_heads_alone():
+    with pytest.raises(
+        BridgeError, match=r"^tp=16 does not divide n_heads=8; allowed for this model: 1, 2, 4, 8$"
+    ):
+        layout(MODELS["llama3"], Sizes(tp=16))
+    assert set(layout(MODELS["llama3"], Sizes(tp=8)).meshes) == {"dense", "dense_tp2"}
 
 
 def test_a_trainer_is_not_narrowed():
@@ -303,28 +311,6 @@ def test_inspect_shows_rule_plan_bytes_and_cache_of_each_layer(
     assert "--why layers.9: the model has no such layer" in capsys.readouterr().err
 
 
-def test_reshard_takes_a_policy_for_engine_files_only(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    target, back = tmp_path / "engine", tmp_path / "back"
-    file = tmp_path / "policy.yaml"
-    file.write_text("parallelism_rules: {rules: [{match: {kind: attention}, plan: {tp_size: 2}}]}")
-    command = ["reshard", str(model), str(target), "--to"]
-    assert cli.main([*command, "hf", "--attention-tp", "1"]) == 2
-    assert "--policy and --attention-tp are for --to engine" in capsys.readouterr().err
-    assert cli.main([*command, "engine", "--tp", "4", "--policy", str(file), "--attention-tp", "1"]) == 2
-    assert "--attention-tp is short for a rule" in capsys.readouterr().err
-    assert cli.main([*command, "engine", "--tp", "4", "--policy", str(file)]) == 0
-    assert f"--tp 4 --policy {file}" in capsys.readouterr().out
-    # Ranks 0 and 2 share a file of what two ranks hold together; four ranks of their own hold the rest.
-    labels = {name.name.split(".")[1] for name in target.glob("*.safetensors")}
-    assert labels == {"all", "tp0", "tp1", "tp2", "tp3", "tp0of2", "tp1of2"}
-    assert cli.main(["reshard", str(target), str(back), "--to", "hf"]) == 0
-    first, second = (load_file(next(folder.glob("*.safetensors"))) for folder in (model, back))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def config_of(model: Path) -> dict[str, Any]:
     return json.loads((model / "config.json").read_text())
 
@@ -447,3 +433,16 @@ def test_backends_that_count_the_heads_of_the_model_take_no_narrow_attention() -
         BridgeError, match=r"backend FLEX_ATTENTION counts heads .* layers\.0\.attention has tp_size=1"
     ):
         check_backend("FLEX_ATTENTION", decided(1))
+
+
+def test_the_example_splits_what_it_says(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["qwen3-moe"]))
+    example = Path(__file__).parents[2] / "scripts/examples/policy.yaml"
+    command = ["inspect", str(tmp_path), "--tp", "4", "--policy", str(example)]
+    assert cli.main([*command, "--layers", "--json", "--picture", str(tmp_path / "a.svg")]) == 0
+    found = {row["name"]: row["tp_size"] for row in json.loads(capsys.readouterr().out)}
+    assert {name: width for name, width in found.items() if width < 4} == {
+        "layers.0.attention": 1, "layers.0.moe": 1, "layers.1.attention": 2, "lm_head": 1,
+    }  # fmt: skip
+    headings = set(re.findall(r"<!-- (\S+) mesh ", (tmp_path / "a.svg").read_text()))
+    assert headings == {"dense", "dense_tp2"}

@@ -51,6 +51,8 @@ class InferCommand:
     """Dense weights over dp: replicate or shard."""
     dtype: Text = None
     """auto, float32, bfloat16 or float16."""
+    names: Annotated[Text, tyro.conf.arg(metavar="PATTERN")] = None
+    """Where another program wrote the weights: how it calls the tensor NAME, with {} in place of NAME."""
     max_model_len: Int = None
     """Longest sequence in tokens."""
     needs_weights: ClassVar[bool] = True
@@ -102,11 +104,12 @@ class InferCommand:
         titan = additional.get("titan") or {}
         found = local_folder(config.model, self.model if is_file else None, weights=self.needs_weights)
         model, step = model_and_step(found, titan.get("step"))
-        if model == config.model and step is None:
+        stated = {key: value for key, value in (("step", step), ("names", self.names)) if value is not None}
+        if model == config.model and not stated:
             return resolved
         vllm = {"served_model_name": config.model, **config.vllm}
-        if step is not None:
-            vllm["additional_config"] = {**additional, "titan": {**titan, "step": step}}
+        if stated:
+            vllm["additional_config"] = {**additional, "titan": {**titan, **stated}}
         return dataclasses.replace(resolved, config=dataclasses.replace(config, model=model, vllm=vllm))
 
 

@@ -26,6 +26,8 @@ class TitanOptions:
     """Expert-parallel size if not `dp * tp`: a divisor of that and of the experts, with `enable_expert_parallel`."""
     step: int | None = None
     """Of a training run's folder, the checkpoint to serve; the last whole one if not given."""
+    names: str | None = None
+    """How the checkpoint calls the tensor NAME, with `{}` in place of NAME, where another program wrote it."""
     mla: Literal["auto", "latent", "expanded"] = "auto"
     """What attention with latents caches: a token's latent, or the keys and values of all heads, which any backend can.
     "auto" takes the latter on CPUs, where vLLM's latent attention has neither prefix caching nor chunked prefill, and

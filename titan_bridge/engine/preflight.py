@@ -13,7 +13,7 @@ from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.attention_dp.checks import use_groups
 from titan_bridge.engine.cpu.head_dims import check_head_dim
 from titan_bridge.engine.model.backends import check_backend
-from titan_bridge.engine.model.build import Setup, captures_experts, model_config, setup_from
+from titan_bridge.engine.model.build import Setup, captures_experts, setup_from
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
 from titan_bridge.model_layout import layout
@@ -63,8 +63,8 @@ def check(vllm_config: VllmConfig) -> None:
     load = vllm_config.load_config
     if load.load_format in ("sharded_state", "tensorizer"):
         raise BridgeError(
-            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out, and for "
-            "files that each rank maps use `titan-bridge reshard DIR OUT --to engine`"
+            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out: each "
+            "rank reads only its own slices of safetensors and of a DCP"
         )
     if load.load_format not in ("auto", LOAD_FORMAT):
         return
@@ -74,8 +74,8 @@ def check(vllm_config: VllmConfig) -> None:
             raise BridgeError(f"{model.model} holds no checkpoint that load_format={LOAD_FORMAT!r} reads")
         return
     load.load_format = LOAD_FORMAT
-    buffers = setup.buffers(layout(model_config(setup), setup.sizes, policy=None))
-    check_weights(directory, setup.family, setup.hf, buffers)
+    buffers = setup.buffers(layout(setup.config, setup.sizes, policy=None))
+    check_weights(directory, setup.family, setup.hf, buffers, setup.options.names)
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:

@@ -176,8 +176,8 @@ class TitanForCausalLM(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: vLLM's `save_sharded_state` and tensorizer save it, and packed weights are not in it."""
         raise BridgeError(
-            "save_sharded_state is not supported with model_impl='torchtitan'; write files for the ranks with "
-            "`titan-bridge reshard DIR OUT --to engine`"
+            "save_sharded_state is not supported with model_impl='torchtitan', and not needed: each rank "
+            "reads only its own slices of any checkpoint"
         )
 
     def weights_changed(self, changed: Iterable[torch.Tensor]) -> None:
