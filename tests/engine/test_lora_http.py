@@ -51,7 +51,7 @@ def expected(reference: Reference) -> torch.Tensor:
 
 
 def test_an_adapter_comes_is_updated_live_and_goes(tmp_path: Path, serve: Callable[..., Any]) -> None:
-    model = make_checkpoint(tmp_path / "model", "llama3")
+    model = make_checkpoint(tmp_path / "model", "llama3", hidden_size=256, head_dim=32)
     folders = {
         name: make_adapter(tmp_path / name, model, seed=seed, rank=RANK, alpha=8, layers=(0, 1))
         for seed, name in enumerate(("policy", "other", "third"))
