@@ -101,7 +101,7 @@ def model_fits(
     config = family.model_config(hf_config)
     if policy is not None:
         sizes = split(policy, family, config, sizes).sizes
-    check_divides(config, sizes)
+    check_divides(config, sizes, narrows=family.takes_policy)
     rope_covers(hf_config, max_model_len)
 
 

@@ -12,7 +12,7 @@ from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weight
 from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.cpu.head_dims import check_head_dim
 from titan_bridge.engine.model.backends import check_backend
-from titan_bridge.engine.model.build import Setup, captures_experts, model_config, setup_from
+from titan_bridge.engine.model.build import Setup, captures_experts, setup_from
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
 from titan_bridge.model_layout import layout
@@ -72,7 +72,7 @@ def check(vllm_config: VllmConfig) -> None:
             raise BridgeError(f"{model.model} holds no checkpoint that load_format={LOAD_FORMAT!r} reads")
         return
     load.load_format = LOAD_FORMAT
-    buffers = setup.buffers(layout(model_config(setup), setup.sizes, policy=None))
+    buffers = setup.buffers(layout(setup.config, setup.sizes, policy=None))
     check_weights(directory, setup.family, setup.hf, buffers)
 
 
