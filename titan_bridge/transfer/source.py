@@ -56,7 +56,7 @@ class TensorSource:
         return only
 
     def scaling(self) -> float | None:
-        """What a LoRA model of TorchTitan's multiplies its products by, if it is one. Raises BridgeError for several."""
+        """What a LoRA model of TorchTitan's multiplies its products by, if it is one. BridgeError for several."""
         modules = self._tensors.modules() if isinstance(self._tensors, nn.Module) else ()
         found: set[Any] = {module._lora_scaling for module in modules if hasattr(module, "_lora_scaling")}
         if len(found) > 1:
