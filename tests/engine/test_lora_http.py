@@ -59,8 +59,8 @@ def test_an_adapter_comes_is_updated_live_and_goes(tmp_path: Path, serve: Callab
     trained, bare = lora_model(model), expected(load_reference(model))
     options = (
         "--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--enable-lora",
-        "--dp", "2", "--max-loras", "2", "--max-lora-rank", "8", "--served-model-name", "base",
-        "--weight-transfer-config", json.dumps({"backend": "titan"}),
+        "--dp", "2", "--api-server-count", "1", "--max-loras", "2", "--max-lora-rank", "8",
+        "--served-model-name", "base", "--weight-transfer-config", json.dumps({"backend": "titan"}),
     )  # fmt: skip
     flags = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     with (
