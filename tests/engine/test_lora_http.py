@@ -97,7 +97,7 @@ def test_an_adapter_comes_is_updated_live_and_goes(tmp_path: Path, serve: Callab
             trainer.send()
         with (
             send_to("policy", filter=lambda name: "layers.0" in name) as trainer,
-            pytest.raises(BridgeError, match=r"layers\.1.* is in no tensor of the trainer"),
+            pytest.raises(BridgeError, match=r"layers\.1.* is in no source tensor"),
         ):
             trainer.send()
         assert off("policy", as_loaded) < 1e-4
