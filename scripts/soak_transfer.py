@@ -66,6 +66,7 @@ class Asker:
 
     def _run(self) -> None:
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
+        body["return_tokens_as_token_ids"] = True  # else tokens with one text are one
         with httpx.Client(base_url=self._url, timeout=120) as http:
             while self._go:
                 started = time.monotonic()
