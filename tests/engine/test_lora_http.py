@@ -115,13 +115,8 @@ def test_an_adapter_comes_is_updated_live_and_goes(tmp_path: Path, serve: Callab
             assert http.get("/weight_info").json()["weight_version"] == "step 1"
             for name in ("other", "third"):  # more than there are places: vLLM evicts
                 load(name)
-                assert (
-                    off(
-                        name,
-                        expected(load_reference(merged(tmp_path / f"merged {name}", model, folders[name]))),
-                    )
-                    < 1e-4
-                )
+                checkpoint = merged(tmp_path / f"merged {name}", model, folders[name])
+                assert off(name, expected(load_reference(checkpoint))) < 1e-4
                 assert off("policy", first) < 1e-4
             matrices["layers.1.feed_forward.w2.lora_b.weight"][:3] *= -3
             assert trainer.send("step 2").kind == "delta"
@@ -139,11 +134,10 @@ def test_an_adapter_comes_is_updated_live_and_goes(tmp_path: Path, serve: Callab
             assert off("policy", second) < 1e-4
         base = load_reference(model)
         base.model.norm.weight.mul_(1.5)
-        with Trainer(
-            base.model, url, options=Options(seconds=60)
-        ) as trainer:  # the weights again, by somebody else
+        # The weights again, by another trainer.
+        with Trainer(base.model, url, options=Options(seconds=60)) as trainer:
             report = trainer.send("base")
             assert sum(report.received.values()) == report.lower_bound
-            assert trainer.verify() == 2 * len(base.model.state_dict())
+            assert trainer.verify() == 2 * len(list(base.model.parameters()))
         assert off("base", expected(base)) < 1e-4
         assert off("other", bare) > 0.1
