@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set-up, lint, types, then the tests, cheapest first. Arguments go to pytest:
-#   bash scripts/test.sh                          everything
+#   bash scripts/test.sh                          everything, in two processes
 #   bash scripts/test.sh tests/unit -k config     a part
 #   bash scripts/test.sh -m 'not engine'          without the engine
 set -euo pipefail
@@ -15,6 +15,11 @@ titan_say "pyrefly"
 # Two cores: more threads than that in any one process only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 titan_say "pytest"
-# The outer limit ends a run that no per-test timeout could.
-exec timeout --kill-after=60 "${TITAN_BRIDGE_TEST_SECONDS:-4500}" \
+if [ $# -eq 0 ]; then
+    # Two processes take one file after the other: first those with engines, then the short ones, which fill the end.
+    set -- -n 2 --dist loadfile --no-loadscope-reorder tests/engine tests/distributed tests/unit
+fi
+# The outer limit ends a run that no per-test timeout could. A shell's background job ignores SIGINT, and so would
+# all that the tests start: they interrupt some.
+exec timeout --kill-after=60 "${TITAN_BRIDGE_TEST_SECONDS:-4500}" env --default-signal=INT \
     "$PYTHON" -m pytest --durations=15 --durations-min=5 "$@"

@@ -30,42 +30,57 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKSTOP_SECONDS = 30
 GRACE_SECONDS = 5
 _PR_SET_CHILD_SUBREAPER = 36
-_STDERR = os.dup(2)  # before pytest captures it
+_STDERR = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Orphaned grandchildren become our children, where the end of the run finds them.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        config.stash[_STDERR] = os.dup(2)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Backstop for pytest-timeout, whose signal cannot interrupt C code (a collective that waits for a dead rank).
+    """Backstop for pytest-timeout, whose signal neither interrupts C code nor gets through an event loop of uvloop.
 
-    A little after it, print where every thread stands and end the child processes, which ends the wait.
+    A little after it, print where every thread stands and end the child processes, which ends most waits; if it did
+    not, end pytest itself.
     """
     marker = item.get_closest_marker("timeout")
     limit = float(marker.args[0] if marker and marker.args else item.config.getini("timeout") or 300)
-    timer = threading.Timer(limit + BACKSTOP_SECONDS, _backstop, (item.nodeid,))
-    timer.daemon = True
-    timer.start()
+    done = threading.Event()
+    threading.Thread(target=_backstop, args=(item, limit, done), daemon=True).start()
     try:
         return (yield)
     finally:
-        timer.cancel()
+        done.set()
 
 
-def _backstop(test: str) -> None:
-    os.write(_STDERR, f"\n{test} is past its timeout; ending its child processes\n".encode())
-    faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+def _backstop(test: pytest.Item, limit: float, done: threading.Event) -> None:
+    if done.wait(limit + BACKSTOP_SECONDS):
+        return
+    _tell(test.config, f"{test.nodeid} is past its timeout; ending its child processes")
+    faulthandler.dump_traceback(file=test.config.stash[_STDERR], all_threads=True)
     kill(descendants())
+    if not done.wait(BACKSTOP_SECONDS):
+        _tell(test.config, f"{test.nodeid} goes on without them; ending pytest")
+        test.config.get_terminal_writer().flush()
+        kill(descendants())
+        os._exit(pytest.ExitCode.TESTS_FAILED)
+
+
+def _tell(config: pytest.Config, line: str) -> None:
+    os.write(config.stash[_STDERR], f"\n{line}\n".encode())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return  # its children are pytest-xdist's workers, each of which looks after its own
     left = [pid for pid in descendants() if not _stays(pid)]
     if left:
         names = ", ".join(f"{pid} ({_command(pid)[:80]})" for pid in left)
-        os.write(_STDERR, f"\nended processes that tests left behind: {names}\n".encode())
+        _tell(session.config, f"ended processes that tests left behind: {names}")
         kill(left)
 
 

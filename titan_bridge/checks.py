@@ -44,7 +44,13 @@ def check(config: InferConfig, *, text: bool = False) -> dict[str, Any]:
         # vLLM runs dp of a dense model as engines that do not know of each other, unless they share its weights.
         together = experts or parallel.dense == "shard"
         sizes = parallel.sizes if together else replace(parallel.sizes, dp=1)
-        model_fits(hf_config, sizes, max_model_len=config.max_model_len, policy=config.policy)
+        model_fits(
+            hf_config,
+            sizes,
+            max_model_len=config.max_model_len,
+            policy=options.parallelism,
+            attention_dp=options.attention_dp,
+        )
         if is_cpu_backend():
             from titan_bridge.engine.cpu.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
 
@@ -85,6 +91,7 @@ def model_fits(
     *,
     max_model_len: int | None = None,
     policy: Policy | None = None,
+    attention_dp: bool | int = False,
 ) -> None:
     """Check that TorchTitan has this model, that the engine serves it and that it divides into `sizes` by `policy`.
 
@@ -100,8 +107,8 @@ def model_fits(
     family = family_for(hf_config)
     config = family.model_config(hf_config)
     if policy is not None:
-        sizes = split(policy, family, config, sizes).sizes
-    check_divides(config, sizes)
+        sizes = split(policy, family, config, sizes, attention_dp=attention_dp).sizes
+    check_divides(config, sizes, narrows=family.takes_policy)
     rope_covers(hf_config, max_model_len)
 
 

@@ -264,10 +264,14 @@ def padded_vocab(vocab: int, sizes: Sizes) -> int:
     return math.ceil(vocab / sizes.tp) * sizes.tp
 
 
-def check_divides(config: Decoder.Config, sizes: Sizes) -> None:
+def check_divides(config: Decoder.Config, sizes: Sizes, *, narrows: bool = False) -> None:
     """Check every size in a TorchTitan config tree that an axis must divide: heads, hidden sizes, experts.
 
     The vocabulary is not checked: see ``padded_vocab``.
+
+    Args:
+        narrows: Attention is cut over fewer ranks where its key-value heads ask for it, as a policy does: they need
+            not divide.
 
     Raises:
         BridgeError: One line with every size that does not divide, and what is allowed instead; or attention or
@@ -278,6 +282,8 @@ def check_divides(config: Decoder.Config, sizes: Sizes) -> None:
 
     by_axis: dict[tuple[str, int], dict[str, int]] = {}
     for fqn, division in divisions(config, sizes):
+        if narrows and division.narrows:
+            continue
         axis = division.axis, sizes.at(fqn).axis(division.axis)
         by_axis.setdefault(axis, {})[f"{division.name}={division.size}"] = division.size
     problems = []

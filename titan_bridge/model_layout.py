@@ -100,7 +100,7 @@ def specs(
         family, config = family_of(model), copy.deepcopy(model)
     if policy is not None:
         sizes = split(policy, family, config, sizes).sizes
-    check_divides(config, sizes)
+    check_divides(config, sizes, narrows=policy is not None and family.takes_policy)
     rules = family.sharding
     rules.set_sharding(config, enable_ep=sizes.ep > 1)
     return specs_of_module(build_on_meta(config, dtype=dtype or torch.float32), rules, sizes, dense)

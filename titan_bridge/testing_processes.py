@@ -43,8 +43,8 @@ _started = False
 
 
 @contextmanager
-def _context() -> Iterator[Any]:
-    """Processes forked from one that has torch imported and no threads: a new one starts at once.
+def forked(*imported: str) -> Iterator[Any]:
+    """Processes forked from one that has torch and the modules `imported`, and no threads: a new one starts at once.
 
     Ends that process with its last user, since it would outlive them until the interpreter ends. One that was there
     before (an engine's, in this process) is used as it is, and left to whoever started it.
@@ -54,7 +54,7 @@ def _context() -> Iterator[Any]:
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     if not _users and server._forkserver_pid is None:
         # The second one is what the first DTensor of a process imports, for seconds.
-        context.set_forkserver_preload(["titan_bridge.testing_samples", "torch._dynamo"])
+        context.set_forkserver_preload(["titan_bridge.testing_samples", "torch._dynamo", *imported])
         _started = True
     _users += 1
     try:
@@ -162,7 +162,7 @@ def plain_workers(
 
     They vote together, as the workers of one engine, unless they are `apart`.
     """
-    with _context() as context, tempfile.TemporaryDirectory(prefix="titan-") as folder:
+    with forked() as context, tempfile.TemporaryDirectory(prefix="titan-") as folder:
         addresses = [os.path.join(folder, str(i)) for i in range(len(arguments))]
         processes = [
             context.Process(
@@ -276,7 +276,7 @@ class PlainRanks:
 @contextmanager
 def plain_ranks(count: int, *, threads: int = 1) -> Iterator[PlainRanks]:
     """`count` processes for jobs; ended afterwards."""
-    with _context() as context:
+    with forked() as context:
         ranks = PlainRanks(context, count, threads)
         try:
             yield ranks

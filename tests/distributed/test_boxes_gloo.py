@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,12 +17,10 @@ from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.ports import free_port
 from titan_bridge.sharding import ShardingSpec, attach, get
 from titan_bridge.transfer.source import layout_of
 
 pytestmark = pytest.mark.distributed
-WORLD = 4
 
 
 def assert_local_is_the_boxes(param: DTensor, full: torch.Tensor) -> None:
@@ -133,22 +130,13 @@ def another_shard_order() -> None:
         attach(turned, "mesh", turned.placements)
 
 
-def rank_main(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        for scenario in (fsdp_x_tp, hsdp_x_tp, efsdp_x_ep, distributed_tensors, another_shard_order):
-            scenario()
-    finally:
-        dist.destroy_process_group()
+SCENARIOS = (fsdp_x_tp, hsdp_x_tp, efsdp_x_ep, distributed_tensors, another_shard_order)
 
 
-def test_four_ranks():
-    port = free_port()
-    mp.spawn(rank_main, args=(port,), nprocs=WORLD)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_four_ranks(new_ranks, scenario):
+    new_ranks.run(on_rank, scenario)
+
+
+def on_rank(rank: int, world: int, scenario: Callable[[], None]) -> None:
+    scenario()

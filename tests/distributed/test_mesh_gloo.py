@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +18,6 @@ from titan_bridge.mesh import MESHES, Sizes, describe_all, get_device_meshes, to
 from titan_bridge.sharding import ShardingSpec
 
 pytestmark = pytest.mark.distributed
-WORLD = 4
 ALL_SIZES = [
     Sizes(dp=2, tp=2, ep=4),
     Sizes(dp=2, tp=2, ep=2),
@@ -113,29 +109,16 @@ def refusals() -> None:
     assert get_device_meshes(vllm_config(tensor_parallel_size=4, data_parallel_size=8))["dp"].size() == 1
 
 
-def rank_main(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        for sizes in ALL_SIZES:
-            as_described(sizes)
-        as_torchtitan(ALL_SIZES[1])
-        for scenario in (made_once, carry_tensors, refusals):
-            scenario()
-    finally:
-        dist.destroy_process_group()
+def all_of_them(rank: int, world: int) -> None:
+    for sizes in ALL_SIZES:
+        as_described(sizes)
+    as_torchtitan(ALL_SIZES[1])
+    for scenario in (made_once, carry_tensors, refusals):
+        scenario()
+
+
+def test_four_ranks(new_ranks):
+    new_ranks.run(all_of_them)
+    new_ranks.run(all_of_them)  # in another process group: nothing is left of the first one
     with pytest.raises(BridgeError, match="no process group"):
         get_device_meshes(ALL_SIZES[0])
-
-
-def test_four_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, args=(port,), nprocs=WORLD)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.checkpointer.base import ModelWrapper
@@ -26,7 +23,6 @@ from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = pytest.mark.distributed
-WORLD = 4
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
 CASES = {
     "llama3": (Sizes(dp=2, tp=2), {"head_dim": 8}),
@@ -56,15 +52,7 @@ def parallel_model(hf: dict, sizes: Sizes) -> torch.nn.Module:
     return model
 
 
-def on_rank(rank: int, port: int, kind: str, base: Path) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-    }
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def on_rank(rank: int, world: int, kind: str, base: Path) -> None:
     with torch.no_grad():
         wrapper = ModelWrapper(parallel_model(load_hf_config(base / "hf"), CASES[kind][0]))
         state = wrapper.state_dict()
@@ -81,15 +69,14 @@ def on_rank(rank: int, port: int, kind: str, base: Path) -> None:
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 assert torch.equal(whole, checkpoint.read(name)), name
         dcp.save({**wrapper.state_dict(), "train_state": {"step": 3}}, checkpoint_id=base / "saved")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_dcp_loads_into_a_parallel_model_and_its_own_is_read(tmp_path, kind):
+def test_dcp_loads_into_a_parallel_model_and_its_own_is_read(new_ranks, tmp_path, kind):
     source = make_checkpoint(tmp_path / "hf", kind, tokenizer=False, **SMALL, **CASES[kind][1])
     prepare(Options(source=source, target=tmp_path / "dcp", to="dcp", max_shard_size=200_000)).run()
-    mp.spawn(on_rank, args=(free_port(), kind, tmp_path), nprocs=WORLD)
-    assert len(list((tmp_path / "saved").glob("*.distcp"))) == WORLD
+    new_ranks.run(on_rank, kind, tmp_path)
+    assert len(list((tmp_path / "saved").glob("*.distcp"))) == 4
     prepare(Options(source=tmp_path / "saved", target=tmp_path / "back", to="hf", config=source)).run()
     with open_checkpoint(source) as expected, open_checkpoint(tmp_path / "back") as found:
         assert expected.tensors.keys() == found.tensors.keys()
@@ -97,30 +84,19 @@ def test_dcp_loads_into_a_parallel_model_and_its_own_is_read(tmp_path, kind):
             assert torch.equal(expected.read(name), found.read(name)), name
 
 
+def torchrun(*command: object) -> subprocess.CompletedProcess[str]:
+    """A command on two ranks."""
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *map(str, command)], capture_output=True, text=True, timeout=200
+    )
+
+
 @pytest.mark.parametrize("to", ["dcp", "hf"])
 def test_torchrun_shares_the_work_and_gives_the_same_tensors(tmp_path, to):
     source = make_checkpoint(tmp_path / "hf", "qwen3_moe", tokenizer=False, **SMALL)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command = [
-        "-m",
-        "titan_bridge.cli",
-        "reshard",
-        str(source),
-        str(tmp_path / "out"),
-        "--to",
-        to,
-        "--verify",
-        "--json",
-    ]
-    found = subprocess.run([*torchrun, *command], capture_output=True, text=True)
+    command = ("-m", "titan_bridge.cli", "reshard", source, tmp_path / "out")
+    found = torchrun(*command, "--to", to, "--verify", "--json")
     assert found.returncode == 0, found.stderr
     assert found.stdout.count('"bytes_read"') == 1  # one of them reports
     prepare(Options(source=source, target=tmp_path / "alone", to=to)).run()
@@ -145,21 +121,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
         "sys.exit(main(['reshard', sys.argv[1], sys.argv[2], '--to', 'dcp']))\n"
     )
     (tmp_path / "script.py").write_text(script)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    found = subprocess.run(
-        [*torchrun, str(tmp_path / "script.py"), str(source), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    found = torchrun(tmp_path / "script.py", source, tmp_path / "out")
     assert found.returncode != 0
     assert "titan-bridge: the disk is full" in found.stderr
     assert "titan-bridge: rank 1 failed: the disk is full" in found.stderr

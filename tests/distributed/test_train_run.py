@@ -4,6 +4,7 @@ no harm."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+from tests.forked_training import forked_training
 from titan_bridge import cli
 from titan_bridge.models import family_for
 from titan_bridge.models.adapters import keep_expert_dtype, use_plain_attention
@@ -99,7 +101,10 @@ def trained(tmp_path_factory) -> Callable[[str, str], Path]:
         if (family, layout) not in folders:
             folder = tmp_path_factory.mktemp("train")
             file = toml(folder, family=family, sizes=MOE if family == "qwen3" else LLAMA)
-            run(file, folder / "out", *(f"--set=parallel.{size}" for size in layout.split()))
+            sizes = [f"--set=parallel.{size}" for size in layout.split()]
+            with forked_training():
+                assert cli.main(["train", str(file), "--out", str(folder / "out"), *sizes]) == 0
+            logging.disable(logging.NOTSET)  # the command has its process to itself
             folders[family, layout] = folder / "out"
         return folders[family, layout]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -11,13 +9,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
-from titan_bridge.testing_processes import (
-    PlainClient,
-    PlainRanks,
-    plain_ranks,
-    plain_workers,
-    retarget,
-)
+from titan_bridge.testing_processes import PlainClient, retarget
 from titan_bridge.testing_samples import sample_dtensors, sample_target
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.options import Options
@@ -57,22 +49,9 @@ ENGINES = {
 }
 
 
-@pytest.fixture(scope="module")
-def trainers() -> Iterator[PlainRanks]:
-    with plain_ranks(4) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[PlainClient]:
-    nothing = Layout(meshes={}, params={}).to_json()
-    with plain_workers(sample_target, [(nothing, rank, rank, 0) for rank in range(2)]) as (client, _):
-        yield client
-
-
-def engine_of(workers: PlainClient, name: str, dtype: str = "bfloat16") -> None:
+def engine_of(pair: PlainClient, name: str, dtype: str = "bfloat16") -> None:
     served = layout(*ENGINES[name], dtype)
-    workers.call(retarget, sample_target, [(served, rank, rank, 0) for rank in range(2)])
+    pair.call(retarget, sample_target, [(served, rank, rank, 0) for rank in range(2)])
 
 
 def live_bytes(worker: Worker) -> dict[str, bytes]:
@@ -139,11 +118,11 @@ def _slice(whole: torch.Tensor, param: DTensor) -> torch.Tensor:
         ("fsdp 2", "tp 2", "mixed"),
     ],
 )
-def test_optimizer_steps_equal_whole_updates(trainers, workers, trainer, engine, dtype):
-    engine_of(workers, engine, dtype)
+def test_optimizer_steps_equal_whole_updates(ranks, pair, trainer, engine, dtype):
+    engine_of(pair, engine, dtype)
     mesh, placements = TRAINERS[trainer]
     told = layout(mesh, placements, "float32")
-    for reports in trainers.run(optimizer_steps, workers, told, world=torch.Size(mesh).numel()):
+    for reports in ranks.run(optimizer_steps, pair, told, world=torch.Size(mesh).numel()):
         for kind, received, lower_bound in reports:
             # In float32 the decay of the weights changes all of them, in bfloat16 few.
             assert kind == ("whole" if dtype == "float32" else "delta")
@@ -161,10 +140,10 @@ def on_the_wire(rank: int, world: int, client: PlainClient, told: dict) -> tuple
     return nothing, report.sent[rank]
 
 
-def test_bytes_on_the_wire(trainers, workers):
-    engine_of(workers, "tp 2")
+def test_bytes_on_the_wire(ranks, pair):
+    engine_of(pair, "tp 2")
     told = layout(*TRAINERS["fsdp 2"], "float32")
-    (nothing, sent), (other, still) = trainers.run(on_the_wire, workers, told, world=2)
+    (nothing, sent), (other, still) = ranks.run(on_the_wire, pair, told, world=2)
     assert still == other
     # An int32 and a bf16 an element; beside them four bytes a slice, whatever has changed.
     assert sum(sent.values()) == sum(nothing.values()) + 200 * 6
@@ -203,10 +182,10 @@ def stale(rank: int, world: int, client: PlainClient, told: dict, how: str) -> l
 
 
 @pytest.mark.parametrize("how", ["reload", "restart", "another trainer"])
-def test_a_stale_base_is_refused_and_everything_sent_instead(trainers, workers, how):
-    engine_of(workers, "ep 2")
+def test_a_stale_base_is_refused_and_everything_sent_instead(ranks, pair, how):
+    engine_of(pair, "ep 2")
     told = layout(*TRAINERS["fsdp 2"], "float32")
-    for kinds in trainers.run(stale, workers, told, how, world=2):
+    for kinds in ranks.run(stale, pair, told, how, world=2):
         assert kinds == ["whole", "delta", "whole", "delta"]
 
 
@@ -234,8 +213,8 @@ def flip(worker: Worker) -> None:
         worker.target.tensors()["wo"].view(-1).view(torch.int16)[77] ^= 1
 
 
-def test_verify_names_the_tensor_and_the_worker(trainers, workers):
-    engine_of(workers, "tp 2")
+def test_verify_names_the_tensor_and_the_worker(ranks, pair):
+    engine_of(pair, "tp 2")
     told = layout(*TRAINERS["fsdp 2"], "float32")
-    for reasons in trainers.run(lost, workers, told, world=2):
+    for reasons in ranks.run(lost, pair, told, world=2):
         assert reasons == ["wo on engine0/1 is not what the trainer has (0 more such tensors)"] * 2

@@ -5,20 +5,12 @@ The families other than Qwen3-MoE get a delta, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from titan_bridge.mesh import Sizes
 from titan_bridge.sharding.layout import Layout
-from titan_bridge.testing_processes import (
-    PlainClient,
-    PlainRanks,
-    plain_ranks,
-    plain_workers,
-    retarget,
-)
+from titan_bridge.testing_processes import PlainClient, retarget
 from titan_bridge.testing_samples import differences, sample_dtensors, sample_target
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.trainer import Trainer
@@ -84,19 +76,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def trainers() -> Iterator[PlainRanks]:
-    with plain_ranks(4) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[PlainClient]:
-    nothing = Layout(meshes={}, params={}).to_json()
-    with plain_workers(sample_target, [(nothing, rank, rank, 0) for rank in range(2)]) as (client, _):
-        yield client
-
-
 def three_updates(rank: int, world: int, layout: dict, client: PlainClient) -> None:
     told = Layout.from_json(layout)
     held = sample_dtensors(told, rank, 1)
@@ -144,16 +123,14 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("source", "dense", "target", "target_dense"), [row[1:] for row in LAYOUTS],
                          ids=[row[0] for row in LAYOUTS])  # fmt: skip
-def test_every_worker_gets_its_slices_and_nothing_else(
-    trainers, workers, source, dense, target, target_dense
-):
+def test_every_worker_gets_its_slices_and_nothing_else(ranks, pair, source, dense, target, target_dense):
     from titan_bridge.model_layout import layout  # here: the processes that are started need no torchtitan
 
     wire = torch.float32 if source.dp_replicate > 1 else torch.bfloat16
     told = layout(MOE, source, dense, dtype=torch.float32)
     served = layout(MOE, target, target_dense, dtype=wire).to_json()
-    workers.call(retarget, sample_target, [(served, rank, rank, 0) for rank in range(2)])
-    trainers.run(three_updates, told.to_json(), workers, world=source.world)
+    pair.call(retarget, sample_target, [(served, rank, rank, 0) for rank in range(2)])
+    ranks.run(three_updates, told.to_json(), pair, world=source.world)
 
 
 def whole_then_delta(rank: int, world: int, layout: dict, client: PlainClient) -> None:
@@ -189,12 +166,12 @@ def whole_then_delta(rank: int, world: int, layout: dict, client: PlainClient) -
     ],
     ids=str,
 )
-def test_latents_and_sinks_biases_and_experts_arrive(trainers, workers, family, source, target):
+def test_latents_and_sinks_biases_and_experts_arrive(ranks, pair, family, source, target):
     from titan_bridge.model_layout import layout  # here: the processes that are started need no torchtitan
 
     told = layout(FAMILIES[family], source, "shard", dtype=torch.float32)
     served = layout(FAMILIES[family], target, dtype=torch.bfloat16)
     names = {name.rsplit(".", 1)[1] for name in served.params}
     assert names >= ({"expert_bias_E"} if family == "deepseek_v3" else {"sinks", "mlp1_bias_EG"}), names
-    workers.call(retarget, sample_target, [(served.to_json(), rank, rank, 0) for rank in range(2)])
-    trainers.run(whole_then_delta, told.to_json(), workers, world=source.world)
+    pair.call(retarget, sample_target, [(served.to_json(), rank, rank, 0) for rank in range(2)])
+    ranks.run(whole_then_delta, told.to_json(), pair, world=source.world)

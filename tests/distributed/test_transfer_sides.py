@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
-from titan_bridge.testing_processes import PlainClient, PlainRanks, plain_ranks, plain_workers
+from titan_bridge.testing_processes import PlainClient, plain_workers
 from titan_bridge.testing_samples import differences, sample, sample_locals, sample_target
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.options import Options
@@ -82,13 +82,6 @@ def staged(rank: int, world: int, client: PlainClient) -> int:
             assert sum(report.received.values()) == report.lower_bound
     trainer.close()
     return sum(report.sent[rank].values())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[PlainRanks]:
-    """For all tests: the server that processes are forked from stays as long as somebody uses it."""
-    with plain_ranks(4) as started:
-        yield started
 
 
 def test_every_pipeline_stage_sends_what_it_holds(ranks):

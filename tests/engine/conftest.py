@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.conftest import descendants
+from tests.engine.forked_ranks import fork_ranks
 from titan_bridge import cpu
 from titan_bridge.ports import free_port
 
@@ -83,6 +84,12 @@ def environment_is_restored() -> Iterator[None]:
     """vLLM sets variables in the process that starts an engine; the next test starts without them."""
     with cpu.variables({}):
         yield
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline runs in this process fork their dp ranks."""
+    fork_ranks(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 On GPUs vLLM splits a model's graph at `splitting_ops`, compiles the pieces between them, and captures each as a CUDA
 graph, which reads and writes where its tensors lay at the capture. Here the compiler is the same, and a piece that was
 called before is called again on the tensors of that first call, so that an input that has moved is as lost as on a GPU.
+Under torchrun its ranks are those of a tp group, which share experts.
 
 Prints one line of JSON for each case; see `run`.
 """
@@ -10,6 +11,7 @@ Prints one line of JSON for each case; see `run`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,6 +127,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     found: dict[str, Any] = {"name": case["name"]}
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
+    launched |= {"enable_expert_parallel": case["experts"]}
     Replay.inputs = Replay.moved = 0
     with gpu_compiler(found, captures=case["captures"]):
         llm = vllm.LLM(
@@ -137,6 +142,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             kv_cache_memory_bytes=8 << 20,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            **(launched if ranks > 1 else {}),
         )
         answers(llm)  # captures
         found["replayed"] = answers(llm)
@@ -162,4 +168,6 @@ def answers(llm: Any) -> list[Any]:
 
 if __name__ == "__main__":
     for each in json.loads(sys.argv[1]):
-        print(json.dumps(run(each)), flush=True)
+        found = run(each)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found), flush=True)

@@ -66,7 +66,7 @@ def total(first: int | None) -> int:
     return EXPERTS if first is None else first + EXPERTS + 1
 
 
-def served(experts: nn.Module, first: int | None) -> ServedExperts:
+def served(experts: nn.Module, first: int | None, **more: bool) -> ServedExperts:
     """What the engine makes of them on a rank."""
     dispatcher = LocalTokenDispatcher.Config(num_experts=total(first), top_k=TOP_K)
     routed = RoutedExperts.Config(
@@ -76,7 +76,7 @@ def served(experts: nn.Module, first: int | None) -> ServedExperts:
     routed.inner_experts = experts
     if first is not None:
         routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=first, count=EXPERTS)
-    options = {"name": "a", "layer_id": 0, "spread": False, "splits": False}
+    options = {"name": "a", "layer_id": 0, "spread": None, "splits": False, **more}
     return ServedExperts(routed, compilation=CompilationConfig(), **options)
 
 
@@ -114,6 +114,24 @@ def test_any_layout_is_as_near_to_float32_as_the_plain_weights(
     found = [error(experts, referee, tokens, first) for tokens in sizes]
     print(layout, first, plain, found)
     assert all(0 < error <= 2 * before for error, before in zip(found[1:], plain[1:], strict=True))
+
+
+def test_a_step_calls_the_one_operator_itself_where_that_is_all(experts: nn.Module, layout: str) -> None:
+    packed(experts, layout)
+    assert not any(
+        each._is_one_operator() for each in (served(experts, 0), served(experts, None, reports=True))
+    )
+    watched = served(experts, None)
+    assert watched._is_one_operator() == (layout == "amx")
+    if layout == "amx":  # without the forward context, by which an opaque operator finds its module
+        x_BLD = torch.randn(1, 9, DIM).to(torch.bfloat16)
+        scores_BLK, ids_BLK = torch.rand(1, 9, EXPERTS).topk(TOP_K)
+        count_E = torch.bincount(ids_BLK.flatten(), minlength=EXPERTS)
+        with torch.inference_mode():
+            direct = watched(x_BLD, scores_BLK, ids_BLK, count_E)
+            assert torch.equal(direct[0], watched.run(x_BLD[0], scores_BLK[0], ids_BLK[0], count_E))
+    watched.capture_fn = lambda ids_TK: None
+    assert not watched._is_one_operator()
 
 
 def test_ranks_that_add_up_share_the_second_bias(layout: str) -> None:

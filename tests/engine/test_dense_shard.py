@@ -18,7 +18,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 # vLLM steps the dp ranks of a mixture of experts together; those of a dense model only because we ask for it.
 @pytest.mark.parametrize(("family", "tied"), [("qwen3_moe", False), ("qwen3", True)])
 def test_sharded_dense_weights_give_the_bits_of_one_rank_that_has_them_all(
-    tmp_path: Path, family: str, tied: bool, monkeypatch: pytest.MonkeyPatch, no_orphans: None
+    tmp_path: Path,
+    family: str,
+    tied: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    forked_ranks: None,
+    no_orphans: None,
 ) -> None:
     model = make_checkpoint(tmp_path / family, family, tie_word_embeddings=tied, hidden_size=256)
     # Both ranks get prompts of their own and finish at different times, so that each idles while the other decodes.

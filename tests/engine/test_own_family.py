@@ -112,9 +112,10 @@ from titan_bridge.policy.schema import NO_POLICY
 
 hf, sizes = load_hf_config(sys.argv[1]), Sizes()
 family = family_for(hf)
+config = family.model_config(hf)
 setup = Setup(
-    hf=hf, family=family, sizes=sizes, options=TitanOptions(), padded_vocab=301, max_model_len=64,
-    split=split(NO_POLICY, family, family.model_config(hf), sizes),
+    hf=hf, family=family, config=config, sizes=sizes, options=TitanOptions(), padded_vocab=301, max_model_len=64,
+    split=split(NO_POLICY, family, config, sizes),
 )
 first, second = _digest(setup), _digest(setup)
 file = Path(gated_model.__file__).with_name("model.py")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek": ("deepseek_v3", EXPANDED),
     "gpt-oss": ("gpt_oss", {"sliding_window": 48}),
 }
-HERE = [  # in this process, which imports vLLM once
+HERE: list[tuple[str, dict[str, Any]]] = [  # in this process, which imports vLLM once
     ("llama3 scaled tied", {}),
     ("llama3", {"tp": 2}),
     ("qwen3 windows", {}),
@@ -52,17 +51,17 @@ HERE = [  # in this process, which imports vLLM once
     ("moe plain scores", {"tp": 2}),
     ("deepseek", {"tp": 2}),
     ("gpt-oss", {"tp": 2}),
+    ("qwen3 tied", {"enforce_eager": False}),
+    ("deepseek", {"tp": 2, "ep": 2, "enforce_eager": False}),
+    ("gpt-oss", {"tp": 2, "ep": 2, "enforce_eager": False}),
 ]
 COMMANDS = [
-    ("qwen3 tied", "--no-enforce-eager"),
     ("moe", "--tp 2 --ep 2"),
     ("moe", "--dp 2"),
     ("moe plain scores", "--dp 2 --ep 2"),
-    ("moe", "--dp 2 --tp 2 --ep 4 --attention-tp 1"),
+    ("moe", "--dp 2 --tp 2 --ep 4 --attention-dp 2"),
     ("moe", "--dp 2 --tp 2 --ep 2 --dense shard"),
-    ("deepseek", "--tp 2 --ep 2 --no-enforce-eager"),
     ("deepseek", "--dp 2 --ep 2"),
-    ("gpt-oss", "--tp 2 --ep 2 --no-enforce-eager"),
 ]
 
 
@@ -75,15 +74,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize(("model", "parallel"), HERE, ids=str)
+@pytest.mark.parametrize(("model", "options"), HERE, ids=str)
 def test_engine_has_the_numbers_of_both_references(
     models: dict[str, Path],
     model: str,
-    parallel: dict[str, int],
+    options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     no_orphans: None,
 ) -> None:
-    check(answer_here(models[model], parallel, monkeypatch), parallel)
+    eager = options.get("enforce_eager", True)
+    parallel = {name: size for name, size in options.items() if name != "enforce_eager"}
+    facts = answer_here(models[model], parallel, monkeypatch, enforce_eager=eager)
+    check(facts, parallel)
+    attends_as_it_should(facts, model)
 
 
 def test_a_start_that_finds_compiled_graphs_on_disk_has_the_same_numbers(
@@ -119,10 +122,22 @@ def test_a_start_that_finds_compiled_graphs_on_disk_has_the_same_numbers(
 
 @pytest.mark.parametrize(("model", "options"), COMMANDS, ids=[f"{m} {o}" for m, o in COMMANDS])
 def test_the_command_finds_the_numbers_of_both_references(
-    models: dict[str, Path], model: str, options: str, bin_dir: Path, no_orphans: None
+    models: dict[str, Path],
+    model: str,
+    options: str,
+    capfd: pytest.CaptureFixture[str],
+    forked_ranks: None,
+    no_orphans: None,
 ) -> None:
-    facts, asked = answer_of(bin_dir, models[model], options)
+    assert cli.main(["parity", str(models[model]), "--json", *options.split()]) == 0
+    words = options.split()
+    asked = {word.removeprefix("--"): int(size) for word, size in pairwise(words) if size.isdigit()}
+    facts = json.loads(capfd.readouterr().out.splitlines()[-1])
     check(facts, asked)
+    attends_as_it_should(facts, model)
+
+
+def attends_as_it_should(facts: dict[str, Any], model: str) -> None:
     form = "expanded attention" if model == "deepseek" else "attention"
     assert facts["attention"].startswith(f"{form} with a cache of ")
 
@@ -163,6 +178,7 @@ def answer_here(
         "dtype": "float32",
         "cached_tokens": sum(answer["cached_tokens"] for answer in answers),
         "sizes": worker["sizes"],
+        "attention": worker["attention"],
         "references": [
             dataclasses.asdict(parity.compare(answers, *each)) for each in parity.references(model)
         ],
@@ -177,6 +193,7 @@ def completions_here(
     dtype: Literal["float32", "bfloat16"],
     enforce_eager: bool = True,
     policy: Policy = NO_POLICY,
+    **vllm: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the first worker says of itself, and the completions of the fixed prompts."""
     from titan_bridge.engine.run.offline import complete, engine
@@ -194,6 +211,7 @@ def completions_here(
             **parity.ENGINE_OPTIONS,
             "enforce_eager": enforce_eager,
             "distributed_executor_backend": "mp",
+            **vllm,
         },
     )
     vocab_size = load_hf_config(model)["vocab_size"]
@@ -210,23 +228,11 @@ def test_a_compiled_step_from_disk_takes_the_weights_that_are_packed_now(
     """In bfloat16 the CPU's products read packed copies, whose places in memory each start has anew."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     options = {"dtype": "bfloat16", "enforce_eager": False}
-    first = completions_here(models["llama3"], {}, monkeypatch, **options)[1]
+    first = completions_here(models["moe"], {}, monkeypatch, **options)[1]
     monkeypatch.setenv("VLLM_FORCE_AOT_LOAD", "1")
-    second = completions_here(models["llama3"], {}, monkeypatch, **options)[1]
+    second = completions_here(models["moe"], {}, monkeypatch, **options)[1]
     assert [answer["logprobs"] for answer in second] == [answer["logprobs"] for answer in first]
     assert len({logprob for answer in first for logprob in answer["logprobs"]}) > 100
-
-
-def answer_of(bin_dir: Path, model: Path, options: str, **environment: str) -> tuple[dict[str, Any], Any]:
-    """What `titan-bridge parity` says, and the sizes that it was asked for."""
-    command = [str(bin_dir / "titan-bridge"), "parity", str(model), "--json", *options.split()]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    words = options.split()
-    asked = {word.removeprefix("--"): int(size) for word, size in pairwise(words) if size.isdigit()}
-    return json.loads(done.stdout.splitlines()[-1]), asked
 
 
 def check(facts: dict[str, Any], asked: dict[str, int]) -> None:

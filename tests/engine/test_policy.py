@@ -62,11 +62,12 @@ def test_a_compiled_step_has_the_same_name_unless_a_layer_is_narrower() -> None:
     family = family_for(hf)
 
     def digest(policy: Policy) -> str:
-        decided = split(policy, family, family.model_config(hf), Sizes(tp=2))
+        config = family.model_config(hf)
+        decided = split(policy, family, config, Sizes(tp=2))
         options = TitanOptions(parallelism=policy)
         return _digest(
-            Setup(hf=hf, family=family, sizes=decided.sizes, options=options, padded_vocab=768, max_model_len=64,
-                  split=decided)
+            Setup(hf=hf, family=family, config=config, sizes=decided.sizes, options=options, padded_vocab=768,
+                  max_model_len=64, split=decided)
         )  # fmt: skip
 
     assert digest(NO_POLICY) == digest(attention_width(2)) != digest(attention_width(1))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked_training import forked_training
 from titan_bridge import cli, parity
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.engine.run.ranks import generate
@@ -99,7 +100,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
             sizes, parallel = RUNS[family]
             file, out, hf = folder / "a.toml", folder / "out", folder / "hf"
             file.write_text(TOML.format(family=family, sizes=sizes))
-            assert cli.main(["train", str(file), "--out", str(out), "--set", parallel]) == 0
+            with forked_training():
+                assert cli.main(["train", str(file), "--out", str(out), "--set", parallel]) == 0
             losses = [entry["loss"] for entry in read_metrics(out / "metrics.jsonl").values()]
             assert losses[-1] <= losses[0] * 2 / 3
             run = find(out)
@@ -115,7 +117,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
 @pytest.mark.parametrize(("family", "parallel"), CASES, ids=str)
 def test_a_dcp_is_served_as_it_lies_with_the_numbers_of_its_hugging_face_twin(
-    trained: Callable[[str], Trained], family: str, parallel: Parallel, no_orphans: None
+    trained: Callable[[str], Trained],
+    family: str,
+    parallel: Parallel,
+    forked_ranks: None,
+    no_orphans: None,
 ) -> None:
     model = trained(family)
     before = files_in(model.run.folder)

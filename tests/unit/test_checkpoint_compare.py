@@ -158,6 +158,17 @@ def test_models_that_nobody_knows_are_compared_by_their_own_names(tmp_path, caps
     assert "2 NaN or infinite on one side" in capsys.readouterr().out
 
 
+def test_whole_numbers_are_compared_as_such(tmp_path, capsys) -> None:
+    big = torch.tensor([2**62 + 1, 5, 2**53 + 3])
+    sides = []
+    for name, tensor in {"a": big, "b": big + torch.tensor([1, 0, 0])}.items():
+        (tmp_path / name).mkdir()
+        save_file({"count": tensor}, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        sides.append(tmp_path / name)
+    code, found = run(capsys, "diff", *sides)
+    assert (code, found["values"][0]["different"], found["values"][0]["max"]) == (1, 1, 1.0)
+
+
 def test_layout_files(model, tmp_path, capsys) -> None:
     for tp in (1, 2):
         assert cli.main(["inspect", str(model["hf"]), "--tp", str(tp), "--json"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,13 @@ def test_many_files_stay_within_the_limit_of_open_ones(tmp_path):
             assert out[0] == i
     assert len(pool._files) <= files._OPEN_FILES
     pool.close()
+
+
+def test_a_pool_that_nobody_closes_keeps_no_file_open(tmp_path):
+    before = os.listdir("/proc/self/fd")
+    (tmp_path / "a").write_bytes(b"weights!")
+    out = bytearray(8)
+    for _ in range(3):
+        FilePool().read_into(tmp_path / "a", 0, memoryview(out))
+        assert out == b"weights!"
+    assert os.listdir("/proc/self/fd") == before

@@ -101,6 +101,15 @@ def test_sizes_stand_for_the_layout_of_an_engine(
     assert plan(str(trainer), "tp=2,ep=2", "--model", str(model)) == expected
     assert plan(str(model), "tp=2,ep=2") == plan(str(model), str(engine))
 
+    # With a policy, in short and as a file.
+    rules = {"parallelism_rules": {"rules": [{"match": {"kind": "attention"}, "plan": {"tp_size": 2}}]}}
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    narrow = inspect(model, tmp_path / "narrow.json", capsys, "--tp", "4", "--attention-tp", "2")
+    expected = plan(str(model), str(narrow))
+    assert expected != plan(str(model), "tp=4")
+    for sizes in ("tp=4,attn_tp=2", f"tp=4,policy={tmp_path / 'rules.json'}"):
+        assert plan(str(model), sizes) == expected
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -109,6 +118,10 @@ def test_sizes_stand_for_the_layout_of_an_engine(
         (["{model}", "tp=2,pp=2"], "'tp=2,pp=2' are no sizes; write for instance tp=2,ep=2"),
         (["{model}", "tp=two"], "'tp=two' are no sizes"),
         (["{model}", "tp=2,tp=4"], "'tp=2,tp=4' are no sizes"),
+        (["{model}", "tp=2,attn_tp=x"], "'tp=2,attn_tp=x' are no sizes"),
+        (["{model}", "tp=2,dense=half"], "'tp=2,dense=half' are no sizes"),
+        (["{model}", "tp=2,attn_tp=3"], "tp_size=3 does not divide tp=2; allowed: 1, 2"),
+        (["{model}", "tp=2,policy=none.yaml"], "none.yaml cannot be read: No such file or directory"),
         (["{model}", "{model}"], "is a directory; give a layout file"),
     ],
 )

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -30,11 +32,61 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own_model.make(tmp_path_factory.mktemp("own") / "model")
 
 
-def run(code: str, *arguments: object, path: tuple[Path, ...]) -> subprocess.CompletedProcess[str]:
-    """A new interpreter that finds the packages in `path`."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = own_model.found_in(*path, own_model.SOURCE.parents[1])
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+FORKS = """
+import json, os, sys, traceback
+import titan_bridge.checkpoint.reshard, titan_bridge.commands.inspect, titan_bridge.reference
+for line in sys.stdin:
+    code, arguments, path, files = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        sys.path[:0], sys.argv = path, ["-c", *arguments]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
+        for number, file in enumerate(files, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        status = 0
+        try:
+            exec(code, {"__name__": "__main__"})
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            status = 1
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Run(Protocol):
+    def __call__(
+        self, code: str, *arguments: object, path: tuple[Path, ...]
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`run(code, *arguments, path=folders)`: an interpreter that finds the packages in the folders.
+
+    It is forked from one that has imported titan_bridge, and asked it for nothing.
+    """
+    files = [tmp_path_factory.mktemp("run") / name for name in ("stdout", "stderr")]
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def ask(code: str, *arguments: object, path: tuple[Path, ...]) -> subprocess.CompletedProcess[str]:
+        asked = code, [*map(str, arguments)], [*map(str, (*path, own_model.SOURCE.parents[1]))]
+        print(json.dumps([*asked, [*map(str, files)]]), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(code, status, *(file.read_text() for file in files))
+
+    yield ask
+    server.stdin.close()
+    server.wait(30)
+    server.stdout.close()
 
 
 COMMANDS = """
@@ -46,7 +98,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_commands_find_it_by_its_entry_point(site: Path, model: Path, tmp_path: Path) -> None:
+def test_commands_find_it_by_its_entry_point(run: Run, site: Path, model: Path, tmp_path: Path) -> None:
     there, back = (str(tmp_path / name) for name in ("dcp", "hf"))
     commands = [
         ["inspect", str(model), "--tp", "2", "--json"],
@@ -90,7 +142,7 @@ assert again["rope_parameters"]["rope_theta"] == hf["rope_theta"]  # the newer s
 """
 
 
-def test_the_reference_computes_gated_attention(site: Path, model: Path) -> None:
+def test_the_reference_computes_gated_attention(run: Run, site: Path, model: Path) -> None:
     done = run(FORWARD, model, path=(site,))
     assert done.returncode == 0, done.stderr
     difference, spread = map(float, done.stdout.split())
@@ -112,7 +164,9 @@ lr_scheduler.warmup_steps = 0
 """
 TRAINED = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 import torch
 from safetensors.torch import load_file
 from tests import own_model
@@ -126,7 +180,7 @@ print((load_reference(run).logprobs(ids) - expected).abs().max().item(), expecte
 """
 
 
-def test_it_is_trained_by_a_flavor_that_also_reads_its_weights(site: Path, tmp_path: Path) -> None:
+def test_it_is_trained_by_a_flavor_that_also_reads_its_weights(run: Run, site: Path, tmp_path: Path) -> None:
     toml, out, bare, hf = (tmp_path / name for name in ("a.toml", "out", "bare", "hf"))
     toml.write_text(TOML)
     done = run(COMMANDS, json.dumps([["train", str(toml), "--out", str(out)]]), path=(site,))
@@ -178,7 +232,7 @@ def test_one_that_is_registered_is_known_here_and_in_a_spawned_process(tmp_path:
     assert done.returncode == 0, done.stderr
 
 
-def test_one_that_is_registered_and_an_entry_point_is_one(site: Path) -> None:
+def test_one_that_is_registered_and_an_entry_point_is_one(run: Run, site: Path) -> None:
     code = f"""
 from titan_bridge.models import families, register
 before = families()
@@ -259,7 +313,9 @@ print(json.dumps([findings, layouts, *map(said, names)]))
 """
 
 
-def test_packages_with_mistakes_are_named_and_stop_no_other(site: Path, model: Path, tmp_path: Path) -> None:
+def test_packages_with_mistakes_are_named_and_stop_no_other(
+    run: Run, site: Path, model: Path, tmp_path: Path
+) -> None:
     codes = {name: code for name, (code, _) in WRONG.items()} | ALSO_WRONG
     (tmp_path / "two-1.0.dist-info").mkdir()
     points = "".join(f"{name} = wrong_{name}:FAMILY\n" for name in codes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ def test_a_model_with_fewer_kv_heads_than_ranks_says_what_it_costs():
     wqkv = "layers.0.attention.qkv_linear.wqkv.weight"
     assert [laid.pieces(wqkv, rank)[0].box.start[0] for rank in range(4)] == [0, 288, 0, 288]
     assert laid.meshes["dense_tp2"].array.tolist() == [[[[0, 1], [2, 3]]]]
+
+
+def test_a_size_is_allowed_that_divides_query_heads_alone():
+    with pytest.raises(
+        BridgeError, match=r"^tp=16 does not divide n_heads=8; allowed for this model: 1, 2, 4, 8$"
+    ):
+        layout(MODELS["llama3"], Sizes(tp=16))
+    assert set(layout(MODELS["llama3"], Sizes(tp=8)).meshes) == {"dense", "dense_tp2"}
 
 
 def test_a_trainer_is_not_narrowed():
@@ -424,3 +433,16 @@ def test_backends_that_count_the_heads_of_the_model_take_no_narrow_attention() -
         BridgeError, match=r"backend FLEX_ATTENTION counts heads .* layers\.0\.attention has tp_size=1"
     ):
         check_backend("FLEX_ATTENTION", decided(1))
+
+
+def test_the_example_splits_what_it_says(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["qwen3-moe"]))
+    example = Path(__file__).parents[2] / "scripts/examples/policy.yaml"
+    command = ["inspect", str(tmp_path), "--tp", "4", "--policy", str(example)]
+    assert cli.main([*command, "--layers", "--json", "--picture", str(tmp_path / "a.svg")]) == 0
+    found = {row["name"]: row["tp_size"] for row in json.loads(capsys.readouterr().out)}
+    assert {name: width for name, width in found.items() if width < 4} == {
+        "layers.0.attention": 1, "layers.0.moe": 1, "layers.1.attention": 2, "lm_head": 1,
+    }  # fmt: skip
+    headings = set(re.findall(r"<!-- (\S+) mesh ", (tmp_path / "a.svg").read_text()))
+    assert headings == {"dense", "dense_tp2"}

@@ -177,9 +177,12 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int, float
     """(different, not finite, maximum, sum) of two flat tensors."""
     if one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
         return 0, 0, 0.0, 0.0
-    a, b = one.double(), other.double()
+    exact = (
+        not one.is_floating_point() and not other.is_floating_point()
+    )  # float64 has no room for all of int64
+    a, b = (one.long(), other.long()) if exact else (one.double(), other.double())
     equal = (a == b) | (a.isnan() & b.isnan())
-    distance = (a - b).abs_().masked_fill_(equal, 0)
+    distance = (a - b).double().abs_().masked_fill_(equal, 0)
     odd = ~distance.isfinite()
     distance.masked_fill_(odd, 0)
     return int((~equal).sum()), int(odd.sum()), float(distance.max()), float(distance.sum())

@@ -89,6 +89,9 @@ class FilePool:
                 os.close(descriptor)
             self._files.clear()
 
+    __del__ = close
+    """Descriptors are numbers: without this a pool that nobody closed would keep them for ever."""
+
     def read_into(self, path: Path, offset: int, out: memoryview, *, counted: bool = True) -> None:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
         self._read_each(path, [offset], out, out.nbytes if counted else 0)

@@ -14,6 +14,8 @@ from titan_bridge.commands.infer import Text
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
+    from titan_bridge.mesh import Sizes
+    from titan_bridge.policy.schema import Policy
     from titan_bridge.sharding.layout import Layout
     from titan_bridge.sharding.plan import Plan
 
@@ -28,8 +30,8 @@ class PlanCommand:
     """Plan the copies from SRC to DST: bytes by tensor group and by pair of ranks, lower bound, balance.
 
     A side is a layout file (`titan-bridge inspect MODEL ... --json > file.json`), sizes of an engine (`tp=2,ep=2`,
-    `dp=2,dense=shard`), or a TOML file of `titan-bridge train`, which means its trainer. SRC may also be a
-    checkpoint: a model folder in any format, a training run, or one step of it.
+    `dp=2,dense=shard`, `tp=4,attn_tp=2`, `tp=4,policy=FILE`), or a TOML file of `titan-bridge train`, which means
+    its trainer. SRC may also be a checkpoint: a model folder in any format, a training run, or one step of it.
 
     Example: titan-bridge plan configs/train/qwen3_moe_ep2.toml tp=2,ep=2 --picture traffic.svg
     """
@@ -86,36 +88,43 @@ class PlanCommand:
             return _trainer(side).layout()
         if "=" not in side:
             return Layout.read(Path(side))
-        sizes, dense = parse_sizes(side)
+        sizes, dense, policy = parse_sizes(side)
         if self.model is None and self.src.endswith(".toml"):
             job = _trainer(self.src)
-            return layout(job.hf_config, sizes, dense, expert_bias=job.expert_bias)
+            return layout(job.hf_config, sizes, dense, expert_bias=job.expert_bias, policy=policy)
         model = self.model or self.src
         if not Path(model).is_dir():
             raise BridgeError(f"{side} are sizes of which model? give its folder with --model")
 
         from titan_bridge.checkpoint.model_dir import has_expert_bias
 
-        return layout(_config_of(model), sizes, dense, expert_bias=has_expert_bias(model))
+        return layout(_config_of(model), sizes, dense, expert_bias=has_expert_bias(model), policy=policy)
 
 
-def parse_sizes(text: str) -> tuple[Any, Any]:
-    """`"tp=2,ep=2"` -> (`Sizes`, how dense weights lie over dp).
+def parse_sizes(text: str) -> tuple[Sizes, Any, Policy]:
+    """`"tp=2,ep=2"` -> sizes, how dense weights lie over dp, and how each layer is split.
 
     Raises:
         BridgeError: another key, a value that is no number, or sizes that do not go together.
     """
     from titan_bridge.mesh import DEGREES, Sizes
+    from titan_bridge.policy.read import policy_of_flags  # yaml
 
-    names = "|".join(DEGREES)
-    matches = [
-        re.fullmatch(rf"({names})=([0-9]{{1,9}})|dense=(replicate|shard)", part) for part in text.split(",")
-    ]
-    numbers: dict[str, Any] = {m[1]: int(m[2]) for m in matches if m and m[1]}
-    dense = [match[3] for match in matches if match and match[3]]
-    if len(numbers) + len(dense) < len(matches) or len(dense) > 1:
-        raise BridgeError(f"{text!r} are no sizes; write for instance tp=2,ep=2 or dp=2,tp=2,dense=shard")
-    return Sizes(**numbers), dense[0] if dense else "replicate"
+    given = {key: value for key, _, value in (part.partition("=") for part in text.split(","))}
+    numbers = {key: int(value) for key, value in given.items() if re.fullmatch("[0-9]{1,9}", value)}
+    degrees: dict[str, Any] = {key: numbers[key] for key in DEGREES if key in numbers}
+    others = {
+        "dense": given.get("dense") in ("replicate", "shard"),
+        "attn_tp": "attn_tp" in numbers,
+        "policy": True,
+    }
+    bad = [key for key in given if key not in degrees and not others.get(key)]
+    if bad or len(given) < text.count(",") + 1:
+        raise BridgeError(
+            f"{text!r} are no sizes; write for instance tp=2,ep=2 or dp=2,tp=2,dense=shard or tp=4,attn_tp=2"
+        )
+    policy = policy_of_flags(given.get("policy"), numbers.get("attn_tp"))
+    return Sizes(**degrees), given.get("dense", "replicate"), policy
 
 
 def _trainer(file: str) -> Any:

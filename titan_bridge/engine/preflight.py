@@ -10,9 +10,10 @@ from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
+from titan_bridge.engine.attention_dp.checks import use_groups
 from titan_bridge.engine.cpu.head_dims import check_head_dim
 from titan_bridge.engine.model.backends import check_backend
-from titan_bridge.engine.model.build import Setup, captures_experts, model_config, setup_from
+from titan_bridge.engine.model.build import Setup, captures_experts, setup_from
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
 from titan_bridge.model_layout import layout
@@ -56,6 +57,7 @@ def check(vllm_config: VllmConfig) -> None:
             f"additional_config.titan.mla = 'latent' {why if model.use_mla else 'needs attention with latents'}"
         )
     check_head_dim(setup.hf, latent=model.use_mla)
+    use_groups(vllm_config, setup)
     captures = captures_experts(setup, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, setup, captures=captures)
     load = vllm_config.load_config
@@ -72,7 +74,7 @@ def check(vllm_config: VllmConfig) -> None:
             raise BridgeError(f"{model.model} holds no checkpoint that load_format={LOAD_FORMAT!r} reads")
         return
     load.load_format = LOAD_FORMAT
-    buffers = setup.buffers(layout(model_config(setup), setup.sizes, policy=None))
+    buffers = setup.buffers(layout(setup.config, setup.sizes, policy=None))
     check_weights(directory, setup.family, setup.hf, buffers, setup.options.names)
 
 

@@ -23,6 +23,8 @@ class Division:
     axis: str
     name: str
     size: int
+    narrows: bool = False
+    """Where the axis does not divide it, its module may be cut over fewer ranks instead: key-value heads."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,8 @@ def window_of(config: BaseAttention.Config) -> int | None:
 def head_divisions(config: Any, sizes: Sizes) -> Iterator[Division]:
     """For attention whose query and key-value heads are sharded over tp."""
     yield Division(axis="tp", name="n_heads", size=config.n_heads)
-    yield Division(axis="tp", name="n_kv_heads", size=config.n_kv_heads or config.n_heads)
+    kv_heads = config.n_kv_heads or config.n_heads
+    yield Division(axis="tp", name="n_kv_heads", size=kv_heads, narrows=True)
 
 
 def expert_divisions(config: GroupedExperts.Config, sizes: Sizes) -> Iterator[Division]:

@@ -83,6 +83,10 @@ class Family(ABC):
                 TorchTitan's state dict and its DCP checkpoints use.
         """
 
+    def architecture(self, *, experts: bool) -> str:
+        """The name for config.json of a model with or without a mixture of experts; the only one, where that is all."""
+        return self.architectures[0]
+
     def optional_views(self, hf: Mapping[str, Any], *, padded_vocab: int | None = None) -> tuple[View, ...]:
         """Tensors that a checkpoint may have besides: ``lm_head.weight`` tied to the embedding."""
         return ()

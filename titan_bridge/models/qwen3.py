@@ -108,6 +108,9 @@ class Qwen3(decoder.DecoderFamily):
     architectures = (_DENSE, _SPARSE)
     model_types = MappingProxyType({_DENSE: "qwen3", _SPARSE: "qwen3_moe"})
 
+    def architecture(self, *, experts: bool) -> str:
+        return _SPARSE if experts else _DENSE
+
     @property
     def model_class(self) -> type[Qwen3Model]:
         from torchtitan.models.qwen3.model import Qwen3Model  # noqa: PLC0415  two seconds

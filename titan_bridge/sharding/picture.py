@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,15 @@ def _summary(totals: dict[str, Any]) -> str:
 
 def _maps(layout: Layout) -> dict[str, list[tuple[list[str], ParamLayout]]]:
     """What to draw for each mesh: the names of parameters that look alike, and one of them."""
+    headings = {name: f"{name.rstrip('0123456789')} mesh {mesh}" for name, mesh in layout.meshes.items()}
+    stages = Counter(headings.values())
     alike: dict[tuple, tuple[dict[str, int], ParamLayout]] = {}
     for fqn, param in layout.params.items():
         # Pipeline stages have a mesh each: one map stands for all, drawn for the first.
-        mesh = layout.meshes[param.spec.mesh]
-        key = (f"{_family(param.spec.mesh)} mesh {mesh}", param.shape, param.spec.placements)
+        heading = headings[param.spec.mesh]
+        if stages[heading] == 1:
+            heading = f"{param.spec.mesh} mesh {layout.meshes[param.spec.mesh]}"
+        key = (heading, param.shape, param.spec.placements)
         names, _ = alike.setdefault(key, ({}, param))
         names[pattern_of(fqn)] = names.get(pattern_of(fqn), 0) + 1
     shown: dict[str, list[tuple[list[str], ParamLayout]]] = {}
@@ -219,10 +224,6 @@ def _checked(path: str | Path) -> Path:
     if path.suffix.lower() not in _FORMATS:
         raise BridgeError(f"picture {path}: the name must end in one of {', '.join(_FORMATS)}")
     return path
-
-
-def _family(mesh: str) -> str:
-    return mesh.rstrip("0123456789")
 
 
 def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> None:

@@ -143,10 +143,7 @@ def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Conf
         key: value for key, value in dataclasses.asdict(sizes).items() if value is not None
     }
     stated |= {**stated.pop("other"), "vocab_size": vocab}
-    sparse = [name for name in family.architectures if "Moe" in name]
-    stated["architectures"] = (sparse if sizes.num_experts is not None and sparse else family.architectures)[
-        :1
-    ]
+    stated["architectures"] = [family.architecture(experts=sizes.num_experts is not None)]
     try:
         config = family.model_config(stated)
     except BridgeError as error:

@@ -17,12 +17,12 @@ from torchtitan.models.common.rope import RoPE
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 from torchtitan.protocols.module import Module
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
+from titan_bridge.engine.attention_dp.stream import GroupRows, group_attention
 from titan_bridge.engine.cpu.packed import use_packed_weights
 from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
@@ -43,6 +43,7 @@ from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.mesh import (
     Sizes,
     check_divides,
+    describe,
     get_device_meshes,
     padded_vocab,
 )
@@ -63,6 +64,8 @@ class Setup:
 
     hf: Mapping[str, Any]
     family: Family
+    config: Decoder.Config
+    """TorchTitan's config tree, as it is served; `build` declares sharding and puts the engine's attention into it."""
     sizes: Sizes
     options: TitanOptions
     padded_vocab: int
@@ -99,6 +102,8 @@ class Built:
     layout: Layout
     attention: str
     """Its form and its cache in words."""
+    rows: GroupRows | None
+    """With attention data parallelism, which rows are of which group."""
 
     def live(self) -> dict[str, torch.Tensor]:
         """This rank's local tensor of every parameter and persistent buffer in the layout, by FQN."""
@@ -126,34 +131,35 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     if expert_parallel and vllm_config.model_config.is_moe:
         sizes = replace(sizes, ep=options.ep or sizes.most_ep)
     rows = padded_vocab(hf["vocab_size"], sizes)
-    decided = split(options.parallelism, family, family.model_config(hf, padded_vocab=rows), sizes)
-    return Setup(
+    expert_bias = has_expert_bias(vllm_config.model_config.model, options.step, options.names)
+    config = family.model_config(hf, padded_vocab=rows, expert_bias=expert_bias)
+    decided = split(options.parallelism, family, config, sizes, attention_dp=options.attention_dp)
+    setup = Setup(
         hf=hf,
         family=family,
+        config=config,
         sizes=decided.sizes,
         split=decided,
         options=options,
         padded_vocab=rows,
         max_model_len=vllm_config.model_config.max_model_len,
-        expert_bias=has_expert_bias(vllm_config.model_config.model, options.step, options.names),
+        expert_bias=expert_bias,
     )
+    _as_served(setup)
+    return setup
 
 
-def model_config(setup: Setup) -> Decoder.Config:
-    """TorchTitan's config tree with sharding declared, for `setup`; attention still TorchTitan's."""
-    config = setup.family.model_config(
-        setup.hf, padded_vocab=setup.padded_vocab, expert_bias=setup.expert_bias
-    )
-    keep_expert_dtype(config)
-    for _, rope, _, _ in config.traverse(RoPE.Config, recurse=True):
+def _as_served(setup: Setup) -> None:
+    """Change what TorchTitan's tree says of training: experts that compute in float32, length, exchange of tokens."""
+    keep_expert_dtype(setup.config)
+    for _, rope, _, _ in setup.config.traverse(RoPE.Config, recurse=True):
         rope.max_seq_len = setup.max_model_len
-    for _, experts, _, _ in config.traverse(RoutedExperts.Config, recurse=True):
+    for _, experts, _, _ in setup.config.traverse(RoutedExperts.Config, recurse=True):
         if setup.spread:
             local = experts.token_dispatcher
             experts.token_dispatcher = AllToAllTokenDispatcher.Config(
                 num_experts=local.num_experts, top_k=local.top_k
             )
-    return config
 
 
 def build(vllm_config: VllmConfig) -> Built:
@@ -161,8 +167,8 @@ def build(vllm_config: VllmConfig) -> Built:
     use_cpu_if_no_accelerator()
     world = dist.get_world_size()
     setup = setup_from(vllm_config, dp=world // vllm_config.parallel_config.tensor_parallel_size)
-    config, sizes = model_config(setup), setup.sizes
-    check_divides(config, sizes)
+    config, sizes = setup.config, setup.sizes
+    check_divides(config, sizes, narrows=setup.family.takes_policy)
     latent = vllm_config.model_config.use_mla
     for index, layer in enumerate(config.layers if not latent else ()):
         computes, tp = inner_attention(layer.attention), sizes.at(f"layers.{index}.attention").tp
@@ -170,7 +176,7 @@ def build(vllm_config: VllmConfig) -> Built:
     rules = setup.family.sharding
     rules.set_sharding(config, enable_ep=sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    policy = setup.options.parallelism
+    policy = setup.split.policy
     layout = as_layout(
         specs_of_module(model, rules, sizes, setup.options.dense),
         sizes,
@@ -193,7 +199,13 @@ def build(vllm_config: VllmConfig) -> Built:
         use_packed_weights(model, dtype, experts_once=once, apart=adapters)
     if adapters:
         accept_adapters(model, setup)
-    lower(model, sizes)
+    rows = None
+    if setup.split.groups > 1:
+        rows = GroupRows(setup.split.groups)
+        lower(model, sizes, merges=lambda fqn: ".attention." not in fqn)
+        group_attention(model, rows)
+    else:
+        lower(model, sizes)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
@@ -205,7 +217,7 @@ def build(vllm_config: VllmConfig) -> Built:
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
     attention = cache_form(config, vllm_config.model_config.dtype, sizes, latent=latent)
-    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention)
+    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention, rows=rows)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -231,7 +243,7 @@ def captures_experts(setup: Setup, dtype: torch.dtype, capability: DeviceCapabil
     grouped = dtype == torch.bfloat16 and capability is not None and capability.major in (9, 10)
     if not grouped or setup.spread:
         return False
-    layers = enumerate(model_config(setup).layers)
+    layers = enumerate(setup.config.layers)
     experts = [(at, layer.moe.routed_experts.inner_experts) for at, layer in layers if layer.moe]
     tp = {at: setup.sizes.at(f"layers.{at}.moe").tp if setup.sizes.ep == 1 else 1 for at, _ in experts}
     return all(rows_fit((each.hidden_dim // tp[at], each.dim), dtype) for at, each in experts)
@@ -240,6 +252,8 @@ def captures_experts(setup: Setup, dtype: torch.dtype, capability: DeviceCapabil
 def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> None:
     capability = current_platform.get_device_capability()
     captures = captures_experts(setup, vllm_config.model_config.dtype, capability)
+    sizes, rank = setup.sizes, dist.get_rank()
+    on_tp, on_ep = (describe(axis, sizes, rank=rank).coordinate(rank)[0] for axis in ("tp", "ep"))
     for index, layer in enumerate(model.layers.values()):
         moe = getattr(layer, "moe", None)
         if not isinstance(moe, MoE):
@@ -256,17 +270,18 @@ def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> Non
         elif setup.sizes.ep == 1:
             experts.token_dispatcher.__class__ = TopKSumDispatcher
         else:
-            count = moe.router.num_experts // setup.sizes.ep
+            count = moe.router.num_experts // sizes.ep
             experts.token_dispatcher = OwnExpertsDispatcher(
-                experts.token_dispatcher, first=count * get_tensor_model_parallel_rank(), count=count
+                experts.token_dispatcher, first=count * on_ep, count=count
             )
         moe.routed_experts = ServedExperts(
             experts,
             name=f"model.layers.{index}.mlp.experts",
             layer_id=index,
-            spread=setup.spread,
+            spread=(on_tp, sizes.tp) if setup.spread else None,
             splits=setup.spread or (current_platform.support_static_graph_mode() and not captures),
             compilation=vllm_config.compilation_config,
+            reports=vllm_config.aux_output_config.enabled,
         )
 
 

@@ -32,7 +32,6 @@ from torchtitan.models.common.token_dispatcher import (
     LocalTokenDispatcher,
 )
 from vllm.config import CompilationConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -137,14 +136,19 @@ class ServedExperts(nn.Module):
         *,
         name: str,
         layer_id: int,
-        spread: bool,
+        spread: tuple[int, int] | None,
         splits: bool,
         compilation: CompilationConfig,
+        reports: bool = False,
     ) -> None:
-        """`name` is unique in the model; `spread` takes the all-to-all way; `splits` keeps it out of CUDA graphs."""
+        """`name` is unique in the model; `splits` keeps it out of CUDA graphs; `reports`: `capture_fn` will be set.
+
+        `spread` takes the all-to-all way: position on the tp axis and its size, by which ranks share out the tokens.
+        """
         super().__init__()
         self.name, self.layer_id, self.spread = name, layer_id, spread
         self.capture_fn: Callable[[torch.Tensor], None] | None = None
+        self.reports = reports
         self.inner_experts = experts.inner_experts
         self.token_dispatcher = experts.token_dispatcher
         compilation.static_forward_context[name] = self
@@ -159,6 +163,9 @@ class ServedExperts(nn.Module):
         num_local_tokens_per_expert_E: torch.Tensor,
     ) -> torch.Tensor:
         """`(B, L, D)` in, `(B, L, D)` out, same dtype; arguments as `RoutedExperts.forward`."""
+        if self._is_one_operator():
+            x_TD, scores_TK, ids_TK = (t.flatten(0, 1) for t in (x_BLD, topk_scores_BLK, topk_expert_ids_BLK))
+            return self.inner_experts.routed(x_TD, scores_TK, ids_TK, first=None).view_as(x_BLD)
         out_BLD = torch.empty_like(x_BLD)
         torch.ops.vllm.titan_routed_experts(
             x_BLD.flatten(0, 1), topk_scores_BLK.flatten(0, 1), topk_expert_ids_BLK.flatten(0, 1),
@@ -166,15 +173,24 @@ class ServedExperts(nn.Module):
         )  # fmt: skip
         return out_BLD
 
+    def _is_one_operator(self) -> bool:
+        """Whether the experts are one operator of vLLM's whatever the tokens are, which the step calls itself."""
+        packed = isinstance(self.inner_experts, PackedRoutedExperts) and self.inner_experts.in_one(
+            float("inf")
+        )
+        all_here = getattr(self.token_dispatcher, "first", None) is None
+        unseen = self.capture_fn is None and not self.reports
+        return packed and all_here and unseen and self.spread is None
+
     def run(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
         """The body of the operator; returns this rank's part of the sum, `(T, D)`."""
         if self.capture_fn is not None:
             self.capture_fn(ids_TK)
-        if not self.spread:
+        if self.spread is None:
             return self._compute(x_TD, scores_TK, ids_TK, count_E)
-        tp, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        rank, tp = self.spread
         start, stop = (len(x_TD) * r // tp for r in (rank, rank + 1))
         out_TD = torch.zeros_like(x_TD)
         share = slice(start, stop)
@@ -187,7 +203,7 @@ class ServedExperts(nn.Module):
     def _compute(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
-        packed = isinstance(self.inner_experts, PackedRoutedExperts) and not self.spread
+        packed = isinstance(self.inner_experts, PackedRoutedExperts) and self.spread is None
         if packed and self.inner_experts.in_one(ids_TK.numel() / len(count_E)):
             first = getattr(self.token_dispatcher, "first", None)
             return self.inner_experts.routed(x_TD, scores_TK, ids_TK, first=first)

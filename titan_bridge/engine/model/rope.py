@@ -14,10 +14,11 @@ from typing import cast
 import torch
 from torch import nn
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.rope import CosSinRoPE, RoPE
+from torchtitan.models.common.rope import ComplexRoPE, CosSinRoPE, RoPE
 
 Rows = tuple[torch.Tensor, ...]
-"""One table's rows for the tokens of a step: (cos, sin) of half the head's width, or whole complex rows."""
+"""One table's rows for the tokens of a step: (cos, sin) of half the head's width; before them the complex rows, if the
+table has such."""
 
 
 def rotate_by_halves(
@@ -35,12 +36,37 @@ def rotate_by_halves(
     return rotate(query_BLNH), rotate(key_BLNH)
 
 
+def rotate_pairs(
+    query_BLNH: torch.Tensor, key_BLNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ComplexRoPE.apply_rotary_emb` in real numbers, with the same bits: torch's compiler fuses no complex ones."""
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+    return rotate(query_BLNH), rotate(key_BLNH)
+
+
+def _rotate_complex(
+    query_BLNH: torch.Tensor, key_BLNH: torch.Tensor, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.compiler.is_compiling():
+        return rotate_pairs(query_BLNH, key_BLNH, cos, sin)
+    return ComplexRoPE.apply_rotary_emb(query_BLNH, key_BLNH, rows)  # fewer operators
+
+
 def cut_rows(rope: RoPE, rows: torch.Tensor) -> Rows:
     """The rows of a table as the arguments that the rotation takes after query and key."""
-    if type(rope) is not CosSinRoPE:
-        return (rows,)
-    cos, _, sin, _ = rows.chunk(4, dim=-1)
-    return cos, sin
+    if type(rope) is CosSinRoPE:
+        cos, _, sin, _ = rows.chunk(4, dim=-1)
+        return cos, sin
+    if type(rope) is ComplexRoPE:
+        return rows, *torch.view_as_real(rows).unbind(-1)
+    return (rows,)
+
+
+_ROTATIONS = {CosSinRoPE: rotate_by_halves, ComplexRoPE: _rotate_complex}
 
 
 class _Rotate(nn.Module):
@@ -52,7 +78,7 @@ class _Rotate(nn.Module):
 
     def __init__(self, rope: RoPE, table: int) -> None:
         super().__init__()
-        self._apply_rotary = rotate_by_halves if type(rope) is CosSinRoPE else type(rope).apply_rotary_emb
+        self._apply_rotary = _ROTATIONS.get(type(rope), type(rope).apply_rotary_emb)
         self._table = table
 
     def forward(

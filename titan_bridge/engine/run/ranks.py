@@ -103,20 +103,14 @@ def start(config: InferConfig) -> Iterator[Ranks]:
     lockstep = experts_in(model_directory(config.model)) or (
         config.model_impl == "torchtitan" and config.parallel.dense == "shard"
     )
-    dp, tp = config.parallel.dp, config.parallel.tp
-    common = {**os.environ, **cpu.environment(dp * tp, given=os.environ, options=config.vllm)}
+    sizes = config.parallel.sizes
+    dp, tp = sizes.dp, sizes.tp
+    common = {**os.environ, **cpu.environment(sizes.world, given=os.environ, options=config.vllm)}
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(dp):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "titan_bridge.engine.run.ranks"],
-                    stdin=subprocess.PIPE,
-                    env={**common, **rank_environment(common, rank, dp, tp, port, lockstep)},
-                    process_group=0,  # so that its engine and workers can be ended with it
-                )
-            )
+            processes.append(_process({**common, **rank_environment(common, rank, dp, tp, port, lockstep)}))
         yield Ranks(config, processes, lockstep=lockstep)
     except KeyboardInterrupt:
         interrupt(processes)
@@ -124,6 +118,15 @@ def start(config: InferConfig) -> Iterator[Ranks]:
     finally:
         for process in processes:
             end_group(process)
+
+
+def _process(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "titan_bridge.engine.run.ranks"],
+        stdin=subprocess.PIPE,
+        env=environment,
+        process_group=0,  # so that its engine and workers can be ended with it
+    )
 
 
 class Ranks:
