@@ -1,4 +1,4 @@
-"""How long live weight transfer takes: trainer and workers on this machine, over gloo, table by tp.
+"""How long live weight transfer takes: trainer and workers on this machine, by tp, over shared memory and over TCP.
 
     python scripts/bench_transfer.py                  tp 1, 2 and 4, the shapes of Qwen3-0.6B (1.2 GB in bf16)
     python scripts/bench_transfer.py --like 8B        layers as wide as Qwen3-8B's, three of them (1.4 GB)
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing_processes import PlainClient, plain_ranks, plain_workers
 from titan_bridge.testing_samples import local_part, same_bits, sample_dtensors, sample_target
 from titan_bridge.transfer import Options, Trainer
+from titan_bridge.transfer.options import Transport
 from titan_bridge.transfer.worker import Worker
 
 TRAINERS = 2
@@ -185,10 +186,16 @@ def same(worker: Worker, told: dict[str, Any]) -> list[str]:
 
 
 def trainer_rank(
-    rank: int, world: int, ports: list[int], told: dict[str, Any], client: PlainClient, repeats: int
+    rank: int,
+    world: int,
+    ports: list[int],
+    told: dict[str, Any],
+    client: PlainClient,
+    repeats: int,
+    transport: Transport,
 ) -> dict[str, Any]:
     held = sample_dtensors(Layout.from_json(told), rank, 1)
-    trainer = Trainer(lambda: held, client, options=Options(delta=False))
+    trainer = Trainer(lambda: held, client, options=Options(delta=False, transport=transport))
     started = time.perf_counter()
     trainer.connect()
     connecting = time.perf_counter() - started
@@ -245,18 +252,19 @@ def alongside(
     return seconds, answers
 
 
-def measure(tp: int, like: str, layers: int, repeats: int) -> dict[str, Any]:
+def measure(tp: int, like: str, layers: int, repeats: int, transport: Transport) -> dict[str, Any]:
     hf = config(like, layers)
     source = layout(hf, Sizes(dp=TRAINERS), "shard", dtype=torch.bfloat16)
     served = layout(hf, Sizes(tp=tp), "replicate", dtype=torch.bfloat16).to_json()
     ports = [free_port() for _ in range(2 * repeats)]
     rows = [(served, rank, rank, 1) for rank in range(tp)]
     with plain_workers(sample_target, rows) as (client, _), plain_ranks(TRAINERS) as ranks:
-        answers = ranks.run(trainer_rank, ports, source.to_json(), client, repeats)
+        answers = ranks.run(trainer_rank, ports, source.to_json(), client, repeats, transport)
     first = answers[0]
     assert sum(first["received"]) == first["lower_bound"] == sum(sum(a["sent"]) for a in answers)
     return {
         "tp": tp,
+        "transport": transport,
         "like": like,
         "layers": layers,
         "bytes": first["lower_bound"],
@@ -283,15 +291,20 @@ def main() -> None:
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--like", choices=tuple(SIZES), default="0.6B", help="whose widths the layers have")
     parser.add_argument("--layers", type=int, help="28 layers of 0.6B, 3 of 8B")
+    parser.add_argument("--transports", nargs="+", choices=get_args(Transport), default=["memory", "tcp"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     layers = given.layers or LAYERS[given.like]
-    rows = [measure(tp, given.like, layers, given.repeats) for tp in given.tp]
+    rows = [
+        measure(tp, given.like, layers, given.repeats, transport)
+        for tp in given.tp
+        for transport in given.transports
+    ]
     if given.json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("tp", "MB", "ours s", "arrived s", "floor s", "arrived / floor", "ours / floor")
+    table = Table("tp", "over", "MB", "ours s", "arrived s", "floor s", "arrived / floor", "ours / floor")
     for title in ("gather s", "gather / ours"):
         table.add_column(title, justify="right")
     for title in ("out of each trainer, MB", "into each worker, MB", "gather: into each, MB", "connect s"):
@@ -299,6 +312,7 @@ def main() -> None:
     for row in rows:
         table.add_row(
             str(row["tp"]),
+            row["transport"],
             f"{row['bytes'] / 1e6:.0f}",
             f"{row['seconds']:.3f}",
             f"{row['arrived_seconds']:.3f}",

@@ -59,7 +59,7 @@ COMMANDS = [
     ("moe", "--tp 2 --ep 2"),
     ("moe", "--dp 2"),
     ("moe plain scores", "--dp 2 --ep 2"),
-    ("moe", "--dp 2 --tp 2 --ep 4 --attention-tp 1"),
+    ("moe", "--dp 2 --tp 2 --ep 4 --attention-dp 2"),
     ("moe", "--dp 2 --tp 2 --ep 2 --dense shard"),
     ("deepseek", "--dp 2 --ep 2"),
 ]
@@ -193,6 +193,7 @@ def completions_here(
     dtype: Literal["float32", "bfloat16"],
     enforce_eager: bool = True,
     policy: Policy = NO_POLICY,
+    **vllm: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the first worker says of itself, and the completions of the fixed prompts."""
     from titan_bridge.engine.run.offline import complete, engine
@@ -210,6 +211,7 @@ def completions_here(
             **parity.ENGINE_OPTIONS,
             "enforce_eager": enforce_eager,
             "distributed_executor_backend": "mp",
+            **vllm,
         },
     )
     vocab_size = load_hf_config(model)["vocab_size"]

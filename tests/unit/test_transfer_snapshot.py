@@ -25,6 +25,7 @@ from titan_bridge.transfer.sender import Sender, Way
 from titan_bridge.transfer.snapshot import Snapshot
 from titan_bridge.transfer.staging import Staging
 from titan_bridge.transfer.target import Target
+from titan_bridge.transfer.transports import Tcp
 from titan_bridge.transfer.wire import Connection, Deadline, raw
 
 
@@ -89,9 +90,9 @@ def transfer(out, into, local, live, deltas, first) -> int:
         for rank in incoming:
             here, there = pair()
             key = first + worker
-            way = Way(connection=here, buckets=out[rank][key])
+            way = Way(connection=here, buckets=out[rank][key], transport=Tcp(here))
             sent = Sender().send({key: way}, local[rank], deltas[rank], 1, Deadline(5))
-            got = staging.receive(rank, there, 1, key not in deltas[rank], Deadline(5))
+            got = staging.receive(rank, Tcp(there), 1, key not in deltas[rank], Deadline(5))
             assert sent == {key: got.nbytes}
             total += got.nbytes
             staged.append(got)
@@ -239,7 +240,7 @@ def test_what_is_no_delta_is_refused(head, counts, positions, reason):
         here.send_raw(raw(torch.tensor(positions, dtype=torch.int32)), Deadline(1))
         here.send_raw(raw(torch.ones(len(positions))), Deadline(1))
     with pytest.raises(TransferError, match=reason):
-        Staging(into[0], target, live).receive(0, there, 1, False, Deadline(1))
+        Staging(into[0], target, live).receive(0, Tcp(there), 1, False, Deadline(1))
     assert not live["w"].any()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import socket
 import struct
@@ -151,6 +152,19 @@ def test_a_message_that_is_cut_off_late_or_not_taken_is_one_error(listener):
     with pytest.raises(PeerLost, match="is gone"):
         there.receive_raw(bytearray(2**27), Deadline(5))
     assert not there.alive()
+
+
+def test_connections_live_in_a_process_with_many_open_files(listener):
+    with contextlib.ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        here, there = pair(listener)
+        assert there._socket.fileno() > 1024  # what select() can take
+        assert here.alive()
+        assert there.alive()
+        here.close()
+        there.close()
+        assert not there.alive()
 
 
 def test_two_thousand_strangers_do_not_keep_a_worker_out(listener):

@@ -142,7 +142,7 @@ def _config_of(model: str) -> dict[str, Any]:
 
 def _from_checkpoint(path: str, destination: Layout) -> Plan:
     from titan_bridge.checkpoint import open_checkpoint
-    from titan_bridge.checkpoint.mapping import views_between
+    from titan_bridge.checkpoint.mapping import live_views
     from titan_bridge.checkpoint.model_dir import weights_directory
     from titan_bridge.models import family_for
     from titan_bridge.sharding.plan import plan
@@ -152,5 +152,5 @@ def _from_checkpoint(path: str, destination: Layout) -> Plan:
     embedding = destination.params.get("tok_embeddings.weight")
     rows = hf["vocab_size"] if embedding is None else embedding.shape[0]
     with open_checkpoint(weights_directory(path) or path) as checkpoint:
-        views, _ = views_between(checkpoint, family, hf, "engine", rows)
+        views = live_views(checkpoint.format, family, hf, rows)
         return plan(checkpoint.tensors.values(), destination, views, allow_missing=True)

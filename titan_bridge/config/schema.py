@@ -43,9 +43,17 @@ class Parallel:
     """Dense weights over dp: whole on each group ("replicate") or 1/dp each, gathered layer by layer ("shard")."""
     attn_tp: Positive | None = None
     """Ranks of tp that attention is cut over, replicated over the rest: short for a rule in [parallelism]."""
+    attention_dp: bool | Positive = False
+    """Groups of tp ranks whose attention and KV cache have requests of their own: a number, or true for as many as tp
+    would hold copies of the cache."""
 
     def __post_init__(self) -> None:
         _ = self.sizes  # refuses those that do not fit together
+        if self.attn_tp and self.attention_dp:
+            raise ValueError(
+                f"parallel.attn_tp={self.attn_tp} and parallel.attention_dp={self.attention_dp}: groups cut attention "
+                "over their own ranks; leave attn_tp out"
+            )
 
     @property
     def sizes(self) -> Sizes:
@@ -101,7 +109,8 @@ class InferConfig:
         titan = self.additional_config().get("titan")
         if titan is not None and not isinstance(titan, dict):
             raise ValueError(f"vllm.additional_config.titan is {titan!r}; it must be a table")
-        for key, ours in (("dense", "parallel.dense"), ("ep", "parallel.ep"), ("parallelism", "parallelism")):
+        said = {name: f"parallel.{name}" for name in ("dense", "ep", "attention_dp")}
+        for key, ours in {**said, "parallelism": "parallelism"}.items():
             if key in ((self.vllm.get("additional_config") or {}).get("titan") or {}):
                 raise ValueError(f"vllm.additional_config.titan.{key} is set by {ours}; write it there")
         if self.parallelism and self.parallel.attn_tp:
@@ -123,6 +132,8 @@ class InferConfig:
             ours["dense"] = self.parallel.dense
         if 1 < self.parallel.ep < self.parallel.sizes.most_ep:
             ours["ep"] = self.parallel.ep
+        if self.parallel.attention_dp:
+            ours["attention_dp"] = self.parallel.attention_dp
         if self.policy:
             ours["parallelism"] = self.policy.to_dict()
         if ours:

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
+from titan_bridge.engine.attention_dp.checks import use_groups
 from titan_bridge.engine.cpu.head_dims import check_head_dim
 from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.build import Setup, captures_experts, setup_from
@@ -56,13 +57,14 @@ def check(vllm_config: VllmConfig) -> None:
             f"additional_config.titan.mla = 'latent' {why if model.use_mla else 'needs attention with latents'}"
         )
     check_head_dim(setup.hf, latent=model.use_mla)
+    use_groups(vllm_config, setup)
     captures = captures_experts(setup, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, setup, captures=captures)
     load = vllm_config.load_config
     if load.load_format in ("sharded_state", "tensorizer"):
         raise BridgeError(
-            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out, and for "
-            "files that each rank maps use `titan-bridge reshard DIR OUT --to engine`"
+            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out: each "
+            "rank reads only its own slices of safetensors and of a DCP"
         )
     if load.load_format not in ("auto", LOAD_FORMAT):
         return
@@ -73,7 +75,7 @@ def check(vllm_config: VllmConfig) -> None:
         return
     load.load_format = LOAD_FORMAT
     buffers = setup.buffers(layout(setup.config, setup.sizes, policy=None))
-    check_weights(directory, setup.family, setup.hf, buffers)
+    check_weights(directory, setup.family, setup.hf, buffers, setup.options.names)
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:

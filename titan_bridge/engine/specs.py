@@ -96,8 +96,16 @@ def agreed(answers: Sequence[Any]) -> Any:
     """The one answer that all workers gave. Raises BridgeError with the first difference when they do not agree."""
     for rank, answer in enumerate(answers):
         if answer != answers[0]:
-            difference = Layout.from_json(answers[0]).diff(Layout.from_json(answer))
-            raise BridgeError(f"workers 0 and {rank} hold different layouts: {difference[0]}")
+            one, other = (Layout.from_json(said) for said in (answers[0], answer))
+            names = [
+                fqn for fqn in {**one.params, **other.params} if one.params.get(fqn) != other.params.get(fqn)
+            ]
+            what = (
+                f"{names[0]} is {one.params.get(names[0])} and {other.params.get(names[0])}"
+                if names
+                else "meshes"
+            )
+            raise BridgeError(f"workers 0 and {rank} hold different layouts: {what}")
     return answers[0]
 
 

@@ -13,6 +13,7 @@ here without vLLM. When the worker's half raises is said in `transfer.worker`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,7 +34,7 @@ from vllm.distributed.weight_transfer.base import (
     materialize_full_tensor,
 )
 
-from titan_bridge.engine.transfer_target import target_of
+from titan_bridge.engine.transfer_target import adapter_target, target_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.clients import LLMClient
 from titan_bridge.transfer.options import Options, Report
@@ -75,7 +76,9 @@ class TitanWeightTransferEngine(WeightTransferEngine[TitanInitInfo, TitanUpdateI
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.worker = Worker(target_of(model, vllm_config))
+        self.worker = Worker(
+            target_of(model, vllm_config), functools.partial(adapter_target, model, vllm_config)
+        )
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> TitanInitInfo:
         return TitanInitInfo(terms=parsed(Terms, "init_info", init_dict))

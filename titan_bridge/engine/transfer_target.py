@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from vllm.distributed.parallel_state import get_world_group
 from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.mapping import separate_qkv_views
 from titan_bridge.engine.cpu.pages import zeros_like
+from titan_bridge.engine.model.lora import AdapterManager, LiveAdapter
+from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
+from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.source import local_of
 from titan_bridge.transfer.target import Target
@@ -30,18 +34,54 @@ def target_of(model: nn.Module, vllm_config: VllmConfig) -> Target:
     Raises:
         BridgeError: vLLM's own model without specs.
     """
-    parallel = vllm_config.parallel_config
-    place = {
-        "rank": dist.get_rank(),
-        "index": parallel.data_parallel_index * parallel.world_size + parallel.rank,
-        "agree": _least,
-    }
+    place = _place(vllm_config)
     if hasattr(model, "weights_changed"):
         return _titan(cast("TitanForCausalLM", model), place)
     # Late: it imports vLLM's layers, which TorchTitan models do not need.
     from titan_bridge.engine.native.transfer import native_target  # noqa: PLC0415
 
     return native_target(model, vllm_config, place)
+
+
+def _place(vllm_config: VllmConfig) -> dict[str, Any]:
+    parallel = vllm_config.parallel_config
+    return {
+        "rank": dist.get_rank(),
+        "index": parallel.data_parallel_index * parallel.world_size + parallel.rank,
+        "agree": _least,
+    }
+
+
+def adapter_target(model: Any, vllm_config: VllmConfig, name: str, scaling: float | None) -> Target:
+    """A LoRA adapter that this worker has loaded, whole on every worker, by TorchTitan's names.
+
+    Args:
+        scaling: Of its products from now on; None: as it was loaded.
+
+    Raises:
+        BridgeError: Not a TorchTitan model, or no adapter of this name.
+    """
+    manager = getattr(model, "lora_manager", None)
+    if not isinstance(manager, AdapterManager):
+        why = (
+            "it was started without --enable-lora"
+            if hasattr(model, "setup")
+            else f"it serves {type(model).__name__}"
+        )
+        raise BridgeError(f"adapter {name!r}: this engine takes no LoRA adapters from a trainer: {why}")
+    adapter = LiveAdapter(manager, name, scaling)
+    mesh = MeshLayout.make(("worker",), (dist.get_world_size(),))
+    spec = ShardingSpec(mesh="workers", placements=(Replicate(),))
+    params = {
+        fqn: ParamLayout(spec=spec, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
+        for fqn, tensor in adapter.tensors.items()
+    }
+    return Target(
+        tensors=adapter.checked,
+        layout=Layout(meshes={"workers": mesh}, params=params),
+        on_change=adapter.write,
+        **_place(vllm_config),
+    )
 
 
 def _least(mine: Sequence[int]) -> Sequence[int]:

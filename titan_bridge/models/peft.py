@@ -19,6 +19,8 @@ from titan_bridge.sharding.view import View
 PREFIX = "base_model.model."
 """Before Hugging Face's names in an adapter."""
 WEIGHT = ".weight"
+LORA = (f".lora_a{WEIGHT}", f".lora_b{WEIGHT}")
+"""How TorchTitan's names of an adapter's matrices end."""
 
 
 def rows_of(view: View, columns: int) -> View:
@@ -99,7 +101,7 @@ def from_peft(tensors: Mapping[str, torch.Tensor], views: Iterable[View]) -> dic
 
 def adapter_names(names: Iterable[str]) -> Iterator[str]:
     """Those of TorchTitan's names that are an adapter's."""
-    return (name for name in names if name.endswith((f".lora_a{WEIGHT}", f".lora_b{WEIGHT}")))
+    return (name for name in names if name.endswith(LORA))
 
 
 def _module(name: str) -> str:

@@ -55,6 +55,20 @@ def layer_rows(split: Split, config: Decoder.Config, layout: Layout) -> list[dic
     return rows
 
 
+def what_groups_win(split: Split, plain: Split, rows: list[dict[str, Any]]) -> str:
+    """One line about attention groups: `rows` are those of `split`, and `plain` is the same model without groups."""
+    attention = [row for row in rows if row["kind"] == "attention"]
+    held = sum(row["kv_bytes"] for row in attention)
+    without = sum(row["kv_bytes"] * row["tp_size"] // plain.plans[row["name"]].tp_size for row in attention)
+    latent = sum(row["latent_bytes"] or 0 for row in attention)
+    return (
+        f"attention_dp: {split.groups} groups of {split.sizes.tp // split.groups} ranks with requests of their own; a "
+        f"token takes {held:,} bytes on each rank of its group, without groups {without:,} on each of tp="
+        f"{split.sizes.tp}: the same memory holds {split.groups * without / held:.3g} times the tokens"
+        + (f", as latents ({latent:,} bytes) {split.groups}" if latent else "")
+    )
+
+
 def other_bytes(split: Split, layout: Layout) -> int:
     """Bytes on a rank of what no policy splits: norms."""
     return sum(param.nbytes for fqn, param in layout.params.items() if not _owner(split, fqn))

@@ -27,7 +27,17 @@ Given = Sequence[Mapping[str, Any]]
 class Coordinator:
     """Each method takes what all ranks said in a step, and returns the answer to all of them."""
 
-    def __init__(self, engines: Engines, listener: Listener, options: Options, secret: str, run: str) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        listener: Listener,
+        options: Options,
+        secret: str,
+        run: str,
+        adapter: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`adapter`: of a LoRA trainer, what `Terms` say of it."""
+        self._adapter = adapter or {}
         self.engines, self._listener, self._options = engines, listener, options
         self._secret, self._run = secret, run
         self._layouts: dict[int, Mapping[str, Any]] = {}
@@ -56,6 +66,7 @@ class Coordinator:
             "run": self._run,
             "seconds": self._options.seconds,
             "bucket_bytes": self._options.bucket_bytes,
+            **self._adapter,
         }
         known = set.intersection(*(set(said["links"]) for said in given))
         anew = [
@@ -104,6 +115,11 @@ class Coordinator:
             views = engine.workers[0].receive(limit)["views"]
             sides = dataclasses.replace(sides, views=views_from_json(views))
         engine.plan = self.plan_of(sides)
+        if self._adapter and engine.plan.unused:
+            raise BridgeError(
+                f"{engine.name}: its adapter {self._adapter['adapter']!r} has nothing on {engine.plan.unused[0]}; "
+                "load one into the engine that is on the layers that are trained"
+            )
         engine.sides, engine.version = sides, told[0]["version"]
         data = sides.to_json()
         engine.ask(

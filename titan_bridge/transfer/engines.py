@@ -33,8 +33,6 @@ class Engine:
     plan: Plan | None = None
     version: str = ""
     """Of the weights that it serves, as it said last."""
-    lost: str | None = None
-    """Why it is out of the update under way."""
 
     def call(self, what: Sequence[Callable[[], Any]], limit: Deadline) -> None:
         """Call the engine, one call after the other; after the time no further one begins.

@@ -70,12 +70,11 @@ class Bucket:
 
     @cached_property
     def run(self) -> slice | None:
-        """Which bytes of a local tensor, if it has this dtype, are the message as it travels; None if it is packed."""
+        """Which elements of a flat local tensor are the message as it travels; None if it is packed."""
         window = self.slices[0].window
         if len(self.slices) > 1 or not window.is_run:
             return None
-        start = window.offset * self.dtype.itemsize
-        return slice(start, start + self.nbytes)
+        return slice(window.offset, window.offset + self.elements)
 
 
 def messages(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.protocol import BUCKET_BYTES, PauseMode
+
+Transport = Literal["auto", "tcp", "memory", "gloo", "nccl"]
 
 
 class Client(Protocol):
@@ -39,11 +41,19 @@ class Options:
     """Keep a copy of what the engines have, in their dtypes, and send only what differs where that is less."""
     pause: PauseMode = "keep"
     """vLLM's pause mode for requests in flight while an update becomes live."""
+    transport: Transport = "auto"
+    """What tensors travel over; see `transports`. "auto": memory that trainer rank and worker share, where they do;
+    from GPU to GPU nccl; else tcp."""
     on_dead: Literal["raise", "drop"] = "raise"
     """What an engine that is lost in an update does: fail the update for all, or leave `Trainer.engines`."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("pause", ("keep", "wait", "abort")), ("on_dead", ("raise", "drop"))):
+        checked = (
+            ("pause", get_args(PauseMode)),
+            ("on_dead", ("raise", "drop")),
+            ("transport", get_args(Transport)),
+        )
+        for name, allowed in checked:
             if (value := getattr(self, name)) not in allowed:
                 raise BridgeError(f"Options.{name} is {value!r}; allowed: {', '.join(allowed)}")
         for name in ("seconds", "bucket_bytes"):

@@ -15,8 +15,10 @@
                         is live? is there memory? It answers, or refuses
  3  SEND                every trainer rank, to all its workers at once:
                         all planned messages, or only what changed in
-                        them. A thread of the worker receives into host
-                        memory; its engine goes on serving
+                        them; the first time, the two agree on what
+                        tensors travel over (`transports`). A thread
+                        of the worker receives into the host's memory;
+                        its engine goes on serving
  4  VOTE                worker -> rank 0: "I have everything", or why not.
                         Other ranks -> rank 0: the same of sending.
                         One "no" ends the update here
@@ -55,7 +57,7 @@ from pydantic.dataclasses import dataclass
 
 from titan_bridge.errors import BridgeError
 
-VERSION = 2
+VERSION = 3
 """Of the calls and messages."""
 MARGIN = 2.0
 """Seconds that whoever waits for somebody else's answer waits longer, so that it hears the reason."""
@@ -88,6 +90,10 @@ class Terms:
     """Names this connection: one is made anew after a fault."""
     seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
     """Time limit of connecting and of one update."""
+    adapter: _Text | None = None
+    """Name of the engine's LoRA adapter that is updated, instead of the weights."""
+    scaling: Annotated[float, Field(gt=0)] | None = None
+    """What the adapter's products are multiplied by; None: what the engine has loaded it with."""
     bucket_bytes: _Count = BUCKET_BYTES
     """Most bytes of one message."""
     version: int = VERSION

@@ -17,25 +17,33 @@ import torch
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.messages import Bucket
 from titan_bridge.transfer.snapshot import Delta, Local
-from titan_bridge.transfer.wire import Connection, Deadline, raw
+from titan_bridge.transfer.transports import Tcp, offer, offered
+from titan_bridge.transfer.wire import Connection, Deadline
 
 BUFFERS = 2
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Way:
     """From this rank to one worker."""
 
     connection: Connection
     buckets: Sequence[Bucket]
+    transport: Tcp | None = None
+    """Agreed on in the first update."""
+
+    def close(self) -> None:
+        (self.transport or self.connection).close()
 
 
 class Sender(Generic[Key]):
     """Sends the tensors of one trainer rank, again and again; keeps its buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: str = "tcp") -> None:
+        """`transport`: as `Options.transport`."""
+        self._transport = transport
         self._free: queue.Queue[torch.Tensor | None] = queue.Queue()
         for _ in range(BUFFERS):
             self._free.put(None)
@@ -58,14 +66,20 @@ class Sender(Generic[Key]):
 
         def one(key: Key, way: Way) -> None:
             try:
+                if way.transport is None:
+                    device = local[way.buckets[0].slices[0].name].device
+                    names = offered(self._transport, device)
+                    way.transport = offer(way.connection, names, device, deadline)
                 delta = deltas.get(key)
                 way.connection.send(
                     {"number": number, "kind": "whole" if delta is None else "delta"}, deadline
                 )
                 if delta is None:
-                    outcome[key] = self._whole(way, local, deadline)
+                    sent = self._whole(way, way.transport, local, deadline)
                 else:
-                    outcome[key] = self._delta(way, delta, deadline)
+                    sent = self._delta(way.transport, delta, deadline)
+                way.transport.finish(deadline)
+                outcome[key] = sent
             except TransferError as error:
                 outcome[key] = str(error)
             except Exception as error:  # said on all ranks: nobody may wait for the rest
@@ -78,33 +92,35 @@ class Sender(Generic[Key]):
             thread.join()
         return outcome
 
-    def _whole(self, way: Way, local: Local, deadline: Deadline) -> int:
+    def _whole(self, way: Way, transport: Tcp, local: Local, deadline: Deadline) -> int:
         for bucket in way.buckets:
-            if (data := _as_it_lies(bucket, local)) is not None:
-                way.connection.send_raw(data, deadline)
+            if (data := _as_it_lies(bucket, local, transport.device)) is not None:
+                transport.send(data, deadline)
                 continue
             buffer = self._free.get()
             try:
-                buffer = self._packed(bucket, local, buffer)
-                way.connection.send_raw(raw(buffer[: bucket.nbytes]), deadline)
+                buffer = self._packed(bucket, local, buffer, transport.device)
+                transport.send(buffer[: bucket.nbytes], deadline)
             finally:
                 self._free.put(buffer)
         return sum(bucket.nbytes for bucket in way.buckets)
 
-    def _delta(self, way: Way, delta: Delta, deadline: Deadline) -> int:
-        way.connection.send_raw(raw(delta.counts), deadline)
+    def _delta(self, transport: Tcp, delta: Delta, deadline: Deadline) -> int:
+        transport.send(delta.counts, deadline)
         for positions, values in delta.parts:
             if len(positions):
-                way.connection.send_raw(raw(positions), deadline)
-                way.connection.send_raw(raw(values), deadline)
+                transport.send(positions, deadline)
+                transport.send(values, deadline)
         return delta.nbytes
 
-    def _packed(self, bucket: Bucket, local: Local, buffer: torch.Tensor | None) -> torch.Tensor:
+    def _packed(
+        self, bucket: Bucket, local: Local, buffer: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
         tensors = [local[part.name] for part in bucket.slices]
-        if buffer is None or buffer.nbytes < bucket.nbytes:
+        if buffer is None or buffer.nbytes < bucket.nbytes or buffer.device != device:
             self.buffer_bytes += bucket.nbytes - (0 if buffer is None else buffer.nbytes)
-            pin = tensors[0].device.type == "cuda"
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, pin_memory=pin)
+            pin = tensors[0].device.type == "cuda" != device.type
+            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
         message = buffer[: bucket.nbytes].view(bucket.dtype)
         for part, tensor in zip(bucket.slices, tensors, strict=True):
             window = part.of(tensor if tensor.is_contiguous() else tensor.contiguous())
@@ -112,9 +128,9 @@ class Sender(Generic[Key]):
         return buffer
 
 
-def _as_it_lies(bucket: Bucket, local: Local) -> memoryview | None:
+def _as_it_lies(bucket: Bucket, local: Local, device: torch.device) -> torch.Tensor | None:
     """The message without a copy, where the bytes of a local tensor are the message."""
     tensor = local[bucket.slices[0].name]
-    if bucket.run is None or tensor.dtype != bucket.dtype or tensor.device.type != "cpu":
+    if bucket.run is None or tensor.dtype != bucket.dtype or tensor.device != device:
         return None
-    return raw(tensor)[bucket.run] if tensor.is_contiguous() else None
+    return tensor.view(-1)[bucket.run] if tensor.is_contiguous() else None

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import axes_of, fsdp_is_exact
-from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
 from titan_bridge.sharding.spec import ShardingSpec, placements_of
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -131,11 +131,6 @@ def layout_of(tensors: Tensors, rank: int) -> Layout:
             raise BridgeError(f"{name}: {error}") from None
         params[name] = ParamLayout(spec=spec, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
     return Layout(meshes=meshes, params=params)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_local(tensor: torch.Tensor, spec: ShardingSpec, mesh: MeshLayout, rank: int) -> None:

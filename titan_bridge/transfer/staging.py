@@ -16,7 +16,8 @@ from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.messages import Bucket
 from titan_bridge.transfer.snapshot import Local
 from titan_bridge.transfer.target import Target, unshared
-from titan_bridge.transfer.wire import Connection, Deadline, raw
+from titan_bridge.transfer.transports import Tcp
+from titan_bridge.transfer.wire import Deadline
 
 Messages = Mapping[int, Sequence[Bucket]]
 """What a worker gets from each trainer rank."""
@@ -38,7 +39,8 @@ class Staging:
 
     def __init__(self, messages: Messages, target: Target, live: Local) -> None:
         self._messages, self._target = messages, target
-        device = next(iter(live.values())).device if live else torch.device("cpu")
+        self.device = device = next(iter(live.values())).device if live else torch.device("cpu")
+        """Of the live weights."""
         self._pin = device.type == "cuda"
         self._shadowable = (
             _shadowable(messages, unshared(live)) if target.swap and device.type == "cpu" else {}
@@ -79,36 +81,33 @@ class Staging:
                 f"no memory on the host for {size} of new weights beside the live ones: {error}"
             ) from None
 
-    def receive(
-        self, rank: int, connection: Connection, number: int, whole: bool, deadline: Deadline
-    ) -> Staged:
+    def receive(self, rank: int, way: Tcp, number: int, whole: bool, deadline: Deadline) -> Staged:
         """All that trainer rank `rank` sends of update `number`. Raises TransferError; nothing live was touched."""
-        head = connection.receive(deadline)
+        head = way.head(deadline)
         if head != {"number": number, "kind": "whole" if whole else "delta"}:
-            raise TransferError(f"{connection.peer} announced {head} in update {number}")
+            raise TransferError(f"{way.connection.peer} announced {head} in update {number}")
         staged = Staged()
         if whole:
-            self._whole(rank, connection, staged, deadline)
+            self._whole(rank, way, staged, deadline)
         else:
-            self._delta(rank, connection, staged, deadline)
+            self._delta(rank, way, staged, deadline)
         return staged
 
-    def _whole(self, rank: int, connection: Connection, staged: Staged, deadline: Deadline) -> None:
+    def _whole(self, rank: int, way: Tcp, staged: Staged, deadline: Deadline) -> None:
         for at, bucket in enumerate(self._messages[rank]):
             name = bucket.slices[0].name
             if name in self._use:
                 assert bucket.run is not None
-                place = raw(self._shadows[name])[bucket.run]
+                place = self._shadows[name].view(-1)[bucket.run]
             else:
-                staged.whole.append((bucket, own := self._buckets[rank, at]))
-                place = raw(own)
-            connection.receive_raw(place, deadline)
+                staged.whole.append((bucket, place := self._buckets[rank, at]))
+            way.receive(place, deadline)
             staged.nbytes += bucket.nbytes
 
-    def _delta(self, rank: int, connection: Connection, staged: Staged, deadline: Deadline) -> None:
-        buckets = self._messages[rank]
+    def _delta(self, rank: int, way: Tcp, staged: Staged, deadline: Deadline) -> None:
+        buckets, peer = self._messages[rank], way.connection.peer
         counts = torch.empty(sum(len(bucket.slices) for bucket in buckets), dtype=torch.int32)
-        connection.receive_raw(raw(counts), deadline)
+        way.receive(counts, deadline)
         staged.nbytes += counts.nbytes
         left = iter(counts.tolist())
         for bucket in buckets:
@@ -116,15 +115,15 @@ class Staging:
             for count, part in zip(mine, bucket.slices, strict=True):  # before any memory is asked for
                 if not 0 <= count <= part.elements:
                     raise TransferError(
-                        f"{connection.peer} announced {count} of {part.elements} elements of {part.name}"
+                        f"{peer} announced {count} of {part.elements} elements of {part.name}"
                     )
             if not (total := sum(mine)):
                 continue
             positions = torch.empty(total, dtype=torch.int32)
             values = torch.empty(total, dtype=bucket.dtype)
-            connection.receive_raw(raw(positions), deadline)
-            connection.receive_raw(raw(values), deadline)
-            staged.delta += located(connection.peer, bucket, mine, positions, values)
+            way.receive(positions, deadline)
+            way.receive(values, deadline)
+            staged.delta += located(peer, bucket, mine, positions, values)
             staged.nbytes += positions.nbytes + values.nbytes
 
     def write(self, staged: Sequence[Staged]) -> None:
@@ -133,10 +132,9 @@ class Staging:
         Raises whatever a loader of the target's raises; the weights are then neither the old ones nor the new.
         """
         target, live = self._target, self._target.tensors()
-        device = next(iter(live.values())).device if live else torch.device("cpu")
         params = target.layout.params
         loaded = {
-            name: torch.empty(params[name].shape, dtype=dtype, device=device)
+            name: torch.empty(params[name].shape, dtype=dtype, device=self.device)
             for name, dtype in target.whole.items()
         }
         written = set(self._use)

@@ -6,6 +6,7 @@ new connections by itself.
 
 from __future__ import annotations
 
+import functools
 import secrets
 import socket
 import threading
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.models.peft import LORA
 from titan_bridge.transfer.coordinator import Coordinator
 from titan_bridge.transfer.engines import Engines
 from titan_bridge.transfer.errors import TransferError
@@ -81,6 +83,7 @@ class Trainer:
         world: int | None = None,
         filter: Callable[[str], bool] | None = None,
         rename: Callable[[str], str] | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Listens for engines; nothing is sent, and no engine is asked, before the first `send` or `connect`.
 
@@ -89,6 +92,8 @@ class Trainer:
             engines: One or several; see `Engines.add`. Used on rank 0.
             rank: This trainer rank, else that of torch.distributed, or 0 where it is not initialized.
             world: How many ranks, likewise.
+            adapter: Send the LoRA matrices (`NAME.lora_a.weight`, `NAME.lora_b.weight`) and nothing else, into the
+                adapter that the engines have loaded under this name; its alpha is the model's, if that is a module.
 
         Raises:
             BridgeError: Several ranks without torch.distributed, or something that is no engine.
@@ -102,6 +107,8 @@ class Trainer:
                 f"{self.world} trainer ranks need torch.distributed; call init_process_group first"
             )
         self.options = o = options or Options()
+        if adapter is not None:
+            filter = functools.partial(_of_adapter, filter)
         given = isinstance(model, TensorSource)
         self.source = model if given else TensorSource(model, rank=self.rank, filter=filter, rename=rename)
         self.engines = Engines(engines if isinstance(engines, list | tuple) else [engines])
@@ -118,8 +125,9 @@ class Trainer:
         if self.rank:
             self._listener = Listener(host, o.port and o.port + self.rank, bytes.fromhex(secret))
         self._ranks = Ranks(self.rank, self.world, self._listener, first, bytes.fromhex(secret), run)
-        self._coordinator = Coordinator(self.engines, self._listener, o, secret, run)
-        self._sender: Sender[Worker] = Sender()
+        lora = {"adapter": adapter, "scaling": _scaling(model)} if adapter is not None else None
+        self._coordinator = Coordinator(self.engines, self._listener, o, secret, run, lora)
+        self._sender: Sender[Worker] = Sender(o.transport)
         self._ways: dict[str, dict[Worker, Way]] = {}
         """By link."""
         self._said: dict[str, tuple] | None = None
@@ -134,11 +142,6 @@ class Trainer:
     def buffer_bytes(self) -> int:
         """Memory that this rank holds for sending: at most two buckets."""
         return self._sender.buffer_bytes
-
-    @property
-    def snapshot_bytes(self) -> int:
-        """Memory of what is kept to find changes."""
-        return self._snapshot[1].nbytes
 
     # What users call
 
@@ -330,7 +333,7 @@ class Trainer:
 
     def _leave(self, link: str) -> None:
         for way in self._ways.pop(link).values():
-            way.connection.close()
+            way.close()
 
     def _forget(self) -> None:
         """Cut all connections with engines; what they have is not known."""
@@ -338,6 +341,19 @@ class Trainer:
             self._leave(link)
         self._snapshot = (None, self._snapshot[1])
         self._coordinator.close()
+
+
+def _of_adapter(filter: Callable[[str], bool] | None, name: str) -> bool:
+    return name.endswith(LORA) and (filter is None or filter(name))
+
+
+def _scaling(model: Any) -> float | None:
+    """What a LoRA model of TorchTitan's multiplies its products by, if it is one."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found: set[Any] = {module._lora_scaling for module in modules if hasattr(module, "_lora_scaling")}
+    if len(found) > 1:
+        raise BridgeError(f"the model's adapters are scaled by {sorted(found)}; an engine's has one scale")
+    return found.pop() if found else None
 
 
 def _own_address(engines: Engines) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import hmac
 import json
 import secrets
-import select
 import socket
 import struct
 import threading
@@ -59,7 +58,7 @@ class Connection:
     def __init__(self, sock: socket.socket, peer: str, hello: Mapping[str, Any]) -> None:
         self.peer, self.hello = peer, hello
         """Who the other end is, for messages, and what whoever connected said of itself."""
-        self._socket = sock
+        self._socket, self.host = sock, sock.getsockname()[0]
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -128,12 +127,10 @@ class Connection:
     def alive(self) -> bool:
         """Whether the other end has not closed the connection, as far as this host has heard."""
         try:
-            if not select.select([self._socket], [], [], 0)[0]:
-                return True
             return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return True
-        except (OSError, ValueError):
+        except OSError:
             return False
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import dataclasses
 import hmac
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from titan_bridge.transfer.messages import messages
 from titan_bridge.transfer.protocol import CONNECT_SECONDS, VERSION, Terms, Update, base_of, token_of
 from titan_bridge.transfer.staging import Messages, Staged, Staging
 from titan_bridge.transfer.target import Target, sample_digest, signature
+from titan_bridge.transfer.transports import Tcp, accept
 from titan_bridge.transfer.wire import Connection, Deadline, connect
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
@@ -49,6 +50,8 @@ class Link:
     control: Connection
     data: dict[int, Connection] = dataclasses.field(default_factory=dict)
     """By trainer rank, of those that send to this worker."""
+    transports: dict[int, Tcp] = dataclasses.field(default_factory=dict)
+    """Of those, once agreed on in the first update."""
     messages: Messages = dataclasses.field(default_factory=dict)
     staging: Staging | None = None
     expected: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
@@ -59,15 +62,17 @@ class Link:
     """Number of the update that has arrived, and the update."""
 
     def close(self) -> None:
-        for connection in (self.control, *self.data.values()):
-            connection.close()
+        for each in (self.control, *self.data.values(), *self.transports.values()):
+            each.close()
 
 
 class Worker:
     """One worker: `connect`, then for every update `begin`, `decide`, `finish`."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, adapter: Callable[[str, float | None], Target] | None = None) -> None:
+        """`adapter`: makes a target of a LoRA adapter's name and scaling; raises BridgeError where it cannot."""
+        self.target = self._weights = target
+        self._adapter = adapter
         self.version = UNKNOWN_VERSION
         """Of the weights that are live."""
         self.error: str | None = None
@@ -102,12 +107,22 @@ class Worker:
                     "shut that one down first"
                 )
             self.shutdown()
+            if terms.adapter is not None or self.target is not self._weights:
+                self._retarget(terms)
             control = self._reach(terms, 0, "control", Deadline(min(CONNECT_SECONDS, terms.seconds)))
-        except TransferError as error:
+        except (BridgeError, TransferError) as error:
             self._fail(str(error))
             raise
         link = self._link = Link(terms=terms, control=control)
         threading.Thread(target=self._serve, args=(link,), name="titan-transfer", daemon=True).start()
+
+    def _retarget(self, terms: Terms) -> None:
+        self.target, self._planned, self._base = self._weights, None, None
+        if terms.adapter is None:
+            return
+        if self._adapter is None:
+            raise BridgeError(f"adapter {terms.adapter!r}: this engine takes no LoRA adapters from a trainer")
+        self.target = self._adapter(terms.adapter, terms.scaling)
 
     @property
     def connected(self) -> bool:
@@ -155,7 +170,7 @@ class Worker:
         if update is None:
             return
         staged, staging = (link.staged, link.staging) if link is not None else (None, None)
-        mine = opened and staged is not None and staged[0] == update.number and self.connected
+        mine = opened and staged is not None and staged[0] == update.number and self._there()
         # The least of a number and of its negative: both are its own where all have the same.
         yes, least, most = self.target.agree([int(mine), update.number, -update.number])
         if not yes or least != -most:
@@ -178,6 +193,15 @@ class Worker:
                 raise TransferError(self.error) from error
             self.version = update.version
             self._base = (base_of(link.terms.run, update.number), sample_digest(self.target.tensors()))
+
+    def _there(self) -> bool:
+        """Whether trainer and target still are."""
+        try:
+            self.target.tensors()
+        except BridgeError as error:
+            self._fail(str(error))
+            return False
+        return self.connected
 
     def shutdown(self) -> None:
         """Leave the trainer; the weights stay."""
@@ -285,7 +309,10 @@ class Worker:
 
         def one(rank: int, connection: Connection) -> None:
             try:
-                staged[rank] = staging.receive(rank, connection, number, rank in link.whole, limit)
+                if rank not in link.transports:
+                    link.transports[rank] = accept(connection, staging.device, limit)
+                way = link.transports[rank]
+                staged[rank] = staging.receive(rank, way, number, rank in link.whole, limit)
             except Exception as error:
                 errors.append(_text(error))
                 for each in link.data.values():

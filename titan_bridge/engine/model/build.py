@@ -22,6 +22,7 @@ from vllm.platforms.interface import DeviceCapability
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
+from titan_bridge.engine.attention_dp.stream import GroupRows, group_attention
 from titan_bridge.engine.cpu.packed import use_packed_weights
 from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
@@ -101,6 +102,8 @@ class Built:
     layout: Layout
     attention: str
     """Its form and its cache in words."""
+    rows: GroupRows | None
+    """With attention data parallelism, which rows are of which group."""
 
     def live(self) -> dict[str, torch.Tensor]:
         """This rank's local tensor of every parameter and persistent buffer in the layout, by FQN."""
@@ -128,9 +131,9 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     if expert_parallel and vllm_config.model_config.is_moe:
         sizes = replace(sizes, ep=options.ep or sizes.most_ep)
     rows = padded_vocab(hf["vocab_size"], sizes)
-    expert_bias = has_expert_bias(vllm_config.model_config.model, options.step)
+    expert_bias = has_expert_bias(vllm_config.model_config.model, options.step, options.names)
     config = family.model_config(hf, padded_vocab=rows, expert_bias=expert_bias)
-    decided = split(options.parallelism, family, config, sizes)
+    decided = split(options.parallelism, family, config, sizes, attention_dp=options.attention_dp)
     setup = Setup(
         hf=hf,
         family=family,
@@ -173,7 +176,7 @@ def build(vllm_config: VllmConfig) -> Built:
     rules = setup.family.sharding
     rules.set_sharding(config, enable_ep=sizes.ep > 1)
     model = build_on_meta(config, dtype=vllm_config.model_config.dtype)
-    policy = setup.options.parallelism
+    policy = setup.split.policy
     layout = as_layout(
         specs_of_module(model, rules, sizes, setup.options.dense),
         sizes,
@@ -196,7 +199,13 @@ def build(vllm_config: VllmConfig) -> Built:
         use_packed_weights(model, dtype, experts_once=once, apart=adapters)
     if adapters:
         accept_adapters(model, setup)
-    lower(model, sizes)
+    rows = None
+    if setup.split.groups > 1:
+        rows = GroupRows(setup.split.groups)
+        lower(model, sizes, merges=lambda fqn: ".attention." not in fqn)
+        group_attention(model, rows)
+    else:
+        lower(model, sizes)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
@@ -208,7 +217,7 @@ def build(vllm_config: VllmConfig) -> Built:
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
     attention = cache_form(config, vllm_config.model_config.dtype, sizes, latent=latent)
-    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention)
+    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention, rows=rows)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ each has its own ranks and fills its own rows; the family's views say which.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,8 +22,10 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from vllm.config.lora import LoRAConfig
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper import PunicaWrapperBase
+from vllm.lora.request import LoRARequest
 from vllm.lora.utils import is_in_target_modules
 
 from titan_bridge.engine.model.latent import LatentCache
@@ -162,6 +164,20 @@ class AdapterManager(LRUCacheLoRAModelManager):
     model: TitanForCausalLM  # type: ignore[assignment]
     modules: dict[str, Adapters]  # type: ignore[assignment]
 
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self.names: dict[str, int] = {}
+        """Of each name the adapter that was loaded last."""
+        self.live: dict[int, LiveAdapter] = {}
+        """Those that a trainer has updated."""
+        super().__init__(*given, **options)
+
+    def loaded(self, adapter: LoRAModel, request: LoRARequest) -> None:
+        """Told of each adapter that was read from its folder, before it is used."""
+        self.names[request.lora_name] = adapter.id
+        adapter.load_inplace = request.load_inplace  # type: ignore[attr-defined]
+        if adapter.id in self.live:
+            self.live[adapter.id].fill(adapter)
+
     def _create_lora_modules(self) -> None:
         wanted = self.lora_config.target_modules
         for target in self.model.adapter_targets():
@@ -193,3 +209,67 @@ class AdapterManager(LRUCacheLoRAModelManager):
                 "take none; allowed: linear layers of attention and of dense and shared feed-forwards"
                 f"{', as far as lora_target_modules says' if wanted else ''}"
             )
+
+
+class LiveAdapter:
+    """An adapter that a trainer updates: its matrices by TorchTitan's names, and the way into vLLM's adapter.
+
+    vLLM evicts adapters and loads them from their folders again; one that is loaded again gets these matrices.
+    """
+
+    def __init__(self, manager: AdapterManager, name: str, scaling: float | None) -> None:
+        """Raises BridgeError where no adapter of this name is loaded, or one whose folder vLLM reads again."""
+        if name not in manager.names:
+            raise BridgeError(
+                f"no LoRA adapter {name!r} is loaded; loaded: {', '.join(sorted(manager.names)) or 'none'} "
+                "(--lora-modules NAME=FOLDER, or POST /v1/load_lora_adapter)"
+            )
+        if (adapter := manager.list_adapters().get(manager.names[name])) is None:
+            raise BridgeError(
+                f"LoRA adapter {name!r} is not in use, and vLLM has dropped it; raise --max-cpu-loras"
+            )
+        if adapter.load_inplace:
+            raise BridgeError(
+                f"LoRA adapter {name!r} was loaded with load_inplace: its folder is read again and again"
+            )
+        self._manager, self.name, self.id, self._scaling = manager, name, adapter.id, scaling
+        self._alpha = next(iter(adapter.loras.values())).lora_alpha
+        self.tensors: dict[str, torch.Tensor] = {}
+        """Whole matrices, in the engine's dtype for adapters, as they came last."""
+        for fqn, adapters in manager.modules.items():
+            found = [lora for each in adapters.target.names if (lora := adapter.get_lora(each))]
+            if not found:
+                continue
+            rows, columns = adapters.target.views[0].titan_shape
+            for half, shape in ("a", (found[0].rank, columns)), ("b", (rows, found[0].rank)):
+                dtype = manager.lora_config.lora_dtype
+                self.tensors[f"{fqn}.lora_{half}{WEIGHT}"] = torch.zeros(shape, dtype=dtype)
+
+    def checked(self) -> dict[str, torch.Tensor]:
+        """`tensors`. Raises BridgeError where another adapter has got the name."""
+        if self._manager.names.get(self.name) != self.id:
+            raise BridgeError(f"LoRA adapter {self.name!r} was loaded anew; connect again")
+        return self.tensors
+
+    def write(self, names: Iterable[str] = ()) -> None:
+        """Make the matrices live: in the adapter, and in its slot if it has one."""
+        manager = self._manager
+        manager.live[self.id] = self
+        if (adapter := manager.list_adapters().get(self.id)) is None:
+            return
+        self.fill(adapter)
+        if self.id in manager.lora_index_to_id:
+            index = manager.lora_index_to_id.index(self.id)
+            for fqn, module in manager.modules.items():
+                if (pair := manager._get_lora_layer_weights(adapter, fqn)) is not None:
+                    module.set_lora(index, pair.lora_a, pair.lora_b)
+
+    def fill(self, adapter: LoRAModel) -> None:
+        """Put the matrices into an adapter of vLLM's."""
+        for fqn in {name.rpartition(".lora_")[0] for name in self.tensors}:
+            a, b = (self.tensors[f"{fqn}.lora_{half}{WEIGHT}"] for half in "ab")
+            rank = a.shape[0]
+            scaling = self._scaling or self._alpha / rank
+            for view in self._manager.modules[fqn].target.views:
+                name, part = view.name.removesuffix(WEIGHT), rows_of(view, rank).read(b) * scaling
+                adapter.loras[name] = LoRALayerWeights(name, rank, self._alpha, a, part, scaling=1.0)

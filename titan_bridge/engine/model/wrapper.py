@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,7 @@ class TitanForCausalLM(nn.Module):
         self.setup = setup
         self.layout = built.layout
         self.attention = built.attention
+        self.rows = built.rows
         self.vocab_size = setup.hf["vocab_size"]
         self.dtype = vllm_config.model_config.dtype
         self.live = built.live()
@@ -76,7 +77,8 @@ class TitanForCausalLM(nn.Module):
         self.source: Path | None = None  # the directory that was read last
         self.packing = Packing(self.model, self.live, keep=vllm_config.weight_transfer_config is not None)
         group = group_of(setup.sizes.at("lm_head"))
-        gather = group.all_gather if current_platform.use_all_gather() else group.gather
+        everywhere = current_platform.use_all_gather() or self.rows is not None
+        gather = group.all_gather if everywhere else group.gather
         self._gather = gather if group.world_size > 1 else None
         logger.info("Serving TorchTitan's %s: %s", type(self.model).__name__, built.describe())
 
@@ -105,13 +107,20 @@ class TitanForCausalLM(nn.Module):
             raise NotImplementedError("prompt embeddings are not supported; send token ids")
         if self.setup.sharded:
             drop_head(self.model)
-        h_BLD = self.model(input_ids.unsqueeze(0), self.ropes.gather(positions))
+        rows = self.rows
+        ids = input_ids if rows is None else rows.all_ids(input_ids)
+        h_BLD = self.model(ids.unsqueeze(0), self.ropes.gather(positions))
         if self.setup.sharded:
             gather_head(self.model)
-        return h_BLD.squeeze(0)
+        return h_BLD.squeeze(0) if rows is None else rows.own(h_BLD.squeeze(0))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """`(T, D)` to `(T, vocab)`; None on ranks that the platform does not gather to."""
+        if self.rows is not None:
+            return self.rows.through_head(hidden_states, cast(Any, self._logits))
+        return self._logits(hidden_states)
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if self.setup.sharded:
             logits_TV = head(self.model, hidden_states)
         else:
@@ -167,8 +176,8 @@ class TitanForCausalLM(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: vLLM's `save_sharded_state` and tensorizer save it, and packed weights are not in it."""
         raise BridgeError(
-            "save_sharded_state is not supported with model_impl='torchtitan'; write files for the ranks with "
-            "`titan-bridge reshard DIR OUT --to engine`"
+            "save_sharded_state is not supported with model_impl='torchtitan', and not needed: each rank "
+            "reads only its own slices of any checkpoint"
         )
 
     def weights_changed(self, changed: Iterable[torch.Tensor]) -> None:

@@ -409,11 +409,21 @@ def share_fork_server(server: Any, pid: int) -> None:
 def manage_adapters(original: Callable[..., Any], self: Any, model: Any, vllm_config: Any) -> Any:
     """Let vLLM manage LoRA adapters of TorchTitan's linear layers.
 
-    What: wraps `LRUCacheWorkerLoRAManager.create_lora_manager`, and gives it the manager's class that the model names.
-    Why: vLLM's own takes its own linear layers and no others. Version: vllm 0.32 (`vllm/lora/worker_manager.py`).
+    What: wraps `LRUCacheWorkerLoRAManager.create_lora_manager`, gives it the manager's class that the model names, and
+    tells that manager of each adapter and its name. Why: vLLM's own takes its own linear layers and no others, and
+    forgets names in workers. Version: vllm 0.32 (`vllm/lora/worker_manager.py`).
     Delete when: a model can name the class, or a linear layer of another package can say how it is wrapped.
     """
     self._manager_cls = getattr(model, "adapter_manager", self._manager_cls)
+    if hasattr(model, "adapter_manager"):
+        load = self._load_adapter
+
+        def named(request: Any) -> Any:
+            adapter = load(request)
+            self._adapter_manager.loaded(adapter, request)
+            return adapter
+
+        self._load_adapter = named
     return original(self, model, vllm_config)
 
 

@@ -1,0 +1,188 @@
+"""Every transport brings whole updates and deltas, and ends with its connection when somebody dies or stops."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.transfer_parties import NEW, OLD, have, layout, make, takes_the_next_good_update
+from titan_bridge.sharding.layout import Layout
+from titan_bridge.testing_processes import PlainClient, plain_ranks, plain_workers
+from titan_bridge.testing_samples import differences, same_bits, sample_locals, sample_target
+from titan_bridge.transfer import transports
+from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.options import Options
+from titan_bridge.transfer.target import Target
+from titan_bridge.transfer.trainer import Trainer
+from titan_bridge.transfer.transports import Memory, Tcp, accept, offer
+from titan_bridge.transfer.wire import Connection, Deadline, Listener, connect
+from titan_bridge.transfer.worker import Worker
+
+pytestmark = pytest.mark.distributed
+CPU = torch.device("cpu")
+
+
+def used(trainer: Trainer) -> set[str]:
+    return {way.transport.name for ways in trainer._ways.values() for way in ways.values() if way.transport}
+
+
+def used_by(worker: Worker) -> set[str]:
+    return {way.name for way in worker._link.transports.values()} if worker._link else set()
+
+
+def updates(rank: int, world: int, client: PlainClient, transport: str) -> tuple[set[str], str, str, int]:
+    trainer, held = make(rank, world, client, NEW, transport=transport)
+    with trainer:
+        kinds = [trainer.send().kind]
+        held["norm"].to_local().add_(1)
+        kinds.append(trainer.send().kind)
+        if rank == 0:
+            assert client.call(used_by) == [used(trainer)] * 2
+        return used(trainer), *kinds, trainer.verify()
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"), [("auto", "memory"), ("memory", "memory"), ("tcp", "tcp"), ("gloo", "gloo")]
+)
+def test_each_brings_whole_updates_and_deltas(trainers, workers, asked, taken):
+    for answer in trainers.run(updates, workers, asked):
+        assert answer == ({taken}, "whole", "delta", 14)
+
+
+def refused(rank: int, world: int, client: PlainClient) -> str:
+    trainer, _ = make(rank, world, client, NEW, transport="nccl")
+    with trainer, pytest.raises(TransferError) as error:
+        trainer.send()
+    return str(error.value)
+
+
+def test_one_that_the_two_cannot_have_is_refused_by_name(trainers, workers):
+    for text in trainers.run(refused, workers):
+        assert "nccl: the trainer's tensors are on cpu, the engine's on cpu; Options.transport" in text
+    assert have(workers, OLD)
+
+
+def fault(rank: int, world: int, client: PlainClient, transport: str, act: int) -> float:
+    trainer, _ = make(rank, world, client, NEW, transport=transport, seconds=3)
+    if rank == 1:
+        trainer.source.act = lambda: os.kill(os.getpid(), act)  # type: ignore[attr-defined]
+    started = time.monotonic()
+    with pytest.raises(TransferError):
+        trainer.send()
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("act", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("transport", ["memory", "gloo"])
+def test_a_rank_that_dies_or_stops_leaves_the_old_weights(mortal, trainers, workers, transport, act):
+    with pytest.raises(RuntimeError, match="rank 1: died"):
+        answers = mortal.start(fault, workers, transport, int(act))
+        if act == signal.SIGSTOP:
+            mortal._pipes[0].poll(60)  # rank 0 has given up
+            mortal.processes[1].kill()
+        answers()
+    assert have(workers, OLD)
+    takes_the_next_good_update(trainers, workers)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Connection, Connection]]:
+    listener = Listener("127.0.0.1", 0, b"s" * 32)
+    here = connect("127.0.0.1", listener.port, b"s" * 32, {}, Deadline(5))
+    (there,) = listener.take(lambda hello: True, count=1, deadline=Deadline(5))
+    yield there, here
+    for each in (here, there, listener):
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("handle", "reason"),
+    [
+        ({"path": "/proc/0/fd/3", "key": "00" * 32}, "No such file"),
+        ({"path": __file__, "key": "00" * 32}, "not on one host"),
+        (None, "not on one host"),
+    ],
+    ids=["no such process", "another file", "another ring"],
+)
+def test_without_shared_memory_the_connection_is_taken_and_the_log_says_why(ends, handle, reason, caplog):
+    trainer, worker = ends
+    _, ring, descriptor = transports._shared(CPU)
+    trainer.send(
+        {"offer": ["memory", "tcp"], "device": "cpu", "memory": handle or {**ring, "key": "00" * 32}},
+        Deadline(5),
+    )
+    caplog.set_level("INFO", "vllm.titan_bridge.transfer.transports")
+    assert type(accept(worker, CPU, Deadline(5))) is Tcp
+    assert trainer.receive(Deadline(5)) == {"take": "tcp"}
+    assert re.search(f"come over tcp \\(memory: .*{reason}", caplog.text)
+    os.close(descriptor)
+
+
+def test_a_ring_carries_any_sizes_and_keeps_no_file_open(ends):
+    before = set(os.listdir("/proc/self/fd"))
+    taken: list[Tcp] = []
+    thread = threading.Thread(target=lambda: taken.append(accept(ends[1], CPU, Deadline(5))))
+    thread.start()
+    sender = offer(ends[0], ["memory"], CPU, Deadline(5))
+    thread.join()
+    assert isinstance(sender, Memory)
+    assert set(os.listdir("/proc/self/fd")) == before
+    sizes = [1, 3, transports.SLOT_BYTES, 9 * transports.SLOT_BYTES + 5, 0]
+    data = [torch.randint(0, 255, (size,), dtype=torch.uint8) for size in sizes]
+    came = [torch.empty_like(each) for each in data]
+
+    def send() -> None:
+        for each in data:
+            sender.send(each, Deadline(5))
+        sender.finish(Deadline(5))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    for each in came:
+        taken[0].receive(each, Deadline(5))
+    thread.join()
+    assert all(same_bits(a, b) for a, b in zip(data, came, strict=True))
+
+
+def on_gpu(told: dict[str, Any], at: int) -> Target:
+    made = sample_target(told, 0, 0, OLD)
+    live = {name: tensor.cuda(at) for name, tensor in made.tensors().items()}
+    return Target(tensors=lambda: live, layout=made.layout, rank=0, index=0)
+
+
+def off(worker: Worker) -> list[str]:
+    """Names of what differs from NEW, on a GPU."""
+    live = {name: tensor.cpu() for name, tensor in worker.target.tensors().items()}
+    worker.target = Target(tensors=lambda: live, layout=worker.target.layout, rank=0, index=0)
+    return differences(worker, NEW)
+
+
+def from_gpu(rank: int, world: int, client: PlainClient) -> tuple[set[str], str, str, int]:
+    now = {name: t.cuda(0) for name, t in sample_locals(Layout.from_json(layout(1, 0)), 0, OLD).items()}
+    with Trainer(lambda: now, client, options=Options(seconds=60)) as trainer:
+        first = trainer.send().kind
+        now["norm"] += 1
+        second = trainer.send().kind
+        trainer.verify()
+        for name, tensor in sample_locals(Layout.from_json(layout(1, 0)), 0, NEW).items():
+            now[name].copy_(tensor)
+        trainer.send()
+        return used(trainer), first, second, trainer.verify()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("at", "taken"), [(0, "memory"), (1, "nccl")])
+def test_from_gpu_to_gpu(at, taken):
+    if torch.cuda.device_count() <= at:
+        pytest.skip(f"fewer than {at + 1} CUDA devices")
+    with plain_workers(on_gpu, [(layout(1, 0), at)]) as (client, _), plain_ranks(1) as ranks:
+        assert ranks.run(from_gpu, client) == [({taken}, "whole", "delta", 7)]
+        assert client.call(off) == [[]]

@@ -1,0 +1,319 @@
+"""How tensors get from a trainer rank to a worker: over the connection itself, or beside it.
+
+    tcp      the authenticated connection, through both hosts' memory; always possible
+    memory   a ring in memory that the two processes share: the host's on CPUs, the GPU's (CUDA IPC) where both use one
+    nccl     a process group of the two, from GPU to GPU; gloo is the same on CPUs
+
+The trainer rank offers, best first; the worker takes the first that it can, and logs which. A group is made for one
+connection and ends with it: a fault costs the group, not the engine. Groups meet over the connection, but what they
+send afterwards is not authenticated, as with any use of NCCL and gloo. Nothing here has run on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from titan_bridge.transfer.errors import PeerLost, TransferError
+from titan_bridge.transfer.wire import Connection, Deadline, raw
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
+
+SLOT_BYTES, SLOTS = 2**20, 4
+"""Of a ring: small, so that what one process writes is still in the processor's cache when the other reads it."""
+KEY_BYTES = 32
+"""At the ring's beginning until it is used: that both ends have mapped one memory."""
+_CPU = torch.device("cpu")
+_GROUPS = threading.Lock()
+_SURVIVE = {
+    "TORCH_NCCL_BLOCKING_WAIT": "1",  # `wait` raises after its time, in the thread that waits
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # nobody ends the process for a peer that is gone
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+"""Environment that a NCCL group reads when it is made."""
+
+
+class Tcp:
+    """The connection itself. All transports take contiguous tensors, and raise PeerLost after the deadline."""
+
+    name: ClassVar[str] = "tcp"
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.device = _CPU
+        """Where what is sent should lie."""
+
+    def send(self, data: torch.Tensor, deadline: Deadline) -> None:
+        self.connection.send_raw(raw(data), deadline)
+
+    def head(self, deadline: Deadline) -> dict[str, Any]:
+        """What the trainer rank says before it sends tensors."""
+        return self.connection.receive(deadline)
+
+    def receive(self, into: torch.Tensor, deadline: Deadline) -> None:
+        """Fill a tensor in the host's memory."""
+        self.connection.receive_raw(raw(into), deadline)
+
+    def finish(self, deadline: Deadline) -> None:
+        """After an update: all that was sent has left this end's memory."""
+
+    def close(self) -> None:
+        """Whoever waits on either end fails, at the latest after its deadline."""
+        self.connection.close()
+
+
+class Memory(Tcp):
+    """A ring of slots that both processes have; over the connection goes one byte for each that was filled or
+    emptied: their number, so that anything else is noticed."""
+
+    name = "memory"
+
+    def __init__(self, connection: Connection, ring: torch.Tensor) -> None:
+        super().__init__(connection)
+        self.device = ring.device
+        self._slots = ring.view(SLOTS, SLOT_BYTES)
+        self._next, self._free, self._told, self._heard = 0, SLOTS, 0, 0
+
+    def send(self, data: torch.Tensor, deadline: Deadline) -> None:
+        for part in data.view(-1).view(torch.uint8).split(SLOT_BYTES):
+            if not self._free:
+                self._hear(deadline)
+                self._free += 1
+            self._slot(len(part)).copy_(part)
+            self._free -= 1
+            self._tell(deadline)
+
+    def receive(self, into: torch.Tensor, deadline: Deadline) -> None:
+        for part in into.view(-1).view(torch.uint8).split(SLOT_BYTES):
+            self._hear(deadline)
+            part.copy_(self._slot(len(part)))
+            self._tell(deadline)
+
+    def finish(self, deadline: Deadline) -> None:
+        for _ in range(SLOTS - self._free):
+            self._hear(deadline)
+        self._free = SLOTS
+
+    def _slot(self, size: int) -> torch.Tensor:
+        slot, self._next = self._slots[self._next], (self._next + 1) % SLOTS
+        return slot[:size]
+
+    def _tell(self, deadline: Deadline) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self._told = (self._told + 1) % 256
+        self.connection.send_raw(bytes([self._told]), deadline)
+
+    def _hear(self, deadline: Deadline) -> None:
+        self._heard = (self._heard + 1) % 256
+        self.connection.receive_raw(byte := bytearray(1), deadline)
+        if byte[0] != self._heard:
+            raise TransferError(f"{self.connection.peer} is out of step")
+
+
+class Group(Tcp):
+    """A process group of the two: NCCL where both have a GPU, each its own; else gloo."""
+
+    def __init__(self, connection: Connection, name: str, rank: int, device: torch.device, limit: Deadline):
+        super().__init__(connection)
+        self.name, self.device, self._other = name, device, 1 - rank  # type: ignore[misc]
+        self._store = store = _Store(connection, limit)
+        try:
+            with _GROUPS:
+                if name == "nccl":
+                    self._group: Any = _nccl(store, rank)
+                else:
+                    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+                    options._devices = [dist.ProcessGroupGloo.create_device(hostname=connection.host)]  # type: ignore[attr-defined]
+                    options._timeout = timedelta(seconds=limit.left)
+                    self._group = dist.ProcessGroupGloo(store, rank, 2, options)
+        except RuntimeError as error:
+            raise PeerLost(f"no {name} group with {connection.peer}: {error}") from None
+        # NCCL connects only now: where that cannot be, no weight was sent yet.
+        (self.receive if rank else self.send)(torch.zeros(1, dtype=torch.uint8), limit)
+
+    def head(self, deadline: Deadline) -> dict[str, Any]:
+        while "key" in (told := super().head(deadline)):
+            self._store.know(told)
+        return told
+
+    def send(self, data: torch.Tensor, deadline: Deadline) -> None:
+        self._do(self._group.send, data.view(-1).view(torch.uint8).to(self.device), deadline)
+
+    def receive(self, into: torch.Tensor, deadline: Deadline) -> None:
+        there = into if into.device == self.device else torch.empty_like(into, device=self.device)
+        self._do(self._group.recv, there.view(-1).view(torch.uint8), deadline)
+        if there is not into:
+            into.copy_(there)
+
+    def _do(self, what: Any, data: torch.Tensor, deadline: Deadline) -> None:
+        try:
+            what([data], self._other, 0).wait(timedelta(seconds=deadline.left))
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+        except RuntimeError as error:  # DistBackendError is one
+            first = str(error).splitlines()[0]
+            raise PeerLost(f"{self.connection.peer} over {self.name}: {first}") from None
+
+    def close(self) -> None:
+        super().close()
+        self._group.abort()
+
+
+def _nccl(store: dist.Store, rank: int) -> Any:
+    before = {name: os.environ.get(name) for name in _SURVIVE}
+    os.environ.update(_SURVIVE)
+    try:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(days=1)  # ours are those of each `wait`
+        return dist.ProcessGroupNCCL(store, rank, 2, options)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class _Store(dist.Store):
+    """What two processes tell each other while they make a group, over their connection."""
+
+    def __init__(self, connection: Connection, limit: Deadline) -> None:
+        super().__init__()
+        self._connection, self._limit, self._known = connection, limit, dict[str, bytes]()
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._known[key] = value.encode() if isinstance(value, str) else value
+        self._connection.send({"key": key, "value": self._known[key].hex()}, self._limit)
+
+    def get(self, key: str) -> bytes:
+        while key not in self._known:
+            self.know(self._connection.receive(self._limit))
+        return self._known[key]
+
+    def know(self, told: Mapping[str, Any]) -> None:
+        """What the other process has set."""
+        self._known[told["key"]] = bytes.fromhex(told["value"])
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        for key in keys:
+            self.get(key)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return all(key in self._known for key in keys)
+
+
+def offered(transport: str, device: torch.device) -> list[str]:
+    """What is offered, best first, for `Options.transport` and tensors on `device`."""
+    if transport != "auto":
+        return [transport]
+    return ["memory", "nccl", "tcp"] if device.type == "cuda" else ["memory", "tcp"]
+
+
+def offer(connection: Connection, names: Sequence[str], device: torch.device, limit: Deadline) -> Tcp:
+    """The trainer rank's end. Raises TransferError where the worker takes none of them, PeerLost as always."""
+    ring, handle, descriptor = None, {}, -1
+    try:
+        if "memory" in names:
+            ring, handle, descriptor = _shared(device)
+        told = {"offer": list(names), "device": _name_of(device), "memory": handle}
+        connection.send(told, limit)
+        answer = connection.receive(limit)
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+    if answer.get("error"):
+        raise TransferError(answer["error"])
+    if answer["take"] == "memory" and ring is not None:
+        return Memory(connection, ring)
+    return Tcp(connection) if answer["take"] == "tcp" else Group(connection, answer["take"], 0, device, limit)
+
+
+def accept(connection: Connection, device: torch.device, limit: Deadline) -> Tcp:
+    """The worker's end. Raises TransferError where it can take none of what is offered."""
+    told = connection.receive(limit)
+    refused = {}
+    for name in told["offer"]:
+        ring = None
+        try:
+            if name == "memory":
+                ring = _opened(told["memory"], told["device"], device)
+            elif name == "nccl" and {told["device"].split()[0], device.type} != {"cuda"}:
+                raise ValueError(f"the trainer's tensors are on {told['device']}, the engine's on {device}")
+            elif name == "nccl" and told["device"] == _name_of(device):
+                raise ValueError("both use one GPU")
+            elif name == "gloo" and told["device"] != "cpu":
+                raise ValueError("the trainer's tensors are not on a CPU")
+        except (OSError, ValueError, RuntimeError) as error:
+            refused[name] = f"{name}: {error}"
+            continue
+        connection.send({"take": name}, limit)
+        why = f" ({'; '.join(refused.values())})" if refused else ""
+        logger.info("weight transfer: tensors of %s come over %s%s", connection.peer, name, why)
+        if ring is not None:
+            return Memory(connection, ring)
+        return Tcp(connection) if name == "tcp" else Group(connection, name, 1, device, limit)
+    text = (
+        f"no transport to {connection.peer}: {'; '.join(refused.values())}; Options.transport may be 'auto'"
+    )
+    connection.send({"error": text}, limit)
+    raise TransferError(text)
+
+
+def _name_of(device: torch.device) -> str:
+    return (
+        f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else str(device.type)
+    )
+
+
+def _shared(device: torch.device) -> tuple[torch.Tensor, dict[str, Any], int]:
+    """A new ring, how another process finds it, and a descriptor to close when it has."""
+    size = SLOTS * SLOT_BYTES
+    if device.type == "cuda":
+        ring = torch.empty(size, dtype=torch.uint8, device=device)
+        parts = ring.untyped_storage()._share_cuda_()
+        told = [part.hex() if isinstance(part, bytes) else part for part in parts]
+        return ring, {"cuda": told}, -1
+    # Memory without a name: whoever is killed at whatever moment leaves none behind.
+    descriptor = os.memfd_create("titan-transfer", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, size)
+    ring, key = _mapped(descriptor), secrets.token_bytes(KEY_BYTES)
+    ring[:KEY_BYTES] = torch.tensor(list(key), dtype=torch.uint8)
+    return ring, {"path": f"/proc/{os.getpid()}/fd/{descriptor}", "key": key.hex()}, descriptor
+
+
+def _opened(handle: Mapping[str, Any], theirs: str, device: torch.device) -> torch.Tensor:
+    """A trainer rank's ring. Raises OSError or ValueError where it cannot be reached from this process."""
+    if "cuda" in handle:
+        if theirs != _name_of(device):
+            raise ValueError("not on one GPU")
+        parts = [bytes.fromhex(part) if isinstance(part, str) else part for part in handle["cuda"]]
+        storage = torch.UntypedStorage._new_shared_cuda(*parts)  # type: ignore[attr-defined]
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    if device.type != "cpu":
+        raise ValueError("the trainer's tensors are on CPUs, the engine's are not")
+    descriptor = os.open(handle["path"], os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_size != SLOTS * SLOT_BYTES:
+            raise ValueError("not on one host")
+        ring = _mapped(descriptor)
+    finally:
+        os.close(descriptor)
+    if bytes(ring[:KEY_BYTES].tolist()) != bytes.fromhex(handle["key"]):
+        raise ValueError("not on one host")
+    return ring
+
+
+def _mapped(descriptor: int) -> torch.Tensor:
+    # Not mmap.mmap, which keeps a descriptor open for each mapping.
+    return torch.from_file(
+        f"/proc/self/fd/{descriptor}", shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8
+    )
