@@ -201,7 +201,7 @@ def test_pipeline_stages_over_two_nodes(network: Network, tmp_path: Path) -> Non
         for stage, log in enumerate(nodes.logs):
             assert f"(Worker_PP{stage} " in log, log
             assert f"(Worker_PP{1 - stage} " not in log, log
-            assert f"stage {stage} with layers {stage} to {2 * stage}, " in log
+            assert f"stage {stage} with layers {2 * stage} to {1 + stage}, " in log
         expect(a, PROMPT, *nodes.answer(a, PROMPT))
         spec = httpx.get(f"{nodes.url}/v1/sharding_spec", timeout=60).json()
         assert {name: mesh["ranks"] for name, mesh in spec["meshes"].items()} == {
