@@ -71,7 +71,9 @@ def cut(party: Trainer | Worker) -> None:
 def garbage(party: Trainer | Worker) -> None:
     for connection in connections(party):
         with contextlib.suppress(TransferError):
-            connection.send_raw(secrets.token_bytes(100_000), Deadline(1))
+            connection.send_raw(
+                b"\xff" + secrets.token_bytes(100_000), Deadline(1)
+            )  # no length that is waited for
 
 
 ACTS: dict[str, Callable[[Any], None]] = {
