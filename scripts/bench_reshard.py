@@ -47,8 +47,6 @@ import titan_bridge.checkpoint.reshard, titan_bridge.checkpoint.team, titan_brid
 from titan_bridge.models import families
 families()
 """
-TORCHTITAN = "import titan_bridge.model_layout"
-"""Where the layout of an engine is asked for."""
 COPY = """
 import os, subprocess, sys, time
 exec(sys.argv.pop(1))
@@ -190,9 +188,9 @@ def run(command: Sequence[str]) -> Usage:
     )
 
 
-def copy_command(source: Path, target: Path, imports: str = IMPORTS) -> list[str]:
+def copy_command(source: Path, target: Path) -> list[str]:
     """`cp` after the imports of the command that does more than that."""
-    return python(COPY + LEAVE, imports, target, *weights(source))
+    return python(COPY + LEAVE, IMPORTS, target, *weights(source))
 
 
 def python(code: str, *arguments: object) -> list[str]:
@@ -223,10 +221,6 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
             "raw copy": lambda out: copy_command(dcp, out),
             "titan-bridge": lambda out: python(OURS, dcp, out, "--to", "hf", "--dtype", "bfloat16"),
             "torchtitan convert_to_hf": lambda out: python(TITAN, "to_hf", dcp, out, hf, "bfloat16"),
-        }),
-        "dcp to engine files, tp=2": (dcp, {
-            "raw copy": lambda out: copy_command(dcp, out, IMPORTS + TORCHTITAN),
-            "titan-bridge": lambda out: python(OURS, dcp, out, "--to", "engine", "--tp", 2),
         }),
     }  # fmt: skip
     rows, same = [], []

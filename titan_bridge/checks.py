@@ -44,12 +44,18 @@ def check(config: InferConfig, *, text: bool = False) -> dict[str, Any]:
         # vLLM runs dp of a dense model as engines that do not know of each other, unless they share its weights.
         together = experts or parallel.dense == "shard"
         sizes = parallel.sizes if together else replace(parallel.sizes, dp=1)
-        model_fits(hf_config, sizes, max_model_len=config.max_model_len, policy=config.policy)
+        model_fits(
+            hf_config,
+            sizes,
+            max_model_len=config.max_model_len,
+            policy=options.parallelism,
+            attention_dp=options.attention_dp,
+        )
         if is_cpu_backend():
             from titan_bridge.engine.cpu.head_dims import check_head_dim  # noqa: PLC0415  vLLM's platform, seconds
 
             check_head_dim(hf_config, latent=options.mla == "latent")
-        weights_fit(config.model, options.step, hf_config)
+        weights_fit(config.model, options.step, hf_config, options.names)
     else:
         weights_present(config.model)
     vllm = config.engine_options()
@@ -85,6 +91,7 @@ def model_fits(
     *,
     max_model_len: int | None = None,
     policy: Policy | None = None,
+    attention_dp: bool | int = False,
 ) -> None:
     """Check that TorchTitan has this model, that the engine serves it and that it divides into `sizes` by `policy`.
 
@@ -99,8 +106,12 @@ def model_fits(
 
     family = family_for(hf_config)
     config = family.model_config(hf_config)
+    if sizes.pp > 1 and not sizes.stages:
+        from titan_bridge.engine.model.stages import staged  # noqa: PLC0415  vLLM
+
+        sizes = staged(sizes, len(config.layers))
     if policy is not None:
-        sizes = split(policy, family, config, sizes).sizes
+        sizes = split(policy, family, config, sizes, attention_dp=attention_dp).sizes
     check_divides(config, sizes, narrows=family.takes_policy)
     rope_covers(hf_config, max_model_len)
 
@@ -124,7 +135,7 @@ def rope_covers(hf_config: Mapping[str, Any], max_model_len: int | None) -> None
         )
 
 
-def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any]) -> None:
+def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any], names: str | None = None) -> None:
     """Check that the headers of the weights are whole and hold what config.json describes; see `check_weights`.
 
     Raises:
@@ -140,12 +151,13 @@ def weights_fit(model: str, step: int | None, hf_config: Mapping[str, Any]) -> N
     directory = weights_directory(model, step)
     if directory is None:
         raise BridgeError(
-            f"{model} has no weights; looked for safetensors, a DCP (.metadata), engine files (engine.json) and the "
+            f"{model} has no weights; looked for safetensors, a DCP (.metadata) and the "
             "step-N folders of a training run"
         )
     family = family_for(hf_config)
-    layers = range(hf_config["num_hidden_layers"] if has_expert_bias(model, step) else 0)
-    check_weights(directory, family, hf_config, {f"layers.{i}.moe.expert_bias_E": None for i in layers})
+    layers = range(hf_config["num_hidden_layers"] if has_expert_bias(model, step, names) else 0)
+    biases = {f"layers.{i}.moe.expert_bias_E": None for i in layers}
+    check_weights(directory, family, hf_config, biases, names)
 
 
 def model_directory(model: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from titan_bridge import __version__
@@ -115,9 +115,9 @@ def _parse(name: str, arguments: list[str]) -> Any:
         own, passed = arguments[:cut], arguments[cut + 1 :]
     parsed = tyro.cli(
         command,
+        args=list(_with_numbers(own)),
         prog=f"titan-bridge {name}",
         description=inspect.cleandoc(command.__doc__ or ""),
-        args=own,
         return_unknown_args=takes_options,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -125,6 +125,19 @@ def _parse(name: str, arguments: list[str]) -> Any:
         return parsed
     parsed, unknown = parsed
     return dataclasses.replace(parsed, vllm_options=(*unknown, *passed))
+
+
+def _with_numbers(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments, with `--attention-dp` given the value "true" where no number follows it."""
+    for at, argument in enumerate(arguments):
+        yield argument
+        number = arguments[at + 1] if at + 1 < len(arguments) else ""
+        if (
+            argument == "--attention-dp"
+            and not number.lstrip("-").isdecimal()
+            and number not in ("true", "false")
+        ):
+            yield "true"
 
 
 def _overview() -> str:

@@ -84,7 +84,9 @@ def rounds(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[dict
     return [list(prompt) for prompt in (*prompts, *prompts)], sampling
 
 
-def references(model: str | os.PathLike[str], step: int | None = None) -> Iterator[tuple[str, Logprobs]]:
+def references(
+    model: str | os.PathLike[str], step: int | None = None, names: str | None = None
+) -> Iterator[tuple[str, Logprobs]]:
     """Name and log-probabilities of each reference, float32 on the CPU; one is in memory at a time.
 
     transformers reads Hugging Face checkpoints of models that it knows, quantized ones only with packages that nothing
@@ -97,9 +99,9 @@ def references(model: str | os.PathLike[str], step: int | None = None) -> Iterat
 
     hf = load_hf_config(model)
     known = family_for(hf).config_class is None and quantization.read(hf) is None
-    if known and weights_directory(str(model), step) == Path(model) and is_hf(Path(model)):
+    if known and names is None and weights_directory(str(model), step) == Path(model) and is_hf(Path(model)):
         yield "transformers", _transformers(model)
-    yield "TorchTitan", load_reference(model, step=step).logprobs
+    yield "TorchTitan", load_reference(model, step=step, names=names).logprobs
 
 
 def _transformers(model: str | os.PathLike[str]) -> Logprobs:

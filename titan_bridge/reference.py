@@ -62,6 +62,7 @@ def load_reference(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     step: int | None = None,
+    names: str | None = None,
 ) -> Reference:
     """Build the model that a checkpoint's config.json describes and fill it through the family's views.
 
@@ -70,6 +71,7 @@ def load_reference(
         dtype: The weights are converted to it (routed experts included).
         device: Where the whole model must fit.
         step: Of a training run, the checkpoint to take; the last whole one if not given.
+        names: As for `open_checkpoint`.
 
     Raises:
         UnsupportedModelError: The config states something TorchTitan's model cannot compute.
@@ -78,7 +80,7 @@ def load_reference(
     model_dir, step = model_and_step(model_dir, step)
     hf = load_hf_config(model_dir)
     family = family_for(hf)
-    config = family.model_config(hf, expert_bias=has_expert_bias(model_dir, step))
+    config = family.model_config(hf, expert_bias=has_expert_bias(model_dir, step, names))
     keep_expert_dtype(config)
     use_plain_attention(config)
     model = materialize(build_on_meta(config, dtype=dtype), device).eval().requires_grad_(False)
@@ -88,7 +90,7 @@ def load_reference(
     where = layout(config, Sizes(), dtype=dtype)
     live = dict(model.named_parameters()) | dict(model.named_buffers())
     known = {view.fqn for view in family.views(hf)}
-    with open_checkpoint(directory) as checkpoint:
+    with open_checkpoint(directory, names=names) as checkpoint:
         load_into(
             checkpoint,
             {fqn: live[fqn] for fqn in where.params},

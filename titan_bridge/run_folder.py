@@ -152,7 +152,7 @@ def model_and_step(path: str | os.PathLike[str], step: int | None = None) -> tup
         step = int(named[1])
     if step is not None:
         step_folder(folder, step)
-    elif not any((folder / name).is_file() for name in (METADATA, "engine.json", SINGLE, INDEX)):
+    elif not any((folder / name).is_file() for name in (METADATA, SINGLE, INDEX)):
         step = max(whole_steps(folder), default=None)
     return os.fspath(path) if folder == given else str(folder), step
 

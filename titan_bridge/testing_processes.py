@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import tempfile
 import threading
 import traceback
@@ -63,6 +64,9 @@ def forked(*imported: str) -> Iterator[Any]:
         _users -= 1
         if not _users and _started:
             _started = False
+            os.kill(
+                server._forkserver_pid, signal.SIGKILL
+            )  # told to end, it takes seconds to forget its modules
             server._stop()
 
 

@@ -92,6 +92,13 @@ def run(file: Path, out: Path, *options: str, limit: int | None = None, status: 
     return done
 
 
+def train(file: Path, out: Path, *options: str) -> None:
+    """The command in this process, with ranks that are forked."""
+    with forked_training():
+        assert cli.main(["train", str(file), "--out", str(out), *options]) == 0
+    logging.disable(logging.NOTSET)  # the command has its process to itself
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Callable[[str, str], Path]:
     """The output folder of a run of 8 steps in one layout; each is trained once."""
@@ -101,10 +108,7 @@ def trained(tmp_path_factory) -> Callable[[str, str], Path]:
         if (family, layout) not in folders:
             folder = tmp_path_factory.mktemp("train")
             file = toml(folder, family=family, sizes=MOE if family == "qwen3" else LLAMA)
-            sizes = [f"--set=parallel.{size}" for size in layout.split()]
-            with forked_training():
-                assert cli.main(["train", str(file), "--out", str(folder / "out"), *sizes]) == 0
-            logging.disable(logging.NOTSET)  # the command has its process to itself
+            train(file, folder / "out", *(f"--set=parallel.{size}" for size in layout.split()))
             folders[family, layout] = folder / "out"
         return folders[family, layout]
 
@@ -137,7 +141,7 @@ def losses(out: Path) -> dict[int, tuple[float, float]]:
 
 
 @pytest.mark.timeout(400)
-def test_killed_it_goes_on_from_the_last_whole_checkpoint_bit_for_bit(trained, tmp_path):
+def test_killed_it_goes_on_from_the_last_whole_checkpoint_bit_for_bit(trained, tmp_path, capfd):
     unbroken = trained("llama3", "dp=2")
     file, broken = toml(tmp_path), tmp_path / "broken"
 
@@ -152,9 +156,11 @@ def test_killed_it_goes_on_from_the_last_whole_checkpoint_bit_for_bit(trained, t
     assert list(whole_steps(broken / "checkpoint")) == [3]
     assert max(losses(broken)) < 8
 
-    again = run(file, broken, "--set=parallel.dp=2")
-    assert "on from step 3" in again.stdout
-    assert again.stdout.endswith(f"next: titan-bridge serve {broken}\n")
+    capfd.readouterr()
+    train(file, broken, "--set=parallel.dp=2")
+    printed = capfd.readouterr().out
+    assert "on from step 3" in printed
+    assert printed.endswith(f"next: titan-bridge serve {broken}\n")
     expected = losses(unbroken)
     assert sorted(expected) == list(range(1, 9))
     assert losses(broken) == expected
@@ -167,7 +173,9 @@ def test_killed_it_goes_on_from_the_last_whole_checkpoint_bit_for_bit(trained, t
 
 
 @pytest.mark.timeout(400)
-def test_a_full_disk_and_a_final_export_leave_whole_checkpoints_and_the_run_goes_on(trained, tmp_path):
+def test_a_full_disk_and_a_final_export_leave_whole_checkpoints_and_the_run_goes_on(
+    trained, tmp_path, capsys
+):
     file, out = toml(tmp_path), tmp_path / "out"
     ignore = shutil.ignore_patterns("step-6", "step-8")  # as if it had been told to end at step 3
     shutil.copytree(trained("llama3", "dp=2"), out, ignore=ignore)
@@ -190,12 +198,14 @@ def test_a_full_disk_and_a_final_export_leave_whole_checkpoints_and_the_run_goes
 
     # The end as a Hugging Face export, which is kept and served, and which TorchTitan cannot go on from.
     in_hf = [f"--set=trainer.checkpoint.last_save_{what}=true" for what in ("model_only", "in_hf")]
-    assert "going on from step 3" in run(file, out, "--set=parallel.dp=2", *in_hf).stdout
+    train(file, out, "--set=parallel.dp=2", *in_hf)
+    assert "going on from step 3" in capsys.readouterr().out
     export = find(out).directory
     exported = {path: path.stat().st_mtime_ns for path in export.rglob("*")}
     assert (export.name, (export / ".metadata").exists()) == ("step-8", False)
     more = ("--set=trainer.training.steps=10", "--set=trainer.checkpoint.keep_latest_k=0")
-    assert "going on from step 6" in run(file, out, "--set=parallel.dp=2", *more).stdout
+    train(file, out, "--set=parallel.dp=2", *more)
+    assert "going on from step 6" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in export.rglob("*")} == exported
     assert sorted(losses(out)) == list(range(1, 11))
     assert find(out).step == 10
@@ -293,7 +303,7 @@ def batch(
     raise AssertionError
 
 
-def test_no_two_runs_share_a_folder(tmp_path):
+def test_no_two_runs_share_a_folder(tmp_path, capsys):
     file = toml(tmp_path, steps=1000)
     command = [COMMAND, "train", file, "--out", tmp_path / "out"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -302,7 +312,8 @@ def test_no_two_runs_share_a_folder(tmp_path):
         for line in process.stdout:
             if line.startswith("step"):
                 break
-        assert "another run trains in" in run(file, tmp_path / "out", status=2).stderr
+        assert cli.main(["train", str(file), "--out", str(tmp_path / "out")]) == 2
+        assert "another run trains in" in capsys.readouterr().err
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)

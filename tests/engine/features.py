@@ -152,18 +152,42 @@ SAME = (
         note="routed experts and embeddings are refused by name",
     ),
     Same(
-        name="Several nodes: tensor and data parallel, headless",
+        name="Pipeline stages, with tp, ep, and dp outside of them",
+        test="test_pipeline.py::test_the_numbers_of_both_references_and_each_stage_its_own_part",
+    ),
+    Same(
+        name="Several nodes: tensor, data and pipeline parallel, headless",
         test="test_nodes.py::test_tensor_parallel_over_two_nodes",
         note="with `titan-bridge serve` a node that ends takes the others with it",
     ),
 )  # fmt: skip
 
+
+def _groups(name: str, said: str, /, **options: Any) -> Refused:
+    """An option that does not go with attention data parallelism."""
+    titan = {"attention_dp": 2, **options.pop("titan", {})}
+    given = {"tensor_parallel_size": 2, "additional_config": {"titan": titan}, **options}
+    return Refused(
+        name=f"Attention data parallelism with {name}",
+        options=given,
+        said=f"{said} not supported with attention_dp=2",
+    )
+
+
 _DRAFT = {"model": "MODEL", "num_speculative_tokens": 2}
 
 REFUSED = (
     Refused(
-        name="Pipeline stages", options={"pipeline_parallel_size": 2},
-        said="pipeline_parallel_size=2 is not supported with model_impl='torchtitan'",
+        name="Pipeline stages with `additional_config.titan.dense='shard'`",
+        options={
+            "pipeline_parallel_size": 2, "data_parallel_size": 2, "additional_config": {"titan": {"dense": "shard"}},
+        },
+        said="additional_config.titan.dense = 'shard' with pipeline_parallel_size=2 is not supported with",
+    ),
+    Refused(
+        name="Pipeline stages with a draft model",
+        options={"pipeline_parallel_size": 2, "speculative_config": {"method": "draft_model", **_DRAFT}},
+        said="a draft model with pipeline_parallel_size=2 is not supported with model_impl='torchtitan'",
     ),
     Refused(
         name="LoRA with `fully_sharded_loras`", options={"enable_lora": True, "fully_sharded_loras": True},
@@ -215,6 +239,22 @@ REFUSED = (
         name="Sleep mode (taken elsewhere)", options={"enable_sleep_mode": True}, by_vllm=True,
         said="Sleep mode is not supported on current platform",
     ),
+    _groups(
+        "speculation", "speculation is", speculative_config={"method": "ngram", "num_speculative_tokens": 2},
+    ),
+    _groups("LoRA", "LoRA is", enable_lora=True),
+    _groups("KV connectors", "a KV connector is",
+            kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}),
+    _groups("a KV cache offloaded to the host", "kv_offloading_size=1.0 is", kv_offloading_size=1.0),
+    _groups("KV cache events", "KV cache events are",
+            kv_events_config={"enable_kv_cache_events": True, "publisher": "null"}),
+    _groups("pooling", "runner='pooling' is", runner="pooling"),
+    _groups("Ray and other executors than `mp` and `uni`", "distributed_executor_backend='external_launcher' is",
+            distributed_executor_backend="external_launcher"),
+    _groups("several nodes", "nnodes=2 is", nnodes=2, node_rank=0, master_addr="127.0.0.1"),
+    _groups("a scheduler of your own", "scheduler_cls='vllm.v1.core.sched.scheduler.Scheduler' is",
+            scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"),
+    _groups("returned routed experts", "enable_return_routed_experts is", enable_return_routed_experts=True),
 )  # fmt: skip
 
 
@@ -228,6 +268,7 @@ def table() -> str:
         "Made by `python -m tests.engine.features` from the table that the tests of the engine run on CPUs.",
         "*As in vLLM*: the same answers as vLLM's own model on the same weights, log-probabilities within 2e-5 in",
         "fp32. *Refused*: with one line when the engine starts. *Not on CPUs*: vLLM itself refuses it there.",
+        "What is as in vLLM is so with attention data parallelism, too, but for what is refused with it below.",
         "",
         "| feature | | note |",
         "|---|---|---|",

@@ -206,6 +206,12 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     narrow = str(make_checkpoint(tmp_path / "narrow", "deepseek_v3", tokenizer=False))
     latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
     wide = str(make_checkpoint(tmp_path / "wide", "deepseek_v3", tokenizer=False, **latent))
+    one_head = str(make_checkpoint(tmp_path / "one_head", "qwen3", tokenizer=False, num_key_value_heads=1))
+    widths = {"rules": [{"match": {"kind": "attention"}, "plan": {"tp_size": 1}}]}
+
+    def shorthand(value: int, **more: int) -> dict[str, Any]:
+        return {"sharding": {"sharding_strategy": {"enable_dp_attention": value, **more}}}
+
     sharded = {"additional_config": {"titan": {"dense": "shard"}}}
     classifier = {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 2}
     speculation = {"model": str(model), "num_speculative_tokens": 2}
@@ -240,7 +246,27 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
          "additional_config.titan.ep=2 needs enable_expert_parallel"),
         ({"hf_overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
         ({"hf_overrides": longer, "max_model_len": 9000}, "max_position_embeddings=8192; allowed: up to 8192"),
+        ({"tensor_parallel_size": 2, "data_parallel_size": 2, "model": moe,
+          "additional_config": {"titan": {"attention_dp": 2, "dense": "shard"}}},
+         "dense = 'shard' is not supported with attention_dp=2"),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "model": one_head,
+          "additional_config": {"titan": {"attention_dp": 2}}},
+         "pipeline_parallel_size=2 is not supported with attention_dp=2"),
+        ({"pipeline_parallel_size": 9}, "pp=9 is more than the "),
+        ({"additional_config": {"titan": {"attention_dp": 2}}}, "attention_dp=2 does not fit tp=1 and n_heads="),
+        ({"tensor_parallel_size": 2, "additional_config": {"titan": {"attention_dp": 1.5}}},
+         "additional_config.titan.attention_dp"),
+        ({"tensor_parallel_size": 4, "additional_config": {"titan": {"attention_dp": 2, "parallelism": widths}}},
+         "attention_dp=2 cuts attention over tp/2 = 2 ranks, but parallelism says tp_size=1 for layers.0.attention"),
+        ({"additional_config": shorthand(2)}, "enable_dp_attention is 2; allowed: 0, 1, true, false"),
+        ({"additional_config": shorthand(1, expert_parallelism=2)},
+         "unknown key additional_config.sharding.sharding_strategy.expert_parallelism"),
+        ({"additional_config": {**shorthand(1), "titan": {"attention_dp": 2}}}, "leave one out"),
         # What must go on:
+        ({"tensor_parallel_size": 2, "model": one_head, "additional_config": shorthand(1)},
+         f"taken: {one_head} as {one_head}, {{'titan': {{'attention_dp': 2}}}}, titan"),
+        ({"tensor_parallel_size": 2, "additional_config": {"titan": {"attention_dp": True}}}, "taken"),
+        ({"additional_config": shorthand(0)}, "taken"),
         ({"hf_overrides": longer, "max_model_len": 4096}, "taken"),
         ({"speculative_config": {"method": "draft_model", **speculation}}, "taken"),
         ({"runner": "pooling"}, "taken"),

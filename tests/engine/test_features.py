@@ -1,4 +1,5 @@
-"""The table of `features.py`, run: our class against vLLM's own model on the same weights, in one server each.
+"""The table of `features.py`, run: our class, plain and with attention groups, against vLLM's own model on the same
+weights, in one server each.
 
 What is refused is in `test_bad_input.py`, where the process is that needs no engine.
 """
@@ -30,6 +31,12 @@ OPTIONS = (
     "--max-num-batched-tokens", "128", "--scheduling-policy", "priority", "--served-model-name", "model",
     "--enable-prompt-tokens-details", "--enable-server-load-tracking", "--enable-scale-out",
 )  # fmt: skip
+SIDES = {
+    "torchtitan": ("torchtitan", "TitanForCausalLM"),
+    "attention groups": ("torchtitan", "TitanForCausalLM", "--tp", "2", "--attention-dp", "2"),
+    "vllm": ("vllm", "Qwen3ForCausalLM"),
+}
+"""model_impl, the class that it loads, and options."""
 OWN = (
     "id",
     "created",
@@ -51,16 +58,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(model: Path, serve: Callable[..., Any]) -> dict[str, list[tuple[int, Any]]]:
-    """Status and JSON of every request of the table, by `model_impl`."""
+    """Status and JSON of every request of the table, by side."""
     given: dict[str, list[tuple[int, Any]]] = {}
-    for impl, loaded in (("torchtitan", "TitanForCausalLM"), ("vllm", "Qwen3ForCausalLM")):
-        log = model.parent / f"{impl}.log"
+    for side, (impl, loaded, *more) in SIDES.items():
+        log = model.parent / f"{side}.log"
         with (
-            serve(model, log, "--model-impl", impl, *OPTIONS) as url,
+            serve(model, log, "--model-impl", impl, *more, *OPTIONS) as url,
             httpx.Client(base_url=url, timeout=60) as client,
         ):
             assert f"Resolved architecture: {loaded}" in log.read_text()
-            given[impl] = [ask(client, path, body) for each in SAME for path, body in each.requests]
+            given[side] = [ask(client, path, body) for each in SAME for path, body in each.requests]
     return given
 
 
@@ -95,10 +102,12 @@ WITH_REQUESTS = [each for each in SAME if each.requests]
 def test_it_works_as_in_vllm(feature: Same, answers: dict[str, list[tuple[int, Any]]]) -> None:
     first = sum(len(each.requests) for each in itertools.takewhile(lambda each: each is not feature, SAME))
     for at, (path, body) in enumerate(feature.requests, first):
-        (status, ours), (expected, theirs) = answers["torchtitan"][at], answers["vllm"][at]
+        expected, theirs = answers["vllm"][at]
         assert expected == 200, (path, body, theirs)
-        assert status == 200, (path, body, ours)
-        assert not differences(ours, theirs), (path, body)
+        for side in ("torchtitan", "attention groups"):
+            status, ours = answers[side][at]
+            assert status == 200, (side, path, body, ours)
+            assert not differences(ours, theirs), (side, path, body)
 
 
 def test_the_prefix_cache_was_used(answers: dict[str, list[tuple[int, Any]]]) -> None:

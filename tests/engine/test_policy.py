@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests.engine.test_parity import EXPANDED, SERVABLE, answer_here, check
@@ -20,7 +19,7 @@ from titan_bridge.models import family_for
 from titan_bridge.policy.layers import split
 from titan_bridge.policy.read import policy_from
 from titan_bridge.policy.schema import NO_POLICY, Policy, attention_width
-from titan_bridge.testing import make_checkpoint, titan_tensors
+from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -173,20 +172,3 @@ def test_updates_of_all_weights_and_of_a_few_reach_every_width(running: Running)
     trainer.send_weights()
     trainer.shutdown()
     assert running.answers() == fresh
-
-
-def test_engine_files_of_the_policy_are_what_the_engine_starts_from(running: Running, tmp_path: Path) -> None:
-    from titan_bridge.engine import specs
-
-    target = tmp_path / "engine"
-    command = ["reshard", str(running.folder / "a"), str(target), "--to", "engine"]
-    assert cli.main([*command, "--tp", "4", "--ep", "4", "--attention-tp", "2"]) == 0
-    told = specs.layout(running.llm)
-    whole = titan_tensors(running.folder / "a")
-    for rank, files in enumerate(json.loads((target / "engine.json").read_text())["ranks"]):
-        held = {fqn: tensor for file in files for fqn, tensor in load_file(target / file).items()}
-        assert held.keys() == told.params.keys()
-        for fqn, tensor in held.items():
-            assert tuple(tensor.shape) == told.local_shape(fqn, rank)
-            for piece in told.pieces(fqn, rank):
-                assert torch.equal(tensor[piece.local.slices], whole[fqn][piece.box.slices])

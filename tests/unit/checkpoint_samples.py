@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.execute import Executor
+from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import Options
+from titan_bridge.models import family_for
+from titan_bridge.sharding import Layout
 
 SMALL = {
     "hidden_size": 32,
@@ -35,10 +38,27 @@ def contents(path: Path) -> dict[str, torch.Tensor]:
         return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
-def of_rank(directory: Path, rank: int) -> dict[str, torch.Tensor]:
-    """What a rank's engine files hold, as the safetensors library reads them."""
-    files = json.loads((directory / "engine.json").read_text())["ranks"][rank]
-    return {name: tensor for file in files for name, tensor in load_file(directory / file).items()}
+def of_rank(directory: Path, layout: Layout, rank: int, hf: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a rank of the engine loads of a checkpoint; elements that no file has are zero."""
+    family, params = family_for(hf), layout.params
+    live = {
+        fqn: torch.zeros(layout.local_shape(fqn, rank), dtype=getattr(torch, params[fqn].dtype))
+        for fqn in params
+    }
+    rows = params["tok_embeddings.weight"].shape[0]
+    with open_checkpoint(directory) as checkpoint:
+        loaded = load_into(
+            checkpoint,
+            live,
+            layout,
+            rank,
+            family=family,
+            hf=hf,
+            padded_vocab=rows,
+            buffers=family.expert_biases(hf),
+        )
+    assert loaded.bytes_read == loaded.bytes_planned
+    return live
 
 
 def assert_equal(one: Path, other: Path) -> None:

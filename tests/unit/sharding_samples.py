@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 
-from titan_bridge.sharding import Box, Chunk, OnMesh, TensorMetadata
+from titan_bridge.sharding import Box, Chunk, OnMesh, TensorMetadata, pieces_of
 
 whole = TensorMetadata.whole
+
+
+def boxes_of(*where: Any) -> tuple[Box, ...]:
+    """Global boxes of `pieces_of`, which takes the same."""
+    return tuple(piece.box for piece in pieces_of(*where))
 
 
 def chunked(parts: Iterable[tuple[Any, Box]]) -> tuple[Chunk, ...]:

@@ -23,7 +23,7 @@ def of(folder: Path) -> str:
     return found
 
 
-@pytest.mark.parametrize("form", ["hf", "dcp", "engine"])
+@pytest.mark.parametrize("form", ["hf", "dcp"])
 def test_copies_are_alike_and_other_weights_are_not(form: str, tmp_path: Path) -> None:
     digests = []
     for seed in (0, 1):

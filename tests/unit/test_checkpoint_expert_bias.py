@@ -16,8 +16,9 @@ from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
 from titan_bridge.checks import weights_fit
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import Sizes
+from titan_bridge.model_layout import layout
 from titan_bridge.models import load_hf_config
-from titan_bridge.sharding import Layout
 from titan_bridge.testing import make_checkpoint
 
 
@@ -51,7 +52,7 @@ def test_an_expert_bias_that_is_not_zero_is_reported(hf, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 2, "ep": 2}, {"dp": 2, "tp": 2, "ep": 4, "dense": "shard"}])
-def test_an_expert_bias_reaches_the_engine_and_comes_back(hf, tmp_path, sizes):
+def test_an_expert_bias_reaches_every_rank_and_comes_back(hf, tmp_path, sizes):
     """Trained in bfloat16 with a routing bias in float32; every rank holds all of it, and so does a DCP made of it."""
     reshard(hf, tmp_path / "zero", "dcp", dtype=torch.bfloat16)
     state = contents(tmp_path / "zero")
@@ -61,24 +62,23 @@ def test_an_expert_bias_reaches_the_engine_and_comes_back(hf, tmp_path, sizes):
         state[name][:] = torch.arange(len(state[name])) * 0.01 + number
     dcp.save(state, checkpoint_id=tmp_path / "biased", no_dist=True)
     shutil.copy(hf / "config.json", tmp_path / "biased")
-    outcome = reshard(tmp_path / "biased", tmp_path / "engine", "engine", **sizes)
-    assert outcome.lost == {}
-    assert json.loads((tmp_path / "engine/config.json").read_text())["dtype"] == "bfloat16"
-    for rank in range(len(Layout.read(tmp_path / "engine/layout.json").ranks)):
-        held = of_rank(tmp_path / "engine", rank)
+    config = load_hf_config(hf)
+    dense = sizes.pop("dense", "replicate")
+    served = layout(config, Sizes(**sizes), dense, dtype=torch.bfloat16, expert_bias=True)
+    for rank in served.ranks:
+        held = of_rank(tmp_path / "biased", served, rank, config)
         for name in biases:
             assert held[name].dtype == torch.float32
             assert torch.equal(held[name], state[name])
-    reshard(tmp_path / "engine", tmp_path / "back", "dcp")
+    outcome = reshard(tmp_path / "biased", tmp_path / "back", "dcp")
+    assert outcome.lost == {}
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
     assert_same(contents(tmp_path / "back"), state)
     # Who serves builds routers with the bias, and the preflight expects it.
-    config = load_hf_config(hf)
-    for directory in ("zero", "biased", "engine", "back"):
+    for directory in ("zero", "biased", "back"):
         assert has_expert_bias(str(tmp_path / directory))
         weights_fit(str(tmp_path / directory), None, config)
     assert not has_expert_bias(str(hf))
-    reshard(hf, tmp_path / "plain", "engine", **sizes)
-    assert not has_expert_bias(str(tmp_path / "plain"))
 
 
 def test_a_bias_that_hugging_face_knows_stays_float32(tmp_path):
@@ -89,7 +89,7 @@ def test_a_bias_that_hugging_face_knows_stays_float32(tmp_path):
     bias = contents(source)[hf_name]
     assert bias.any()
     at = source
-    for number, to in enumerate(["hf", "dcp", "dcp", "engine", "dcp", "hf"]):
+    for number, to in enumerate(["hf", "dcp", "dcp", "hf", "dcp", "hf"]):
         reshard(at, tmp_path / str(number), to, dtype=torch.bfloat16)
         at = tmp_path / str(number)
         held = contents(at)

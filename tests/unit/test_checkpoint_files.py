@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_bridge.checkpoint import files
-from titan_bridge.checkpoint.engine_files import contiguous_parts
 from titan_bridge.checkpoint.files import FilePool, inside
 from titan_bridge.checkpoint.target import rows_of
 from titan_bridge.errors import BridgeError
@@ -79,19 +78,6 @@ def test_strips_tile_a_box_and_are_small_and_contiguous(data, shape, most, align
     expected = torch.zeros(shape, dtype=torch.int64)
     expected[box.slices] = 1
     assert torch.equal(seen, expected)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data(), shape=SHAPES)
-def test_contiguous_parts_are_runs_of_the_tensor(data, shape):
-    box = data.draw(boxes(shape))
-    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    found = []
-    for part, offset in contiguous_parts(box, shape):
-        run = tensor.reshape(-1)[offset : offset + part.numel]
-        assert torch.equal(run.reshape(part.shape), tensor[part.slices])
-        found += run.tolist()
-    assert sorted(found) == sorted(tensor[box.slices].reshape(-1).tolist())
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "..", "a\0b", "..\\x", 3, None])

@@ -16,6 +16,8 @@ from titan_bridge import cli
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.errors import BridgeError
+from titan_bridge.ports import free_port
+from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -25,7 +27,7 @@ EMBEDDING = "model.embed_tokens.weight"
 def model(tmp_path_factory) -> dict[str, Path]:
     """A model in Hugging Face's format, and as DCP under TorchTitan's names."""
     base = tmp_path_factory.mktemp("foreign")
-    found = {"hf": make_checkpoint(base / "hf", "qwen3_moe", tokenizer=False, **SMALL)}
+    found = {"hf": make_checkpoint(base / "hf", "qwen3_moe", tokenizer=False, **SMALL | {"head_dim": 32})}
     found["dcp"] = base / "dcp"
     prepare(options(found["hf"], found["dcp"], to="dcp")).run()
     return found
@@ -61,6 +63,23 @@ def test_names_of_other_programs_are_mapped(model, names, pattern, tmp_path: Pat
     job.run()
     same(tmp_path / "new", model)
     assert job.source.left_out == 2  # the moment and the counter
+
+
+def test_a_pattern_is_for_every_command_that_reads_weights(model, tmp_path: Path, capsys) -> None:
+    values = {f"net.{name}": tensor for name, tensor in contents(model["dcp"]).items()}
+    dcp.save(values | {"step": 7}, checkpoint_id=str(other := tmp_path / "other"))
+    shutil.copy(model["hf"] / "config.json", other)
+    for command in ("diff", "fingerprint"):
+        assert cli.main([command, str(other), str(model["hf"]), "--names", "net.{}"]) == 0
+        assert cli.main([command, str(model["hf"]), str(other), "--names-b", "net.{}"]) == 0
+        assert "equal" in capsys.readouterr().out
+        assert "fits no tensor" in refused(capsys, command, other, model["hf"], "--names-b", "net.{}")
+    serve = ("serve", other, "--dry-run", "--skip-tokenizer-init", "--port", free_port())
+    assert "missing: tok_embeddings.weight" in refused(capsys, *serve)
+    assert cli.main([*map(str, serve), "--names", "net.{}"]) == 0
+    assert '"names": "net.{}"' in capsys.readouterr().out
+    given, expected = load_reference(other, names="net.{}"), load_reference(model["hf"])
+    assert torch.equal(given.logprobs([1, 2, 3]), expected.logprobs([1, 2, 3]))
 
 
 def test_a_dcp_under_names_of_hugging_face_is_one(model, tmp_path: Path, capsys) -> None:

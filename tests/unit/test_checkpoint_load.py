@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from titan_bridge.checkpoint import load, open_checkpoint
+from titan_bridge.checkpoint.dcp_metadata import write_metadata
 from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare
@@ -19,6 +21,7 @@ from titan_bridge.cpu import WORKERS
 from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.model_layout import layout
 from titan_bridge.models import family_for
+from titan_bridge.sharding import Box, Chunk, TensorMetadata
 from titan_bridge.testing import make_checkpoint
 
 
@@ -28,15 +31,37 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("load")
     one = make_checkpoint(folder / "one", "llama3", num_hidden_layers=12, tokenizer=False)
     found = {"one": one}
-    for name, more in {
-        "several": {"to": "hf", "max_shard_size": 300_000},
-        "slices": {"to": "engine", "tp": 2},
-    }.items():
-        prepare(Options(source=one, target=folder / name, **more)).run()
-        found[name] = folder / name
+    found["several"] = folder / "several"
+    prepare(Options(source=one, target=found["several"], to="hf", max_shard_size=300_000)).run()
     assert len(list(found["several"].glob("*.safetensors"))) > 3
-    assert len(list(found["slices"].glob("*.tp?.safetensors"))) == 2
+    prepare(Options(source=one, target=folder / "dcp", to="dcp")).run()
+    found["slices"] = in_two_slices(folder / "dcp", folder / "slices")
+    assert len(list(found["slices"].glob("*.distcp"))) == 2
     return found
+
+
+def in_two_slices(whole: Path, target: Path) -> Path:
+    """A DCP of two files, as two ranks of FSDP write it: each has half of the rows of every weight."""
+    target.mkdir()
+    files = {name: io.BytesIO() for name in ("__0_0.distcp", "__1_0.distcp")}
+    tensors = {}
+    with open_checkpoint(whole) as checkpoint:
+        for name in checkpoint.tensors:
+            tensor, chunks = checkpoint.read(name), []
+            for (file, data), half in zip(files.items(), tensor.chunk(2), strict=True):
+                torch.save(half.clone(), archive := io.BytesIO())
+                first = tensor.shape[0] - half.shape[0] if chunks else 0
+                box = Box.whole(half.shape).shift((first, *[0] * (tensor.ndim - 1)))
+                length = len(archive.getvalue())
+                chunks.append(Chunk(owner=Path(file), box=box, offset=data.tell(), archive=length))
+                data.write(archive.getvalue())
+            tensors[name] = TensorMetadata(
+                name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, chunks=tuple(chunks)
+            )
+    for file, data in files.items():
+        (target / file).write_bytes(data.getvalue())
+    write_metadata(target / ".metadata", tensors, {}, {})
+    return target
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -22,10 +22,11 @@ from tests.unit.checkpoint_samples import of_rank
 from titan_bridge.checkpoint import open_checkpoint, target
 from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
 from titan_bridge.errors import BridgeError
+from titan_bridge.mesh import Sizes
+from titan_bridge.model_layout import layout as served_layout
 from titan_bridge.models import family_for, family_of, load_hf_config
 from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.run_folder import RECORD
-from titan_bridge.sharding import Layout
 from titan_bridge.testing import make_checkpoint
 
 KINDS = {
@@ -150,28 +151,13 @@ def test_transformers_loads_what_was_written(made, tmp_path):
         assert tokenizer.decode(tokenizer("def f(x):").input_ids) == "def f(x):"
 
 
-sizes_of = {
-    "llama3": [(1, 1, 1), (1, 2, 1), (2, 4, 1)],
-    "llama3_tied": [(1, 2, 1), (2, 2, 1)],
-    "qwen3": [(1, 2, 1), (3, 4, 1), (2, 1, 1)],
-    "qwen3_tied": [(2, 4, 1)],
-    "qwen3_moe": [(1, 2, 1), (2, 2, 4), (2, 2, 2), (4, 1, 4)],
-    "qwen3_mixed": [(2, 2, 4), (1, 4, 1)],
-    "deepseek_v3": [(2, 2, 4), (1, 4, 1), (1, 2, 2)],
-    "gpt_oss": [(2, 2, 4), (1, 4, 1), (1, 2, 2)],
-}
-
-
 @st.composite
 def journeys(draw):
     kind = draw(st.sampled_from(list(KINDS)))
     steps = []
-    for _ in range(draw(st.integers(1, 3))):
-        to = draw(st.sampled_from(["hf", "dcp", "engine", "engine"]))
+    for _ in range(draw(st.integers(1, 4))):
+        to = draw(st.sampled_from(["hf", "dcp"]))
         options: dict = {"to": to, "max_shard_size": draw(st.sampled_from([40_000, 200_000, 10**9]))}
-        if to == "engine":
-            dp, tp, ep = draw(st.sampled_from(sizes_of[kind]))
-            options |= {"dp": dp, "tp": tp, "ep": ep, "dense": draw(st.sampled_from(["replicate", "shard"]))}
         options["workers"] = draw(st.sampled_from([1, 3]))
         steps.append(options)
     return kind, steps
@@ -202,12 +188,11 @@ def test_there_and_back_is_the_identity(made, tmp_path_factory, journey):
         ("gpt_oss", 2, 2, 1),
     ],
 )
-def test_engine_files_are_the_local_shards(made, tmp_path, kind, dp, tp, ep, dense):
+def test_every_rank_loads_its_local_shards(made, tmp_path, kind, dp, tp, ep, dense):
     source = made(kind)
     reshard(source, tmp_path / "dcp", "dcp")
-    outcome = reshard(tmp_path / "dcp", tmp_path / "engine", "engine", dp=dp, tp=tp, ep=ep, dense=dense)
-    layout = Layout.read(tmp_path / "engine/layout.json")
     hf = load_hf_config(source)
+    layout = served_layout(hf, Sizes(dp=dp, tp=tp, ep=ep), dense)
     # The oracle: global tensors put together by the views, cut by the pieces.
     rows = layout.param("tok_embeddings.weight").shape[0]
     whole = {fqn: torch.zeros(param.shape) for fqn, param in layout.params.items()}
@@ -216,15 +201,12 @@ def test_engine_files_are_the_local_shards(made, tmp_path, kind, dp, tp, ep, den
         view.write(whole[view.fqn], values[view.name])
     assert layout.ranks == tuple(range(dp * tp))
     for rank in layout.ranks:
-        mapped = of_rank(tmp_path / "engine", rank)
-        assert mapped.keys() == layout.params.keys()
-        for fqn, tensor in mapped.items():
-            expected = torch.zeros(layout.local_shape(fqn, rank))
-            for piece in layout.pieces(fqn, rank):
-                expected[piece.local.slices] = whole[fqn][piece.box.slices]
-            assert torch.equal(tensor, expected), (rank, fqn)
-    # Nothing is stored twice: replicas share files.
-    assert outcome.bytes_written < 1.1 * sum(tensor.nbytes for tensor in whole.values())
+        for folder in (tmp_path / "dcp", source):
+            for fqn, tensor in of_rank(folder, layout, rank, hf).items():
+                expected = torch.zeros(layout.local_shape(fqn, rank))
+                for piece in layout.pieces(fqn, rank):
+                    expected[piece.local.slices] = whole[fqn][piece.box.slices]
+                assert torch.equal(tensor, expected), (rank, fqn)
 
 
 def test_a_model_with_separate_qkv_is_resharded(tmp_path):
@@ -256,12 +238,12 @@ def test_a_small_strip_gives_the_same_files(made, tmp_path, monkeypatch):
     """Strips that end in the middle of heads, experts and rows."""
     source = made("qwen3_moe")
     reshard(source, tmp_path / "a", "dcp")
-    reshard(tmp_path / "a", tmp_path / "b", "engine", dp=2, tp=2, ep=4)
+    reshard(tmp_path / "a", tmp_path / "b", "hf")
     monkeypatch.setattr(target, "STRIP_BYTES", 100)
     job = prepare(Options(source=source, target=tmp_path / "c", to="dcp", workers=3))
     assert sum(map(len, job.target.strips.values())) > 1000
     job.run()
-    reshard(tmp_path / "c", tmp_path / "d", "engine", dp=2, tp=2, ep=4, workers=3)
+    reshard(tmp_path / "c", tmp_path / "d", "hf", workers=3)
     for one, other in (("a", "c"), ("b", "d")):
         for file in (tmp_path / one).iterdir():
             if file.name != ".metadata":

@@ -120,16 +120,13 @@ def test_checksums_cover_every_byte(source, tmp_path):
 def test_the_command_line_prints_one_line_and_exits_with_2(source, tmp_path, capsys):
     assert main(["reshard", str(source), str(source), "--to", "dcp"]) == 2
     assert main(["reshard", str(tmp_path), str(tmp_path / "x"), "--to", "dcp"]) == 2
-    assert main(["reshard", str(source), str(tmp_path / "x"), "--to", "hf", "--tp", "2"]) == 2
-    assert main(["reshard", str(source), str(tmp_path / "x"), "--to", "engine", "--tp", "3"]) == 2
     assert (
         main(["reshard", str(source), str(tmp_path / "x"), "--to", "dcp", "--max-shard-size", "5 apples"])
         == 2
     )
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("\n") == 5
-    assert "tp=3 does not divide" in err
+    assert err.count("\n") == 3
     assert "'5 apples' is not a size" in err
 
 
@@ -139,11 +136,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(source, tmp_path, cap
         str(source),
         str(tmp_path / "x"),
         "--to",
-        "engine",
-        "--tp",
-        "2",
-        "--ep",
-        "2",
+        "dcp",
         "--json",
     ]
     assert main([*arguments, "--dry-run"]) == 0
@@ -164,9 +157,6 @@ def test_the_last_line_says_what_to_type_next(source, tmp_path, capsys):
 
     spaced = tmp_path / "a b"
     assert last(str(source), str(spaced), "--to", "hf") == f"next: titan-bridge serve '{spaced}'"
-    engine = str(tmp_path / "engine")
-    shards = last(str(source), engine, "--to", "engine", "--dp", "2", "--ep", "2", "--dense", "shard")
-    assert shards == f"next: titan-bridge serve {engine} --dp 2 --ep 2 --dense shard"
     (spaced / "config.json").unlink()
     bare = str(tmp_path / "bare")
     assert last(str(spaced), bare, "--to", "hf").startswith(
@@ -180,8 +170,6 @@ def test_the_last_line_says_what_to_type_next(source, tmp_path, capsys):
 def test_the_next_command_is_understood(tmp_path, capsys):
     """What is said after a conversion passes the checks of the command that it names."""
     source = make_checkpoint(tmp_path / "source", "qwen3_moe", tokenizer=False)
-    assert (
-        main(["reshard", str(source), str(tmp_path / "x"), "--to", "engine", "--tp", "2", "--ep", "2"]) == 0
-    )
+    assert main(["reshard", str(source), str(tmp_path / "x"), "--to", "dcp"]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: titan-bridge "))
     assert main([*command, "--port", str(free_port()), "--dry-run"]) == 0

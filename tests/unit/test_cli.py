@@ -158,10 +158,6 @@ HOSTILE = {
     "digits in --set": (["inspect", "{model}", "--set", "parallel.tp=" + "9" * 5000], "a number is too long"),
     "a NUL": (["train", "{folder}/nul.toml"], "a name holds a NUL"),
     "ranks": (["inspect", "{model}", "--dp", "1000000000"], "1000000000 ranks; at most 262144 are allowed"),
-    "ranks of files": (
-        ["reshard", "{model}", "{folder}/x", "--to", "engine", "--dp", "1000000000"],
-        "at most 262144",
-    ),
     "layers": (
         ["inspect", "{folder}/layers"],
         "num_hidden_layers=2147483648 in config.json is not supported",

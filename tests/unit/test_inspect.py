@@ -64,7 +64,7 @@ def run(capsys, *arguments: object) -> str:
 def test_json_is_the_layout(model, capsys):
     told = json.loads(run(capsys, model, "--dp", 2, "--tp", 2, "--ep", 4, "--dense", "shard", "--json"))
     expected = layout(load_hf_config(model), Sizes(dp=2, tp=2, ep=4), "shard")
-    assert Layout.from_json(told).diff(expected) == []
+    assert Layout.from_json(told) == expected
     assert told["meshes"]["sparse"] == {
         "axes": ["dp_replicate", "efsdp", "ep"],
         "shape": [1, 1, 4],

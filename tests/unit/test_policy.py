@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tests.unit.test_parallelize_specs import MODELS, fake_world
@@ -310,28 +309,6 @@ def test_inspect_shows_rule_plan_bytes_and_cache_of_each_layer(
     assert "rules.0 (kind=attention): decides, tp_size=attn_tp" in said
     assert cli.main([*command, "--why", "layers.9"]) == 2
     assert "--why layers.9: the model has no such layer" in capsys.readouterr().err
-
-
-def test_reshard_takes_a_policy_for_engine_files_only(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    target, back = tmp_path / "engine", tmp_path / "back"
-    file = tmp_path / "policy.yaml"
-    file.write_text("parallelism_rules: {rules: [{match: {kind: attention}, plan: {tp_size: 2}}]}")
-    command = ["reshard", str(model), str(target), "--to"]
-    assert cli.main([*command, "hf", "--attention-tp", "1"]) == 2
-    assert "--policy and --attention-tp are for --to engine" in capsys.readouterr().err
-    assert cli.main([*command, "engine", "--tp", "4", "--policy", str(file), "--attention-tp", "1"]) == 2
-    assert "--attention-tp is short for a rule" in capsys.readouterr().err
-    assert cli.main([*command, "engine", "--tp", "4", "--policy", str(file)]) == 0
-    assert f"--tp 4 --policy {file}" in capsys.readouterr().out
-    # Ranks 0 and 2 share a file of what two ranks hold together; four ranks of their own hold the rest.
-    labels = {name.name.split(".")[1] for name in target.glob("*.safetensors")}
-    assert labels == {"all", "tp0", "tp1", "tp2", "tp3", "tp0of2", "tp1of2"}
-    assert cli.main(["reshard", str(target), str(back), "--to", "hf"]) == 0
-    first, second = (load_file(next(folder.glob("*.safetensors"))) for folder in (model, back))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def config_of(model: Path) -> dict[str, Any]:

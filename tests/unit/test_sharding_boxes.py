@@ -14,8 +14,9 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from tests.unit.sharding_samples import boxes_of
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding import Box, boxes_of, local_shape_of, pieces_of
+from titan_bridge.sharding import Box, local_shape_of, pieces_of
 from titan_bridge.sharding import boxes as module
 from titan_bridge.sharding.boxes import factored, fsdp_is_exact
 

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.sharding_samples import chunked, tensor, whole
+from tests.unit.sharding_samples import boxes_of, chunked, tensor, whole
 from tests.unit.test_sharding_boxes import shardings
 from tests.unit.test_sharding_view import views
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import Box, Layout, MeshLayout, ParamLayout, ShardingSpec, View, placement_from_str
-from titan_bridge.sharding.boxes import boxes_of, local_shape_of, pieces_of
+from titan_bridge.sharding.boxes import local_shape_of, pieces_of
 from titan_bridge.sharding.layout import torch_dtype
 from titan_bridge.sharding.plan import Plan, plan
 from titan_bridge.sharding.tensors import OnMesh, TensorMetadata

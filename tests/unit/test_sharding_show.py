@@ -74,7 +74,9 @@ def test_elements_at_every_position(sharding):
     spec = ShardingSpec(mesh="m", placements=placements)
     held = local_numel(ParamLayout(spec=spec, shape=shape, dtype="int8"), mesh)
     for coordinate in np.ndindex(*mesh_shape):
-        assert held[coordinate] == sum(box.numel for box in spec.box(shape, mesh_shape, coordinate))
+        assert held[coordinate] == sum(
+            piece.box.numel for piece in spec.pieces(shape, mesh_shape, coordinate)
+        )
 
 
 def test_load_is_the_sum_of_all_boxes():

@@ -57,7 +57,9 @@ def test_a_spec_is_a_value():
 
 
 def test_box_of_a_spec():
-    assert SPEC.box((8, 3), (1, 2, 2), (0, 1, 0)) == (Box(start=(2, 0), stop=(4, 3)),)
+    assert [piece.box for piece in SPEC.pieces((8, 3), (1, 2, 2), (0, 1, 0))] == [
+        Box(start=(2, 0), stop=(4, 3))
+    ]
     assert SPEC.local_shape((8, 3), (1, 2, 2), (0, 1, 0)) == (2, 3)
 
 

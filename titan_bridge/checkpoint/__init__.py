@@ -1,9 +1,4 @@
-"""Checkpoints in files: read any of three formats box by box, and stream one into another.
-
-- Hugging Face safetensors, one file or many with an index;
-- DCP directories as TorchTitan writes them, model only or a full training checkpoint;
-- engine files: the local shards of every rank of an inference layout, written here.
-"""
+"""Checkpoints in files: Hugging Face safetensors and DCP, read box by box, and one streamed into the other."""
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.open import open_checkpoint

@@ -1,14 +1,13 @@
 """LoRA adapters as files: out of a checkpoint that TorchTitan wrote into PEFT's folder, and back into a DCP.
 
-They are small, so that they are read whole. The target is written beside its place and renamed.
+They are small, so that they are read whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.quantized import ComputedCheckpoint
+from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
 from titan_bridge.models import family_for
@@ -142,22 +142,14 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     return config, load_file(folder / TENSORS)
 
 
-class _beside:
-    """A hidden folder that takes the target's place in the end, and goes where something fails."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = Path(os.path.abspath(target))
-        if self._target.exists():
-            raise BridgeError(f"{target} exists; give another directory for DST")
-
-    def __enter__(self) -> Path:
-        self._made = self._target.parent / f".{self._target.name}.partial"
-        shutil.rmtree(self._made, ignore_errors=True)
-        self._made.mkdir(parents=True)
-        return self._made
-
-    def __exit__(self, kind: type | None, *error: object) -> None:
-        if kind is None:
-            self._made.rename(self._target)
-        else:
-            shutil.rmtree(self._made, ignore_errors=True)
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A hidden folder that takes the target's place in the end; see `staging`."""
+    staging = Staging(target)
+    staging.check(overwrite=False)
+    staging.begin("adapter", resume=False)
+    try:
+        yield staging.path
+        staging.publish((), overwrite=False, fsync=False)
+    finally:
+        staging.release()

@@ -16,11 +16,10 @@ from titan_bridge.checkpoint.archive import Placed, locate
 from titan_bridge.checkpoint.files import FilePool
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.moves import Copy, Window
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
-Format = Literal["hf", "dcp", "engine"]
+Format = Literal["hf", "dcp"]
 _MOST_CUT = 8
 """Dims along which one tensor may be cut into chunks."""
 
@@ -41,7 +40,7 @@ class Checkpoint:
     path: Path
     format: Format
     tensors: Mapping[str, TensorMetadata]
-    """Model tensors by name: Hugging Face names, or TorchTitan FQNs (engine files: those of the live model)."""
+    """Model tensors by name: Hugging Face names, or TorchTitan FQNs (DCP)."""
     config: Mapping[str, Any] | None = None
     """Parsed config.json, where there is one."""
     extra_tensors: Mapping[str, TensorMetadata] = field(default_factory=dict)
@@ -54,8 +53,6 @@ class Checkpoint:
     """DCP: entries that are no model tensors and were not looked up."""
     elsewhere: tuple[str, ...] = ()
     """DCP: those of them that are tensors under a key that neither the model nor the training state has."""
-    layout: Layout | None = None
-    """Engine files: what they were cut for."""
     pool: FilePool = field(default_factory=FilePool)
     _located: dict[tuple[Path, int], Placed] = field(default_factory=dict, repr=False)
     """Archives that were looked into, by file and offset."""
@@ -96,17 +93,9 @@ class Checkpoint:
         if chunk.archive is None:
             return chunk.offset
         where = f"{chunk.path}: {stored.name} at {chunk.box.start}"
-        key, length = (chunk.path, chunk.offset), chunk.archive
+        key = chunk.path, chunk.offset
         if key not in self._located:
-
-            def header(offset: int, count: int) -> bytes:
-                if offset < 0 or count < 0 or offset + count > length:
-                    raise BridgeError(f"{where}: damaged archive")
-                buffer = bytearray(count)
-                self.pool.read_into(chunk.path, chunk.offset + offset, memoryview(buffer), counted=False)
-                return bytes(buffer)
-
-            self._located[key] = locate(header, length, where)
+            self._located[key] = locate(self.pool.part(*key, chunk.archive, where), chunk.archive, where)
         found = self._located[key]
         if (found.dtype, found.shape) != (stored.dtype, chunk.box.shape):
             raise BridgeError(

@@ -6,6 +6,7 @@ Hugging Face's: each side is planned as if it were to be converted, and its stri
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.mapping import check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
-from titan_bridge.checkpoint.target import Target, hf_target
+from titan_bridge.checkpoint.target import Strip, Target, copies_of, hf_target
 from titan_bridge.errors import BridgeError, few
 from titan_bridge.fingerprint import combine, of_box, seal
 from titan_bridge.models import family_for
@@ -63,12 +64,19 @@ class Difference:
     """Over all elements."""
 
 
-def open_sides(paths: Sequence[str], *, config: str | None = None, common: bool = False) -> tuple[Side, ...]:
+def open_sides(
+    paths: Sequence[str],
+    *,
+    config: str | None = None,
+    common: bool = False,
+    names: Sequence[str | None] = (),
+) -> tuple[Side, ...]:
     """Open checkpoints for a comparison: model folders of any format, training runs, or steps of one.
 
     Args:
         config: A directory with the model's config.json, for where no path has one.
         common: Use Hugging Face's names wherever the model is known, even between checkpoints of one format.
+        names: For each of `paths`, as for `open_checkpoint`.
 
     Raises:
         BridgeError: No checkpoint, a damaged one, different formats without a config.json, or one that does not fit.
@@ -78,17 +86,17 @@ def open_sides(paths: Sequence[str], *, config: str | None = None, common: bool 
         raise BridgeError(f"--config {config} has no config.json")
     opened: list[Checkpoint] = []
     try:
-        for path in paths:
-            opened.append(open_checkpoint(weights_directory(path) or path))
+        for path, pattern in itertools.zip_longest(paths, names):
+            opened.append(open_checkpoint(weights_directory(path) or path, names=pattern))
         for source in opened:
             hf_config = hf_config or source.config or hf.read_config(source.path.parent)
         formats = {source.format for source in opened}
-        if hf_config is None and (len(formats) > 1 or formats == {"engine"}):
+        if hf_config is None and len(formats) > 1:
             raise BridgeError(
                 f"{few([str(source.path) for source in opened])}: {few(sorted(formats))} are compared through the "
                 "model's config.json, which none of them has; give one with --config"
             )
-        plain = hf_config is None or (not common and len(formats) == 1 and formats != {"engine"})
+        plain = hf_config is None or (not common and len(formats) == 1)
         return tuple(
             _side(source, None if plain and source.format != "hf" else hf_config) for source in opened
         )
@@ -114,7 +122,7 @@ def _side(source: Checkpoint, config: Mapping[str, Any] | None) -> Side:
     family = family_for(config)
     buffers = family.expert_biases(config)
     left = check_source(source, family, config, buffers)
-    made = make_mapping(source, family, config, "hf", dtype=None, buffers=buffers)
+    made = make_mapping(source, family, config, dtype=None, buffers=buffers)
     return Side(
         source=source,
         tensors={tensor.name: tensor for tensor in made.tensors},
@@ -148,7 +156,7 @@ def differences(
     ]
     reads = [_Reader(side, same, dtype) for side in (one, other)]
 
-    def compare(strip: tuple[str, int]) -> tuple[int, int, float, float]:
+    def compare(strip: Strip) -> tuple[int, int, float, float]:
         found = _difference(*(read(strip) for read in reads))
         advance(reads[0].nbytes(strip))
         return found
@@ -191,7 +199,7 @@ def fingerprints(
     """
     read = _Reader(side, list(side.tensors.values()), dtype)
 
-    def count(strip: tuple[str, int]) -> int:
+    def count(strip: Strip) -> int:
         box, shape = read.box(strip), side.tensors[strip[0]].shape
         found = of_box(read(strip).view(box.shape), box, shape)
         advance(read.nbytes(strip))
@@ -218,20 +226,20 @@ class _Reader:
         )
         if lost := next(iter(self._plan.missing), None):
             raise BridgeError(f"{lost}: some of its elements are in no tensor of {side.source.path}")
-        self._copies: dict[str, dict[tuple[str, int], list[Copy]]] = {}
+        self._copies: dict[str, dict[Strip, list[Copy]]] = {}
 
     def dtype_of(self, tensor: TensorMetadata) -> torch.dtype:
         own = self._side.tensors[tensor.name].dtype
         return self._dtype if self._dtype is not None and own.is_floating_point else own
 
-    def box(self, strip: tuple[str, int]) -> Box:
+    def box(self, strip: Strip) -> Box:
         return self._strips[strip[0]].chunks[strip[1]].box
 
-    def nbytes(self, strip: tuple[str, int]) -> int:
+    def nbytes(self, strip: Strip) -> int:
         """Bytes of a strip in the checkpoint."""
         return self.box(strip).numel * self._side.tensors[strip[0]].dtype.itemsize
 
-    def __call__(self, strip: tuple[str, int]) -> torch.Tensor:
+    def __call__(self, strip: Strip) -> torch.Tensor:
         """A strip, flat."""
         tensor = self._strips[strip[0]]
         buffer = torch.empty(self.box(strip).numel, dtype=self.dtype_of(tensor))
@@ -239,17 +247,13 @@ class _Reader:
             self._side.source.fetch(copy, copy.destination_window.of(buffer))
         return buffer
 
-    def _of_file(self, file: str) -> dict[tuple[str, int], list[Copy]]:
-        found = self._copies.get(file)
-        if found is None:
-            found = {}
-            for copy in self._plan.copies(destination=file):
-                assert copy.destination_chunk is not None
-                found.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
-            self._copies = {file: found}  # files come in turn: only the one at hand is kept
-        return found
+    def _of_file(self, name: str) -> dict[Strip, list[Copy]]:
+        if name not in self._copies:  # files come in turn: only the one at hand is kept
+            file = next(file for file in self._target.files if file.name == name)
+            self._copies = {name: copies_of(self._plan, file)}
+        return self._copies[name]
 
-    def each_tensor(self, work: Callable[[tuple[str, int]], T]) -> Iterator[tuple[str, list[T]]]:
+    def each_tensor(self, work: Callable[[Strip], T]) -> Iterator[tuple[str, list[T]]]:
         """Run `work` on every strip, on several threads; by tensor, what it returned."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the workers are the parallelism
@@ -257,11 +261,10 @@ class _Reader:
             with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
                 for name in self._empty:
                     yield name, []
-                for strips in self._target.in_file().values():
+                for file in self._target.files:
                     found: dict[str, list[T]] = {}
-                    if strips:
-                        self._of_file(str(self._strips[strips[0][0]].chunks[strips[0][1]].owner))
-                    for strip, result in zip(strips, pool.map(work, strips), strict=True):
+                    self._of_file(file.name)
+                    for strip, result in zip(file.strips, pool.map(work, file.strips), strict=True):
                         found.setdefault(strip[0], []).append(result)
                     yield from found.items()
         finally:

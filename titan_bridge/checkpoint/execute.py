@@ -11,17 +11,19 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from zlib_ng import zlib_ng
 
-from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.files import SCRATCH_BYTES, SPAN_BYTES, bytes_of
 from titan_bridge.checkpoint.finite import count_not_finite
 from titan_bridge.checkpoint.staging import PART, FileResult, Staging, disk_error
-from titan_bridge.checkpoint.target import STRIP_BYTES, OutFile, Target
+from titan_bridge.checkpoint.target import STRIP_BYTES, OutFile, Strip, copies_of
 from titan_bridge.sharding.moves import Copy
-from titan_bridge.sharding.plan import Plan
+
+if TYPE_CHECKING:
+    from titan_bridge.checkpoint.job import Job
 
 WORKER_BYTES = STRIP_BYTES + SCRATCH_BYTES + SPAN_BYTES
 """Memory of one worker: a strip, and the buffers of reads."""
@@ -31,26 +33,13 @@ _CALL_BYTES = 512 << 10
 times as slow: it seems that Linux fills pages of 2 MB for them, which are then new ones."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one process does."""
-
-    source: Checkpoint
-    target: Target
-    plan: Plan
-    files: Sequence[OutFile]
-    """Those of this process that are not done yet."""
-    empty: frozenset[str] = frozenset()
-    """Tensors that have elements from nowhere: they become zero."""
-
-
 @dataclass
 class _Open:
     """A file that is being written."""
 
     file: OutFile
     descriptor: int
-    copies: dict[tuple[str, int], list[Copy]]
+    copies: dict[Strip, list[Copy]]
     left: int
     written: list[tuple[int, int, int]] = field(default_factory=list)
     """(offset, length, CRC-32) of what was written."""
@@ -58,26 +47,15 @@ class _Open:
 
 
 class Executor:
-    """Writes the files of `work` into a staging directory."""
+    """Writes files of a job into a staging directory."""
 
     def __init__(
-        self,
-        work: Work,
-        staging: Staging,
-        *,
-        rank: int = 0,
-        workers: int = 1,
-        fsync: bool = False,
-        advance: Callable[[int], None] = lambda count: None,
+        self, job: Job, staging: Staging, files: Sequence[OutFile], advance: Callable[[int], None]
     ) -> None:
-        """`advance` is told of bytes written, from any thread."""
-        self._work = work
-        self._strips = {tensor.name: tensor for tensor in work.target.tensors()}
-        self._staging = staging
-        self._rank = rank
-        self._workers = workers
-        self._fsync = fsync
-        self._advance = advance
+        """`files`: those of this process that are not done yet. `advance` is told of bytes written, from any thread."""
+        self._job, self._staging, self._files, self._advance = job, staging, files, advance
+        self._strips = {tensor.name: tensor for tensor in job.target.tensors()}
+        self._workers = job.options.workers
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._buffers = threading.local()
@@ -112,21 +90,15 @@ class Executor:
                 os.close(descriptor)
         return self._results
 
-    def _steps(self) -> Iterator[tuple[_Open, tuple[str, int] | None]]:
+    def _steps(self) -> Iterator[tuple[_Open, Strip | None]]:
         """Files in turn, and of each file its strips in turn."""
-        in_file = self._work.target.in_file()
-        for file in self._work.files:
-            copies: dict[tuple[str, int], list[Copy]] = {}
-            for copy in self._work.plan.copies(destination=file.name):
-                assert copy.destination_chunk is not None
-                copies.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
-            strips = in_file[file.name]
-            opened = _Open(file, self._create(file), copies, len(strips) + 1)
+        for file in self._files:
+            opened = _Open(file, self._create(file), copies_of(self._job.plan, file), len(file.strips) + 1)
             yield opened, None  # blobs, and files without a strip
-            for strip in strips:
+            for strip in file.strips:
                 yield opened, strip
 
-    def _drain(self, steps: Iterator[tuple[_Open, tuple[str, int] | None]]) -> None:
+    def _drain(self, steps: Iterator[tuple[_Open, Strip | None]]) -> None:
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -156,7 +128,7 @@ class Executor:
             os.posix_fallocate(descriptor, 0, file.size)  # a full disk shows now, not after hours
         return descriptor
 
-    def _write_strip(self, opened: _Open, strip: tuple[str, int]) -> None:
+    def _write_strip(self, opened: _Open, strip: Strip) -> None:
         tensor = self._strips[strip[0]]
         chunk = tensor.chunks[strip[1]]
         if not hasattr(self._buffers, "strip"):
@@ -166,14 +138,14 @@ class Executor:
         self._count(opened, strip, buffer)
         self._write(opened, chunk.offset, bytes_of(buffer))
 
-    def _fill(self, opened: _Open, strip: tuple[str, int], buffer: torch.Tensor) -> None:
+    def _fill(self, opened: _Open, strip: Strip, buffer: torch.Tensor) -> None:
         """Read a strip into a buffer of as many elements, of any dtype."""
-        if strip[0] in self._work.empty:
+        if strip[0] in self._job.tensors.zero:
             buffer.zero_()
         for copy in opened.copies.get(strip, ()):
-            self._work.source.fetch(copy, copy.destination_window.of(buffer))
+            self._job.source.fetch(copy, copy.destination_window.of(buffer))
 
-    def _count(self, opened: _Open, strip: tuple[str, int], values: torch.Tensor) -> None:
+    def _count(self, opened: _Open, strip: Strip, values: torch.Tensor) -> None:
         """NaN, infinity, and what became infinite when it was cast."""
         (nan, inf), overflow = count_not_finite(values), 0
         if inf:
@@ -190,7 +162,7 @@ class Executor:
         for offset, blob in opened.file.blobs:
             for at in range(0, blob.length, _BLOB_BYTES):
                 buffer = memoryview(bytearray(min(_BLOB_BYTES, blob.length - at)))
-                self._work.source.pool.read_into(blob.path, blob.offset + at, buffer)
+                self._job.source.pool.read_into(blob.path, blob.offset + at, buffer)
                 self._write(opened, offset + at, buffer)
 
     def _write(self, opened: _Open, offset: int, data: memoryview) -> None:
@@ -215,8 +187,8 @@ class Executor:
         with self._lock:
             self._descriptors.remove(opened.descriptor)
             os.close(opened.descriptor)
-            result = FileResult(file=file.name, crc=_combined(sorted(opened.written)), **opened.counts)
-            self._staging.finish(result, self._rank, fsync=self._fsync)
+            result = FileResult(file=file.name, crc=_combined(sorted(opened.written)), counts=opened.counts)
+            self._staging.finish(result, self._job.team.rank, fsync=self._job.options.fsync)
             self._results.append(result)
 
 

@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -95,6 +95,18 @@ class FilePool:
     def read_into(self, path: Path, offset: int, out: memoryview, *, counted: bool = True) -> None:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
         self._read_each(path, [offset], out, out.nbytes if counted else 0)
+
+    def part(self, path: Path, start: int, length: int, what: str) -> Callable[[int, int], bytes]:
+        """Reads (offset, bytes) inside a part of a file, which are not counted. Errors begin with `what`."""
+
+        def read(offset: int, count: int) -> bytes:
+            if offset < 0 or count < 0 or offset + count > length:
+                raise BridgeError(f"{what}: damaged archive")
+            buffer = bytearray(count)
+            self.read_into(path, start + offset, memoryview(buffer), counted=False)
+            return bytes(buffer)
+
+        return read
 
     def _read_each(self, path: Path, starts: Sequence[int], out: memoryview, wanted: int) -> None:
         """Fill `out` with as many bytes from each of `starts`, one after the other."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 
-from titan_bridge.checkpoint import engine_files, hf
+from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
-from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Work
+from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
@@ -27,11 +26,8 @@ from titan_bridge.checkpoint.target import OutFile, Target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.checkpoint.verify import check_source, is_as_written
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import Sizes
-from titan_bridge.policy.schema import NO_POLICY, Policy
-from titan_bridge.sharding.layout import Layout, dtype_name
+from titan_bridge.sharding.layout import dtype_name
 from titan_bridge.sharding.plan import Plan
-from titan_bridge.sharding.tensors import TensorMetadata
 
 _SMALL = 64 << 20
 """Bytes allowed for plans and headers when the memory is estimated."""
@@ -43,19 +39,13 @@ class Options:
 
     source: Path
     target: Path
-    to: Literal["hf", "dcp", "engine"]
+    to: Literal["hf", "dcp"]
     config: Path | None = None
     """A directory with config.json, the file, or "FAMILY:FLAVOR" of TorchTitan; else the source's own."""
     dtype: torch.dtype | None = None
     """Of floating-point weights; else they keep their own."""
     names: str | None = None
     """How the source calls tensor NAME, with `{}` in place of NAME; None: as we do."""
-    dp: int = 1
-    tp: int = 1
-    ep: int = 1
-    policy: Policy = NO_POLICY
-    """To engine files: how each layer is split over tp."""
-    dense: Literal["replicate", "shard"] = "replicate"
     max_shard_size: int = 5_000_000_000
     merge_lora: Path | None = None
     """A LoRA adapter in PEFT's format whose products are added to the weights."""
@@ -98,7 +88,6 @@ class Job:
     target: Target
     plan: Plan
     hf: Mapping[str, Any] | None
-    layout: Layout | None
     carried: tuple[Path, ...]
     team: Team = field(default_factory=Team)
 
@@ -125,14 +114,14 @@ class Job:
 
     def digest(self) -> str:
         """The same for runs that write the same bytes from the same files."""
-        paths = {chunk.path for stored in self._stored() for chunk in stored.chunks}
+        stored = [*self.source.tensors.values(), *self.source.extra_tensors.values()]
+        paths = {chunk.path for one in stored for chunk in one.chunks}
         if self.options.merge_lora is not None:
             paths |= set(self.options.merge_lora.iterdir())
         facts = {
             "source": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)],
             "files": [[f.name, f.size] for f in self.target.files],
             "tensors": [[t.name, t.shape, str(t.dtype)] for t in self.tensors.tensors],
-            "layout": self.layout.to_json() if self.layout else None,
             "config": self.hf,
             "names": self.options.names,
             "views": [repr(view) for view in self.tensors.views],
@@ -159,7 +148,8 @@ class Job:
             kept = team.each(lambda: self._kept(staging, found, lambda n: advance("verify", n)))
             done = {name: result for own in kept for name, result in own.items()}
             mine = [file for file in self._share() if file.name not in done]
-            new = team.each(lambda: self._write(staging, mine, advance))
+            executor = Executor(self, staging, mine, lambda count: advance("write", count))
+            new = team.each(executor.run)
             found = done | {result.file: result for own in new for result in own}
             results = [found[file.name] for file in self.target.files]
             if options.verify:
@@ -177,9 +167,9 @@ class Job:
             bytes_written=sum(file.size for file in self.target.files if file.name not in done),
             resumed_parts=len(done),
             source_checked=all(checked),
-            nan=self._sums(result.nan for result in results),
-            inf=self._sums(result.inf for result in results),
-            overflow=self._sums(result.overflow for result in results),
+            nan=self._sums(results, "nan"),
+            inf=self._sums(results, "inf"),
+            overflow=self._sums(results, "overflow"),
             lost=lost,
         )
 
@@ -191,7 +181,7 @@ class Job:
         )
         if needed > free:
             raise BridgeError(
-                f"{options_disk(self.options)} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
+                f"the disk of {self.options.target} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
                 "free some space or choose another disk"
             )
         staging.begin(self.digest(), resume=self.options.resume, fsync=self.options.fsync)
@@ -234,31 +224,11 @@ class Job:
                 mine.add(file.name)
         return [file for file in self.target.files if file.name in mine]
 
-    def _write(
-        self, staging: Staging, files: list[OutFile], advance: Callable[[str, int], None]
-    ) -> list[FileResult]:
-        work = Work(
-            source=self.source,
-            target=self.target,
-            plan=self.plan,
-            files=files,
-            empty=frozenset(self.tensors.empty),
-        )
-        executor = Executor(
-            work,
-            staging,
-            rank=self.team.rank,
-            workers=self.options.workers,
-            fsync=self.options.fsync,
-            advance=lambda count: advance("write", count),
-        )
-        return executor.run()
-
-    def _sums(self, counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-        """Counts of several files together, in the order of the tensors."""
+    def _sums(self, results: Iterable[FileResult], what: str) -> dict[str, int]:
+        """Counts of all files together, in the order of the tensors."""
         total: Counter[str] = Counter()
-        for count in counts:
-            total.update(count)
+        for result in results:
+            total.update(result.counts[what])
         return {tensor.name: total[tensor.name] for tensor in self.tensors.tensors if total[tensor.name]}
 
     def _lost(self) -> dict[str, int]:
@@ -276,21 +246,6 @@ class Job:
                 "weight_map": dict(sorted(self.target.weight_map.items())),
             }
             writers[hf.INDEX] = lambda path: path.write_text(json.dumps(index, indent=2) + "\n")
-        if options.to == "engine":
-            assert self.layout is not None
-            rows = {
-                tensor.name: _rows(tensor, self.tensors.empty[tensor.name])
-                for tensor in self.tensors.tensors
-                if tensor.name in self.tensors.empty and tensor.name not in self.tensors.buffers
-            }
-            files = engine_files.EngineIndex(
-                sizes=Sizes.of(options).degrees,
-                dense=options.dense,
-                rows=rows,
-                ranks=self.target.ranks,
-            )
-            writers[engine_files.INDEX] = files.write
-            writers[engine_files.LAYOUT] = self.layout.write
         if self.hf is not None:
             config = dict(self.hf)
             dtypes = {dtype_name(t.dtype) for t in self.tensors.tensors if t.name not in self.tensors.buffers}
@@ -302,11 +257,9 @@ class Job:
         for carried in self.carried:
             writers[carried.name] = lambda path, carried=carried: shutil.copyfile(carried, path)
         if options.to == "dcp":
-            writers[METADATA] = self._write_metadata
+            target, paths = self.target, self.source.paths
+            writers[METADATA] = lambda path: write_metadata(path, target.archives, target.blobs, paths)
         return writers
-
-    def _write_metadata(self, path: Path) -> None:
-        write_metadata(path, self.target.archives, self.target.blobs, self.source.paths)
 
     def _publish(self, staging: Staging, results: Sequence[FileResult]) -> None:
         for name, write in self._small_files().items():
@@ -316,24 +269,9 @@ class Job:
                 raise BridgeError(f"{staging.path / file.name} has {found} bytes, {file.size} were written")
         with open_checkpoint(staging.path, extra=True) as written:
             expected = {t.name: (t.shape, t.dtype) for t in self.tensors.tensors}
-            found = {
-                s.name: (s.shape, s.dtype)
-                for s in [*written.tensors.values(), *written.extra_tensors.values()]
-            }
-            for name, (shape, dtype) in expected.items():
-                got_shape, got_dtype = found.get(name, ((), None))
-                assert got_dtype == dtype, f"{name} was written as {got_dtype}, not {dtype}"
-                assert got_shape == shape or name in self.tensors.empty, f"{name} was written as {got_shape}"
+            for name, stated in expected.items():
+                found = written.tensor(name)
+                assert (found.shape, found.dtype) == stated, (
+                    f"{name} was written as {found.dtype} {found.shape}"
+                )
         staging.publish(self.files, overwrite=self.options.overwrite, fsync=self.options.fsync)
-
-    def _stored(self) -> list[Any]:
-        return [*self.source.tensors.values(), *self.source.extra_tensors.values()]
-
-
-def _rows(tensor: TensorMetadata, empty: int) -> int:
-    return tensor.shape[0] - empty // math.prod(tensor.shape[1:])
-
-
-def options_disk(options: Options) -> str:
-    """The disk of the target, in words."""
-    return f"the disk of {options.target}"

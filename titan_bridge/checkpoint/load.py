@@ -13,7 +13,7 @@ import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.finite import NotFinite
-from titan_bridge.checkpoint.mapping import check_source, views_between
+from titan_bridge.checkpoint.mapping import check_source, live_views
 from titan_bridge.cpu import WORKERS, unbound_cpus
 from titan_bridge.sharding.layout import Layout, dtype_name
 from titan_bridge.sharding.moves import Copy
@@ -75,7 +75,7 @@ def load_into(
             archives, before anything is written; a file that ends early.
     """
     check_source(checkpoint, family, hf, buffers)
-    views, _ = views_between(checkpoint, family, hf, "engine", padded_vocab)
+    views = live_views(checkpoint.format, family, hf, padded_vocab)
     # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
     work = plan(checkpoint.tensors.values(), layout, views, allow_missing=True)
     copies = _in_order(checkpoint, work.copies(destination=rank))

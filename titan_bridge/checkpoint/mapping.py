@@ -1,14 +1,14 @@
-"""Which tensors the destination has and which source tensors fill them, for every pair of formats.
+"""Which tensors the destination has and which source tensors fill them.
 
 Names come in three kinds: Hugging Face's; TorchTitan's as its state dicts and DCP have them (wq, wk, wv); and those
-of the live model in the engine (one wqkv). The families' views lead from the first to the other two; views between
-those two are composed here.
+of the live model in the engine (one wqkv). The families' views lead from the first to the other two; views from DCP's
+names to those of the live model are composed here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _MOST = 8
 """Names in one message."""
-
-
 _BIASES = (".expert_bias_E", ".e_score_correction_bias")
 """Ends of the names of expert biases, which choose experts and stay float32 whatever the weights are."""
 
@@ -38,9 +36,8 @@ class TensorMap:
     tensors: tuple[TensorMetadata, ...]
     """Not yet in chunks."""
     views: tuple[View, ...] = ()
-    empty: Mapping[str, int] = field(default_factory=dict)
-    """Elements of destination tensors that no source has and that become zero: rows that pad the vocabulary,
-    biases that Hugging Face does not know."""
+    zero: frozenset[str] = frozenset()
+    """Destination tensors that no source has and that become zero: expert biases that Hugging Face does not know."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """DCP: further names of tied tensors."""
     buffers: frozenset[str] = frozenset()
@@ -51,24 +48,34 @@ class TensorMap:
     """Rows of a tensor's first dim that belong together in the source (one head)."""
 
 
-def views_of(
-    family: Family, hf: Mapping[str, Any], form: Format, padded_vocab: int | None = None
-) -> tuple[View, ...]:
-    """The Hugging Face tensors as views of TorchTitan's, under the names that DCP or the engine has."""
-    return family.views(hf, padded_vocab=padded_vocab, fused_qkv=form == "engine")
+def live_views(form: Format, family: Family, hf: Mapping[str, Any], padded_vocab: int) -> tuple[View, ...]:
+    """The tensors of a checkpoint as views of the live model's, whose embedding has `padded_vocab` rows."""
+    live = family.views(hf, padded_vocab=padded_vocab)
+    if form == "hf":
+        return live
+    plain = {view.name: view for view in _dcp_views(family, hf)}
+    composed = {}
+    for view in live:
+        own = plain[view.name]
+        if (own.fqn, own.titan_shape) != (view.fqn, view.titan_shape):
+            composed.setdefault((own.fqn, view.fqn), (own, view))
+    return tuple(compose(*pair) for pair in composed.values())
 
 
 def separate_qkv_views(family: Family, hf: Mapping[str, Any], padded_vocab: int) -> tuple[View, ...]:
     """wq, wk and wv, as state dicts and models without a fused projection have them, as views of the live wqkv."""
-    views, _ = _between(family, hf, "dcp", "engine", padded_vocab)
-    return tuple(view for view in views if view.name != view.fqn)
+    return tuple(view for view in live_views("dcp", family, hf, padded_vocab) if view.name != view.fqn)
+
+
+def _dcp_views(family: Family, hf: Mapping[str, Any]) -> tuple[View, ...]:
+    return family.views(hf, fused_qkv=False)
 
 
 def expected(family: Family, hf: Mapping[str, Any], form: Format) -> dict[str, tuple[int, ...]]:
     """Names and global shapes of the tensors that a checkpoint of this format must have."""
     if form == "hf":
         return {view.name: view.shape for view in family.views(hf)}
-    return {view.fqn: view.titan_shape for view in views_of(family, hf, form)}
+    return {view.fqn: view.titan_shape for view in _dcp_views(family, hf)}
 
 
 def check_source(
@@ -111,131 +118,71 @@ def check_source(
 
 def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
     """The destination has what the source has (Hugging Face to Hugging Face, DCP to DCP)."""
-    tensors = [
-        replace(s, chunks=(), dtype=s.dtype if s.name.endswith(_BIASES) else cast(s.dtype, dtype))
+    buffers = frozenset(name for name in source.tensors if name.endswith(_BIASES))
+    tensors = (
+        replace(s, chunks=(), dtype=s.dtype if s.name in buffers else cast(s.dtype, dtype))
         for s in source.tensors.values()
-    ]
-    return TensorMap(tensors=tuple(tensors))
-
-
-def views_between(
-    source: Checkpoint, family: Family, hf: Mapping[str, Any], form: Format, padded_vocab: int | None = None
-) -> tuple[tuple[View, ...], dict[str, tuple[int, ...]]]:
-    """The views between a checkpoint's tensors and those of another format, and the latter's shapes, in order.
-
-    Args:
-        source: What `check_source` accepted.
-        padded_vocab: Rows of the embedding where `form` is the engine's.
-    """
-    if source.format == "hf":
-        views = views_of(family, hf, form, padded_vocab)
-        return views, {view.fqn: view.titan_shape for view in views}
-    if form == "hf":
-        views = views_of(family, hf, source.format)
-        return views, {view.name: view.shape for view in views}
-    return _between(family, hf, source.format, form, padded_vocab)
+    )
+    return TensorMap(tensors=tuple(tensors), buffers=buffers)
 
 
 def make_mapping(
     source: Checkpoint,
     family: Family,
     hf: Mapping[str, Any],
-    form: Format,
     *,
     dtype: torch.dtype | None,
     buffers: Mapping[str, tuple[int, ...]],
-    padded_vocab: int | None = None,
 ) -> TensorMap:
-    """Between different formats, or to engine files of other sizes.
+    """From Hugging Face to DCP, or from DCP to Hugging Face.
 
     Args:
         source: What `check_source` accepted.
-        form: Of the destination.
         dtype: Of the destination's weights; else they keep their own.
-        buffers: FQN to shape of TorchTitan's float32 buffers. Those without a view may be in TorchTitan checkpoints
-            only.
-        padded_vocab: Rows of the embedding in engine files.
+        buffers: FQN to shape of TorchTitan's float32 buffers. Those without a view are in TorchTitan checkpoints only.
     """
-    views, shapes = views_between(source, family, hf, form, padded_vocab)
-    fillers = _fillers(views, form, source)
-    aliases = dict(family.tied_names(hf)) if form == "dcp" else {}
-    tensors, empty, rows = [], {}, {}
-    known = [view for view in family.views(hf) if view.fqn in buffers]
-    mapped = {view.name if form == "hf" else view.fqn for view in known}
-    buffers = {fqn: shape for fqn, shape in buffers.items() if fqn not in {view.fqn for view in known}}
-    for name in shapes:
-        sources = fillers.get(name) or [(name, 1)]
-        dtypes = {cast(source.tensor(filler).dtype, dtype) for filler, _ in sources}
+    to: Format = "dcp" if source.format == "hf" else "hf"
+    views = _dcp_views(family, hf)
+    mapped = {view.name if to == "hf" else view.fqn for view in views if view.fqn in buffers}
+    unmapped = {fqn: shape for fqn, shape in buffers.items() if fqn not in {view.fqn for view in views}}
+    fillers: dict[str, list[View]] = {}
+    for view in views:
+        fillers.setdefault(view.name if to == "hf" else view.fqn, []).append(view)
+    tensors, rows = [], {}
+    for name, shape in expected(family, hf, to).items():
+        sources = [view.fqn if to == "hf" else view.name for view in fillers[name]]
+        dtypes = {cast(source.tensor(filler).dtype, dtype) for filler in sources}
         if name in mapped:
             dtypes = {torch.float32}
         if len(dtypes) > 1:
             raise BridgeError(
                 f"{name} is put together from {', '.join(sorted(map(str, dtypes)))}; choose one with --dtype"
             )
-        rows[name] = max(together for _, together in sources)
-        tensors.append(TensorMetadata(name=name, shape=shapes[name], dtype=dtypes.pop()))
-        lacking = math.prod(shapes[name]) - sum(math.prod(source.tensor(s).shape) for s, _ in sources)
-        if form != "hf" and lacking > 0:
-            empty[name] = lacking
-    dropped = [name for name in source.tensors if name in buffers]
-    kept = buffers if form == "dcp" or (form == "engine" and dropped) else {}
-    if kept:
-        for fqn, shape in buffers.items():
-            if fqn in source.tensors:
-                dropped.remove(fqn)
-            else:
-                empty[fqn] = math.prod(shape)
-            tensors.append(TensorMetadata(name=fqn, shape=shape, dtype=torch.float32))
+        rows[name] = max(_rows_together(view, to) for view in fillers[name])
+        tensors.append(TensorMetadata(name=name, shape=shape, dtype=dtypes.pop()))
+    if to == "dcp":
+        tensors += [TensorMetadata(name=n, shape=shape, dtype=torch.float32) for n, shape in unmapped.items()]
     return TensorMap(
         tensors=tuple(tensors),
         views=views,
-        empty=empty,
-        aliases=aliases,
-        buffers=frozenset(kept) | mapped,
-        dropped=tuple(dropped),
+        zero=frozenset(unmapped if to == "dcp" else ()),
+        aliases=dict(family.tied_names(hf)) if to == "dcp" else {},
+        buffers=frozenset(mapped) | frozenset(unmapped if to == "dcp" else ()),
+        dropped=tuple(name for name in source.tensors if name in unmapped),
         rows=rows,
     )
+
+
+def _rows_together(view: View, to: Format) -> int:
+    """Rows of the destination's first dim that the view takes apart: the factors behind the first one."""
+    if to == "dcp":
+        return math.prod(view.factors[0][1:])
+    return math.prod(view.index_shape[dim] for dim in view.groups[0][1:]) if view.groups else 1
 
 
 def cast(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
     """`dtype` for floating-point tensors, their own for others and without a `dtype`."""
     return dtype if dtype is not None and own.is_floating_point else own
-
-
-def _fillers(views: Sequence[View], form: Format, source: Checkpoint) -> dict[str, list[tuple[str, int]]]:
-    """By destination tensor: the source tensors that fill it, with the rows of it that belong together."""
-    result: dict[str, list[tuple[str, int]]] = {}
-    for view in views:
-        titan_rows = math.prod(view.factors[0][1:])
-        sizes = view.index_shape
-        external_rows = math.prod(sizes[dim] for dim in view.groups[0][1:]) if view.groups else 1
-        if view.name in source.tensors and form != "hf" and _fills(view, source):
-            result.setdefault(view.fqn, []).append((view.name, titan_rows))
-        elif view.fqn in source.tensors:
-            result.setdefault(view.name, []).append((view.fqn, external_rows))
-    return result
-
-
-def _fills(view: View, source: Checkpoint) -> bool:
-    """Whether the external side of a view is the source's."""
-    return source.tensors[view.name].shape == view.shape
-
-
-def _between(
-    family: Family, hf: Mapping[str, Any], own: Format, form: Format, padded_vocab: int | None
-) -> tuple[tuple[View, ...], dict[str, tuple[int, ...]]]:
-    """Views and shapes between the two kinds of TorchTitan names."""
-    fused = {view.name: view for view in views_of(family, hf, "engine", padded_vocab)}
-    other = {view.name: view for view in views_of(family, hf, "dcp" if "dcp" in (own, form) else "engine")}
-    views: dict[tuple[str, str], View] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, live in fused.items():
-        plain = other[name]
-        if (plain.fqn, plain.titan_shape) != (live.fqn, live.titan_shape):
-            views.setdefault((plain.fqn, live.fqn), compose(plain, live))
-        target = plain if form == "dcp" else live
-        shapes[target.fqn] = target.titan_shape
-    return tuple(views.values()), shapes
 
 
 def compose(plain: View, live: View) -> View:

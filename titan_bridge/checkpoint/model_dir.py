@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.checkpoint.dcp import is_dcp
-from titan_bridge.checkpoint.engine_files import is_engine
 from titan_bridge.checkpoint.mapping import check_source
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
 from titan_bridge.run_folder import RECORD, Record, model_and_step, step_folder
@@ -45,33 +44,41 @@ def weights_directory(model: str, step: int | None = None) -> Path | None:
     return Path(folder) if is_checkpoint(Path(folder)) else None
 
 
-def has_expert_bias(model: str, step: int | None = None) -> bool:
+def has_expert_bias(model: str, step: int | None = None, names: str | None = None) -> bool:
     """Whether the weights come with TorchTitan's load-balancing bias, which routes in serving, too.
 
     Args:
         model, step: As for `weights_directory`.
+        names: As for `open_checkpoint`.
 
     Raises:
         BridgeError: A checkpoint that is damaged, or `step` is not there.
     """
     directory = weights_directory(model, step)
-    if directory is None or not (is_dcp(directory) or is_engine(directory)):
+    if directory is None or not is_dcp(directory):
         return False  # Hugging Face has no name for it
     if (directory.parent / RECORD).is_file():
         return Record.read(directory.parent).expert_bias
-    with open_checkpoint(directory) as checkpoint:
+    with open_checkpoint(directory, names=names) as checkpoint:
         return any(name.endswith(_EXPERT_BIAS) for name in checkpoint.tensors)
 
 
-def check_weights(directory: Path, family: Family, hf: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
+def check_weights(
+    directory: Path,
+    family: Family,
+    hf: Mapping[str, Any],
+    buffers: Mapping[str, Any],
+    names: str | None = None,
+) -> None:
     """Hold names, shapes, types and lengths in a checkpoint's headers against its config; reads no weight.
 
     Args:
         directory: From `weights_directory`.
         buffers: FQNs that the model has besides Hugging Face's tensors (expert bias).
+        names: As for `open_checkpoint`.
 
     Raises:
         BridgeError: A damaged file, or every missing, unexpected or mis-shaped tensor in one line.
     """
-    with open_checkpoint(directory) as checkpoint:
+    with open_checkpoint(directory, names=names) as checkpoint:
         check_source(checkpoint, family, hf, buffers)

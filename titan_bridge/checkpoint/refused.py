@@ -48,6 +48,6 @@ def refuse_folder(directory: Path) -> NoReturn:
             "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files"
         )
     raise BridgeError(
-        f"{directory} holds no checkpoint (found: {found}); looked for .metadata (DCP), engine.json (engine files), "
-        f"model.safetensors and model.safetensors.index.json (Hugging Face)"
+        f"{directory} holds no checkpoint (found: {found}); looked for .metadata (DCP), "
+        "model.safetensors and model.safetensors.index.json (Hugging Face)"
     )

@@ -19,18 +19,16 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
-from titan_bridge.checkpoint.names import check_pattern, renamed, under_hf_names
+from titan_bridge.checkpoint.names import under_hf_names
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.refused import refuse_remote
 from titan_bridge.checkpoint.staging import Staging
-from titan_bridge.checkpoint.target import Target, dcp_target, engine_target, hf_target
+from titan_bridge.checkpoint.target import Target, dcp_target, hf_target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.mesh import DEGREES, Sizes, padded_vocab
 from titan_bridge.models import families, family_for
-from titan_bridge.sharding.layout import Layout, ParamLayout, dtype_name
 from titan_bridge.sharding.plan import plan
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
@@ -49,13 +47,9 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     found = weights_directory(str(options.source)) or options.source
     _check_paths(options, found)
     extra = options.with_optimizer
-    if options.names is not None:
-        if extra:
-            raise BridgeError("--names and --with-optimizer do not go together; give one of them")
-        check_pattern(options.names)
-    source = open_checkpoint(found, extra=extra or options.names is not None)
-    if options.names is not None:
-        source = renamed(source, options.names)
+    if options.names is not None and extra:
+        raise BridgeError("--names and --with-optimizer do not go together; give one of them")
+    source = open_checkpoint(found, extra=extra, names=options.names)
     if options.merge_lora is not None:
         source = merged(source, options.merge_lora)
     if extra and (source.format, options.to) != ("dcp", "dcp"):
@@ -67,21 +61,18 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     source = under_hf_names(source, config)
     if options.dtype is not None:
         _check_not_quantized(source, config)
-    same = source.format == options.to and options.to != "engine"
-    layout = None
-    if same:
+    if source.format == options.to:
         tensors = same_names(source, options.dtype)
     else:
-        tensors, layout = _between(options, source, config)
+        tensors = _between(options, source, config)
     if extra:
         others = [replace(stored, chunks=()) for stored in source.extra_tensors.values()]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
-    target = _target(options, tensors, source, layout, team)
+    target = _target(options, tensors, source, team)
     stored = [*source.tensors.values(), *source.extra_tensors.values()]
     made = plan(stored, target.tensors(), tensors.views, allow_missing=True)
-    # The planner was allowed holes because padding has them; only padding may.
     for name, count in made.missing.items():
-        if tensors.empty.get(name) != count:
+        if name not in tensors.zero:
             raise BridgeError(f"{name}: {count} elements are in no tensor of {source.path}")
     return Job(
         options=options,
@@ -90,7 +81,6 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         target=target,
         plan=made,
         hf=config,
-        layout=layout,
         carried=small,
         team=team,
     )
@@ -116,11 +106,6 @@ def _check_paths(options: Options, found: Path) -> None:
         raise BridgeError(
             f"SRC lies inside DST ({target}), which would be replaced; give another directory for DST"
         )
-    for name in DEGREES:
-        if options.to != "engine" and getattr(options, name) != 1:
-            raise BridgeError(f"--{name} is for --to engine; {options.to} has no ranks")
-    if options.to != "engine" and options.policy:
-        raise BridgeError(f"--policy and --attention-tp are for --to engine; {options.to} has no ranks")
     if options.workers < 1:
         raise BridgeError(f"--workers {options.workers}; give at least 1")
     if options.max_shard_size < 1:
@@ -173,9 +158,7 @@ def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
     return known[name].hf_config(known[name].model_spec(flavor).model)
 
 
-def _between(
-    options: Options, source: Checkpoint, config: Mapping[str, Any] | None
-) -> tuple[TensorMap, Layout | None]:
+def _between(options: Options, source: Checkpoint, config: Mapping[str, Any] | None) -> TensorMap:
     if config is None:
         raise BridgeError(
             f"{source.path} has no config.json, which names the model; give one with --config "
@@ -184,34 +167,10 @@ def _between(
     family = family_for(config)
     buffers = family.expert_biases(config)
     check_source(source, family, config, buffers)
-    sizes = Sizes.of(options)
-    made = make_mapping(
-        source,
-        family,
-        config,
-        options.to,
-        dtype=options.dtype,
-        buffers=buffers,
-        padded_vocab=padded_vocab(config["vocab_size"], sizes) if options.to == "engine" else None,
-    )
-    if options.to != "engine":
-        return made, None
-    # TorchTitan takes two seconds to import, which the other formats do without.
-    from titan_bridge.model_layout import layout  # noqa: PLC0415
-
-    found = layout(config, sizes, options.dense, expert_bias=bool(made.buffers), policy=options.policy)
-    dtypes = {tensor.name: dtype_name(tensor.dtype) for tensor in made.tensors}
-    assert dtypes.keys() == found.params.keys(), dtypes.keys() ^ found.params.keys()
-    params = {
-        fqn: ParamLayout(spec=param.spec, shape=param.shape, dtype=dtypes[fqn])
-        for fqn, param in found.params.items()
-    }
-    return made, replace(found, params=params)
+    return make_mapping(source, family, config, dtype=options.dtype, buffers=buffers)
 
 
-def _target(
-    options: Options, tensors: TensorMap, source: Checkpoint, layout: Layout | None, team: Team
-) -> Target:
+def _target(options: Options, tensors: TensorMap, source: Checkpoint, team: Team) -> Target:
     most = options.max_shard_size
     if team.size > 1:
         # A file belongs to one process, so there must be one for each at least.
@@ -219,7 +178,4 @@ def _target(
         most = min(most, math.ceil(total / team.size))
     if options.to == "hf":
         return hf_target(tensors.tensors, most, tensors.rows)
-    if options.to == "dcp":
-        return dcp_target(tensors.tensors, most, tensors.rows, aliases=tensors.aliases, blobs=source.blobs)
-    assert layout is not None
-    return engine_target(tensors.tensors, most, layout)
+    return dcp_target(tensors.tensors, most, tensors.rows, aliases=tensors.aliases, blobs=source.blobs)

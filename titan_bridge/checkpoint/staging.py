@@ -40,12 +40,8 @@ class FileResult:
     file: str
     crc: int
     """CRC-32 of what was written."""
-    nan: Mapping[str, int]
-    """NaNs by tensor, where there are any."""
-    inf: Mapping[str, int]
-    """Infinite elements."""
-    overflow: Mapping[str, int]
-    """Those of them that the cast made infinite."""
+    counts: Mapping[str, Mapping[str, int]]
+    """NaN ("nan") and infinite ("inf") elements, and those that the cast made infinite ("overflow"), by tensor."""
 
 
 class Staging:

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 from titan_bridge.checkpoint.archive import Archive
 from titan_bridge.checkpoint.checkpoint import Blob
-from titan_bridge.checkpoint.engine_files import local_runs, shard_label
 from titan_bridge.checkpoint.safetensors import header_bytes
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.layout import Layout
+from titan_bridge.sharding.moves import Copy
+from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 CHUNK_BYTES = 256 << 20
@@ -26,6 +26,8 @@ STRIP_BYTES = 8 << 20
 """Most bytes of a strip, of the destination's dtype."""
 _ALIGNMENT = 64
 T = TypeVar("T")
+Strip = tuple[str, int]
+"""Tensor, and number of the strip."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +42,8 @@ class OutFile:
     """(offset, archive)."""
     blobs: list[tuple[int, Blob]] = field(default_factory=list)
     """(offset, what to copy there as it is)."""
+    strips: list[Strip] = field(default_factory=list)
+    """In the order of the bytes."""
 
 
 @dataclass(kw_only=True)
@@ -55,8 +59,6 @@ class Target:
     """DCP: what its metadata says of each tensor, under all its names."""
     blobs: dict[str, Blob] = field(default_factory=dict)
     """DCP: the entries that are no tensors."""
-    ranks: tuple[tuple[str, ...], ...] = ()
-    """Engine files: the files of each rank."""
     weight_map: dict[str, str] = field(default_factory=dict)
     """Hugging Face: the file of each tensor."""
 
@@ -67,21 +69,24 @@ class Target:
 
     def tensors(self) -> list[TensorMetadata]:
         """Every tensor that has an element, in strips: the destination of a plan."""
-        return [replace(self.shapes[name], chunks=tuple(strips)) for name, strips in self.strips.items()]
+        return [replace(self.shapes[name], chunks=tuple(s)) for name, s in self.strips.items() if s]
 
-    def in_file(self) -> dict[str, list[tuple[str, int]]]:
-        """By file: (tensor, number of the strip) in the order of the bytes."""
-        found: dict[str, list[tuple[int, str, int]]] = {file.name: [] for file in self.files}
-        for name, strips in self.strips.items():
-            for number, strip in enumerate(strips):
-                found[str(strip.owner)].append((strip.offset, name, number))
-        return {file: [(name, number) for _, name, number in sorted(own)] for file, own in found.items()}
-
-    def _place(self, tensor: TensorMetadata, file: str, offset: int, box: Box, rows: int = 1) -> None:
+    def _place(self, tensor: TensorMetadata, file: OutFile, offset: int, box: Box, rows: int) -> None:
         """A box of a tensor lies in a file from `offset` on."""
+        strips = self.strips.setdefault(tensor.name, [])
         for strip in rows_of(box, tensor.dtype.itemsize, STRIP_BYTES, rows):
-            self.strips.setdefault(tensor.name, []).append(Chunk(owner=file, box=strip, offset=offset))
+            file.strips.append((tensor.name, len(strips)))
+            strips.append(Chunk(owner=file.name, box=strip, offset=offset))
             offset += strip.numel * tensor.dtype.itemsize
+
+
+def copies_of(plan: Plan, file: OutFile) -> dict[Strip, list[Copy]]:
+    """What fills each strip of a file."""
+    found: dict[Strip, list[Copy]] = {}
+    for copy in plan.copies(destination=file.name):
+        assert copy.destination_chunk is not None
+        found.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
+    return found
 
 
 def rows_of(box: Box, itemsize: int, most: int, align: int = 1) -> Iterator[Box]:
@@ -123,9 +128,13 @@ def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, i
     target = Target(shapes={tensor.name: tensor for tensor in tensors})
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        for tensor, offset in zip(group, _safetensors_file(target, name, group), strict=True):
-            target._place(tensor, name, offset, Box.whole(tensor.shape), rows.get(tensor.name, 1))
+        header, offsets = header_bytes([(t.name, t.shape, t.dtype) for t in group], {"format": "pt"})
+        size = len(header) + sum(tensor.nbytes for tensor in group)
+        file = OutFile(name=name, size=size, fixed=[(0, header)])
+        for tensor, offset in zip(group, offsets, strict=True):
+            target._place(tensor, file, offset, Box.whole(tensor.shape), rows.get(tensor.name, 1))
             target.weight_map[tensor.name] = name
+        target.files.append(file)
     return target
 
 
@@ -171,7 +180,7 @@ def dcp_target(
             tensor = target.shapes[name]
             archive = Archive(part.shape, tensor.dtype)
             file.archives.append((file.size, archive))
-            target._place(tensor, file.name, file.size + archive.head_bytes, part, rows.get(name, 1))
+            target._place(tensor, file, file.size + archive.head_bytes, part, rows.get(name, 1))
             length = archive.total_bytes
             chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=length, box=part))
             file.size += length
@@ -179,59 +188,6 @@ def dcp_target(
     for name, fqn in [*((name, name) for name in chunks), *aliases.items()]:
         target.archives[name] = replace(target.shapes[fqn], name=name, chunks=tuple(chunks[fqn]))
     return target
-
-
-def engine_target(tensors: Sequence[TensorMetadata], most: int, layout: Layout) -> Target:
-    """Files of at most `most` bytes of weights for each shard of `layout`; `tensors` are its parameters."""
-    target = Target(shapes={tensor.name: tensor for tensor in tensors})
-    shards = {tensor.name: _shards(tensor.name, layout) for tensor in tensors}
-    files: dict[int, set[str]] = {rank: set() for rank in layout.ranks}
-
-    def largest(tensor: TensorMetadata) -> int:
-        elements = (
-            math.prod(layout.local_shape(tensor.name, ranks[0]) or ())
-            for ranks in shards[tensor.name].values()
-        )
-        return max(elements) * tensor.dtype.itemsize
-
-    # Wide dtypes first: then every tensor of a file is aligned to its own dtype.
-    order = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    for number, group in enumerate(_grouped(order, most, largest), start=1):
-        by_label: dict[str, list[tuple[TensorMetadata, list[int]]]] = {}
-        for tensor in group:
-            for label, ranks in shards[tensor.name].items():
-                by_label.setdefault(label, []).append((tensor, ranks))
-        for label, entries in by_label.items():
-            name = f"model-{number:05d}.{label}.safetensors"
-            local = [replace(t, shape=layout.local_shape(t.name, ranks[0]) or ()) for t, ranks in entries]
-            offsets = _safetensors_file(target, name, local, shard=label)
-            for (tensor, ranks), start in zip(entries, offsets, strict=True):
-                for box, offset in local_runs(layout, tensor.name, ranks[0]):
-                    target._place(tensor, name, start + offset * tensor.dtype.itemsize, box)
-                for rank in ranks:
-                    files[rank].add(name)
-    target.ranks = tuple(tuple(sorted(files[rank])) for rank in layout.ranks)
-    return target
-
-
-def _shards(fqn: str, layout: Layout) -> dict[str, list[int]]:
-    """By label: the ranks that hold this part of a parameter."""
-    found: dict[str, list[int]] = {}
-    for rank in layout.mesh_of(fqn).ranks:
-        found.setdefault(shard_label(layout, fqn, rank), []).append(rank)
-    return found
-
-
-def _safetensors_file(
-    target: Target, name: str, tensors: Sequence[TensorMetadata], **metadata: str
-) -> list[int]:
-    """Add a file; returns where in it each tensor begins."""
-    header, offsets = header_bytes(
-        [(t.name, t.shape, t.dtype) for t in tensors], {"format": "pt", **metadata}
-    )
-    size = len(header) + sum(tensor.nbytes for tensor in tensors)
-    target.files.append(OutFile(name=name, size=size, fixed=[(0, header)]))
-    return offsets
 
 
 def _grouped(items: Iterable[T], most: int, size: Callable[[T], int]) -> Iterator[list[T]]:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch.distributed as dist
+
 from titan_bridge.errors import BridgeError
 
 T = TypeVar("T")
@@ -19,21 +21,15 @@ class Team:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self._joined = False
 
-    def join(self) -> Team:
+    def join(self) -> None:
         """Meet the others. Does nothing for one process, or in a process group that exists."""
-        if self.size > 1:
-            import torch.distributed as dist  # noqa: PLC0415  not needed by one process
-
-            if not dist.is_initialized():
-                dist.init_process_group("gloo")
-                self._joined = True
-        return self
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+            self._joined = True
 
     def leave(self) -> None:
         """End the process group that `join` made."""
         if self._joined:
-            import torch.distributed as dist  # noqa: PLC0415  as above
-
             dist.destroy_process_group()
             self._joined = False
 
@@ -45,19 +41,13 @@ class Team:
         """
         if self.size == 1:
             return [step()]
-        error, value = None, None
+        error, failed, value = None, None, None
         try:
             value = step()
         except Exception as caught:
             error = caught
-        import torch.distributed as dist  # noqa: PLC0415  as above
-
+            failed = str(caught) if isinstance(caught, BridgeError) else f"{type(caught).__name__}: {caught}"
         outcomes: list[Any] = [None] * self.size
-        failed = (
-            None
-            if error is None
-            else f"{type(error).__name__ + ': ' if not isinstance(error, BridgeError) else ''}{error}"
-        )
         dist.all_gather_object(outcomes, (failed, value))
         if error is not None:
             raise error

@@ -9,11 +9,9 @@ from pathlib import Path
 from zlib_ng import zlib_ng
 
 from titan_bridge.checkpoint.archive import is_intact
-from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint
-from titan_bridge.checkpoint.files import FilePool
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.tensors import Chunk
 
 _BUFFER_BYTES = 16 << 20
 
@@ -28,34 +26,21 @@ def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] 
         BridgeError: The first archive that is damaged.
     """
     stored = [*source.tensors.values(), *source.extra_tensors.values()]
-    archives = {_archive(chunk): one.name for one in stored for chunk in one.chunks}
-    archives |= {blob: name for name, blob in source.blobs.items()}
-    checked, pool = True, FilePool()  # a pool of its own, since this does not count as bytes read
-    for archive, name in list(archives.items())[team.rank :: team.size]:
-        if archive is None:
+    archives = {(c.path, c.offset, c.archive): one.name for one in stored for c in one.chunks}
+    archives |= {(blob.path, blob.offset, blob.length): name for name, blob in source.blobs.items()}
+    checked = True
+    for (path, offset, length), name in list(archives.items())[team.rank :: team.size]:
+        if length is None:
             return False
-
-        def read(offset: int, length: int, archive: Blob = archive) -> bytes:
-            buffer = bytearray(length)
-            pool.read_into(archive.path, archive.offset + offset, memoryview(buffer))
-            return bytes(buffer)
-
-        intact = is_intact(read, archive.length, f"{archive.path}: {name}")
+        what = f"{path}: {name}"
+        intact = is_intact(source.pool.part(path, offset, length, what), length, what)
         if intact is False:
             raise BridgeError(
-                f"{archive.path}: {name}: the bytes from {archive.offset} on do not have their CRC-32; "
-                "the file is damaged, restore it"
+                f"{what}: the bytes from {offset} on do not have their CRC-32; the file is damaged, restore it"
             )
         checked = checked and intact is not None
-        advance(archive.length)
-    pool.close()
+        advance(length)
     return checked
-
-
-def _archive(chunk: Chunk) -> Blob | None:
-    if chunk.archive is None:
-        return None
-    return Blob(path=chunk.path, offset=chunk.offset, length=chunk.archive)
 
 
 def is_as_written(path: Path, crc: int, advance: Callable[[int], None] = lambda count: None) -> bool:

@@ -42,6 +42,11 @@ class Diff:
     """Largest difference of two values that counts as equal."""
     config: Text = None
     """Where neither side has a config.json and the formats differ: a directory with one."""
+    names: Annotated[Text, tyro.conf.arg(metavar="PATTERN")] = None
+    """Where another program wrote A: how it calls the tensor NAME, with {} in place of NAME, for example
+    'state.model.{}'; tensors that do not fit are left out."""
+    names_b: Annotated[Text, tyro.conf.arg(metavar="PATTERN")] = None
+    """The same of B."""
     show: int = 20
     """How many tensors of each kind to list, the largest difference first; --json has all of them."""
     json: bool = False
@@ -90,7 +95,7 @@ class Diff:
         from titan_bridge.sharding.layout import dtype_name
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        a, b = compare.open_sides([self.a, self.b], config=self.config)
+        a, b = compare.open_sides([self.a, self.b], config=self.config, names=[self.names, self.names_b])
         with a.source, b.source:
             common = [(one, b.tensors[name]) for name, one in a.tensors.items() if name in b.tensors]
             facts = _names(a.tensors, b.tensors)

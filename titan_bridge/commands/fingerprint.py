@@ -39,6 +39,11 @@ class Fingerprint:
     """Cast weights to it first, as serving or `reshard --dtype` would."""
     config: Text = None
     """Where no side has a config.json: a directory with one, which names the model."""
+    names: Annotated[Text, tyro.conf.arg(metavar="PATTERN")] = None
+    """Where another program wrote A: how it calls the tensor NAME, with {} in place of NAME, for example
+    'state.model.{}'; tensors that do not fit are left out."""
+    names_b: Annotated[Text, tyro.conf.arg(metavar="PATTERN")] = None
+    """The same of B."""
     json: bool = False
     """Print one JSON object."""
 
@@ -59,7 +64,10 @@ class Fingerprint:
         from titan_bridge.checkpoint import compare
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        sides = compare.open_sides(folders, config=self.config, common=True)
+        patterns = {self.b: self.names_b, self.a: self.names}
+        sides = compare.open_sides(
+            folders, config=self.config, common=True, names=[patterns[folder] for folder in folders]
+        )
         result = {}
         try:
             with Bars({"read": sum(side.source.nbytes for side in sides)}) as bars:

@@ -34,10 +34,15 @@ class InferCommand:
     """Data parallel groups."""
     tp: Annotated[Int, tyro.conf.arg(aliases=("--tensor-parallel-size", "-tp"))] = None
     """Tensor parallel ranks in a group."""
+    pp: Annotated[Int, tyro.conf.arg(aliases=("--pipeline-parallel-size", "-pp"))] = None
+    """Pipeline stages in a group."""
     ep: Int = None
     """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
     attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
     """Ranks of tp that attention is cut over; the others hold copies."""
+    attention_dp: Annotated[str | None, tyro.conf.arg(metavar="[N]", help_behavior_hint="")] = None
+    """Groups of tp ranks whose attention and KV cache have requests of their own; without a number as many as tp would
+    hold copies of the cache."""
     policy: Annotated[Text, tyro.conf.arg(metavar="FILE")] = None
     """YAML or JSON with rules for each layer (parallelism_rules)."""
     enable_expert_parallel: Annotated[bool, tyro.conf.arg(aliases=("-ep",))] = False
@@ -48,6 +53,8 @@ class InferCommand:
     """Dense weights over dp: replicate or shard."""
     dtype: Text = None
     """auto, float32, bfloat16 or float16."""
+    names: Annotated[Text, tyro.conf.arg(metavar="PATTERN")] = None
+    """Where another program wrote the weights: how it calls the tensor NAME, with {} in place of NAME."""
     max_model_len: Int = None
     """Longest sequence in tokens."""
     needs_weights: ClassVar[bool] = True
@@ -80,6 +87,7 @@ class InferCommand:
                 **{f"parallel.{name}": getattr(self, name) for name in DEGREES},
                 "parallel.dense": self.dense,
                 "parallel.attn_tp": self.attention_tp,
+                "parallel.attention_dp": _groups(self.attention_dp),
                 "parallelism": policy,
                 "model_impl": self.model_impl,
                 "dtype": self.dtype,
@@ -98,12 +106,22 @@ class InferCommand:
         titan = additional.get("titan") or {}
         found = local_folder(config.model, self.model if is_file else None, weights=self.needs_weights)
         model, step = model_and_step(found, titan.get("step"))
-        if model == config.model and step is None:
+        stated = {key: value for key, value in (("step", step), ("names", self.names)) if value is not None}
+        if model == config.model and not stated:
             return resolved
         vllm = {"served_model_name": config.model, **config.vllm}
-        if step is not None:
-            vllm["additional_config"] = {**additional, "titan": {**titan, "step": step}}
+        if stated:
+            vllm["additional_config"] = {**additional, "titan": {**titan, **stated}}
         return dataclasses.replace(resolved, config=dataclasses.replace(config, model=model, vllm=vllm))
+
+
+def _groups(given: str | None) -> bool | int | None:
+    """The value of --attention-dp; the command line has "true" where no number followed."""
+    if given in (None, "true", "false"):
+        return None if given is None else given == "true"
+    if not given.isdecimal() or not int(given):
+        raise BridgeError(f"--attention-dp {given} is no number of groups; give at least 1, or no number")
+    return int(given)
 
 
 def local_folder(model: str, file: str | None, *, weights: bool) -> str:
@@ -147,7 +165,6 @@ SHORT = {
     "-cc": "--compilation-config",
     "-sc": "--speculative-config",
     "-q": "--quantization",
-    "-pp": "--pipeline-parallel-size",
     "-n": "--nnodes",
     "-r": "--node-rank",
     "-dpl": "--data-parallel-size-local",

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(InferCommand):
-    """Show where every parameter of a model lives on dp * tp ranks: mesh, placements, local shapes, bytes a rank.
+    """Show where every parameter of a model lives on dp * pp * tp ranks: mesh, placements, local shapes, bytes a rank.
 
     Needs config.json only: no weights, no GPU and no second process, at any size. The same layout comes from a
     running engine: `titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec of `serve --sharding-spec`. For a
     TOML file of `titan-bridge train` it is the trainer's layout. With a policy it shows layers: the rule that
-    decides on each, weights, and bytes of KV cache a token and rank.
+    decides on each, weights, and bytes of KV cache a token and rank; so it does with --attention-dp, and names groups.
 
     Example: titan-bridge inspect out/demo/qwen3_moe --dp 2 --tp 2 --ep 4 --picture layout.svg
     """
@@ -111,12 +111,14 @@ class Inspect(InferCommand):
         import torch  # with what follows, four seconds that a bad flag need not wait for
 
         from titan_bridge.checks import model_directory
+        from titan_bridge.engine.options import titan_options
 
         hf = model_directory(config.model)
 
         from titan_bridge.model_layout import layout, stated_dtype
         from titan_bridge.models import family_for
         from titan_bridge.policy.layers import split
+        from titan_bridge.policy.show import layer_rows, what_groups_win
 
         parallel = config.parallel
         sizes = parallel.sizes
@@ -129,12 +131,26 @@ class Inspect(InferCommand):
             )
         family = family_for(hf)
         tree = family.model_config(hf)
-        decided = split(config.policy, family, tree, sizes)
+        if sizes.pp > 1:
+            from titan_bridge.engine.model.stages import staged  # vLLM, seconds
+
+            sizes = staged(sizes, len(tree.layers))
+        decided = split(
+            config.policy,
+            family,
+            tree,
+            sizes,
+            attention_dp=titan_options(config.additional_config()).attention_dp,
+        )
+        found = layout(hf, sizes, parallel.dense, dtype=dtype, policy=decided.policy)
+        if decided.groups > 1:
+            plain = split(config.policy, family, tree, sizes)
+            notes.append(what_groups_win(decided, plain, layer_rows(decided, tree, found)))
         return _Shown(
-            layout=layout(hf, sizes, parallel.dense, dtype=dtype, policy=config.policy),
+            layout=found,
             title=_title(config.model, hf, decided.sizes, parallel.dense),
             notes=(*notes, *decided.remarks),
-            policy=config.policy,
+            policy=decided.policy,
             split=decided,
             config=tree,
         )
@@ -143,13 +159,13 @@ class Inspect(InferCommand):
         from titan_bridge.commands.train import job_of
         from titan_bridge.policy.schema import NO_POLICY
 
-        for flag in ("dense", "dtype", "max_model_len", "attention_tp", "policy"):
+        for flag in ("pp", "dense", "dtype", "max_model_len", "attention_tp", "attention_dp", "policy"):
             if getattr(self, flag) is not None:
                 name = flag.replace("_", "-")
                 raise BridgeError(
                     f"--{name} is for an engine; {self.model} is a file for `titan-bridge train`"
                 )
-        flags = {f"parallel.{axis}": getattr(self, axis) for axis in DEGREES}
+        flags = {f"parallel.{axis}": getattr(self, axis) for axis in DEGREES if axis != "pp"}
         job = job_of(self.model, self.set, flags)
         title = _title(self.model, job.hf_config, job.sizes, "shard")
         return _Shown(layout=job.layout(), title=title, policy=NO_POLICY)

@@ -58,9 +58,9 @@ class Parity(InferCommand):
         completions = [dataclasses.asdict(completion) for completion in outcome.completions]
         found = []
         with quiet(verbose=self.verbose) as say:
-            step = (config.additional_config().get("titan") or {}).get("step")
+            titan = config.additional_config().get("titan") or {}
             say("loading the references")
-            for name, logprobs in parity.references(config.model, step):
+            for name, logprobs in parity.references(config.model, titan.get("step"), titan.get("names")):
                 say(f"comparing with {name}")
                 found.append(parity.compare(completions, name, logprobs))
         right = all(difference.holds(tolerance, greedy=config.dtype == "float32") for difference in found)

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from titan_bridge.commands.infer import Int, Text
 from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import DEGREES
 
 if TYPE_CHECKING:
     from titan_bridge.checkpoint.job import Job, Outcome
@@ -29,7 +27,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reshard:
-    """Convert a checkpoint: Hugging Face safetensors, TorchTitan's DCP, or rank-local files for the engine.
+    """Convert a checkpoint: Hugging Face safetensors into TorchTitan's DCP, or back.
 
     Streams in one pass with flat memory. DST appears when it is complete, and not before; a run that was killed
     goes on with --resume. Under torchrun the files are shared out over the processes.
@@ -38,13 +36,12 @@ class Reshard:
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Directory with a checkpoint in any of the three formats."""
+    """Directory with a checkpoint in either format."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Directory to be made."""
-    to: Literal["hf", "dcp", "engine", "peft"]
-    """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), engine (files that
-    each rank of the given sizes reads without slicing), peft (the LoRA adapter that TorchTitan trained in SRC; with
-    --to dcp, SRC may be such a folder)."""
+    to: Literal["hf", "dcp", "peft"]
+    """Format of DST: hf (loads in transformers and vLLM), dcp (loads in TorchTitan at any layout), peft (the LoRA
+    adapter that TorchTitan trained in SRC; with --to dcp, SRC may be such a folder)."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Where SRC has no config.json: a directory with one (and the tokenizer), the file itself, or one of TorchTitan's
     models as FAMILY:FLAVOR, for example qwen3:0.6B."""
@@ -60,18 +57,6 @@ class Reshard:
     """A folder with a LoRA adapter in PEFT's format, which is added to SRC's weights (Hugging Face)."""
     lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="ALPHA", help_behavior_hint="")] = None
     """--to peft: the converter's alpha, which is not in a checkpoint."""
-    dp: int = 1
-    """--to engine: data-parallel size."""
-    tp: int = 1
-    """--to engine: tensor-parallel size."""
-    ep: int = 1
-    """--to engine: ranks that share the experts."""
-    dense: Literal["replicate", "shard"] = "replicate"
-    """--to engine: whether dp ranks hold all of the dense weights or a part each."""
-    attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
-    """--to engine: ranks of tp that attention is cut over; the others hold copies."""
-    policy: Annotated[Text, tyro.conf.arg(metavar="FILE")] = None
-    """--to engine: YAML or JSON with rules for each layer (parallelism_rules)."""
     max_shard_size: str = "5GB"
     """Largest file, e.g. 500MB or 4GiB; a single larger tensor is a file of its own."""
     with_optimizer: bool = False
@@ -101,7 +86,6 @@ class Reshard:
 
         from titan_bridge.checkpoint.reshard import Options, prepare
         from titan_bridge.checkpoint.team import Team
-        from titan_bridge.policy.read import policy_of_flags
 
         gc.enable()
         if self.to == "peft" or (self.src / "adapter_config.json").is_file():
@@ -114,11 +98,6 @@ class Reshard:
             config=self.config,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
             names=self.names,
-            dp=self.dp,
-            tp=self.tp,
-            ep=self.ep,
-            dense=self.dense,
-            policy=policy_of_flags(self.policy, self.attention_tp),
             max_shard_size=parse_size(self.max_shard_size),
             merge_lora=self.merge_lora,
             with_optimizer=self.with_optimizer,
@@ -180,15 +159,10 @@ class Reshard:
             print(json.dumps(facts))
         else:
             _show_outcome(facts, self.dst)
-            print(f"next: {_next(job, self._policy_flag())}")
+            print(f"next: {_next(job)}")
         for line in _warnings(outcome, self.dtype):
             print(f"titan-bridge: {line}", file=sys.stderr)
         return 1 if (outcome.nan or outcome.inf) and not self.allow_nan else 0
-
-    def _policy_flag(self) -> str:
-        if self.attention_tp is not None:
-            return f" --attention-tp {self.attention_tp}"
-        return "" if self.policy is None else f" --policy {shlex.quote(self.policy)}"
 
 
 def parse_size(text: str) -> int:
@@ -299,16 +273,13 @@ def _show_outcome(facts: dict[str, Any], target: Path) -> None:
     )
 
 
-def _next(job: Job, policy: str) -> str:
+def _next(job: Job) -> str:
     """What to type with the result."""
     from titan_bridge.models import family_for  # torch, as in `run`
 
     options = job.options
     target = shlex.quote(str(options.target))
-    sizes = "".join(f" --{name} {n}" for name in DEGREES if (n := getattr(options, name)) > 1)
-    command = (
-        f"titan-bridge serve {target}{sizes}{' --dense shard' if options.dense == 'shard' else ''}{policy}"
-    )
+    command = f"titan-bridge serve {target}"
     if job.hf is None:
         return f"put the model's config.json into {target}, then {command}"
     try:

@@ -24,6 +24,7 @@ OWNED_BY_US = {
     "max_model_len": "max_model_len",
     "tensor_parallel_size": "parallel.tp",
     "data_parallel_size": "parallel.dp",
+    "pipeline_parallel_size": "parallel.pp",
     "enable_expert_parallel": "parallel.ep",
 }
 """vLLM option -> the key of ours that says it: such an option under [vllm] would be said twice."""
@@ -31,26 +32,41 @@ OWNED_BY_US = {
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Parallel:
-    """How many ranks serve the model and what each axis does. World size = dp * tp."""
+    """How many ranks serve the model and what each axis does. World size = dp * pp * tp."""
 
     dp: Positive = 1
     """Data parallel groups (TorchTitan's dp_shard)."""
     tp: Positive = 1
     """Tensor parallel ranks in each group."""
+    pp: Positive = 1
+    """Pipeline stages in each group, of consecutive layers, as vLLM deals them out."""
     ep: Positive = 1
     """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
     dense: Dense = "replicate"
     """Dense weights over dp: whole on each group ("replicate") or 1/dp each, gathered layer by layer ("shard")."""
     attn_tp: Positive | None = None
     """Ranks of tp that attention is cut over, replicated over the rest: short for a rule in [parallelism]."""
+    attention_dp: bool | Positive = False
+    """Groups of tp ranks whose attention and KV cache have requests of their own: a number, or true for as many as tp
+    would hold copies of the cache."""
 
     def __post_init__(self) -> None:
         _ = self.sizes  # refuses those that do not fit together
+        if self.attn_tp and self.attention_dp:
+            raise ValueError(
+                f"parallel.attn_tp={self.attn_tp} and parallel.attention_dp={self.attention_dp}: groups cut attention "
+                "over their own ranks; leave attn_tp out"
+            )
 
     @property
     def sizes(self) -> Sizes:
         """The degrees."""
         return Sizes.of(self)
+
+    @property
+    def workers(self) -> int:
+        """Of one engine."""
+        return self.pp * self.tp
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -101,7 +117,8 @@ class InferConfig:
         titan = self.additional_config().get("titan")
         if titan is not None and not isinstance(titan, dict):
             raise ValueError(f"vllm.additional_config.titan is {titan!r}; it must be a table")
-        for key, ours in (("dense", "parallel.dense"), ("ep", "parallel.ep"), ("parallelism", "parallelism")):
+        said = {name: f"parallel.{name}" for name in ("dense", "ep", "attention_dp")}
+        for key, ours in {**said, "parallelism": "parallelism"}.items():
             if key in ((self.vllm.get("additional_config") or {}).get("titan") or {}):
                 raise ValueError(f"vllm.additional_config.titan.{key} is set by {ours}; write it there")
         if self.parallelism and self.parallel.attn_tp:
@@ -123,6 +140,8 @@ class InferConfig:
             ours["dense"] = self.parallel.dense
         if 1 < self.parallel.ep < self.parallel.sizes.most_ep:
             ours["ep"] = self.parallel.ep
+        if self.parallel.attention_dp:
+            ours["attention_dp"] = self.parallel.attention_dp
         if self.policy:
             ours["parallelism"] = self.policy.to_dict()
         if ours:
@@ -139,6 +158,8 @@ class InferConfig:
             "enable_expert_parallel": self.parallel.ep > 1,
             **{key.replace("-", "_"): value for key, value in self.vllm.items()},
         }
+        if self.parallel.pp > 1:
+            options["pipeline_parallel_size"] = self.parallel.pp
         if self.max_model_len is not None:
             options["max_model_len"] = self.max_model_len
         if additional := self.additional_config():

@@ -67,20 +67,14 @@ def _rows(
 
 
 def _row(key: str, field: Mapping[str, Any], *, required: bool) -> tuple[str, str, str, str]:
-    kind = _without_null(field)
+    kinds = [kind for kind in field.get("anyOf", (field,)) if kind.get("type") != "null"]
     if required:
         default = "required"
     elif field.get("default") is None:
-        default = "empty" if kind["type"] == "object" else "none"
+        default = "empty" if kinds[0]["type"] == "object" else "none"
     else:
         default = f"`{json.dumps(field['default'])}`"
-    return f"`{key}`", _allowed(kind), default, field["description"]
-
-
-def _without_null(field: Mapping[str, Any]) -> Mapping[str, Any]:
-    kinds = [kind for kind in field.get("anyOf", (field,)) if kind.get("type") != "null"]
-    assert len(kinds) == 1, f"a field of several types needs words of its own: {field}"
-    return kinds[0]
+    return f"`{key}`", " or ".join(map(_allowed, kinds)), default, field["description"]
 
 
 def _allowed(kind: Mapping[str, Any]) -> str:

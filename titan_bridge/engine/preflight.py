@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
+from titan_bridge.engine.attention_dp.checks import use_groups
 from titan_bridge.engine.cpu.head_dims import check_head_dim
 from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.build import Setup, captures_experts, setup_from
@@ -56,13 +57,14 @@ def check(vllm_config: VllmConfig) -> None:
             f"additional_config.titan.mla = 'latent' {why if model.use_mla else 'needs attention with latents'}"
         )
     check_head_dim(setup.hf, latent=model.use_mla)
+    use_groups(vllm_config, setup)
     captures = captures_experts(setup, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, setup, captures=captures)
     load = vllm_config.load_config
     if load.load_format in ("sharded_state", "tensorizer"):
         raise BridgeError(
-            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out, and for "
-            "files that each rank maps use `titan-bridge reshard DIR OUT --to engine`"
+            f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out: each "
+            "rank reads only its own slices of safetensors and of a DCP"
         )
     if load.load_format not in ("auto", LOAD_FORMAT):
         return
@@ -73,21 +75,22 @@ def check(vllm_config: VllmConfig) -> None:
         return
     load.load_format = LOAD_FORMAT
     buffers = setup.buffers(layout(setup.config, setup.sizes, policy=None))
-    check_weights(directory, setup.family, setup.hf, buffers)
+    check_weights(directory, setup.family, setup.hf, buffers, setup.options.names)
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     """Whether it is asked for, what it is ("LoRA is"), and what to do instead; for each option that we lack."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    stages = parallel.pipeline_parallel_size
-    yield stages > 1, f"pipeline_parallel_size={stages} is", "allowed: 1"
     context = parallel.prefill_context_parallel_size
+    dense = titan_options(vllm_config.additional_config).dense
+    sharded = dense == "shard" and parallel.data_parallel_size > 1
+    stages = parallel.pipeline_parallel_size
+    what = f"additional_config.titan.dense = 'shard' with pipeline_parallel_size={stages} is"
+    yield sharded and stages > 1, what, "leave one of them out"
     yield context > 1, f"prefill_context_parallel_size={context} is", "allowed: 1"
     yield parallel.enable_eplb, "expert load balancing is", "leave enable_eplb off"
     yield parallel.use_ubatching, "microbatches (enable_dbo) are", "leave enable_dbo and ubatch_size out"
     if (lora := vllm_config.lora_config) is not None:
-        dense = titan_options(vllm_config.additional_config).dense
-        sharded = dense == "shard" and parallel.data_parallel_size > 1
         yield sharded, "LoRA with additional_config.titan.dense = 'shard' is", "leave one of them out"
         for name in ("fully_sharded_loras", "enable_mixed_moe_lora_format", "enable_moe_shared_loras"):
             yield getattr(lora, name), f"{name} is", "leave it off"
@@ -105,6 +108,9 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     allowed = "allowed: runner='generate', or 'pooling' with convert='embed'"
     yield (model.runner_type, model.convert_type) not in RUNNERS, runner, allowed
     method = getattr(vllm_config.speculative_config, "method", None)
+    # vLLM would build one stage of the draft, and draft with that.
+    drafts = f"a draft model with pipeline_parallel_size={stages} is"
+    yield method == "draft_model" and stages > 1, drafts, "leave one of them out, or take method 'ngram'"
     methods = ", ".join(map(repr, SPECULATION))
     yield method not in (None, *SPECULATION), f"speculative method {method!r} is", f"allowed: {methods}"
 

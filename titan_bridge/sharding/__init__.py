@@ -1,7 +1,7 @@
 """Where every byte of a parameter lives: specs, boxes, layouts, views and the planner. Pure arithmetic on
 shapes."""
 
-from titan_bridge.sharding.boxes import Box, Piece, boxes_of, local_shape_of, pieces_of
+from titan_bridge.sharding.boxes import Box, Piece, local_shape_of, pieces_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import (
     ShardingSpec,
@@ -32,7 +32,6 @@ __all__ = [
     "attach",
     "attach_module",
     "attached",
-    "boxes_of",
     "carry",
     "get",
     "local_shape_of",

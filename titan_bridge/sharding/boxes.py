@@ -247,16 +247,6 @@ def pieces_of(
     )
 
 
-def boxes_of(
-    placements: Sequence[dtensor.Placement],
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-) -> tuple[Box, ...]:
-    """The boxes of `pieces_of`, in global coordinates and in the order of the local tensor."""
-    return tuple(piece.box for piece in pieces_of(placements, shape, mesh_shape, coordinate))
-
-
 def local_shape_of(
     placements: Sequence[dtensor.Placement],
     shape: Sequence[int],

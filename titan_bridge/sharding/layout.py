@@ -227,45 +227,6 @@ class Layout:
         except BridgeError as error:
             raise BridgeError(f"{path}: {error}") from None
 
-    def diff(self, other: Layout) -> list[str]:
-        """What is different in `other`, a sentence each; empty when the two layouts say the same."""
-        lines = []
-        for name in [*self.meshes, *(name for name in other.meshes if name not in self.meshes)]:
-            mine, theirs = self.meshes.get(name), other.meshes.get(name)
-            if mine is None or theirs is None:
-                where = "second" if mine is None else "first"
-                lines.append(f"mesh {name} {theirs or mine} is only in the {where} layout")
-            elif (mine.axes, mine.shape) != (theirs.axes, theirs.shape):
-                lines.append(f"mesh {name} is {mine} in the first layout and {theirs} in the second")
-            elif mine.ranks != theirs.ranks:
-                moved = sum(a != b for a, b in zip(mine.ranks, theirs.ranks, strict=True))
-                lines.append(f"mesh {name} {mine} has other ranks at {moved} of {len(mine.ranks)} places")
-        for fqn in [*self.params, *(fqn for fqn in other.params if fqn not in self.params)]:
-            mine, theirs = self.params.get(fqn), other.params.get(fqn)
-            if mine is None or theirs is None:
-                lines.append(
-                    f"{fqn} is only in the {'second' if mine is None else 'first'} layout ({theirs or mine})"
-                )
-            elif mine != theirs:
-                changes = [
-                    f"{what} {_text(a)} in the first layout and {_text(b)} in the second"
-                    for what, a, b in (
-                        ("has shape", mine.shape, theirs.shape),
-                        ("has dtype", mine.dtype, theirs.dtype),
-                        ("lives on mesh", mine.spec.mesh, theirs.spec.mesh),
-                        ("is placed", mine.spec.placements, theirs.spec.placements),
-                    )
-                    if a != b
-                ]
-                lines.append(f"{fqn} " + "; ".join(changes))
-        return lines
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "(" + ", ".join(str(v) if isinstance(v, int) else placement_to_str(v) for v in value) + ")"
-
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

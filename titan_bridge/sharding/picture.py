@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.boxes import Box, boxes_of, shard_dim
+from titan_bridge.sharding.boxes import Box, pieces_of, shard_dim
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.show import human, load_of, local_numel, pattern_of, totals_of
@@ -61,8 +61,7 @@ def layout_figure(layout: Layout, *, title: str = "") -> Figure:
     """
     shown, totals = _maps(layout), totals_of(layout)
     lines = {heading: math.ceil(len(maps) / _COLUMNS) for heading, maps in shown.items()}
-    same = totals["most_loaded"]["bytes"] == totals["least_loaded"]["bytes"]
-    bars = 1.5 if same else 3.0
+    bars = 3.0
     # Inches, from the top: title, for each mesh a heading and its lines of maps, then the bars.
     height = 1.05 + sum(0.45 + _LINE * count for count in lines.values()) + bars + 0.35
     figure = Figure(figsize=(_WIDTH, height), facecolor="white")
@@ -82,7 +81,7 @@ def layout_figure(layout: Layout, *, title: str = "") -> Figure:
                 _map(figure.add_axes(at), names, param, layout.meshes[param.spec.mesh])
             top -= _LINE
     at = (0.06, 0.42 / height, 0.72, (bars - 0.5) / height)
-    _bars(figure.add_axes(at), layout, same=same)
+    _bars(figure.add_axes(at), layout)
     return figure
 
 
@@ -234,9 +233,9 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
     holders: dict[Box, list[int]] = {}
     colours: dict[Box, tuple[float, ...]] = {}
     for coordinate in np.ndindex(*mesh.shape):
-        for box in boxes_of(placements, param.shape, mesh.shape, coordinate):
-            holders.setdefault(box, []).append(int(mesh.array[coordinate]))
-            colours.setdefault(box, _colour([(coordinate[i], mesh.shape[i]) for i in cuts]))
+        for piece in pieces_of(placements, param.shape, mesh.shape, coordinate):
+            holders.setdefault(piece.box, []).append(int(mesh.array[coordinate]))
+            colours.setdefault(piece.box, _colour([(coordinate[i], mesh.shape[i]) for i in cuts]))
     dims = {i: dim for i in cuts if (dim := shard_dim(placements[i])) is not None}
     # Across: the dim beside dim 0 that is cut into most parts.
     across = max(
@@ -335,8 +334,8 @@ def _ranges(ranks: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _bars(axes: Axes, layout: Layout, *, same: bool) -> None:
-    """Bytes on each rank, stacked by module; one bar where they are the `same` on all."""
+def _bars(axes: Axes, layout: Layout) -> None:
+    """Bytes on each rank, stacked by module."""
     load = load_of(layout)
     modules = _by_module(layout, load.ranks)
     largest = sorted(modules, key=lambda module: -int(modules[module].sum()))
@@ -349,38 +348,20 @@ def _bars(axes: Axes, layout: Layout, *, same: bool) -> None:
             continue
         colour, share = colormaps["tab20"](i), size.sum() / max(sum(load.nbytes), 1)
         label = f"{module}  {human(int(size.max()))}" + (f"  {share:.0%}" if share >= 0.005 else "")
-        if same:
-            axes.barh(
-                0, int(size.max()), left=int(bottom.max()), color=colour, label=label, edgecolor="white"
-            )
-        else:
-            # One outline for each module: bars of their own take seconds at a thousand ranks.
-            axes.stairs(bottom + size, edges, baseline=bottom, fill=True, label=label, color=colour)
+        # One outline for each module: bars of their own take seconds at a thousand ranks.
+        axes.stairs(bottom + size, edges, baseline=bottom, fill=True, label=label, color=colour)
         bottom = bottom + size
     limit = float(bottom.max(initial=1)) or 1.0
-    if same:
-        axes.set_title(
-            "bytes on every rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK
-        )
-        axes.set_xlim(0, limit)
-        axes.set_yticks([])
-        axes.xaxis.set_major_formatter(_BYTES)
-    else:
-        axes.set_title(
-            "bytes on each rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK
-        )
-        if len(load.ranks) <= 64:
-            axes.vlines(edges, 0, limit, color="white", linewidth=2)
-        axes.set_ylim(0, limit * 1.05)
-        axes.set_xlim(-0.5, len(load.ranks) - 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=min(32, len(load.ranks)), integer=True))
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(
-                lambda value, _: str(load.ranks[int(value)]) if 0 <= value < len(load.ranks) else ""
-            )
-        )
-        axes.yaxis.set_major_formatter(_BYTES)
-        axes.set_xlabel("rank", fontsize=8)
+    axes.set_title("bytes on each rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK)
+    if len(load.ranks) <= 64:
+        axes.vlines(edges, 0, limit, color="white", linewidth=2)
+    axes.set_ylim(0, limit * 1.05)
+    axes.set_xlim(-0.5, len(load.ranks) - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=min(32, len(load.ranks)), integer=True))
+    names = dict(enumerate(map(str, load.ranks)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(int(value), "")))
+    axes.yaxis.set_major_formatter(_BYTES)
+    axes.set_xlabel("rank", fontsize=8)
     axes.tick_params(labelsize=8, colors=_INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
@@ -38,8 +37,7 @@ _BLOCK = 4_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What has to be copied from where to where. Bytes are those on the wire (the destination's dtype, by
-    default)."""
+    """What has to be copied from where to where. Bytes are those of the destination's dtype."""
 
     groups: tuple[Group, ...]
     owners: tuple[Owner, ...]
@@ -142,7 +140,6 @@ def plan(
     *,
     colocated: bool = False,
     allow_missing: bool = False,
-    wire: Literal["source", "destination"] = "destination",
 ) -> Plan:
     """Plan the copies that fill every tensor of `destination` from `source`.
 
@@ -154,7 +151,6 @@ def plan(
             already does not travel. Otherwise the two sides are different machines, whatever their ranks
             are called.
         allow_missing: Accept destination elements that no source has (padding); `Plan.missing` counts them.
-        wire: "destination" or "source": whose dtype the bytes are counted in.
 
     Raises BridgeError when a tensor is missing, has another shape, or is not covered.
     """
@@ -163,8 +159,7 @@ def plan(
     ledger = Ledger()
     batches: dict[tuple, list[Item]] = {}
     for item in items:
-        width = (item.destination if wire == "destination" else item.source).dtype.itemsize
-        batches.setdefault((width, *_alike(item)), []).append(item)
+        batches.setdefault((item.destination.dtype.itemsize, *_alike(item)), []).append(item)
     geometries: dict[tuple, Geometry] = {}
     work = []
     for (width, *key), batch in batches.items():

@@ -25,7 +25,7 @@ from torch import nn
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import dtensor
-from titan_bridge.sharding.boxes import Box, Piece, boxes_of, local_shape_of, pieces_of
+from titan_bridge.sharding.boxes import Piece, local_shape_of, pieces_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -107,17 +107,10 @@ class ShardingSpec:
         """True when every rank of the mesh holds the whole tensor."""
         return all(isinstance(placement, dtensor.Replicate) for placement in self.placements)
 
-    def box(
-        self, shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int]
-    ) -> tuple[Box, ...]:
-        """The boxes of the global tensor (`shape`) that the rank at `coordinate` holds; see
-        `boxes.boxes_of`."""
-        return boxes_of(self.placements, shape, mesh_shape, coordinate)
-
     def pieces(
         self, shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int]
     ) -> tuple[Piece, ...]:
-        """The same boxes, each with its place in the rank's local tensor."""
+        """What the rank at `coordinate` holds of the global tensor (`shape`); see `boxes.pieces_of`."""
         return pieces_of(self.placements, shape, mesh_shape, coordinate)
 
     def local_shape(

@@ -1,6 +1,6 @@
 """vLLM's load format "titan": each rank reads its own boxes of whatever checkpoint lies in the model directory.
 
-Hugging Face safetensors, DCP as the trainer left it, and engine files, with no conversion step. The preflight
+Hugging Face safetensors and DCP as the trainer left it, with no conversion step. The preflight
 chooses it for `load_format="auto"`; every other format goes through `load_weights`.
 """
 
@@ -65,7 +65,7 @@ def load(model: TitanForCausalLM, path: str, step: int | None = None) -> None:
             the others. After that, what `load_into` says.
     """
     started = time.perf_counter()
-    with _open_alike(path, step) as checkpoint:
+    with _open_alike(path, step, model.setup.options.names) as checkpoint:
         loaded = model.load_checkpoint(checkpoint)
     model.source = checkpoint.path
     logger.info(
@@ -83,7 +83,7 @@ def load(model: TitanForCausalLM, path: str, step: int | None = None) -> None:
         logger.warning("%s: %s", checkpoint.path, line)
 
 
-def _open_alike(path: str, step: int | None) -> Checkpoint:
+def _open_alike(path: str, step: int | None, names: str | None) -> Checkpoint:
     """Open the checkpoint that all ranks find at `path`, each on its own disk."""
     checkpoint, found, problem = None, "", None
     try:
@@ -91,9 +91,9 @@ def _open_alike(path: str, step: int | None) -> Checkpoint:
         if directory is None:
             raise BridgeError(
                 f"{path} holds no weights that load_format={LOAD_FORMAT!r} reads; give the directory of safetensors, "
-                "of a DCP, of engine files or of a training run"
+                "of a DCP or of a training run"
             )
-        checkpoint = open_checkpoint(directory)
+        checkpoint = open_checkpoint(directory, names=names)
         found = digest(checkpoint)
         where = f"{socket.gethostname()}:{directory.absolute()}"
     except BridgeError as error:

@@ -26,14 +26,15 @@ _WHOLE = (spmd.R, spmd.I)
 """Types with which every rank of an axis holds the whole value; they differ in the backward pass only."""
 
 
-def lower(root: nn.Module, sizes: Sizes) -> None:
+def lower(root: nn.Module, sizes: Sizes, *, merges: Callable[[str], bool] = lambda fqn: True) -> None:
     """Replace the run-time redistribution of every TorchTitan module of `root` by its one collective.
 
-    `sizes` are those of the model, which say how wide each module is.
+    `sizes` are those of the model, which say how wide each module is. A module that `merges` denies, by its FQN, keeps
+    its partial sums, which somebody else adds up.
     """
     for fqn, module in root.named_modules():
         if isinstance(module, Module) and "forward" in module.__dict__:
-            _lower_one(module, group_of(sizes.at(fqn)))
+            _lower_one(module, group_of(sizes.at(fqn)), merges=merges(fqn))
 
 
 def strip(root: nn.Module) -> None:
@@ -42,7 +43,7 @@ def strip(root: nn.Module) -> None:
         module.__dict__.pop("forward", None)
 
 
-def _lower_one(module: Module, group: GroupCoordinator) -> None:
+def _lower_one(module: Module, group: GroupCoordinator, *, merges: bool) -> None:
     config = module._sharding_config
     assert config is not None
     del module.__dict__["forward"]
@@ -55,7 +56,9 @@ def _lower_one(module: Module, group: GroupCoordinator) -> None:
     }
     out = config.out_src_shardings
     out_move = (
-        None if isinstance(out, tuple) else _move(module, "output", out, config.out_dst_shardings, group)
+        None
+        if isinstance(out, tuple) or (not merges and out is not None and _on_tp(out) == spmd.P)
+        else _move(module, "output", out, config.out_dst_shardings, group)
     )
     if not moves and out_move is None:
         return
