@@ -23,7 +23,7 @@ from titan_bridge import cli
 from titan_bridge.config.schema import InferConfig
 from titan_bridge.testing import make_checkpoint
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]  # three servers, one after the other
 
 ATOL = 2e-5
 OPTIONS = (
