@@ -73,7 +73,8 @@ def resolve_our_class(original: Callable[..., Any], self: Any, architectures: An
     found = _ours(self._try_load_model_cls)
     answer_about_specs()
     apply.apply("build")
-    if _current_config().parallel_config.pipeline_parallel_size > 1:
+    config = _current_config()  # None for whoever asks without building it
+    if config is not None and config.parallel_config.pipeline_parallel_size > 1:
         apply.apply("stages")
     return found
 
