@@ -199,7 +199,7 @@ def soak(url: str, pid: int, reference: Any, minutes: float, every: float) -> di
         if count == 8:
             files_before = files
         time.sleep(max(0, following - time.monotonic()))
-    trainer.send("last")
+    asker.update(functools.partial(trainer.send, "last"), answer_of(reference))
     trainer.verify()
     asker.stop()
     load.stop()

@@ -64,9 +64,10 @@ def forked(*imported: str) -> Iterator[Any]:
         _users -= 1
         if not _users and _started:
             _started = False
-            os.kill(
-                server._forkserver_pid, signal.SIGKILL
-            )  # told to end, it takes seconds to forget its modules
+            if server._forkserver_pid is not None:  # nobody has asked for a process
+                os.kill(
+                    server._forkserver_pid, signal.SIGKILL
+                )  # told to end, it takes seconds to forget its modules
             server._stop()
 
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,6 +151,9 @@ def test_a_ring_carries_any_sizes_and_keeps_no_file_open(ends):
         taken[0].receive(each, Deadline(5))
     thread.join()
     assert all(same_bits(a, b) for a, b in zip(data, came, strict=True))
+    for end in (sender, taken[0]):
+        end.close()
+    assert "memfd:titan-transfer" not in Path("/proc/self/maps").read_text()
 
 
 def on_gpu(told: dict[str, Any], at: int) -> Target:

@@ -79,7 +79,7 @@ class Memory(Tcp):
     def __init__(self, connection: Connection, ring: torch.Tensor) -> None:
         super().__init__(connection)
         self.device = ring.device
-        self._slots = ring.view(SLOTS, SLOT_BYTES)
+        self._slots: torch.Tensor | None = ring.view(SLOTS, SLOT_BYTES)
         self._next, self._free, self._told, self._heard = 0, SLOTS, 0, 0
 
     def send(self, data: torch.Tensor, deadline: Deadline) -> None:
@@ -102,8 +102,14 @@ class Memory(Tcp):
             self._hear(deadline)
         self._free = SLOTS
 
+    def close(self) -> None:
+        super().close()
+        self._slots = None  # now: the error that ended it may keep this object until Python looks for cycles
+
     def _slot(self, size: int) -> torch.Tensor:
-        slot, self._next = self._slots[self._next], (self._next + 1) % SLOTS
+        if (slots := self._slots) is None:
+            raise PeerLost(f"the connection with {self.connection.peer} is gone")
+        slot, self._next = slots[self._next], (self._next + 1) % SLOTS
         return slot[:size]
 
     def _tell(self, deadline: Deadline) -> None:

@@ -71,8 +71,10 @@ class Worker:
 
     def __init__(self, target: Target, adapter: Callable[[str, float | None], Target] | None = None) -> None:
         """`adapter`: makes a target of a LoRA adapter's name and scaling; raises BridgeError where it cannot."""
-        self.target = self._weights = target
+        self.target = target
         self._adapter = adapter
+        self._weights: Target | None = None
+        """The target of the weights, while an adapter's is in its place."""
         self.version = UNKNOWN_VERSION
         """Of the weights that are live."""
         self.error: str | None = None
@@ -107,8 +109,7 @@ class Worker:
                     "shut that one down first"
                 )
             self.shutdown()
-            if terms.adapter is not None or self.target is not self._weights:
-                self._retarget(terms)
+            self._retarget(terms)
             control = self._reach(terms, 0, "control", Deadline(min(CONNECT_SECONDS, terms.seconds)))
         except (BridgeError, TransferError) as error:
             self._fail(str(error))
@@ -117,12 +118,15 @@ class Worker:
         threading.Thread(target=self._serve, args=(link,), name="titan-transfer", daemon=True).start()
 
     def _retarget(self, terms: Terms) -> None:
-        self.target, self._planned, self._base = self._weights, None, None
+        if self._weights is not None:
+            self.target, self._weights = self._weights, None
+            self._planned = self._base = None
         if terms.adapter is None:
             return
         if self._adapter is None:
             raise BridgeError(f"adapter {terms.adapter!r}: this engine takes no LoRA adapters from a trainer")
-        self.target = self._adapter(terms.adapter, terms.scaling)
+        adapter = self._adapter(terms.adapter, terms.scaling)
+        self.target, self._weights, self._planned, self._base = adapter, self.target, None, None
 
     @property
     def connected(self) -> bool:
