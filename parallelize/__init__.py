@@ -62,12 +62,24 @@ def rules_of(name: str) -> ShardingRules:
 def parallelize(
     model: Decoder, sizes: Sizes, spmd_backend: Literal["partial_dtensor", "full_dtensor", "spmd_types"]
 ) -> None:
-    """TorchTitan's ``Module.parallelize`` in place; a narrow layer sees only the ranks that it is cut over."""
+    """TorchTitan's ``Module.parallelize`` in place; a narrow layer sees only the ranks that it is cut over.
+
+    ``model`` may lack modules, as a pipeline stage does.
+    """
     narrow: dict[int, ParallelDims] = {}
-    layers: list[Any] = [model.get_submodule(fqn) for fqn, _ in sizes.widths]
-    for layer, (fqn, width) in zip(layers, sizes.widths, strict=True):
+    layers: list[Any] = []
+    for fqn, width in sizes.widths:
         if width not in narrow:
             narrow[width] = to_parallel_dims(sizes.at(fqn), spmd_backend)
+            narrow[width].get_optional_mesh(
+                "tp"
+            )  # builds them: all ranks together, whichever layers they have
+        layer: Any = model
+        for name in fqn.split("."):
+            layer = getattr(layer, name, None)
+        if layer is None:
+            continue
+        layers.append(layer)
         # Hides the method of the class, which TorchTitan's walk through the model calls with the dims of the whole.
         layer.parallelize = lambda _, layer=layer, dims=narrow[width]: type(layer).parallelize(layer, dims)
     model.parallelize(to_parallel_dims(sizes, spmd_backend))

@@ -66,6 +66,7 @@ class Asker:
 
     def _run(self) -> None:
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
+        body["return_tokens_as_token_ids"] = True  # else tokens with one text are one
         with httpx.Client(base_url=self._url, timeout=120) as http:
             while self._go:
                 started = time.monotonic()
@@ -102,6 +103,16 @@ def usage(pid: int) -> tuple[float, int]:
         memory += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         files += len(os.listdir(f"/proc/{each}/fd"))
     return memory / 1024, files
+
+
+def shared_memory(pid: int) -> set[Path]:
+    """Files in /dev/shm that a process and its descendants have mapped."""
+    lines = [line for each in processes(pid) for line in Path(f"/proc/{each}/maps").read_text().splitlines()]
+    return {
+        Path(line[line.index("/dev/shm/") :])
+        for line in lines
+        if "/dev/shm/" in line and "deleted" not in line
+    }
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
@@ -219,7 +230,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    segments = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory(prefix="titan-") as name:
         folder = Path(name)
         model = make_checkpoint(folder / "m", "qwen3", tie_word_embeddings=False, **SIZES)
@@ -227,12 +237,15 @@ def main() -> None:
         with server(model, folder, options) as url, torch.no_grad():
             (pid,) = [each for each in processes(os.getpid())[1:] if "serve" in _command(each)][:1]
             result = soak(url, pid, load_reference(model), given.minutes, given.every)
-            started = processes(pid)
-        left = [each for each in started if Path(f"/proc/{each}").exists()]
+            started, segments = processes(pid), shared_memory(pid)
+        end = time.monotonic() + 10
+        while (left := [each for each in started if _command(each)]) and time.monotonic() < end:
+            time.sleep(0.1)
+        left += [each for each in segments if each.exists()]
     if left:
-        result["problems"].append(f"processes left: {left}")
-    if more := sorted(set(os.listdir("/dev/shm")) - segments):
-        result["problems"].append(f"in /dev/shm: {more}")
+        result["problems"].append(
+            f"left: {[f'{each} {_command(each)}' if isinstance(each, int) else each for each in left]}"
+        )
     if given.json:
         print(json.dumps(result, indent=1))
     else:
@@ -242,7 +255,11 @@ def main() -> None:
 
 
 def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
+    """Empty for one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":

@@ -106,6 +106,10 @@ def model_fits(
 
     family = family_for(hf_config)
     config = family.model_config(hf_config)
+    if sizes.pp > 1 and not sizes.stages:
+        from titan_bridge.engine.model.stages import staged  # noqa: PLC0415  vLLM
+
+        sizes = staged(sizes, len(config.layers))
     if policy is not None:
         sizes = split(policy, family, config, sizes, attention_dp=attention_dp).sizes
     check_divides(config, sizes, narrows=family.takes_policy)

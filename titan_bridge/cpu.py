@@ -98,10 +98,10 @@ def parse_cpus(text: str) -> tuple[int, ...]:
 
 
 def bind(workers: int, cores: Sequence[Core]) -> str | None:
-    """The value of `VLLM_CPU_OMP_THREADS_BIND`: one list of CPUs a worker, in the order of ranks (dp, tp).
+    """The value of `VLLM_CPU_OMP_THREADS_BIND`: one list of CPUs a worker, in the order of ranks (dp, pp, tp).
 
     Args:
-        workers: ranks on this machine, dp * tp.
+        workers: ranks on this machine, dp * pp * tp.
         cores: what `cores()` returned.
 
     Returns:
@@ -118,12 +118,15 @@ def bind(workers: int, cores: Sequence[Core]) -> str | None:
     return "|".join(",".join(str(c.cpu) for c in (g[:-1] if len(g) >= 4 else g)) for g in groups)
 
 
-def local_workers(dp: int, tp: int, *, nnodes: int = 1, dp_local: int | None = None) -> int:
-    """Workers on this machine, as vLLM spreads them over `nnodes`; `dp_local` is its `data_parallel_size_local`."""
+def local_workers(dp: int, workers: int, *, nnodes: int = 1, dp_local: int | None = None) -> int:
+    """Workers on this machine, as vLLM spreads them over `nnodes`.
+
+    `workers` of one engine: pp * tp. `dp_local` is vLLM's `data_parallel_size_local`.
+    """
     if nnodes == 1:
-        return (dp_local or dp) * tp
+        return (dp_local or dp) * workers
     dp_local = dp_local or max(1, dp // nnodes)
-    return dp_local * tp // max(1, nnodes * dp_local // dp)
+    return dp_local * workers // max(1, nnodes * dp_local // dp)
 
 
 def shares_cores(given: Mapping[str, str]) -> bool:

@@ -5,6 +5,10 @@ describe the same ranks: ``rank = ((pp_rank * dp_replicate + replica) * dp + dp_
 dense mesh unflattens them as (dp_replicate, fsdp, tp), the sparse mesh as (dp_replicate, efsdp, ep), so that
 the ep axis runs over consecutive ranks, first through tp and then through dp.
 
+A pipeline stage has a dense and a sparse mesh of its own: ``dense_pp1`` is that of stage 1. What several stages hold
+(a tied embedding) lives on a mesh of all of them, ``dense_pp0_3``, with the axis pp in front. vLLM numbers the stages
+inside of data parallelism (`Sizes.dp_outside`), TorchTitan outside.
+
 A module may be cut over fewer ranks than tp: over ``width`` consecutive ones, and be replicated over the rest. Its
 parameters live on the mesh ``dense_tp{width}`` with the axes (dp_replicate, fsdp, tp_replicate, tp). `Sizes.at` says
 for each module which axes it has; nothing outside of this file knows which axes exist.
@@ -13,9 +17,11 @@ for each module which axes it has; nothing outside of this file knows which axes
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
 
 DENSE, SPARSE = "dense", "sparse"
 
-DEGREES = ("dp", "tp", "ep")
+DEGREES = ("dp", "tp", "ep", "pp")
 """What a user sets, by these names in every command and file; each is a field of `Sizes`."""
 NARROW = "dense_tp"
 """Beginning of the name of a dense mesh whose tp axis is subdivided; its width follows."""
@@ -41,6 +47,7 @@ _MESHES: dict[str, tuple[str, ...]] = {
     "ep": ("ep",),
     "pp": ("pp",),
 }
+_STAGED = re.compile(r"(.+?)_pp(\d+(?:_\d+)*)")
 _NARROW_AXES = ("dp_replicate", "fsdp", "tp_replicate", "tp")
 MESHES = tuple(_MESHES)
 """Names of the meshes that there always are."""
@@ -51,11 +58,24 @@ MOST_RANKS = 1 << 18
 
 def mesh_axes(name: str) -> tuple[str, ...]:
     """The axes of the mesh called ``name``. Raises BridgeError where there is none of that name."""
-    if name in _MESHES:
-        return _MESHES[name]
-    if narrow_width(name) is not None:
-        return _NARROW_AXES
+    base, stages = base_and_stages(name)
+    front = ("pp",) if len(stages) > 1 else ()
+    if base in _MESHES and not (stages and len(_MESHES[base]) == 1):
+        return (*front, *_MESHES[base])
+    if narrow_width(base) is not None:
+        return (*front, *_NARROW_AXES)
     raise BridgeError(f"there is no mesh {name!r}; allowed: {_listed(MESHES)} and {NARROW}WIDTH")
+
+
+def base_and_stages(name: str) -> tuple[str, tuple[int, ...]]:
+    """("dense", (0, 3)) for "dense_pp0_3"; no stages for a mesh that belongs to none."""
+    match = _STAGED.fullmatch(name)
+    return (match[1], tuple(map(int, match[2].split("_")))) if match else (name, ())
+
+
+def on_stages(name: str, stages: Sequence[int]) -> str:
+    """The reverse of `base_and_stages`."""
+    return f"{name}_pp{'_'.join(map(str, stages))}" if stages else name
 
 
 def narrow_width(name: str) -> int | None:
@@ -65,14 +85,19 @@ def narrow_width(name: str) -> int | None:
 
 
 def in_order(names: Collection[str]) -> tuple[str, ...]:
-    """Mesh names as they are listed everywhere: the narrow ones last, the widest of them first."""
-    narrow = {name: width for name in names if (width := narrow_width(name)) is not None}
-    return (*(n for n in MESHES if n in set(names)), *sorted(narrow, key=narrow.__getitem__, reverse=True))
+    """Mesh names as they are listed everywhere: the narrow ones last, the widest of them first; then by stage."""
+
+    def place(name: str) -> tuple:
+        base, stages = base_and_stages(name)
+        width = narrow_width(base)
+        return (MESHES.index(base), 0, stages) if width is None else (len(MESHES), -width, stages)
+
+    return tuple(sorted(set(names), key=place))
 
 
 def shard_axis(name: str) -> str:
     """The axis of a dense or the sparse mesh that FSDP may shard."""
-    return "efsdp" if name == SPARSE else "fsdp"
+    return "efsdp" if base_and_stages(name)[0] == SPARSE else "fsdp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +107,8 @@ class Sizes:
     ``dp`` is vLLM's data parallelism, the axis that FSDP may shard (``dp_shard``).
 
     Raises:
-        BridgeError: A size below 1, more than `MOST_RANKS` ranks, or an ``ep`` that does not divide ``dp * tp``.
+        BridgeError: A size below 1, more than `MOST_RANKS` ranks, an ``ep`` that does not divide ``dp * tp``, or
+            ``stages`` that are not ``pp``.
     """
 
     dp: int = 1
@@ -94,6 +120,10 @@ class Sizes:
     """Groups of ``tp`` consecutive ranks that hold the same part of a module; 1 for a model as a whole."""
     widths: tuple[tuple[str, int], ...] = ()
     """FQN of each module that is cut over fewer ranks than tp, and how many."""
+    stages: tuple[int, ...] = ()
+    """How many layers each pipeline stage has; nothing where there is one stage, or where it is not known."""
+    dp_outside: bool = False
+    """Whether ranks are numbered as vLLM does, ``(dp_rank * pp + stage) * tp + tp_rank``."""
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "ep", "dp_replicate", "pp", "tp_replicate"):
@@ -109,21 +139,26 @@ class Sizes:
                 f"ep={self.ep} does not divide dp*tp={self.most_ep}; "
                 f"allowed with dp={self.dp}, tp={self.tp}: {_listed(divisors(self.most_ep))}"
             )
+        if self.stages and (len(self.stages) != self.pp or min(self.stages) < 1):
+            raise BridgeError(
+                f"stages of {_listed(self.stages)} layers; give at least 1 to each of pp={self.pp}"
+            )
 
     @classmethod
     def of(cls, options: Any) -> Sizes:
-        """From whatever has the `DEGREES` as attributes: a command, a table of a TOML file."""
-        return cls(**{name: getattr(options, name) for name in DEGREES})
+        """Of an engine, from whatever has the `DEGREES` as attributes: a command, a table of a TOML file."""
+        return cls(**{name: getattr(options, name) for name in DEGREES}, dp_outside=options.pp > 1)
 
     @property
     def degrees(self) -> dict[str, int]:
-        """The `DEGREES` by name."""
-        return {name: getattr(self, name) for name in DEGREES}
+        """The `DEGREES` by name; pp where there are stages."""
+        return {name: getattr(self, name) for name in DEGREES if name != "pp" or self.pp > 1}
 
     @property
     def axes(self) -> dict[str, int]:
-        """Size of each axis of the dense and the sparse mesh, by name."""
-        return {axis: self.axis(axis) for name in (DENSE, SPARSE) for axis in mesh_axes(name)}
+        """Size of each axis of the dense and the sparse mesh, by name, and pp where there are stages."""
+        stages = {"pp": self.pp} if self.pp > 1 else {}
+        return {axis: self.axis(axis) for name in (DENSE, SPARSE) for axis in mesh_axes(name)} | stages
 
     @property
     def counts(self) -> dict[str, int]:
@@ -185,6 +220,41 @@ class Sizes:
             fqn = fqn.rpartition(".")[0]
         return self
 
+    def stages_of(self, fqn: str, *, tied: bool = False) -> tuple[int, ...]:
+        """The pipeline stages that hold the parameter or module ``fqn``; empty where there are no stages.
+
+        The embedding is in the first stage, the last norm and the head in the last; ``tied``: the embedding is the
+        head, too.
+        """
+        if not self.stages:
+            return ()
+        first, _, rest = fqn.partition(".")
+        if first == "layers":
+            index = int(rest.partition(".")[0])
+            return (next(stage for stage, end in enumerate(accumulate(self.stages)) if index < end),)
+        if first == "tok_embeddings":
+            return (0, self.pp - 1) if tied else (0,)
+        return (self.pp - 1,)
+
+    def layers_of(self, stage: int) -> range:
+        """The layers of a stage. Only where `stages` is known."""
+        first = sum(self.stages[:stage])
+        return range(first, first + self.stages[stage])
+
+    def ranks_of(self, stage: int) -> Sequence[int]:
+        """The ranks of a stage, in the order of its meshes."""
+        count, width = self.world // self.pp, self.tp_replicate * self.tp
+        if not self.dp_outside:
+            return range(stage * count, (stage + 1) * count)
+        groups = range(self.dp_replicate * self.dp)
+        return [(group * self.pp + stage) * width + tp for group in groups for tp in range(width)]
+
+    def stage_at(self, rank: int) -> int:
+        """The stage that a rank belongs to."""
+        if self.dp_outside:
+            return rank // (self.tp_replicate * self.tp) % self.pp
+        return rank // (self.world // self.pp)
+
     @cached_property
     def _narrow(self) -> dict[str, Sizes]:
         by_width = {width: self.narrowed(width) for width in {width for _, width in self.widths}}
@@ -220,29 +290,36 @@ class NamedMesh:
 
 
 def describe(name: str, sizes: Sizes, *, rank: int = 0) -> NamedMesh:
-    """The mesh called ``name`` that ``rank`` belongs to (dense and sparse: that of its pipeline stage).
+    """The mesh called ``name``: that of its stages, else the one that ``rank`` belongs to.
 
     Raises:
-        BridgeError: An unknown name, or a rank outside the world.
+        BridgeError: An unknown name or stage, or a rank outside the world.
     """
-    axes = mesh_axes(name)
-    if (width := narrow_width(name)) is not None:
+    axes, (base, stages) = mesh_axes(name), base_and_stages(name)
+    if (width := narrow_width(base)) is not None:
         sizes = sizes.narrowed(width)
     if not 0 <= rank < sizes.world:
         raise BridgeError(
             f"rank {rank} is outside the world of {sizes.world}; allowed: 0 to {sizes.world - 1}"
         )
-    stage = sizes.world // sizes.pp
-    first = rank - rank % stage
+    if stages and max(stages) >= sizes.pp:
+        raise BridgeError(f"mesh {name!r} is of stage {max(stages)}; there are {sizes.pp}")
+    mine = sizes.stage_at(rank)
+    own = sizes.ranks_of(mine)
+    place = own.index(rank)
     shape = tuple(sizes.axis(axis) for axis in axes)
-    if len(axes) > 1:
-        flat = range(first, first + stage)
-    else:
+    if name == "pp":
+        flat: Sequence[int] = [sizes.ranks_of(stage)[place] for stage in range(sizes.pp)]
+    elif len(axes) == 1:
         # The line of ranks through `rank` along the axis: neighbours are a step apart.
-        step = {"tp": 1, "ep": 1, "dp": sizes.tp, "pp": stage}[name]
+        step = sizes.tp if name == "dp" else 1
         count = sizes.axis(name)
-        start = rank - (rank // step % count) * step
-        flat = range(start, start + step * count, step)
+        start = place - (place // step % count) * step
+        flat = own[start : start + step * count : step]
+    else:
+        if len(stages) > 1:
+            shape = (len(stages), *shape[1:])
+        flat = [rank for stage in stages or (mine,) for rank in sizes.ranks_of(stage)]
     return NamedMesh(name=name, axes=axes, shape=shape, ranks=_nest(tuple(flat), shape))
 
 
@@ -318,7 +395,7 @@ def to_parallel_dims(
     from titan_bridge.device import use_cpu_if_no_accelerator  # noqa: PLC0415
 
     use_cpu_if_no_accelerator()
-    return ParallelDims(
+    dims = ParallelDims(
         dp_replicate=sizes.dp_replicate,
         dp_shard=sizes.dp * sizes.tp_replicate,
         cp=1,
@@ -328,6 +405,16 @@ def to_parallel_dims(
         world_size=sizes.world,
         spmd_backend=spmd_backend,
     )
+    if sizes.dp_outside and sizes.dp > 1:
+        # It would number the ranks of its meshes in TorchTitan's order, and builds them when first asked for one.
+        assert spmd_backend == "partial_dtensor", "the other backends ask for further meshes"
+        roots = _roots(sizes, _device_type(), (sizes.dense_mesh, SPARSE))
+        dims._world_mesh = roots[sizes.dense_mesh]
+        dims._global_meshes = roots
+        dims._single_axis_meshes = {
+            axis: root[axis] for root in roots.values() for axis in root.mesh_dim_names or ()
+        }
+    return dims
 
 
 def sizes_of(parallel_config: Any, world: int, *, ep: int | None = None) -> Sizes:
@@ -339,8 +426,7 @@ def sizes_of(parallel_config: Any, world: int, *, ep: int | None = None) -> Size
         ep: Ranks that share the experts, if not all (``enable_expert_parallel``) or 1.
 
     Raises:
-        BridgeError: Sizes that are not those of ``world``, pipeline stages together with data parallelism
-            (vLLM numbers those ranks in another order), or context parallelism.
+        BridgeError: Sizes that are not those of ``world``, or context parallelism.
     """
     if isinstance(parallel_config, Sizes):
         sizes = parallel_config
@@ -350,11 +436,7 @@ def sizes_of(parallel_config: Any, world: int, *, ep: int | None = None) -> Size
         if context > 1:
             raise BridgeError(f"prefill_context_parallel_size={context} has no mesh axis; allowed: 1")
         dp = 1 if world == tp * pp else parallel_config.data_parallel_size
-        if dp > 1 and pp > 1:
-            raise BridgeError(
-                f"meshes of data_parallel_size={dp} with pipeline_parallel_size={pp}; set one to 1"
-            )
-        sizes = Sizes(dp=dp, tp=tp, pp=pp)
+        sizes = Sizes(dp=dp, tp=tp, pp=pp, dp_outside=pp > 1)
         if parallel_config.enable_expert_parallel or ep:
             sizes = replace(sizes, ep=ep or sizes.most_ep)
     if sizes.world != world:
@@ -382,15 +464,12 @@ def get_device_meshes(
         BridgeError: No process group, or sizes that are not the world's.
     """
     # Imported here because describing meshes must not cost the import of torch.
-    import torch  # noqa: PLC0415
     import torch.distributed as dist  # noqa: PLC0415
 
     if not dist.is_available() or not dist.is_initialized():
         raise BridgeError("there is no process group; call torch.distributed.init_process_group first")
     sizes = sizes_of(parallel_config, dist.get_world_size(), ep=ep)
-    if device_type is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device_type = "cpu" if accelerator is None else accelerator.type
+    device_type = device_type or _device_type()
     made = _MADE.setdefault(dist.group.WORLD, {})
     if (sizes, device_type) not in made:
         made[sizes, device_type] = _make(sizes, device_type)
@@ -401,16 +480,28 @@ _MADE: WeakKeyDictionary[Any, dict[tuple[Sizes, str], dict[str, DeviceMesh]]] = 
 """Meshes by default process group: making them twice would make all their process groups twice."""
 
 
-def _make(sizes: Sizes, device_type: str) -> dict[str, DeviceMesh]:
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415  as above
+def _device_type() -> str:
+    import torch  # noqa: PLC0415  as above
 
-    world = init_device_mesh(device_type, (sizes.world,), mesh_dim_names=("world",))
-    roots = {}
-    for name in sizes.meshes:
-        axes = mesh_axes(name)
-        if len(axes) > 1:
-            shape = describe(name, sizes).shape
-            roots[name] = world._unflatten(0, (sizes.pp, *shape), ("pp", *axes))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _roots(sizes: Sizes, device_type: str, names: Iterable[str]) -> dict[str, DeviceMesh]:
+    """Meshes of several axes over all ranks, with pp in front."""
+    import torch  # noqa: PLC0415  as above
+    from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415  as above
+
+    order = [rank for stage in range(sizes.pp) for rank in sizes.ranks_of(stage)]
+    world = DeviceMesh(device_type, torch.tensor(order), mesh_dim_names=("world",))
+    return {
+        name: world._unflatten(0, (sizes.pp, *describe(name, sizes).shape), ("pp", *mesh_axes(name)))
+        for name in names
+    }
+
+
+def _make(sizes: Sizes, device_type: str) -> dict[str, DeviceMesh]:
+    roots = _roots(sizes, device_type, [name for name in sizes.meshes if len(mesh_axes(name)) > 1])
     meshes = {name: root[mesh_axes(name)] for name, root in roots.items()}
     meshes["dp"] = roots[DENSE]["dp_replicate", "fsdp"]._flatten("dp")
     meshes |= {"tp": roots[DENSE]["tp"], "ep": roots[SPARSE]["ep"], "pp": roots[DENSE]["pp"]}

@@ -30,6 +30,7 @@ from titan_bridge.mesh import (
     describe,
     in_order,
     mesh_axes,
+    on_stages,
     padded_vocab,
     shard_axis,
 )
@@ -128,9 +129,9 @@ def as_layout(
     `parallelism` is the policy behind it, as plain tables.
 
     Raises:
-        BridgeError: Pipeline stages, which `specs` does not divide the model into.
+        BridgeError: Pipeline stages of which `sizes` do not say how many layers each has.
     """
-    if sizes.pp > 1:
+    if sizes.pp > 1 and not sizes.stages:
         raise BridgeError(f"pp={sizes.pp}: which stage holds which layer is not known here; allowed: 1")
     used = {param.spec.mesh for param in params.values()}
     return Layout(
@@ -157,6 +158,7 @@ def specs_of_module(
     """
     result: dict[str, ParamSpec] = {}
     seen: set[int] = set()
+    tied = bool(getattr(model, "enable_weight_tying", False))
     for prefix, module in model.named_modules():
         persistent = {
             name: tensor
@@ -190,6 +192,7 @@ def specs_of_module(
                     sizes.at(prefix),
                     dense,
                     is_buffer=name in persistent,
+                    stages=sizes.stages_of(fqn, tied=tied),
                 ),
                 is_buffer=name in persistent,
             )
@@ -205,6 +208,7 @@ def _spec(
     dense: Dense,
     *,
     is_buffer: bool,
+    stages: tuple[int, ...],
 ) -> ShardingSpec:
     """What TorchTitan declares for tp and ep, and the fsdp axis on top of it; `sizes` are those of the module."""
     types = {axis.value: kind for axis, kind in layout.per_axis_spmd_types().items()}
@@ -230,7 +234,8 @@ def _spec(
                 f"{fqn}: FSDP cuts dim {chosen.dim} evenly only, and {over}={sizes.axis(over)} does not "
                 f"divide {left}; allowed: a divisor of it, or dense weights replicated"
             )
-    return ShardingSpec(mesh=mesh, placements=tuple(placements.values()))
+    copies = (Replicate(),) if len(stages) > 1 else ()
+    return ShardingSpec(mesh=on_stages(mesh, stages), placements=(*copies, *placements.values()))
 
 
 def _sharded_on_top(dim: int, placements: Mapping[str, Placement], sizes: Sizes) -> Placement:

@@ -24,6 +24,7 @@ ALL_SIZES = [
     Sizes(tp=4),
     Sizes(dp_replicate=2, dp=2),
     Sizes(pp=2, tp=2, ep=2),
+    Sizes(pp=2, dp=2, ep=2, dp_outside=True),
 ]
 
 
@@ -52,7 +53,6 @@ def as_described(sizes: Sizes) -> None:
 
 def as_torchtitan(sizes: Sizes) -> None:
     meshes, dims = get_device_meshes(sizes), to_parallel_dims(sizes, "partial_dtensor")
-    dims.build_mesh()
     for axis, mesh in (
         ("tp", "dense"),
         ("fsdp", "dense"),
@@ -60,7 +60,8 @@ def as_torchtitan(sizes: Sizes) -> None:
         ("efsdp", "sparse"),
         ("pp", "pp"),
     ):
-        if (theirs := dims.get_optional_mesh(axis)) is not None:
+        if sizes.axis(axis) > 1:
+            theirs = dims.get_optional_mesh(axis)
             ours = meshes[mesh] if axis == mesh else meshes[mesh][axis]
             assert dist.get_process_group_ranks(ours.get_group()) == theirs.mesh.tolist(), axis
 
@@ -103,8 +104,10 @@ def carry_tensors() -> None:
 def refusals() -> None:
     with pytest.raises(BridgeError, match="is 2 ranks, but the process group has 4"):
         get_device_meshes(Sizes(tp=2))
-    with pytest.raises(BridgeError, match="data_parallel_size=2 with pipeline_parallel_size=2"):
-        get_device_meshes(vllm_config(data_parallel_size=2, pipeline_parallel_size=2))
+    outside = get_device_meshes(vllm_config(data_parallel_size=2, pipeline_parallel_size=2))
+    rank = dist.get_rank()
+    assert outside["dp"].mesh.tolist() == [rank % 2, rank % 2 + 2]
+    assert outside["pp"].mesh.tolist() == [rank // 2 * 2, rank // 2 * 2 + 1]
     # dp of a dense model: its engines are worlds of their own, here of four tp ranks.
     assert get_device_meshes(vllm_config(tensor_parallel_size=4, data_parallel_size=8))["dp"].size() == 1
 
@@ -112,7 +115,8 @@ def refusals() -> None:
 def all_of_them(rank: int, world: int) -> None:
     for sizes in ALL_SIZES:
         as_described(sizes)
-    as_torchtitan(ALL_SIZES[1])
+    for sizes in (ALL_SIZES[1], ALL_SIZES[-1]):
+        as_torchtitan(sizes)
     for scenario in (made_once, carry_tensors, refusals):
         scenario()
 

@@ -71,7 +71,9 @@ def cut(party: Trainer | Worker) -> None:
 def garbage(party: Trainer | Worker) -> None:
     for connection in connections(party):
         with contextlib.suppress(TransferError):
-            connection.send_raw(secrets.token_bytes(100_000), Deadline(1))
+            connection.send_raw(
+                b"\xff" + secrets.token_bytes(100_000), Deadline(1)
+            )  # no length that is waited for
 
 
 ACTS: dict[str, Callable[[Any], None]] = {
@@ -146,7 +148,10 @@ def update(
     """One update with a fault in it, and another by the same trainers. Returns the error, and the seconds to it."""
     trainer, held = make(rank, world, client, NEW, transport=over)
     usual = trainer.options
-    if act == "SIGSTOP":  # all others show at once, whatever the limit is
+    if act == "SIGSTOP" or (victim, step) == (
+        "rank 1",
+        "handshake",
+    ):  # others show at once, whatever the limit is
         trainer.options = dataclasses.replace(usual, seconds=SECONDS)
     if victim == "worker" and step == "handshake":
         trainer._coordinator.close()

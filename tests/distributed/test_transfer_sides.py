@@ -36,18 +36,27 @@ SHAPES = {
 }
 
 
-def served(ranks: int) -> dict:
-    placements = {
-        name: Shard(len(shape) - 1) if len(shape) > 1 else Replicate() for name, shape in SHAPES.items()
+def served(ranks: int, *, stages: int = 1) -> dict:
+    """An engine's layout; with two stages the layers 0 to 2 are in the first, the embedding in both."""
+    width = ranks // stages
+    meshes = {
+        f"m{stage}": MeshLayout.make(("tp",), (width,), range(stage * width, (stage + 1) * width))
+        for stage in range(stages)
     }
+    both = MeshLayout.make(("pp", "tp"), (stages, width))
+
+    def param(name: str, shape: tuple[int, ...]) -> ParamLayout:
+        cut = Shard(len(shape) - 1) if len(shape) > 1 else Replicate()
+        if name == "embed" and stages > 1:
+            spec = ShardingSpec(mesh="both", placements=(Replicate(), cut))
+        else:
+            first = stages == 1 or name in ("layers.0", "layers.1", "layers.2")
+            spec = ShardingSpec(mesh="m0" if first else "m1", placements=(cut,))
+        return ParamLayout(spec=spec, shape=shape, dtype="bfloat16")
+
     return Layout(
-        meshes={"m": MeshLayout.make(("tp",), (ranks,))},
-        params={
-            name: ParamLayout(
-                spec=ShardingSpec(mesh="m", placements=(placements[name],)), shape=shape, dtype="bfloat16"
-            )
-            for name, shape in SHAPES.items()
-        },
+        meshes=meshes | ({"both": both} if stages > 1 else {}),
+        params={name: param(name, shape) for name, shape in SHAPES.items()},
     ).to_json()
 
 
@@ -78,14 +87,16 @@ def staged(rank: int, world: int, client: PlainClient) -> int:
         now.update(held(version))
         report = trainer.send()
         if rank == 0:
-            assert client.call(differences, version) == [[], []]
+            assert client.call(differences, version) == [[] for _ in client.addresses]
             assert sum(report.received.values()) == report.lower_bound
     trainer.close()
     return sum(report.sent[rank].values())
 
 
-def test_every_pipeline_stage_sends_what_it_holds(ranks):
-    rows = [(served(2), rank, rank, OLD) for rank in range(2)]
+@pytest.mark.parametrize("stages", [1, 2])
+def test_every_pipeline_stage_sends_what_it_holds(ranks, stages):
+    workers = 2 * stages
+    rows = [(served(workers, stages=stages), rank, rank, OLD) for rank in range(workers)]
     with plain_workers(sample_target, rows) as (client, _):
         sent = ranks.run(staged, client)
     assert min(sent) > 0

@@ -152,7 +152,11 @@ SAME = (
         note="routed experts and embeddings are refused by name",
     ),
     Same(
-        name="Several nodes: tensor and data parallel, headless",
+        name="Pipeline stages, with tp, ep, and dp outside of them",
+        test="test_pipeline.py::test_the_numbers_of_both_references_and_each_stage_its_own_part",
+    ),
+    Same(
+        name="Several nodes: tensor, data and pipeline parallel, headless",
         test="test_nodes.py::test_tensor_parallel_over_two_nodes",
         note="with `titan-bridge serve` a node that ends takes the others with it",
     ),
@@ -174,8 +178,16 @@ _DRAFT = {"model": "MODEL", "num_speculative_tokens": 2}
 
 REFUSED = (
     Refused(
-        name="Pipeline stages", options={"pipeline_parallel_size": 2},
-        said="pipeline_parallel_size=2 is not supported with model_impl='torchtitan'",
+        name="Pipeline stages with `additional_config.titan.dense='shard'`",
+        options={
+            "pipeline_parallel_size": 2, "data_parallel_size": 2, "additional_config": {"titan": {"dense": "shard"}},
+        },
+        said="additional_config.titan.dense = 'shard' with pipeline_parallel_size=2 is not supported with",
+    ),
+    Refused(
+        name="Pipeline stages with a draft model",
+        options={"pipeline_parallel_size": 2, "speculative_config": {"method": "draft_model", **_DRAFT}},
+        said="a draft model with pipeline_parallel_size=2 is not supported with model_impl='torchtitan'",
     ),
     Refused(
         name="LoRA with `fully_sharded_loras`", options={"enable_lora": True, "fully_sharded_loras": True},

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.engine.test_attention_state import LATENT
-from tests.engine.test_parity import EXPANDED, answer_here, check
+from tests.engine.test_parity import answer_here, check
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
 from titan_bridge.transfer import Trainer
@@ -28,7 +28,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "groups of two": ("qwen3", {"num_key_value_heads": 2}, {"tp": 4, "attention_dp": True}, {}),
     "experts over tp": ("qwen3_moe", {**MOE, "num_key_value_heads": 1}, {"tp": 2, "ep": 2, "attention_dp": True}, {}),
     "experts cut": ("qwen3_moe", {**MOE, "num_key_value_heads": 2}, {"tp": 2, "attention_dp": 2}, {}),
-    "expanded": ("deepseek_v3", EXPANDED, {"tp": 2, "attention_dp": True}, {}),
     "latent": (
         "deepseek_v3", LATENT, {"tp": 2, "attention_dp": True},
         {"additional_config": {"titan": {"mla": "latent"}}, "block_size": 16, "enable_prefix_caching": False,
@@ -92,7 +91,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., Any]) 
         "--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "40",
         "--block-size", "32", "--weight-transfer-config", '{"backend": "titan"}', "--async-scheduling",
     )  # fmt: skip
-    with serve(model, folder / "log", *options, VLLM_SERVER_DEV_MODE="1") as url:
+    told = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOG_STATS_INTERVAL": "0.2"}
+    with serve(model, folder / "log", *options, **told) as url:
         yield Server(model=model, other=other, url=url, log=folder / "log")
 
 

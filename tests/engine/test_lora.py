@@ -23,7 +23,7 @@ EXPANDED = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "head_dim": 32, "v_h
 CASES: list[tuple[str, dict[str, Any], dict[str, int], Any]] = [
     ("qwen3", {}, {}, "float32"),
     ("deepseek_v3", EXPANDED, {"tp": 2, "ep": 2}, "float32"),
-    ("gpt_oss", {}, {"tp": 2}, "float32"),
+    ("gpt_oss", {}, {"pp": 2, "tp": 2}, "float32"),
     ("llama3", {"hidden_size": 256, "head_dim": 32}, {"tp": 2}, "bfloat16"),
 ]
 
@@ -77,7 +77,7 @@ def test_adapters_have_the_numbers_of_merged_checkpoints(
 ) -> None:
     from vllm.lora.request import LoRARequest
 
-    monkeypatch.setenv(cpu.BIND, cpu.bind(parallel.get("tp", 1), cpu.cores()) or "auto")
+    monkeypatch.setenv(cpu.BIND, cpu.bind(Parallel(**parallel).workers, cpu.cores()) or "auto")
     model = make_checkpoint(tmp_path / "model", family, tokenizer=False, **fields)
     adapters = {
         "everywhere": make_adapter(tmp_path / "a", model, seed=1, rank=4, alpha=8, layers=(0, 1)),

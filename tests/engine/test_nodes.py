@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, descendants, kill
+from titan_bridge import cli
 from titan_bridge.ports import free_port
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
@@ -188,6 +189,34 @@ def test_tensor_parallel_over_two_nodes(network: Network, tmp_path: Path) -> Non
         assert said[0].startswith("titan-bridge: node 1 (")
         assert "has ended; this server cannot go on without it and ends" in said[0]
         assert seconds < END_SECONDS
+
+
+def test_pipeline_stages_over_two_nodes(network: Network, tmp_path: Path) -> None:
+    """One stage on each node, read from a DCP, an embedding that both have, and new weights for both."""
+    a, b = (
+        make_checkpoint(tmp_path / name, "qwen3", seed=seed, num_hidden_layers=3, tie_word_embeddings=True)
+        for seed, name in enumerate("ab")
+    )
+    dcp = tmp_path / "dcp"
+    assert cli.main(["reshard", str(a), str(dcp), "--to", "dcp"]) == 0
+    options = (str(dcp), "--pp", "2", "--sharding-spec", "--weight-transfer-config", '{"backend": "titan"}')
+    with served(network, tmp_path, *options) as nodes:
+        for stage, log in enumerate(nodes.logs):
+            assert f"(Worker_PP{stage} " in log, log
+            assert f"(Worker_PP{1 - stage} " not in log, log
+            assert f"stage {stage} with layers {2 * stage} to {1 + stage}, " in log
+        expect(a, PROMPT, *nodes.answer(dcp, PROMPT))
+        spec = httpx.get(f"{nodes.url}/v1/sharding_spec", timeout=60).json()
+        assert {name: mesh["ranks"] for name, mesh in spec["meshes"].items()} == {
+            "dense_pp0": [[[0]]], "dense_pp0_1": [[[[0]]], [[[1]]]], "dense_pp1": [[[1]]],
+        }  # fmt: skip
+        assert spec["params"]["tok_embeddings.weight"]["mesh"] == "dense_pp0_1"
+
+        with Trainer(load_reference(b).model, nodes.url, options=Options(seconds=60)) as trainer:
+            report = trainer.send()
+            trainer.verify()
+        assert sum(report.received.values()) == report.lower_bound
+        expect(b, PROMPT, *nodes.answer(dcp, PROMPT))
 
 
 def test_data_parallel_over_two_nodes(network: Network, tmp_path: Path, no_orphans: None) -> None:

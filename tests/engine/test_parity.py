@@ -43,17 +43,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", {"sliding_window": 48}),
 }
 HERE: list[tuple[str, dict[str, Any]]] = [  # in this process, which imports vLLM once
-    ("llama3 scaled tied", {}),
+    ("llama3 scaled tied", {"pp": 2, "tp": 2}),
     ("llama3", {"tp": 2}),
-    ("qwen3 windows", {}),
+    ("qwen3 windows", {"pp": 2}),
     ("qwen3 odd sizes", {"tp": 2}),
     ("moe", {}),
     ("moe plain scores", {"tp": 2}),
     ("deepseek", {"tp": 2}),
     ("gpt-oss", {"tp": 2}),
-    ("qwen3 tied", {"enforce_eager": False}),
+    ("qwen3 tied", {"pp": 2, "enforce_eager": False}),
     ("deepseek", {"tp": 2, "ep": 2, "enforce_eager": False}),
-    ("gpt-oss", {"tp": 2, "ep": 2, "enforce_eager": False}),
+    ("gpt-oss", {"pp": 2, "tp": 2, "ep": 2, "enforce_eager": False}),
 ]
 COMMANDS = [
     ("moe", "--tp 2 --ep 2"),
@@ -61,7 +61,7 @@ COMMANDS = [
     ("moe plain scores", "--dp 2 --ep 2"),
     ("moe", "--dp 2 --tp 2 --ep 4 --attention-dp 2"),
     ("moe", "--dp 2 --tp 2 --ep 2 --dense shard"),
-    ("deepseek", "--dp 2 --ep 2"),
+    ("deepseek", "--dp 2 --pp 2 --ep 2"),
 ]
 
 
@@ -200,7 +200,7 @@ def completions_here(
 
     # The scheduler runs here; workers are processes of their own anyway.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv(cpu.BIND, cpu.bind(parallel.get("tp", 1), cpu.cores()) or "auto")
+    monkeypatch.setenv(cpu.BIND, cpu.bind(Parallel(**parallel).workers, cpu.cores()) or "auto")
     config = InferConfig(
         model=str(model),
         dtype=dtype,
@@ -217,7 +217,7 @@ def completions_here(
     vocab_size = load_hf_config(model)["vocab_size"]
     with engine(config) as (llm, workers, _):
         completions, _ = complete(llm, *parity.rounds(parity.prompts(vocab_size)))
-    assert len(workers) == parallel.get("tp", 1)
+    assert len(workers) == config.parallel.workers
     assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
     return workers[0], [dataclasses.asdict(completion) for completion in completions]
 
@@ -241,6 +241,7 @@ def check(facts: dict[str, Any], asked: dict[str, int]) -> None:
     assert facts["cached_tokens"] > 0
     assert facts["sizes"]["tp"] == asked.get("tp", 1)
     assert facts["sizes"]["ep"] == asked.get("ep", 1)
+    assert facts["sizes"].get("pp", 1) == asked.get("pp", 1)
     assert [row["reference"] for row in facts["references"]] == ["transformers", "TorchTitan"]
     for row in facts["references"]:
         print(f"{asked}: {row['reference']} max {row['max']:.1e} mean {row['mean']:.1e}")

@@ -86,19 +86,28 @@ TARGETS = {
     "torch.compiler:load_compiled_function": ("changed", "gone"),
 }
 OURS: dict[str, Any] = {"model_impl": "torchtitan"}
+STAGES = "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors"
+"""Looked at where there are pipeline stages, only."""
 
 
 def test_a_target_that_changed_is_named_where_torchtitan_is_asked_for(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "qwen3", "qwen3", tokenizer=False)
     queues = "vllm.v1.executor.multiproc_executor:WorkerProc._init_message_queues"
     cases = [(target, how, OURS) for target, hows in TARGETS.items() for how in hows]
+    cases += [(STAGES, how, {**OURS, "pipeline_parallel_size": 2}) for how in ("changed", "gone")]
     cases += [
         (queues, "changed", {"weight_transfer_config": {"backend": "titan"}}),
         (queues, "changed", {"additional_config": {"titan": {"attach_specs": True}}}),
         ("vllm.model_executor.models.config:MODELS_CONFIG_MAP", "gone", OURS),
         ("vllm.model_executor.model_loader:register_model_loader", "gone", OURS),
     ]
-    fine = [("", "", OURS), (queues, "changed", {}), (queues, "gone", {"model_impl": "vllm"})]
+    fine = [
+        ("", "", OURS),
+        (STAGES, "changed", OURS),
+        ("", "", {**OURS, "pipeline_parallel_size": 2}),
+        (queues, "changed", {}),
+        (queues, "gone", {"model_impl": "vllm"}),
+    ]
     done = subprocess.run(
         [sys.executable, "-c", CHANGED, str(model)],
         input=json.dumps(cases + fine), capture_output=True, text=True, check=False, timeout=280,

@@ -77,7 +77,7 @@ CASES = [  # the demo has tp=2, and tp=2 ep=2 for the mixture of experts
     ("qwen3", Parallel(tp=2)),
     ("qwen3", Parallel(dp=2, ep=2)),
     ("deepseek_v3", Parallel(tp=2, ep=2)),
-    ("gpt_oss", Parallel(tp=2)),
+    ("gpt_oss", Parallel()),
 ]
 
 
@@ -156,7 +156,7 @@ def test_a_dcp_is_served_as_it_lies_with_the_numbers_of_its_hugging_face_twin(
         found = parity.compare(completions, name, logprobs)
         print(f"{family} {sizes}: {name} max {found.max:.1e} mean {found.mean:.1e} over {found.tokens}")
         assert found.tokens > 1500
-        assert found.max <= 1e-4
+        assert found.max <= (1e-4 if name == "transformers" else 1e-5)
         assert found.diverged is None
 
 

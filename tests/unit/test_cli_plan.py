@@ -100,6 +100,11 @@ def test_sizes_stand_for_the_layout_of_an_engine(
     assert plan("dp=4,dense=shard", "tp=2,ep=2", "--model", str(model)) == expected
     assert plan(str(trainer), "tp=2,ep=2", "--model", str(model)) == expected
     assert plan(str(model), "tp=2,ep=2") == plan(str(model), str(engine))
+    assert main(["inspect", str(model), "--tp", "2", "--pp", "2", "--json"]) == 0
+    engine.write_text(capsys.readouterr().out)
+    told = plan(str(trainer), "tp=2,pp=2", "--model", str(model))
+    assert told == plan(str(trainer), str(engine))
+    assert len(json.loads(told)["received"]) == 4
 
     # With a policy, in short and as a file.
     rules = {"parallelism_rules": {"rules": [{"match": {"kind": "attention"}, "plan": {"tp_size": 2}}]}}
@@ -115,7 +120,8 @@ def test_sizes_stand_for_the_layout_of_an_engine(
     ("arguments", "message"),
     [
         (["a.json", "tp=2,ep=2"], "tp=2,ep=2 are sizes of which model? give its folder with --model"),
-        (["{model}", "tp=2,pp=2"], "'tp=2,pp=2' are no sizes; write for instance tp=2,ep=2"),
+        (["{model}", "tp=2,cp=2"], "'tp=2,cp=2' are no sizes; write for instance tp=2,ep=2"),
+        (["{model}", "pp=3"], "pp=3 is more than the 2 layers of the model; allowed: 1 to 2"),
         (["{model}", "tp=two"], "'tp=two' are no sizes"),
         (["{model}", "tp=2,tp=4"], "'tp=2,tp=4' are no sizes"),
         (["{model}", "tp=2,attn_tp=x"], "'tp=2,attn_tp=x' are no sizes"),

@@ -137,9 +137,9 @@ REFUSED = {
     'modle = "m"': "unknown key modle; did you mean model? allowed in the top level: dtype, generate",
     'model = "m"\n[paralel]\ntp = 2': "unknown key paralel; did you mean parallel?",
     'model = "m"\n[parallel]\ntpp = 2': "unknown key parallel.tpp; did you mean parallel.tp? "
-    "allowed in [parallel]: attention_dp, attn_tp, dense, dp, ep, tp",
+    "allowed in [parallel]: attention_dp, attn_tp, dense, dp, ep, pp, tp",
     'model = "m"\n[parallel]\nzzz = 2': "unknown key parallel.zzz; "
-    "allowed in [parallel]: attention_dp, attn_tp, dense, dp, ep, tp",
+    "allowed in [parallel]: attention_dp, attn_tp, dense, dp, ep, pp, tp",
     "model = 1": "model = 1 (int) is not allowed; it must be a string",
     'model = "m"\n[parallel]\ntp = 0': "parallel.tp = 0 (int) is not allowed; it must be greater than or equal to 1",
     'model = "m"\n[parallel]\ntp = "2"': "parallel.tp = '2' (str) is not allowed; it must be an integer",

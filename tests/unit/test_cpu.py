@@ -47,19 +47,23 @@ def test_bind(workers, cores, expected):
         ({"dp": 4, "tp": 2, "nnodes": 2}, 4),
         ({"dp": 2, "tp": 4, "nnodes": 4}, 2),
         ({"dp": 4, "tp": 2, "dp_local": 3}, 6),
+        ({"dp": 1, "tp": 2, "pp": 2, "nnodes": 2}, 2),
+        ({"dp": 2, "tp": 1, "pp": 3}, 6),
     ],
 )
 def test_workers_on_this_machine_are_those_of_vllms_config(sizes, expected):
     from vllm.config import ParallelConfig
 
-    assert cpu.local_workers(**sizes) == expected
+    pp = sizes.get("pp", 1)
+    told = {name: size for name, size in sizes.items() if name in ("nnodes", "dp_local")}
+    assert cpu.local_workers(sizes["dp"], pp * sizes["tp"], **told) == expected
     nodes, dp_local = (
         sizes.get("nnodes", 1),
         sizes.get("dp_local", max(1, sizes["dp"] // sizes.get("nnodes", 1))),
     )
     theirs = ParallelConfig(
         tensor_parallel_size=sizes["tp"], data_parallel_size=sizes["dp"], data_parallel_size_local=dp_local,
-        nnodes=nodes, distributed_executor_backend="mp",
+        pipeline_parallel_size=pp, nnodes=nodes, distributed_executor_backend="mp",
     )  # fmt: skip
     assert theirs.local_world_size * dp_local == expected
 

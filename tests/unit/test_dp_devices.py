@@ -27,5 +27,5 @@ def test_ranks_that_know_of_no_other_see_only_their_own_devices():
     assert [devices({}, rank, 2, 2) for rank in (0, 1)] == [["0", "1"], ["2", "3"]]
     visible = {VISIBLE: "7,5,GPU-a,1"}
     assert [devices(visible, rank, 2, 2) for rank in (0, 1)] == [["7", "5"], ["GPU-a", "1"]]
-    with pytest.raises(BridgeError, match="CUDA_VISIBLE_DEVICES=7 names 1 GPUs; dp=2 with tp=1 needs 2"):
+    with pytest.raises(BridgeError, match=r"CUDA_VISIBLE_DEVICES=7 names 1 GPUs; dp=2 with pp\*tp=1 needs 2"):
         devices({VISIBLE: "7"}, 0, 2, 1)

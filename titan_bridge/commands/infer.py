@@ -34,6 +34,8 @@ class InferCommand:
     """Data parallel groups."""
     tp: Annotated[Int, tyro.conf.arg(aliases=("--tensor-parallel-size", "-tp"))] = None
     """Tensor parallel ranks in a group."""
+    pp: Annotated[Int, tyro.conf.arg(aliases=("--pipeline-parallel-size", "-pp"))] = None
+    """Pipeline stages in a group."""
     ep: Int = None
     """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
     attention_tp: Annotated[Int, tyro.conf.arg(aliases=("--attn-tp",))] = None
@@ -163,7 +165,6 @@ SHORT = {
     "-cc": "--compilation-config",
     "-sc": "--speculative-config",
     "-q": "--quantization",
-    "-pp": "--pipeline-parallel-size",
     "-n": "--nnodes",
     "-r": "--node-rank",
     "-dpl": "--data-parallel-size-local",

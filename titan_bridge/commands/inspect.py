@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(InferCommand):
-    """Show where every parameter of a model lives on dp * tp ranks: mesh, placements, local shapes, bytes a rank.
+    """Show where every parameter of a model lives on dp * pp * tp ranks: mesh, placements, local shapes, bytes a rank.
 
     Needs config.json only: no weights, no GPU and no second process, at any size. The same layout comes from a
     running engine: `titan_bridge.engine.specs.layout(llm)`, or GET /v1/sharding_spec of `serve --sharding-spec`. For a
@@ -131,6 +131,10 @@ class Inspect(InferCommand):
             )
         family = family_for(hf)
         tree = family.model_config(hf)
+        if sizes.pp > 1:
+            from titan_bridge.engine.model.stages import staged  # vLLM, seconds
+
+            sizes = staged(sizes, len(tree.layers))
         decided = split(
             config.policy,
             family,
@@ -155,13 +159,13 @@ class Inspect(InferCommand):
         from titan_bridge.commands.train import job_of
         from titan_bridge.policy.schema import NO_POLICY
 
-        for flag in ("dense", "dtype", "max_model_len", "attention_tp", "attention_dp", "policy"):
+        for flag in ("pp", "dense", "dtype", "max_model_len", "attention_tp", "attention_dp", "policy"):
             if getattr(self, flag) is not None:
                 name = flag.replace("_", "-")
                 raise BridgeError(
                     f"--{name} is for an engine; {self.model} is a file for `titan-bridge train`"
                 )
-        flags = {f"parallel.{axis}": getattr(self, axis) for axis in DEGREES}
+        flags = {f"parallel.{axis}": getattr(self, axis) for axis in DEGREES if axis != "pp"}
         job = job_of(self.model, self.set, flags)
         title = _title(self.model, job.hf_config, job.sizes, "shard")
         return _Shown(layout=job.layout(), title=title, policy=NO_POLICY)

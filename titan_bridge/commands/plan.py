@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,14 +92,16 @@ class PlanCommand:
         sizes, dense, policy = parse_sizes(side)
         if self.model is None and self.src.endswith(".toml"):
             job = _trainer(self.src)
-            return layout(job.hf_config, sizes, dense, expert_bias=job.expert_bias, policy=policy)
+            staged = _staged(sizes, job.hf_config)
+            return layout(job.hf_config, staged, dense, expert_bias=job.expert_bias, policy=policy)
         model = self.model or self.src
         if not Path(model).is_dir():
             raise BridgeError(f"{side} are sizes of which model? give its folder with --model")
 
         from titan_bridge.checkpoint.model_dir import has_expert_bias
 
-        return layout(_config_of(model), sizes, dense, expert_bias=has_expert_bias(model), policy=policy)
+        hf = _config_of(model)
+        return layout(hf, _staged(sizes, hf), dense, expert_bias=has_expert_bias(model), policy=policy)
 
 
 def parse_sizes(text: str) -> tuple[Sizes, Any, Policy]:
@@ -124,7 +127,16 @@ def parse_sizes(text: str) -> tuple[Sizes, Any, Policy]:
             f"{text!r} are no sizes; write for instance tp=2,ep=2 or dp=2,tp=2,dense=shard or tp=4,attn_tp=2"
         )
     policy = policy_of_flags(given.get("policy"), numbers.get("attn_tp"))
-    return Sizes(**degrees), given.get("dense", "replicate"), policy
+    sizes = Sizes(**degrees, dp_outside=degrees.get("pp", 1) > 1)
+    return sizes, given.get("dense", "replicate"), policy
+
+
+def _staged(sizes: Sizes, hf: Mapping[str, Any]) -> Sizes:
+    if sizes.pp == 1:
+        return sizes
+    from titan_bridge.engine.model.stages import staged  # vLLM, seconds
+
+    return staged(sizes, hf["num_hidden_layers"])
 
 
 def _trainer(file: str) -> Any:

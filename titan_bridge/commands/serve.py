@@ -60,8 +60,8 @@ class Serve(InferCommand):
         if listens:
             port_free(self.host, self.port)
         nodes, dp_local = given.get("nnodes", 1), given.get("data_parallel_size_local")
-        workers = cpu.local_workers(parallel.dp, parallel.tp, nnodes=nodes, dp_local=dp_local)
-        if listens and workers < parallel.tp and given.get("node_rank", 0) > 0:
+        workers = cpu.local_workers(parallel.dp, parallel.workers, nnodes=nodes, dp_local=dp_local)
+        if listens and workers < parallel.workers and given.get("node_rank", 0) > 0:
             raise BridgeError(
                 f"node_rank={given['node_rank']} holds workers of another node's engine, and serves nothing itself; "
                 "add --headless"

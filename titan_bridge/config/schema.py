@@ -24,6 +24,7 @@ OWNED_BY_US = {
     "max_model_len": "max_model_len",
     "tensor_parallel_size": "parallel.tp",
     "data_parallel_size": "parallel.dp",
+    "pipeline_parallel_size": "parallel.pp",
     "enable_expert_parallel": "parallel.ep",
 }
 """vLLM option -> the key of ours that says it: such an option under [vllm] would be said twice."""
@@ -31,12 +32,14 @@ OWNED_BY_US = {
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Parallel:
-    """How many ranks serve the model and what each axis does. World size = dp * tp."""
+    """How many ranks serve the model and what each axis does. World size = dp * pp * tp."""
 
     dp: Positive = 1
     """Data parallel groups (TorchTitan's dp_shard)."""
     tp: Positive = 1
     """Tensor parallel ranks in each group."""
+    pp: Positive = 1
+    """Pipeline stages in each group, of consecutive layers, as vLLM deals them out."""
     ep: Positive = 1
     """Ranks that share the experts: 1 (no expert parallelism), dp * tp, or a divisor of it."""
     dense: Dense = "replicate"
@@ -59,6 +62,11 @@ class Parallel:
     def sizes(self) -> Sizes:
         """The degrees."""
         return Sizes.of(self)
+
+    @property
+    def workers(self) -> int:
+        """Of one engine."""
+        return self.pp * self.tp
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -150,6 +158,8 @@ class InferConfig:
             "enable_expert_parallel": self.parallel.ep > 1,
             **{key.replace("-", "_"): value for key, value in self.vllm.items()},
         }
+        if self.parallel.pp > 1:
+            options["pipeline_parallel_size"] = self.parallel.pp
         if self.max_model_len is not None:
             options["max_model_len"] = self.max_model_len
         if additional := self.additional_config():

@@ -21,7 +21,15 @@ from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
 from titan_bridge.engine.native.layers import Native
 from titan_bridge.errors import BridgeError
 from titan_bridge.fingerprint import of_plan, shapes_of
-from titan_bridge.mesh import DENSE, Sizes, describe, get_device_meshes, mesh_axes, sizes_of
+from titan_bridge.mesh import (
+    DENSE,
+    Sizes,
+    base_and_stages,
+    describe,
+    get_device_meshes,
+    mesh_axes,
+    sizes_of,
+)
 from titan_bridge.model_layout import ParamSpec, as_layout
 from titan_bridge.sharding.layout import ParamLayout, dtype_name, torch_dtype
 from titan_bridge.sharding.plan import plan
@@ -30,7 +38,7 @@ from titan_bridge.sharding.tensors import TensorMetadata
 
 
 def titan_sharding_spec(worker: Any) -> dict[str, Any]:
-    """Layout JSON of the model that `worker` serves, read off its live parameters.
+    """Layout JSON of what `worker` serves, read off its live parameters: of its pipeline stage.
 
     Raises:
         BridgeError: vLLM's own model without `attach_specs`, or a live tensor that is not as large as its spec says.
@@ -110,7 +118,7 @@ def titan_fingerprints(worker: Any, dtype: str | None = None) -> dict[str, Any]:
     model = worker.get_model()
     if not hasattr(model, "setup"):
         raise BridgeError(f"{type(model).__name__} has no fingerprints; serve with model_impl='torchtitan'")
-    setup, layout = model.setup, as_layout(_titan_params(model, _sizes(worker)), _sizes(worker))
+    setup, layout = model.setup, model.layout
     views = setup.family.views(setup.hf, padded_vocab=setup.padded_vocab)
     cast = None if dtype is None else torch_dtype(dtype)
     kept = {view.name for view in views if view.fqn in setup.family.expert_biases(setup.hf)}
@@ -174,8 +182,10 @@ def _live(model: Any) -> Iterator[tuple[str, torch.Tensor, ParamLayout]]:
     live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
     if unlisted := sorted(dict(model.model.named_parameters()).keys() - model.layout.params.keys()):
         raise BridgeError(f"parameters without a layout: {', '.join(unlisted)}")
+    rank = dist.get_rank()
     for fqn, known in model.layout.params.items():
-        yield fqn, live[fqn], known
+        if model.layout.mesh_of(fqn).coordinate(rank) is not None:
+            yield fqn, live[fqn], known
 
 
 def _native_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Native]]:
@@ -221,10 +231,11 @@ def _verify_titan(model: Any, sizes: Sizes, tensors: CheckpointTensors) -> Itera
 
 def _gather(local: torch.Tensor, known: ParamSpec, meshes: Mapping[str, DeviceMesh]) -> torch.Tensor:
     stride = torch.empty(known.shape, device="meta").stride()
+    name, stages = base_and_stages(known.spec.mesh)
     return DTensor.from_local(
         local.detach(),
-        meshes[known.spec.mesh],
-        known.spec.placements,
+        meshes[name],  # of this rank's pipeline stage
+        known.spec.placements[len(stages) > 1 :],
         run_check=False,
         shape=torch.Size(known.shape),
         stride=stride,

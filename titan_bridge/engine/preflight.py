@@ -81,15 +81,16 @@ def check(vllm_config: VllmConfig) -> None:
 def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     """Whether it is asked for, what it is ("LoRA is"), and what to do instead; for each option that we lack."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    stages = parallel.pipeline_parallel_size
-    yield stages > 1, f"pipeline_parallel_size={stages} is", "allowed: 1"
     context = parallel.prefill_context_parallel_size
+    dense = titan_options(vllm_config.additional_config).dense
+    sharded = dense == "shard" and parallel.data_parallel_size > 1
+    stages = parallel.pipeline_parallel_size
+    what = f"additional_config.titan.dense = 'shard' with pipeline_parallel_size={stages} is"
+    yield sharded and stages > 1, what, "leave one of them out"
     yield context > 1, f"prefill_context_parallel_size={context} is", "allowed: 1"
     yield parallel.enable_eplb, "expert load balancing is", "leave enable_eplb off"
     yield parallel.use_ubatching, "microbatches (enable_dbo) are", "leave enable_dbo and ubatch_size out"
     if (lora := vllm_config.lora_config) is not None:
-        dense = titan_options(vllm_config.additional_config).dense
-        sharded = dense == "shard" and parallel.data_parallel_size > 1
         yield sharded, "LoRA with additional_config.titan.dense = 'shard' is", "leave one of them out"
         for name in ("fully_sharded_loras", "enable_mixed_moe_lora_format", "enable_moe_shared_loras"):
             yield getattr(lora, name), f"{name} is", "leave it off"
@@ -107,6 +108,9 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     allowed = "allowed: runner='generate', or 'pooling' with convert='embed'"
     yield (model.runner_type, model.convert_type) not in RUNNERS, runner, allowed
     method = getattr(vllm_config.speculative_config, "method", None)
+    # vLLM would build one stage of the draft, and draft with that.
+    drafts = f"a draft model with pipeline_parallel_size={stages} is"
+    yield method == "draft_model" and stages > 1, drafts, "leave one of them out, or take method 'ngram'"
     methods = ", ".join(map(repr, SPECULATION))
     yield method not in (None, *SPECULATION), f"speculative method {method!r} is", f"allowed: {methods}"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.fingerprint import combine, seal
+from titan_bridge.mesh import in_order
 from titan_bridge.sharding.layout import Layout, torch_dtype
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def layout(llm: LLM) -> Layout:
     Raises:
         BridgeError: The engine has no specs (`HINT` says what to set), or its workers do not agree.
     """
-    return Layout.from_json(agreed(_call(llm, LAYOUT)))
+    return Layout.from_json(joined(_call(llm, LAYOUT)))
 
 
 def native(llm: LLM) -> list[dict[str, Any]]:
@@ -92,21 +93,32 @@ def sealed(answers: Sequence[Any]) -> dict[str, str]:
     }
 
 
-def agreed(answers: Sequence[Any]) -> Any:
-    """The one answer that all workers gave. Raises BridgeError with the first difference when they do not agree."""
+def joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The layout of the model, as JSON, from what each worker said of its pipeline stage.
+
+    Raises:
+        BridgeError: Workers do not agree on what more than one of them has, with the first difference.
+    """
+    whole: dict[str, Any] = {**answers[0], "meshes": {}, "params": {}}
     for rank, answer in enumerate(answers):
-        if answer != answers[0]:
-            one, other = (Layout.from_json(said) for said in (answers[0], answer))
-            names = [
-                fqn for fqn in {**one.params, **other.params} if one.params.get(fqn) != other.params.get(fqn)
-            ]
+        alike = {**answer}
+        for part in ("meshes", "params"):
+            alike[part] = {name: whole[part].get(name, said) for name, said in answer[part].items()}
+        if alike != answer:
+            before, now = alike["params"], answer["params"]
+            names = [fqn for fqn in now if before[fqn] != now[fqn]]
             what = (
-                f"{names[0]} is {one.params.get(names[0])} and {other.params.get(names[0])}"
-                if names
-                else "meshes"
+                f"{names[0]} is {_said(before[names[0]])} and {_said(now[names[0]])}" if names else "meshes"
             )
             raise BridgeError(f"workers 0 and {rank} hold different layouts: {what}")
-    return answers[0]
+        for part in ("meshes", "params"):
+            whole[part].update(answer[part])
+    whole["meshes"] = {name: whole["meshes"][name] for name in in_order(whole["meshes"])}
+    return whole
+
+
+def _said(param: dict[str, Any]) -> str:
+    return f"{param['dtype']}{param['shape']} on {param['mesh']}({', '.join(param['placements'])})"
 
 
 def _call(llm: LLM, method: str, *args: Any) -> list[Any]:

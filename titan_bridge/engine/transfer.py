@@ -37,7 +37,7 @@ from vllm.distributed.weight_transfer.base import (
 from titan_bridge.engine.transfer_target import adapter_target, target_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.clients import LLMClient
-from titan_bridge.transfer.options import Options, Report
+from titan_bridge.transfer.options import Options, Report, Transport
 from titan_bridge.transfer.protocol import BUCKET_BYTES, PauseMode, Terms, Update, parsed
 from titan_bridge.transfer.source import Tensors, TensorSource
 from titan_bridge.transfer.trainer import Trainer
@@ -156,6 +156,10 @@ class TitanTrainerInitInfo(TrainerInitInfo):
     """Keep a copy of what the engine has, and send only what differs where that is less."""
     pause: PauseMode = "keep"
     """vLLM's pause mode for requests in flight while an update becomes live."""
+    transport: Transport = "auto"
+    """What tensors travel over; see `Options.transport`."""
+    adapter: str | None = None
+    """Name of the engine's LoRA adapter that is sent instead of the weights; see `Trainer`."""
 
 
 class TitanTrainerWeightTransferEngine(TrainerWeightTransferEngine[TitanTrainerInitInfo]):
@@ -177,7 +181,9 @@ class TitanTrainerWeightTransferEngine(TrainerWeightTransferEngine[TitanTrainerI
                 bucket_bytes=info.bucket_bytes,
                 delta=info.delta,
                 pause=info.pause,
+                transport=info.transport,
             ),
+            adapter=info.adapter,
         )
         self.report: Report | None = None
         """Of the last update."""

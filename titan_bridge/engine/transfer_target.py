@@ -53,7 +53,7 @@ def _place(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def adapter_target(model: Any, vllm_config: VllmConfig, name: str, scaling: float | None) -> Target:
-    """A LoRA adapter that this worker has loaded, whole on every worker, by TorchTitan's names.
+    """A LoRA adapter that this worker has loaded, whole on every worker of its stage, by TorchTitan's names.
 
     Args:
         scaling: Of its products from now on; None: as it was loaded.
@@ -70,7 +70,8 @@ def adapter_target(model: Any, vllm_config: VllmConfig, name: str, scaling: floa
         )
         raise BridgeError(f"adapter {name!r}: this engine takes no LoRA adapters from a trainer: {why}")
     adapter = LiveAdapter(manager, name, scaling)
-    mesh = MeshLayout.make(("worker",), (dist.get_world_size(),))
+    ranks = model.setup.sizes.ranks_of(model.stage)
+    mesh = MeshLayout.make(("worker",), (len(ranks),), ranks)
     spec = ShardingSpec(mesh="workers", placements=(Replicate(),))
     params = {
         fqn: ParamLayout(spec=spec, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
@@ -152,4 +153,4 @@ class _Live:
     def _now(self) -> dict[str, torch.Tensor]:
         inner = self._model.model
         tensors = dict(inner.named_parameters(remove_duplicate=False)) | dict(inner.named_buffers())
-        return {name: local_of(tensors[name]) for name in self._model.layout.params}
+        return {name: local_of(tensors[name]) for name in self._model.live}

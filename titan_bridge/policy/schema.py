@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from titan_bridge.mesh import DEGREES
+from titan_bridge.mesh import Sizes
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 _Count = Annotated[int, Field(ge=1)]
@@ -105,7 +105,7 @@ class Policy:
     a layer decides."""
 
     def __post_init__(self) -> None:
-        known = sorted({*self.axes, *DEGREES})
+        known = sorted({*self.axes, *Sizes().degrees})
         for at, rule in enumerate(self.rules):
             for field, size in rule.plan.given.items():
                 if isinstance(size, str) and size not in known:

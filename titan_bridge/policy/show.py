@@ -55,6 +55,26 @@ def layer_rows(split: Split, config: Decoder.Config, layout: Layout) -> list[dic
     return rows
 
 
+def most_loaded(split: Split, layout: Layout, rows: list[dict[str, Any]], *, tied: bool) -> dict[str, int]:
+    """What a rank of the pipeline stage with most weights holds: stage, weights, norms (which no policy splits), and
+    the caches of `layer_rows`."""
+    totals = [
+        {"weights": 0, "norms": 0, "kv_bytes": 0, "latent_bytes": 0, "stage": stage}
+        for stage in range(split.sizes.pp)
+    ]
+    for fqn, param in layout.params.items():
+        if not _owner(split, fqn):
+            for stage in split.sizes.stages_of(fqn) or (0,):
+                totals[stage]["norms"] += param.nbytes
+                totals[stage]["weights"] += param.nbytes
+    for row in rows:
+        for stage in split.sizes.stages_of(row["name"], tied=tied) or (0,):
+            totals[stage]["weights"] += row["weight_bytes"]
+            for cache in ("kv_bytes", "latent_bytes"):
+                totals[stage][cache] += row[cache] or 0
+    return max(totals, key=lambda total: total["weights"])
+
+
 def what_groups_win(split: Split, plain: Split, rows: list[dict[str, Any]]) -> str:
     """One line about attention groups: `rows` are those of `split`, and `plain` is the same model without groups."""
     attention = [row for row in rows if row["kind"] == "attention"]
@@ -69,23 +89,17 @@ def what_groups_win(split: Split, plain: Split, rows: list[dict[str, Any]]) -> s
     )
 
 
-def other_bytes(split: Split, layout: Layout) -> int:
-    """Bytes on a rank of what no policy splits: norms."""
-    return sum(param.nbytes for fqn, param in layout.params.items() if not _owner(split, fqn))
-
-
 def layer_table(policy: Policy, split: Split, config: Decoder.Config, layout: Layout) -> Table:
     """`layer_rows` as a table to print, layers that look alike in one row."""
-    rows, other = layer_rows(split, config, layout), other_bytes(split, layout)
-    weights = other + sum(row["weight_bytes"] for row in rows)
-    caches = [row for row in rows if row["kind"] == "attention"]
-    latent = sum(row["latent_bytes"] or 0 for row in caches)
+    rows = layer_rows(split, config, layout)
+    most = most_loaded(split, layout, rows, tied=config.enable_weight_tying)
+    rank = "a rank" if split.sizes.pp == 1 else f"a rank of stage {most['stage']}, which has most,"
     table = Table(
         title=f"{len(rows)} layers on " + ", ".join(f"{k}={n}" for k, n in split.sizes.degrees.items()),
         caption=(
-            f"a rank holds {human(weights)} of weights ({human(other)} of them norms) and caches "
-            f"{sum(row['kv_bytes'] for row in caches):,} bytes a token"
-            + (f"; as latents {latent:,}" if latent else "")
+            f"{rank} holds {human(most['weights'])} of weights ({human(most['norms'])} of them norms) and caches "
+            f"{most['kv_bytes']:,} bytes a token"
+            + (f"; as latents {most['latent_bytes']:,}" if most["latent_bytes"] else "")
         ),
         title_justify="left",
         caption_justify="left",

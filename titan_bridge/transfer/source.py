@@ -6,7 +6,9 @@ whole by this rank. Ranks may hold different tensors (pipeline stages).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.models.peft import LORA
 from titan_bridge.sharding.boxes import axes_of, fsdp_is_exact
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
 from titan_bridge.sharding.spec import ShardingSpec, placements_of
@@ -43,7 +46,24 @@ class TensorSource:
         rename: Callable[[str], str] | None = None,
     ) -> None:
         self._tensors, self._filter, self._rename = tensors, filter, rename
+        self._endings: tuple[str, ...] = ("",)
         self.rank = rank
+
+    def adapter(self) -> TensorSource:
+        """The same, but nothing except the matrices of a LoRA adapter."""
+        only = copy.copy(self)
+        only._endings = LORA
+        return only
+
+    def scaling(self) -> float | None:
+        """What a LoRA model of TorchTitan's multiplies its products by, if it is one. BridgeError for several."""
+        modules = self._tensors.modules() if isinstance(self._tensors, nn.Module) else ()
+        found: set[Any] = {module._lora_scaling for module in modules if hasattr(module, "_lora_scaling")}
+        if len(found) > 1:
+            raise BridgeError(
+                f"the model's adapters are scaled by {sorted(found)}; an engine's has one scale"
+            )
+        return found.pop() if found else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """DTensors and tensors by name, as they are now; wrappers of torch.compile and checkpointing leave no trace.
@@ -60,6 +80,8 @@ class TensorSource:
             if self._filter is not None and not self._filter(name):
                 continue
             clean = _clean(name)
+            if not clean.endswith(self._endings):
+                continue
             if result.setdefault(self._rename(clean) if self._rename else clean, tensor) is not tensor:
                 raise BridgeError(
                     f"{name} is given a second time, without its wrapper or under another name; give each tensor once"

@@ -6,7 +6,6 @@ new connections by itself.
 
 from __future__ import annotations
 
-import functools
 import secrets
 import socket
 import threading
@@ -19,7 +18,6 @@ import torch.distributed as dist
 from torch import nn
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.models.peft import LORA
 from titan_bridge.transfer.coordinator import Coordinator
 from titan_bridge.transfer.engines import Engines
 from titan_bridge.transfer.errors import TransferError
@@ -107,10 +105,11 @@ class Trainer:
                 f"{self.world} trainer ranks need torch.distributed; call init_process_group first"
             )
         self.options = o = options or Options()
-        if adapter is not None:
-            filter = functools.partial(_of_adapter, filter)
         given = isinstance(model, TensorSource)
-        self.source = model if given else TensorSource(model, rank=self.rank, filter=filter, rename=rename)
+        if given and (filter or rename):
+            raise BridgeError("a TensorSource has its own filter and rename; give them to it")
+        source = model if given else TensorSource(model, rank=self.rank, filter=filter, rename=rename)
+        self.source = source if adapter is None else source.adapter()
         self.engines = Engines(engines if isinstance(engines, list | tuple) else [engines])
         host = o.host or _own_address(self.engines)
         told: list[Any] = []
@@ -125,7 +124,7 @@ class Trainer:
         if self.rank:
             self._listener = Listener(host, o.port and o.port + self.rank, bytes.fromhex(secret))
         self._ranks = Ranks(self.rank, self.world, self._listener, first, bytes.fromhex(secret), run)
-        lora = {"adapter": adapter, "scaling": _scaling(model)} if adapter is not None else None
+        lora = {"adapter": adapter, "scaling": source.scaling()} if adapter is not None else None
         self._coordinator = Coordinator(self.engines, self._listener, o, secret, run, lora)
         self._sender: Sender[Worker] = Sender(o.transport)
         self._ways: dict[str, dict[Worker, Way]] = {}
@@ -341,19 +340,6 @@ class Trainer:
             self._leave(link)
         self._snapshot = (None, self._snapshot[1])
         self._coordinator.close()
-
-
-def _of_adapter(filter: Callable[[str], bool] | None, name: str) -> bool:
-    return name.endswith(LORA) and (filter is None or filter(name))
-
-
-def _scaling(model: Any) -> float | None:
-    """What a LoRA model of TorchTitan's multiplies its products by, if it is one."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    found: set[Any] = {module._lora_scaling for module in modules if hasattr(module, "_lora_scaling")}
-    if len(found) > 1:
-        raise BridgeError(f"the model's adapters are scaled by {sorted(found)}; an engine's has one scale")
-    return found.pop() if found else None
 
 
 def _own_address(engines: Engines) -> str:

@@ -145,7 +145,9 @@ class Worker:
             TransferError: Not connected with this trainer, or its token is wrong.
         """
         self.error, link = None, self._link
-        if link is None or link.terms.link != update.link or not self.connected:
+        if (
+            link is None or link.terms.link != update.link
+        ):  # not whether it is alive: workers may differ in that
             self._open = False
             self._fail(
                 f"weight transfer not initialized: worker {self.target.index} is not connected with this trainer; "

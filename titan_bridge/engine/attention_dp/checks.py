@@ -61,6 +61,8 @@ def use_groups(vllm_config: VllmConfig, setup: Setup) -> None:
 def _unsupported(vllm_config: VllmConfig, setup: Setup) -> Iterator[tuple[object, str, str]]:
     """Whether it is asked for, what it is ("LoRA is"), and what to do instead."""
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    stages = parallel.pipeline_parallel_size
+    yield stages > 1, f"pipeline_parallel_size={stages} is", "leave one of them out"
     yield setup.sharded, "dense = 'shard' is", "leave one of them out"
     yield (
         vllm_config.lora_config,

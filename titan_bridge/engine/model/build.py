@@ -17,6 +17,7 @@ from torchtitan.models.common.rope import RoPE
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 from torchtitan.protocols.module import Module
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 
@@ -39,6 +40,7 @@ from titan_bridge.engine.model.moe import (
 )
 from titan_bridge.engine.model.rope import StepRopes
 from titan_bridge.engine.model.router import use_float32_gate
+from titan_bridge.engine.model.stages import keep_stage, pass_on, staged
 from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.mesh import (
     Sizes,
@@ -100,19 +102,25 @@ class Built:
     model: Decoder
     ropes: StepRopes
     layout: Layout
+    """Of the whole model, all pipeline stages."""
+    stage: int
+    """Of this rank."""
     attention: str
     """Its form and its cache in words."""
     rows: GroupRows | None
     """With attention data parallelism, which rows are of which group."""
 
     def live(self) -> dict[str, torch.Tensor]:
-        """This rank's local tensor of every parameter and persistent buffer in the layout, by FQN."""
+        """This rank's local tensor of every parameter and persistent buffer that its stage has, by FQN."""
         tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        return {fqn: _local(tensors[fqn].detach()) for fqn in self.layout.params}
+        return {fqn: _local(tensors[fqn].detach()) for fqn in self.layout.params if fqn in tensors}
 
     def describe(self) -> str:
         """Meshes, sizes and form of attention in words, for the log."""
         meshes = "".join(f"{name} mesh {mesh}, " for name, mesh in self.layout.meshes.items())
+        if self.setup.sizes.pp > 1:
+            layers = self.setup.sizes.layers_of(self.stage)
+            meshes = f"stage {self.stage} with layers {layers.start} to {layers.stop - 1}, {meshes}"
         return f"{meshes}dense weights {self.setup.options.dense}, {self.attention}"
 
 
@@ -127,12 +135,14 @@ def setup_from(vllm_config: VllmConfig, *, dp: int) -> Setup:
     family = family_for(hf)
     tp = vllm_config.parallel_config.tensor_parallel_size
     expert_parallel = vllm_config.parallel_config.enable_expert_parallel
-    sizes = Sizes(dp=dp, tp=tp)
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    sizes = Sizes(dp=dp, tp=tp, pp=stages, dp_outside=stages > 1)
     if expert_parallel and vllm_config.model_config.is_moe:
         sizes = replace(sizes, ep=options.ep or sizes.most_ep)
     rows = padded_vocab(hf["vocab_size"], sizes)
     expert_bias = has_expert_bias(vllm_config.model_config.model, options.step, options.names)
     config = family.model_config(hf, padded_vocab=rows, expert_bias=expert_bias)
+    sizes = staged(sizes, len(config.layers))
     decided = split(options.parallelism, family, config, sizes, attention_dp=options.attention_dp)
     setup = Setup(
         hf=hf,
@@ -165,12 +175,15 @@ def _as_served(setup: Setup) -> None:
 def build(vllm_config: VllmConfig) -> Built:
     """Build this rank's part of the model on the worker's device; weights are uninitialised."""
     use_cpu_if_no_accelerator()
-    world = dist.get_world_size()
-    setup = setup_from(vllm_config, dp=world // vllm_config.parallel_config.tensor_parallel_size)
-    config, sizes = setup.config, setup.sizes
+    parallel = vllm_config.parallel_config
+    workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    setup = setup_from(vllm_config, dp=dist.get_world_size() // workers)
+    config, sizes, stage = setup.config, setup.sizes, get_pp_group().rank_in_group
+    own = sizes.layers_of(stage) if sizes.stages else range(len(config.layers))
     check_divides(config, sizes, narrows=setup.family.takes_policy)
     latent = vllm_config.model_config.use_mla
-    for index, layer in enumerate(config.layers if not latent else ()):
+    for index in own if not latent else ():  # only these get a KV cache
+        layer = config.layers[index]
         computes, tp = inner_attention(layer.attention), sizes.at(f"layers.{index}.attention").tp
         layer.attention.inner_attention = PagedAttention.Config(layer=index, tp=tp, computes=computes)
     rules = setup.family.sharding
@@ -182,6 +195,7 @@ def build(vllm_config: VllmConfig) -> Built:
         sizes,
         parallelism=policy.to_dict() if policy else None,
     )
+    keep_stage(model, sizes, stage)
     # The DTensor backend only carries the layout here: `_localise` takes the local shards out again. TorchTitan's
     # token dispatcher asks at run time which backend is on, so it is set for the whole process.
     set_spmd_backend("partial_dtensor")
@@ -206,6 +220,7 @@ def build(vllm_config: VllmConfig) -> Built:
         group_attention(model, rows)
     else:
         lower(model, sizes)
+    pass_on(model, stage)
     ropes = StepRopes(model)
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
@@ -216,8 +231,10 @@ def build(vllm_config: VllmConfig) -> Built:
         shard_dense(model, meshes, layout)
     model._skip_lm_head = True  # TorchTitan's own switch: vLLM asks for logits apart from the forward
     _attach(model, layout)
-    attention = cache_form(config, vllm_config.model_config.dtype, sizes, latent=latent)
-    return Built(setup=setup, model=model, ropes=ropes, layout=layout, attention=attention, rows=rows)
+    attention = cache_form(config, own, vllm_config.model_config.dtype, sizes, latent=latent)
+    return Built(
+        setup=setup, model=model, ropes=ropes, layout=layout, stage=stage, attention=attention, rows=rows
+    )
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -254,7 +271,7 @@ def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> Non
     captures = captures_experts(setup, vllm_config.model_config.dtype, capability)
     sizes, rank = setup.sizes, dist.get_rank()
     on_tp, on_ep = (describe(axis, sizes, rank=rank).coordinate(rank)[0] for axis in ("tp", "ep"))
-    for index, layer in enumerate(model.layers.values()):
+    for index, layer in ((int(name), layer) for name, layer in model.layers.items()):
         moe = getattr(layer, "moe", None)
         if not isinstance(moe, MoE):
             continue

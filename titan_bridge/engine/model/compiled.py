@@ -29,8 +29,8 @@ KEY = "titan_step"
 """In `additional_config`, which is part of the name; set by each worker for itself."""
 
 
-def name_compiled_step(vllm_config: VllmConfig, setup: Setup) -> None:
-    """Let the name of this worker's compiled step say what `setup` and the code that executes it are.
+def name_compiled_step(vllm_config: VllmConfig, setup: Setup, stage: int = 0) -> None:
+    """Let the name of this worker's compiled step say what `setup`, its stage and the code that executes it are.
 
     Nothing where nothing is compiled, or where `additional_config` is an object that hashes itself.
     """
@@ -40,13 +40,14 @@ def name_compiled_step(vllm_config: VllmConfig, setup: Setup) -> None:
     ours = {
         key: value for key, value in given.get("titan", {}).items() if key != "step"
     }  # all steps compute alike
-    vllm_config.additional_config = {**given, "titan": ours, KEY: _digest(setup)}
+    vllm_config.additional_config = {**given, "titan": ours, KEY: _digest(setup, stage)}
 
 
-def _digest(setup: Setup) -> str:
+def _digest(setup: Setup, stage: int = 0) -> str:
     facts = {
         "hf": setup.hf,  # vLLM's name has the directory; its files may have changed
         "sizes": repr(setup.sizes),
+        "stage": stage,
         "expert_bias": setup.expert_bias,
         "torchtitan": installed("torchtitan"),
         # The loops of a compiled step are as wide as the vectors of the machine that compiled it.

@@ -63,8 +63,9 @@ class LatentCache(nn.Module):
 
 def cache_latents(model: Decoder, config: Decoder.Config, sizes: Sizes) -> None:
     """Let every attention of `model`, which `config` built with `sizes`, cache latents, in place."""
-    for index, (block, layer) in enumerate(zip(model.layers.values(), config.layers, strict=True)):
-        attention: Any = block.attention
+    for name, block in model.layers.items():
+        index, attention = int(name), cast(Any, block).attention
+        layer = config.layers[index]
         latent = latent_attention(layer.attention)
         assert latent is not None, "vLLM takes a model for one with latents that has none"
         computes, tp = inner_attention(layer.attention), sizes.at(f"layers.{index}.attention").tp
@@ -82,10 +83,12 @@ def derive(model: nn.Module, dtype: torch.dtype) -> None:
             inner.paged.process_weights_after_loading(dtype)
 
 
-def cache_form(config: Decoder.Config, dtype: torch.dtype, sizes: Sizes, *, latent: bool) -> str:
-    """What attention caches, and its bytes a token on each rank; with latents, those of the other form, too."""
+def cache_form(config: Decoder.Config, own: range, dtype: torch.dtype, sizes: Sizes, *, latent: bool) -> str:
+    """What attention of the layers `own` caches, and its bytes a token on each rank; with latents, those of the other
+    form, too."""
     heads = rows = 0
-    for index, layer in enumerate(config.layers):
+    for index in own:
+        layer = config.layers[index]
         tp = sizes.at(f"layers.{index}.attention").tp
         known, computes = latent_attention(layer.attention), inner_attention(layer.attention)
         heads += dtype.itemsize * 2 * computes.n_kv_heads // tp * computes.qk_head_dim

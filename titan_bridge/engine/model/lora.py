@@ -200,8 +200,11 @@ class AdapterManager(LRUCacheLoRAModelManager):
         """Refuse matrices that would be left out; vLLM calls it for every adapter, before it makes room for one."""
         names = {name for adapters in self.modules.values() for name in adapters.target.names}
         wanted = self.lora_config.target_modules
+        elsewhere = self.model.names_elsewhere()  # the stage that has them says whether it takes them
         left = sorted(
-            name for name in lora_model.loras if name not in names or not is_in_target_modules(name, wanted)
+            name
+            for name in lora_model.loras
+            if name not in elsewhere and (name not in names or not is_in_target_modules(name, wanted))
         )
         if left:
             raise BridgeError(

@@ -32,6 +32,8 @@ def lower(root: nn.Module, sizes: Sizes, *, merges: Callable[[str], bool] = lamb
     `sizes` are those of the model, which say how wide each module is. A module that `merges` denies, by its FQN, keeps
     its partial sums, which somebody else adds up.
     """
+    for width in sorted({width for _, width in sizes.widths}):
+        group_of(sizes.narrowed(width))  # made by all ranks together, whichever layers they have
     for fqn, module in root.named_modules():
         if isinstance(module, Module) and "forward" in module.__dict__:
             _lower_one(module, group_of(sizes.at(fqn)), merges=merges(fqn))

@@ -21,6 +21,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
 
 from titan_bridge import cpu
 from titan_bridge.checkpoint import Checkpoint
@@ -36,6 +37,7 @@ from titan_bridge.engine.model.latent import derive
 from titan_bridge.engine.model.lora import AdapterManager, Target, targets
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
+from titan_bridge.models.peft import WEIGHT
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
@@ -45,12 +47,18 @@ def _compiles(vllm_config: VllmConfig) -> bool:
     return titan_options(vllm_config.additional_config).dense == "replicate"
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0}, enable_if=_compiles)
+HIDDEN = "hidden_states"
+"""What one pipeline stage hands on to the next, by vLLM's name."""
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0}, enable_if=_compiles
+)
 class TitanForCausalLM(nn.Module):
     """Any TorchTitan family with a file under `models/` and one under `parallelize/`."""
 
     is_text_generation_model = True
-    supports_pp = False
+    supports_pp = True
     supports_lora = True  # and what vLLM asks of a model that does
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
     lora_skip_prefixes: ClassVar[list[str]] = []
@@ -62,11 +70,13 @@ class TitanForCausalLM(nn.Module):
         super().__init__()
         built = build(vllm_config)
         setup = built.setup
-        name_compiled_step(vllm_config, setup)
+        name_compiled_step(vllm_config, setup, built.stage)
         self.model = built.model
         self.ropes = built.ropes
         self.setup = setup
         self.layout = built.layout
+        self.stage = built.stage
+        self._first, self._last = built.stage == 0, built.stage == setup.sizes.pp - 1
         self.attention = built.attention
         self.rows = built.rows
         self.vocab_size = setup.hf["vocab_size"]
@@ -88,23 +98,47 @@ class TitanForCausalLM(nn.Module):
         """The linear layers that may have LoRA adapters."""
         return targets(self.model, self.setup)
 
+    def names_elsewhere(self) -> set[str]:
+        """Hugging Face's names of the modules of other pipeline stages."""
+        views = self.setup.family.views(self.setup.hf, padded_vocab=self.setup.padded_vocab)
+        return {
+            view.name.removesuffix(WEIGHT)
+            for view in views
+            if view.fqn not in self.live and view.name.endswith(WEIGHT)
+        }
+
     def _adapted_names(self) -> set[str]:
-        return {name.rpartition(".")[2] for target in self.adapter_targets() for name in target.names}
+        own = {name for target in self.adapter_targets() for name in target.names}
+        return {name.rpartition(".")[2] for name in own | self.names_elsewhere()}
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, `(T,)` int to `(T, D)`."""
         return self.model.tok_embeddings(input_ids.unsqueeze(0)).squeeze(0)
 
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """What a stage receives, `(batch_size, D)`; vLLM keeps it and copies each step's into it."""
+        width = self.setup.hf["hidden_size"]
+        return IntermediateTensors({HIDDEN: torch.zeros(batch_size, width, dtype=dtype, device=device)})
+
     def forward(
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Hidden states before the head: `(T,)` int ids and positions to `(T, D)` in the model's dtype."""
-        if input_ids is None or inputs_embeds is not None:
+    ) -> torch.Tensor | IntermediateTensors:
+        """Hidden states before the head: `(T,)` int ids and positions to `(T, D)` in the model's dtype.
+
+        A pipeline stage takes those of the one before it, and returns its own for the next.
+        """
+        if inputs_embeds is not None or (self._first and input_ids is None):
             raise NotImplementedError("prompt embeddings are not supported; send token ids")
+        if not self._first:
+            assert intermediate_tensors is not None
+            input_ids = intermediate_tensors[HIDDEN]
+        assert input_ids is not None
         if self.setup.sharded:
             drop_head(self.model)
         rows = self.rows
@@ -112,7 +146,8 @@ class TitanForCausalLM(nn.Module):
         h_BLD = self.model(ids.unsqueeze(0), self.ropes.gather(positions))
         if self.setup.sharded:
             gather_head(self.model)
-        return h_BLD.squeeze(0) if rows is None else rows.own(h_BLD.squeeze(0))
+        h_TD = h_BLD.squeeze(0) if rows is None else rows.own(h_BLD.squeeze(0))
+        return h_TD if self._last else IntermediateTensors({HIDDEN: h_TD})
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """`(T, D)` to `(T, vocab)`; None on ranks that the platform does not gather to."""

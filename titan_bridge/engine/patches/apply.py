@@ -23,8 +23,9 @@ from titan_bridge.versions import installed, unsupported
 MARK = "_titan_bridge_patch"
 """Attribute on a replaced function: a target that carries it is never wrapped twice."""
 
-When = Literal["start", "build", "specs"]
-"""In which process a patch is in force: each; one that builds TorchTitan's model; one that declares vLLM's specs."""
+When = Literal["start", "build", "specs", "stages"]
+"""In which process a patch is in force: each; one that builds TorchTitan's model; one that declares vLLM's specs; one
+that builds a pipeline stage of TorchTitan's model. The last kind is looked at where there are stages, only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +101,13 @@ def apply(when: When) -> None:
             after_import(one.module, one.apply)
 
 
-def problems() -> dict[str, str]:
-    """Targets that are not what their patches expect, and why, whether or not a patch is in force here."""
-    return {one.target: text for one in PATCHES if (text := one.problem())}
+def problems(*, stages: bool = False) -> dict[str, str]:
+    """Targets that are not what their patches expect, and why, whether or not a patch is in force here.
+
+    `stages`: those that pipeline stages need, instead of all others; importing them takes seconds.
+    """
+    looked_at = [one for one in PATCHES if (one.when == "stages") == stages]
+    return {one.target: text for one in looked_at if (text := one.problem())}
 
 
 def refusal(found: Mapping[str, str]) -> BridgeError:

@@ -37,6 +37,8 @@ def check_config_early() -> None:
     class Preflight(config.VerifyAndUpdateConfig):  # type: ignore[misc, name-defined]
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                require_stages()
             importlib.import_module(PREFLIGHT_MODULE).check(vllm_config)  # late: it imports torchtitan
 
     config.MODELS_CONFIG_MAP[ARCHITECTURE] = Preflight
@@ -94,6 +96,16 @@ def require() -> None:
     if found:
         raise apply.refusal(found)
     apply.apply("start")
+
+
+def require_stages() -> None:
+    """`require`, for what pipeline stages need besides.
+
+    Raises:
+        BridgeError: as there.
+    """
+    if found := apply.problems(stages=True):
+        raise apply.refusal(found)
 
 
 def wanted(model_impl: str, additional_config: Any, weight_transfer_config: Any) -> bool:

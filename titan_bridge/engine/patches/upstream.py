@@ -73,6 +73,9 @@ def resolve_our_class(original: Callable[..., Any], self: Any, architectures: An
     found = _ours(self._try_load_model_cls)
     answer_about_specs()
     apply.apply("build")
+    config = _current_config()  # None for whoever asks without building it
+    if config is not None and config.parallel_config.pipeline_parallel_size > 1:
+        apply.apply("stages")
     return found
 
 
@@ -160,7 +163,7 @@ def _bind_workers(args: Any) -> None:
             os.environ.pop(name, None)
     workers = cpu.local_workers(
         max(args.data_parallel_size, int(os.environ.get("VLLM_DP_SIZE", "1"))),
-        args.tensor_parallel_size,
+        args.tensor_parallel_size * args.pipeline_parallel_size,
         nnodes=args.nnodes,
         dp_local=args.data_parallel_size_local,
     )
@@ -400,6 +403,28 @@ def share_fork_server(server: Any, pid: int) -> None:
     """
     server._forkserver_pid = pid
     server.ensure_running = lambda: None
+
+
+@patch(
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
+    "self", "num_tokens", "intermediate_tensors", "sync_self",
+    when="stages",
+)  # fmt: skip
+def make_room_for_hidden_states(
+    original: Callable[..., Any], self: Any, num_tokens: int, intermediate_tensors: Any, sync_self: bool
+) -> Any:
+    """Give a pipeline stage on a CPU the buffer into which vLLM copies what the stage before it sends.
+
+    What: wraps `GPUModelRunner.sync_and_gather_intermediate_tensors`, and makes the buffer where there is none, as
+    `_dummy_run` does. Why: that runs while vLLM warms up, which its runner for CPUs leaves out in eager mode, and the
+    first step ends in an assertion. Version: vllm 0.32 (`vllm/v1/worker/gpu_model_runner.py`, `warming_up_model` in
+    `cpu_model_runner.py` beside it). Delete when: the runner makes the buffer when it is built.
+    """
+    if self.intermediate_tensors is None:
+        self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+            batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+        )
+    return original(self, num_tokens, intermediate_tensors, sync_self)
 
 
 @patch(

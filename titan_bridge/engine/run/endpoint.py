@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 
-from titan_bridge.engine.specs import FINGERPRINTS, HINT, LAYOUT, agreed, missing, sealed
+from titan_bridge.engine.specs import FINGERPRINTS, HINT, LAYOUT, joined, missing, sealed
 from titan_bridge.errors import BridgeError
 
 PATH, FINGERPRINTS_PATH = "/v1/sharding_spec", "/v1/fingerprints"
@@ -37,7 +37,7 @@ class ShardingSpecEndpoint:
 
 async def sharding_spec(request: Request) -> dict[str, Any]:
     """Where every parameter of the served model lives: `{"version", "meshes", "params"}`."""
-    return await _ask(request, LAYOUT, agreed)
+    return await _ask(request, LAYOUT, joined)
 
 
 async def fingerprints(request: Request, dtype: str | None = None) -> dict[str, Any]:
@@ -45,9 +45,9 @@ async def fingerprints(request: Request, dtype: str | None = None) -> dict[str, 
     return {"tensors": await _ask(request, FINGERPRINTS, sealed, dtype)}
 
 
-async def _ask(request: Request, method: str, joined: Callable[[list[Any]], Any], *args: Any) -> Any:
+async def _ask(request: Request, method: str, put_together: Callable[[list[Any]], Any], *args: Any) -> Any:
     try:
-        return joined(await request.app.state.engine_client.collective_rpc(method, args=args))
+        return put_together(await request.app.state.engine_client.collective_rpc(method, args=args))
     except BridgeError as error:
         raise HTTPException(500, str(error)) from None
     except Exception as error:

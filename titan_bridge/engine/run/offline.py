@@ -58,7 +58,7 @@ def engine(config: InferConfig) -> Iterator[tuple[LLM, list[dict[str, Any]], flo
     options = config.engine_options()
     if "worker_extension_cls" in options:
         raise BridgeError("vllm.worker_extension_cls is taken by titan-bridge here; leave it out")
-    with cpu.variables(cpu.environment(config.parallel.tp, given=os.environ, options=config.vllm)):
+    with cpu.variables(cpu.environment(config.parallel.workers, given=os.environ, options=config.vllm)):
         forking.start()  # before vLLM is imported, which takes as long
         import vllm  # noqa: PLC0415  a process that only launches dp ranks does without
 

@@ -103,14 +103,15 @@ def start(config: InferConfig) -> Iterator[Ranks]:
     lockstep = experts_in(model_directory(config.model)) or (
         config.model_impl == "torchtitan" and config.parallel.dense == "shard"
     )
-    sizes = config.parallel.sizes
-    dp, tp = sizes.dp, sizes.tp
+    sizes, workers = config.parallel.sizes, config.parallel.workers
+    dp = sizes.dp
     common = {**os.environ, **cpu.environment(sizes.world, given=os.environ, options=config.vllm)}
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(dp):
-            processes.append(_process({**common, **rank_environment(common, rank, dp, tp, port, lockstep)}))
+            environment = rank_environment(common, rank, dp, workers, port, lockstep)
+            processes.append(_process({**common, **environment}))
         yield Ranks(config, processes, lockstep=lockstep)
     except KeyboardInterrupt:
         interrupt(processes)
@@ -174,9 +175,9 @@ def sampling_of(config: InferConfig) -> dict[str, Any]:
 
 
 def rank_environment(
-    common: Mapping[str, str], rank: int, dp: int, tp: int, port: int, lockstep: bool
+    common: Mapping[str, str], rank: int, dp: int, workers: int, port: int, lockstep: bool
 ) -> dict[str, str]:
-    """What one dp rank needs in its environment beside `common`."""
+    """What one dp rank needs in its environment beside `common`; an engine has so many `workers`."""
     if lockstep:
         return {
             "VLLM_DP_RANK": str(rank),
@@ -186,21 +187,25 @@ def rank_environment(
             "VLLM_DP_MASTER_PORT": str(port),
         }
     if not cpu.is_cpu_backend():
-        return {} if dp == 1 else {VISIBLE: ",".join(devices(common, rank, dp, tp))}
+        return {} if dp == 1 else {VISIBLE: ",".join(devices(common, rank, dp, workers))}
     cores = common.get(cpu.BIND, "").split("|")
-    return {cpu.BIND: "|".join(cores[rank * tp : (rank + 1) * tp])} if len(cores) == dp * tp else {}
+    return (
+        {cpu.BIND: "|".join(cores[rank * workers : (rank + 1) * workers])}
+        if len(cores) == dp * workers
+        else {}
+    )
 
 
-def devices(common: Mapping[str, str], rank: int, dp: int, tp: int) -> list[str]:
+def devices(common: Mapping[str, str], rank: int, dp: int, workers: int) -> list[str]:
     """The GPUs of a dp rank whose engine knows of no other; each would take the first ones."""
     if not common.get(VISIBLE):
-        return [str(device) for device in range(rank * tp, (rank + 1) * tp)]
+        return [str(device) for device in range(rank * workers, (rank + 1) * workers)]
     visible = common[VISIBLE].split(",")
-    if len(visible) < dp * tp:
+    if len(visible) < dp * workers:
         raise BridgeError(
-            f"{VISIBLE}={common[VISIBLE]} names {len(visible)} GPUs; dp={dp} with tp={tp} needs {dp * tp}"
+            f"{VISIBLE}={common[VISIBLE]} names {len(visible)} GPUs; dp={dp} with pp*tp={workers} needs {dp * workers}"
         )
-    return visible[rank * tp : (rank + 1) * tp]
+    return visible[rank * workers : (rank + 1) * workers]
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], files: Sequence[Path]) -> list[dict[str, Any]]:

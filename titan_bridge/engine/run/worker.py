@@ -17,8 +17,9 @@ class BridgeWorker:
         """What this worker serves: rank, class, dtype, sizes, parameters and bytes that it holds, bytes that it read.
 
         `model_class` is the class that vLLM loaded, `inner_class` the TorchTitan module inside it, `sizes` the parallel
-        degrees, `attention` its form and cache in words, `loaded` the fields of `checkpoint.load.Loaded` (None where
-        our loader did not read the weights); all but the first are None for vLLM's own models.
+        degrees, `stage` that of the pipeline, `attention` its form and cache in words, `loaded` the fields of
+        `checkpoint.load.Loaded` (None where our loader did not read the weights); all but the first are None for vLLM's
+        own models.
         """
         model = self.get_model()  # type: ignore[attr-defined]  # the worker's
         setup = getattr(model, "setup", None)
@@ -31,6 +32,7 @@ class BridgeWorker:
             "model_class": _name(_ours(type(model))),
             "inner_class": None if inner is None else _name(type(inner)),
             "sizes": None if setup is None else setup.sizes.axes,
+            "stage": None if setup is None else model.stage,
             "attention": None if setup is None else model.attention,
             "local_parameters": sum(p.numel() for p in parameters),
             "loaded": None if loaded is None else dataclasses.asdict(loaded),
