@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from titan_bridge.engine.cpu import forking
 from titan_bridge.ports import free_port
 from titan_bridge.testing_processes import forked
 from titan_bridge.train import launch
@@ -34,6 +35,7 @@ def forked_training() -> Iterator[None]:
             log.read_text() for log in sorted((job.out / "logs").glob("*.log"))
         )
 
+    forking.stop()  # an engine's server has imported other things
     with forked("titan_bridge.train.worker") as processes, pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_torchrun", run)
         yield

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.unit.checkpoint_samples import SMALL
 from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.testing import make_checkpoint
+
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no mistake
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
