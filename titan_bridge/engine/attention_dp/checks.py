@@ -62,6 +62,9 @@ def _unsupported(vllm_config: VllmConfig, setup: Setup) -> Iterator[tuple[object
     """Whether it is asked for, what it is ("LoRA is"), and what to do instead."""
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     yield setup.sharded, "dense = 'shard' is", "leave one of them out"
+    dp = parallel.data_parallel_size
+    lockstep = dp > 1 and vllm_config.model_config.is_moe
+    yield lockstep, f"data_parallel_size={dp} of a model with experts is", "allowed: 1"
     yield (
         vllm_config.lora_config,
         "LoRA is",
