@@ -59,7 +59,7 @@ COMMANDS = [
     ("moe", "--tp 2 --ep 2"),
     ("moe", "--dp 2"),
     ("moe plain scores", "--dp 2 --ep 2"),
-    ("moe", "--dp 2 --tp 2 --ep 4 --attention-dp 2"),
+    ("moe", "--dp 2 --tp 2 --ep 4 --attention-tp 1"),
     ("moe", "--dp 2 --tp 2 --ep 2 --dense shard"),
     ("deepseek", "--dp 2 --pp 2 --ep 2"),
 ]
