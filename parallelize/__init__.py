@@ -15,8 +15,9 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from titan_bridge.device_meshes import to_parallel_dims
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import ShardPlacement, Sizes, to_parallel_dims
+from titan_bridge.mesh import ShardPlacement, Sizes
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims

@@ -13,8 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from titan_bridge.device_meshes import get_device_meshes, to_parallel_dims
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import MESHES, Sizes, describe_all, get_device_meshes, to_parallel_dims
+from titan_bridge.mesh import MESHES, Sizes, describe_all
 from titan_bridge.sharding import ShardingSpec
 
 pytestmark = pytest.mark.distributed

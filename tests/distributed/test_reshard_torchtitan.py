@@ -16,7 +16,8 @@ from torchtitan.distributed.utils import set_spmd_backend
 
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.reshard import Options, prepare
-from titan_bridge.mesh import DENSE, SPARSE, Sizes, get_device_meshes, to_parallel_dims
+from titan_bridge.device_meshes import get_device_meshes, to_parallel_dims
+from titan_bridge.mesh import DENSE, SPARSE, Sizes
 from titan_bridge.models import family_for, load_hf_config
 from titan_bridge.models.build import build_on_meta
 from titan_bridge.ports import free_port

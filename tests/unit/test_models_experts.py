@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
-from titan_bridge.mesh import Sizes, to_parallel_dims
+from titan_bridge.device_meshes import to_parallel_dims
+from titan_bridge.mesh import Sizes
 from titan_bridge.models import family_for
 from titan_bridge.models.adapters import keep_expert_dtype
 from titan_bridge.models.experts import KeepDtypeGroupedExperts

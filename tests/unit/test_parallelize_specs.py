@@ -20,9 +20,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.decoder import Decoder
 
+from titan_bridge.device_meshes import get_device_meshes, to_parallel_dims
 from titan_bridge.engine.model.fsdp import shard_dense
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import Sizes, describe, get_device_meshes, mesh_axes, to_parallel_dims
+from titan_bridge.mesh import Sizes, describe, mesh_axes
 from titan_bridge.model_layout import ParamSpec, as_layout, specs, stated_dtype
 from titan_bridge.models import families, family_for
 from titan_bridge.models.adapters import use_plain_attention

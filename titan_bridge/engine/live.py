@@ -16,20 +16,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from titan_bridge.device_meshes import get_device_meshes
 from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
 from titan_bridge.engine.native.layers import Native
 from titan_bridge.errors import BridgeError
 from titan_bridge.fingerprint import of_plan, shapes_of
-from titan_bridge.mesh import (
-    DENSE,
-    Sizes,
-    base_and_stages,
-    describe,
-    get_device_meshes,
-    mesh_axes,
-    sizes_of,
-)
+from titan_bridge.mesh import DENSE, Sizes, base_and_stages, describe, mesh_axes, sizes_of
 from titan_bridge.model_layout import ParamSpec, as_layout
 from titan_bridge.sharding.layout import ParamLayout, dtype_name, torch_dtype
 from titan_bridge.sharding.plan import plan

@@ -23,6 +23,7 @@ from vllm.platforms.interface import DeviceCapability
 
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
+from titan_bridge.device_meshes import get_device_meshes
 from titan_bridge.engine.attention_dp.stream import GroupRows, group_attention
 from titan_bridge.engine.cpu.packed import use_packed_weights
 from titan_bridge.engine.cpu.pages import zeros_like
@@ -42,13 +43,7 @@ from titan_bridge.engine.model.rope import StepRopes
 from titan_bridge.engine.model.router import use_float32_gate
 from titan_bridge.engine.model.stages import keep_stage, pass_on, staged
 from titan_bridge.engine.options import TitanOptions, titan_options
-from titan_bridge.mesh import (
-    Sizes,
-    check_divides,
-    describe,
-    get_device_meshes,
-    padded_vocab,
-)
+from titan_bridge.mesh import Sizes, check_divides, describe, padded_vocab
 from titan_bridge.model_layout import as_layout, specs_of_module
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
