@@ -129,7 +129,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"name": case["name"]}
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     launched = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
-    launched |= {"enable_expert_parallel": case["experts"]}
+    launched |= {"enable_expert_parallel": case.get("experts", False)}
     Replay.inputs = Replay.moved = 0
     with gpu_compiler(found, captures=case["captures"]):
         llm = vllm.LLM(

@@ -17,6 +17,7 @@ from titan_bridge import cpu, parity
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.engine.cpu import forking
 from titan_bridge.engine.patches import apply, upstream
+from titan_bridge.errors import BridgeError
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
@@ -116,6 +117,14 @@ def test_asked_for_new_processes_no_server_runs(server: int, monkeypatch: pytest
     assert forking.server_pid() is None
     assert forking.process_context(upstream.share_fork_server) is None
     assert server not in descendants()
+
+
+def test_a_folder_too_long_for_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("a" * 70)))
+    with pytest.raises(
+        BridgeError, match=r"TMPDIR=.*aaa is too long for the sockets in it; allowed: 70 bytes"
+    ):
+        forking.start()
 
 
 def test_an_engine_of_forked_processes_has_the_bits_of_one_of_new_ones(

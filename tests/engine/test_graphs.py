@@ -106,7 +106,8 @@ def test_a_graph_holds_experts_that_ask_the_host_nothing(
     from titan_bridge.engine.model.build import captures_experts, setup_from
 
     setup = setup_from(engine_config(models["qwen3_moe"], options), dp=options.get("data_parallel_size", 1))
-    setup = replace(setup, hf={**setup.hf, **fields})
+    config = setup.family.model_config({**setup.hf, **fields}, padded_vocab=setup.padded_vocab)
+    setup = replace(setup, config=config)
     gpu = DeviceCapability(*capability) if capability else None
     assert captures_experts(setup, getattr(torch, dtype), gpu) == captures
 

@@ -132,7 +132,9 @@ def test_adapters_have_the_numbers_of_merged_checkpoints(
     if family == "qwen3":
         with engine_of(model, parallel, dtype, "vllm") as (llm, workers, _):
             assert workers[0]["model_class"] == "vllm.model_executor.models.qwen3.Qwen3ForCausalLM"
-            theirs = torch.tensor(answers(llm, [asked["everywhere"], asked["values"]]))
+            # One after the other: vLLM's own head with adapters fails for the prompts of two requests in one step.
+            alone = [answers(llm, [asked[name]]) for name in ("everywhere", "values")]
+            theirs = torch.tensor([rows for (rows,) in alone])
         off_vllm = (torch.tensor(first[1:3]) - theirs).abs().max().item()
         print(f"max |difference| from vLLM's own model and adapters: {off_vllm:.1e}")
         assert off_vllm <= 1e-5

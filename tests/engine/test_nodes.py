@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,12 +94,12 @@ class Nodes:
         )
         before = ((), network.on_other)
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.own_tmp = [tempfile.mkdtemp(prefix="tb") for _ in (0, 1)]  # short, since sockets lie in it
         for rank in (0, 1):
-            (folder / f"tmp{rank}").mkdir()
             environment = {
                 "VLLM_HOST_IP": network.addresses[rank],
                 "GLOO_SOCKET_IFNAME": network.interfaces[rank],
-                "TMPDIR": str(folder / f"tmp{rank}"),
+                "TMPDIR": self.own_tmp[rank],
                 "VLLM_SERVER_DEV_MODE": "1",
             }
             with (folder / f"log{rank}").open("w") as log:
@@ -145,6 +146,8 @@ class Nodes:
         for process in self.processes:
             kill([*descendants(process.pid), process.pid])
             process.wait()
+        for own in self.own_tmp:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Mapping
 from multiprocessing import context, forkserver, util
 from multiprocessing.reduction import DupFd
 from typing import Any
 
 from titan_bridge import cpu
+from titan_bridge.errors import BridgeError
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
@@ -43,10 +45,17 @@ _ours: tuple[int, dict[str, str]] | None = None
 """Our server's process id, and the variables that it has noticed; known in what is forked from it, too."""
 
 
+_FOLDER_BYTES = 70
+"""Of a socket's 107 bytes, what multiprocessing's and vLLM's names leave to the folder of temporary files."""
+
+
 def start() -> None:
     """Start the server, which goes on importing while this process does; nothing if it runs, or is not wanted.
 
     To be called with the environment set, before vLLM is imported, by a process that will start an engine.
+
+    Raises:
+        BridgeError: a folder of temporary files whose path is too long.
     """
     global _ours
     if not cpu.is_cpu_backend():
@@ -54,6 +63,10 @@ def start() -> None:
     if os.environ.get(METHOD) == "spawn":
         stop()
         return
+    if len(os.fsencode(folder := tempfile.gettempdir())) > _FOLDER_BYTES:
+        raise BridgeError(
+            f"TMPDIR={folder} is too long for the sockets in it; allowed: {_FOLDER_BYTES} bytes"
+        )
     ahead = cpu.set_by_vllm(os.environ)
     noticed = _noticed({**os.environ, **ahead})
     running = _server._forkserver_pid
