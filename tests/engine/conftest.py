@@ -22,6 +22,7 @@ from titan_bridge import cpu
 from titan_bridge.ports import free_port
 
 START_SECONDS = 240
+END_SECONDS = 60
 TITAN_BRIDGE = (sys.executable, "-m", "titan_bridge.cli", "serve")
 
 
@@ -31,6 +32,8 @@ def _serve(
 ) -> Iterator[str]:
     port = free_port()
     command = [*by, str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    if by is TITAN_BRIDGE:  # what vLLM kills after its time leaves shared memory: on a busy machine all is slow
+        command += ["--shutdown-timeout", str(END_SECONDS)]
     with log.open("w") as output:
         server = subprocess.Popen(
             command,
@@ -56,7 +59,7 @@ def _serve(
         yield url
         segments = shared_memory(server.pid)
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0
+        assert server.wait(END_SECONDS + 30) == 0
         assert not [left for left in segments if left.exists()]
         assert by is not TITAN_BRIDGE or not [
             line

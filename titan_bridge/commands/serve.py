@@ -19,7 +19,7 @@ from titan_bridge.commands.infer import (
 )
 from titan_bridge.errors import BridgeError
 
-SHUTDOWN_SECONDS = 5
+SHUTDOWN_SECONDS = 15
 """For requests that run when the server is told to end. vLLM's 0 kills the engine, whose shared memory then leaks."""
 
 
