@@ -32,7 +32,9 @@ def _serve(
 ) -> Iterator[str]:
     port = free_port()
     command = [*by, str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    if by is TITAN_BRIDGE:  # what vLLM kills after its time leaves shared memory: on a busy machine all is slow
+    if (
+        by is TITAN_BRIDGE
+    ):  # what vLLM kills after its time leaves shared memory: on a busy machine all is slow
         command += ["--shutdown-timeout", str(END_SECONDS)]
     with log.open("w") as output:
         server = subprocess.Popen(
