@@ -31,11 +31,9 @@ def _serve(
     model: Path | str, log: Path, *options: str, by: Sequence[str] = TITAN_BRIDGE, **environment: str
 ) -> Iterator[str]:
     port = free_port()
-    command = [*by, str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    if (
-        by is TITAN_BRIDGE
-    ):  # what vLLM kills after its time leaves shared memory: on a busy machine all is slow
-        command += ["--shutdown-timeout", str(END_SECONDS)]
+    # An engine that vLLM kills after its time leaves shared memory, and on a busy machine all takes long.
+    ending = ("--shutdown-timeout", str(END_SECONDS))
+    command = [*by, str(model), "--host", "127.0.0.1", "--port", str(port), *ending, *options]
     with log.open("w") as output:
         server = subprocess.Popen(
             command,

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from multiprocessing import Pipe, connection
+from multiprocessing import Pipe, connection, forkserver
 from typing import Any
 
 import pytest
@@ -20,6 +20,8 @@ from titan_bridge.engine.run import ranks
 
 def fork_ranks(patch: pytest.MonkeyPatch) -> None:
     """Let `ranks.start` fork its processes, until the patch is undone."""
+    if forkserver._forkserver._forkserver_pid != forking.server_pid():  # type: ignore[attr-defined]
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # an earlier test's, without what ranks import
     patch.setattr(ranks, "_process", Rank)
 
 

@@ -14,8 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from titan_bridge.checkpoint.job import Options
-from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint, make_run
@@ -27,13 +25,12 @@ PROMPT = list(range(5, 45))
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two checkpoints of one mixture of experts, with a dense layer: folders, a run's steps 1 and 2, a DCP."""
+    """Two checkpoints of one mixture of experts, with a dense layer: folders, and a run's steps 1 and 2."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"num_hidden_layers": 3, "mlp_only_layers": [1], "tokenizer": False}
     made = {name: make_checkpoint(folder / name, "qwen3_moe", seed=i, **sizes) for i, name in enumerate("ab")}
-    prepare(Options(source=made["b"], target=folder / "dcp", to="dcp")).run()
     run = make_run(folder / "out", made["a"], made["b"])
-    return made | {"dcp": folder / "dcp", "run": run, "step": run / "checkpoint/step-1"}
+    return made | {"run": run, "step": run / "checkpoint/step-1"}
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -155,7 +152,6 @@ def test_other_weights_of_any_format_come_in_place(models: dict[str, Path], llm:
     of_b = reload(weights_path=str(models["b"]))
     assert of_b != of_a
     assert reload(weights_path=str(models["a"])) == of_a
-    assert reload(weights_path=str(models["dcp"])) == of_b
     assert reload(weights_path=str(models["step"])) == of_a
     assert reload() == of_a
     assert reload(weights_path=str(models["step"].with_name("step-2"))) == of_b
