@@ -236,4 +236,5 @@ def test_two_thousand_strangers_during_updates_neither_fail_nor_slow_them(ranks,
     )
     assert len(war) > 2
     # Quartiles: the strangers' own work is on the same cores, and so is everybody else's on a shared machine.
-    assert statistics.quantiles(war)[0] < 2 * statistics.quantiles(peace)[2]
+    # A stranger that is waited for would cost seconds.
+    assert statistics.quantiles(war)[0] < 2 * statistics.quantiles(peace)[2] + 0.25

@@ -74,8 +74,9 @@ def test_a_hundred_kills_leave_the_old_or_the_new_checkpoint(tmp_path):
         outcomes["replaced" if new != old else "kept", "killed" if os.WIFSIGNALED(status) else "ended"] += 1
         old = new
     print(dict(outcomes))
-    assert outcomes["kept", "killed"] > KILLS // 10
-    assert sum(count for (what, _), count in outcomes.items() if what == "replaced") > KILLS // 20
+    # How many of each depends on what else the machine does; both have to have been seen.
+    assert outcomes["kept", "killed"] > 0
+    assert sum(count for (what, _), count in outcomes.items() if what == "replaced") > 0
     os.waitpid(converted(sources[1 - old], target), 0)
     assert found() == 1 - old
     assert [path.name for path in target.parent.iterdir()] == ["out"]
