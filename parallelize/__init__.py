@@ -68,17 +68,14 @@ def parallelize(
     ``model`` may lack modules, as a pipeline stage does.
     """
     narrow: dict[int, ParallelDims] = {}
+    modules: dict[str, Any] = dict(model.named_modules())
     layers: list[Any] = []
     for fqn, width in sizes.widths:
         if width not in narrow:
             narrow[width] = to_parallel_dims(sizes.at(fqn), spmd_backend)
-            narrow[width].get_optional_mesh(
-                "tp"
-            )  # builds them: all ranks together, whichever layers they have
-        layer: Any = model
-        for name in fqn.split("."):
-            layer = getattr(layer, name, None)
-        if layer is None:
+            # Builds the meshes: all ranks together, whichever layers they have.
+            narrow[width].get_optional_mesh("tp")
+        if (layer := modules.get(fqn)) is None:
             continue
         layers.append(layer)
         # Hides the method of the class, which TorchTitan's walk through the model calls with the dims of the whole.
