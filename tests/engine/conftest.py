@@ -89,6 +89,13 @@ def environment_is_restored() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def environment_is_restored_after_a_module() -> Iterator[None]:
+    """The same for engines that a module's tests share."""
+    with cpu.variables({}):
+        yield
+
+
 @pytest.fixture
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline runs in this process fork their dp ranks."""

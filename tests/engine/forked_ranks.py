@@ -20,6 +20,7 @@ from titan_bridge.engine.run import ranks
 
 def fork_ranks(patch: pytest.MonkeyPatch) -> None:
     """Let `ranks.start` fork its processes, until the patch is undone."""
+    patch.delenv(forking.METHOD, raising=False)  # vLLM sets it where a test has started an engine
     if forkserver._forkserver._forkserver_pid != forking.server_pid():  # type: ignore[attr-defined]
         forkserver._forkserver._stop()  # type: ignore[attr-defined]  # an earlier test's, without what ranks import
     patch.setattr(ranks, "_process", Rank)
