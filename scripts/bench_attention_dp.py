@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import statistics
 import time
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 from vllm import SamplingParams
 
+from titan_bridge import cpu
 from titan_bridge.config.schema import InferConfig, Parallel
+from titan_bridge.engine.cpu import forking
 from titan_bridge.engine.run.offline import engine
 from titan_bridge.testing import make_checkpoint
 
@@ -82,8 +85,11 @@ def measure(model: Path, cache: int, rounds: int) -> dict[str, dict[str, float]]
     chance = random.Random(0)
     figures: dict[str, dict[str, float]] = {side: {} for side in SIDES}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(cpu.variables({}))
         llms = {}
         for side, parallel in SIDES.items():
+            # vLLM sets it for itself; the next engine would take it for the user's wish, and end the fork server.
+            os.environ.pop(forking.METHOD, None)
             llms[side], workers, _ = stack.enter_context(engine(config_of(model, parallel, cache)))
             config: Any = llms[side].llm_engine.vllm_config.cache_config
             figures[side]["cache tokens"] = config.kv_cache_size_tokens

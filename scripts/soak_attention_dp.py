@@ -79,7 +79,8 @@ class Users:
                 if leaves and came > tokens // 3:
                     self.seen["disconnected"] += 1
                     return
-        if reason == "abort" and self.aborts > aborts:
+        # What is aborted before its first token streams nothing, not even a reason.
+        if self.aborts > aborts and (reason == "abort" or not came):
             self.seen["aborted"] += 1
         elif reason == "length":
             self.seen["finished"] += 1
