@@ -65,7 +65,10 @@ class Users:
             while self._go:
                 own = [chance.randrange(3, 700) for _ in range(chance.randrange(1, 150))]
                 prompt = shared + own if chance.random() < 0.5 else own
-                self._one(http, prompt, chance.randrange(1, 120), leaves=chance.random() < 0.25)
+                try:
+                    self._one(http, prompt, chance.randrange(1, 120), leaves=chance.random() < 0.25)
+                except httpx.HTTPError as error:
+                    self.wrong.append(f"{type(error).__name__}: {error}")
 
     def _one(self, http: httpx.Client, prompt: list[int], tokens: int, *, leaves: bool) -> None:
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
