@@ -246,6 +246,8 @@ REFUSED = (
     _groups("LoRA", "LoRA is", enable_lora=True),
     _groups("KV connectors", "a KV connector is",
             kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}),
+    _groups("encoder-cache connectors", "an encoder-cache connector is",
+            ec_transfer_config={"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}),
     _groups("a KV cache offloaded to the host", "kv_offloading_size=1.0 is", kv_offloading_size=1.0),
     _groups("KV cache events", "KV cache events are",
             kv_events_config={"enable_kv_cache_events": True, "publisher": "null"}),
@@ -255,6 +257,8 @@ REFUSED = (
     _groups("several nodes", "nnodes=2 is", nnodes=2, node_rank=0, master_addr="127.0.0.1"),
     _groups("a scheduler of your own", "scheduler_cls='vllm.v1.core.sched.scheduler.Scheduler' is",
             scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"),
+    _groups("a worker class of your own", "worker_cls='vllm.v1.worker.cpu_worker.CPUWorker' is",
+            worker_cls="vllm.v1.worker.cpu_worker.CPUWorker"),
     _groups("returned routed experts", "enable_return_routed_experts is", enable_return_routed_experts=True),
 )  # fmt: skip
 
