@@ -140,6 +140,8 @@ def soak(
     trainer = Trainer(source, url, options=Options(seconds=LIMIT))
     trainer.send("start")
     asker, load = Asker(url, answer_of(reference)), Load(url, 3)
+    while load.tokens < 100:  # an engine's first steps are slow
+        time.sleep(0.1)
     done = dict.fromkeys(("whole", "delta", "failed", "none"), 0)
     faults = [raising, cut, garbage, None]
     problems, pauses, samples, files = [], [0.0], [], []
