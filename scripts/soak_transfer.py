@@ -145,8 +145,8 @@ def soak(
     done = dict.fromkeys(("whole", "delta", "failed", "none"), 0)
     faults = [raising, cut, garbage, None]
     problems, pauses, samples, files = [], [0.0], [], []
-    me, end, count = psutil.Process(), time.monotonic() + 60 * minutes, 0
-    while time.monotonic() < end:
+    me, began, count = psutil.Process(), time.monotonic(), 0
+    while time.monotonic() < began + 60 * minutes:
         following = time.monotonic() + every
         kind = kinds[count % len(kinds)]
         for name, parameter in parameters.items():
@@ -186,8 +186,7 @@ def soak(
         "updates": done,
         "answers": asker.asked,
         "farthest_answer": asker.farthest,
-        "tokens": load.tokens,
-        "longest_gap": load.of([(0, float("inf"))])["longest_gap"],
+        **load.of([(began, time.monotonic())]),
         "longest_commit": max(pauses),
         "mb_at_last": {name: round(size) for name, size in samples[-1][1].items()},
         "mb_a_minute": slopes(samples),
