@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 WORKER_BYTES = STRIP_BYTES + SCRATCH_BYTES + SPAN_BYTES
 """Memory of one worker: a strip, and the buffers of reads."""
-_BLOB_BYTES = 4 << 20
 _CALL_BYTES = 512 << 10
 """Most bytes of one write. Where a host takes free memory back, those of 2 MB and more were measured four to twelve
 times as slow: it seems that Linux fills pages of 2 MB for them, which are then new ones."""
@@ -129,11 +128,6 @@ class Executor:
         """Write everything but the weights; returns all spans of the file."""
         spans, weights = list(weights), sorted(weights)
         starts = [offset for offset, _, _ in weights]
-        for offset, blob in opened.file.blobs:
-            for at in range(0, blob.length, _BLOB_BYTES):
-                buffer = memoryview(bytearray(min(_BLOB_BYTES, blob.length - at)))
-                self._job.source.pool.read_into(blob.path, blob.offset + at, buffer)
-                spans.append(self._write(opened, offset + at, buffer))
         for offset, data in opened.file.fixed:
             spans.append(self._write(opened, offset, memoryview(data)))
         for start, archive in opened.file.archives:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from titan_bridge.checkpoint.archive import Archive
-from titan_bridge.checkpoint.checkpoint import Blob
 from titan_bridge.checkpoint.safetensors import header_bytes
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy
@@ -40,8 +39,6 @@ class OutFile:
     """(offset, bytes)."""
     archives: list[tuple[int, Archive]] = field(default_factory=list)
     """(offset, archive)."""
-    blobs: list[tuple[int, Blob]] = field(default_factory=list)
-    """(offset, what to copy there as it is)."""
     strips: list[Strip] = field(default_factory=list)
     """In the order of the bytes."""
 
@@ -56,9 +53,7 @@ class Target:
     shapes: dict[str, TensorMetadata] = field(default_factory=dict)
     """All tensors, without their chunks."""
     archives: dict[str, TensorMetadata] = field(default_factory=dict)
-    """DCP: what its metadata says of each tensor, under all its names."""
-    blobs: dict[str, Blob] = field(default_factory=dict)
-    """DCP: the entries that are no tensors."""
+    """DCP: what its metadata says of each entry, under all its names."""
     weight_map: dict[str, str] = field(default_factory=dict)
     """Hugging Face: the file of each tensor."""
 
@@ -144,7 +139,7 @@ def dcp_target(
     rows: Mapping[str, int],
     *,
     aliases: Mapping[str, str],
-    blobs: Mapping[str, Blob],
+    blobs: Mapping[str, TensorMetadata],
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Target:
     """Files of at most `most` bytes of chunks.
@@ -152,37 +147,33 @@ def dcp_target(
     Args:
         rows: As for `hf_target`.
         aliases: Further names of tensors; their chunks are the same bytes.
-        blobs: Entries that are no tensors, by name.
+        blobs: Entries that are no tensors, by name: written as they are, each in one chunk without an archive.
     """
-    target = Target(shapes={tensor.name: tensor for tensor in tensors})
-    boxes: list[tuple[str, Blob | Box]] = list(blobs.items())
+    target = Target(shapes={entry.name: entry for entry in (*blobs.values(), *tensors)})
+    boxes: list[tuple[str, Box]] = [(name, Box.whole(blob.shape)) for name, blob in blobs.items()]
     for tensor in tensors:
         whole = Box.whole(tensor.shape)
         cut = list(rows_of(whole, tensor.dtype.itemsize, chunk_bytes, rows.get(tensor.name, 1)))
         boxes += [(tensor.name, box) for box in cut or [whole]]
-    chunks: dict[str, list[Chunk]] = {tensor.name: [] for tensor in tensors}
+    chunks: dict[str, list[Chunk]] = {name: [] for name in target.shapes}
 
-    def nbytes(entry: tuple[str, Blob | Box]) -> int:
-        name, part = entry
-        return part.length if isinstance(part, Blob) else part.numel * target.shapes[name].dtype.itemsize
+    def nbytes(entry: tuple[str, Box]) -> int:
+        return entry[1].numel * target.shapes[entry[0]].dtype.itemsize
 
     for number, group in enumerate(_grouped(boxes, most, nbytes)):
         file = OutFile(name=f"__0_{number}.distcp")
-        for name, part in group:
+        for name, box in group:
             if pad := -file.size % _ALIGNMENT:
                 file.fixed.append((file.size, bytes(pad)))
                 file.size += pad
-            if isinstance(part, Blob):
-                file.blobs.append((file.size, part))
-                target.blobs[name] = Blob(path=Path(file.name), offset=file.size, length=part.length)
-                file.size += part.length
-                continue
-            tensor = target.shapes[name]
-            archive = Archive(part.shape, tensor.dtype)
-            file.archives.append((file.size, archive))
-            target._place(tensor, file, file.size + archive.head_bytes, part, rows.get(name, 1))
-            length = archive.total_bytes
-            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=length, box=part))
+            entry, start, length, inside = target.shapes[name], file.size, nbytes((name, box)), None
+            if name not in blobs:
+                archive = Archive(box.shape, entry.dtype)
+                file.archives.append((file.size, archive))
+                start, length = file.size + archive.head_bytes, archive.total_bytes
+                inside = length
+            target._place(entry, file, start, box, rows.get(name, 1))
+            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=inside, box=box))
             file.size += length
         target.files.append(file)
     for name, fqn in [*((name, name) for name in chunks), *aliases.items()]:
