@@ -217,7 +217,7 @@ class _Reader:
         self._side, self._dtype = side, dtype
         # Strips of float64 elements: what a comparison holds of them.
         self._target: Target = hf_target(
-            [replace(tensor, dtype=torch.float64) for tensor in tensors], _PART_BYTES, {}
+            [replace(tensor, dtype=torch.float64) for tensor in tensors], _PART_BYTES
         )
         self._strips = {tensor.name: tensor for tensor in self._target.tensors()}
         self._empty = [tensor.name for tensor in tensors if tensor.name not in self._strips]

@@ -176,5 +176,5 @@ def _target(options: Options, tensors: TensorMap, source: Checkpoint, team: Team
         total = sum(tensor.nbytes for tensor in tensors.tensors)
         most = min(most, math.ceil(total / team.size))
     if options.to == "hf":
-        return hf_target(tensors.tensors, most, tensors.rows)
-    return dcp_target(tensors.tensors, most, tensors.rows, aliases=tensors.aliases, blobs=source.blobs)
+        return hf_target(tensors.tensors, most)
+    return dcp_target(tensors.tensors, most, aliases=tensors.aliases, blobs=source.blobs)

@@ -66,10 +66,10 @@ class Target:
         """Every tensor that has an element, in strips: the destination of a plan."""
         return [replace(self.shapes[name], chunks=tuple(s)) for name, s in self.strips.items() if s]
 
-    def _place(self, tensor: TensorMetadata, file: OutFile, offset: int, box: Box, rows: int) -> None:
+    def _place(self, tensor: TensorMetadata, file: OutFile, offset: int, box: Box) -> None:
         """A box of a tensor lies in a file from `offset` on."""
         strips = self.strips.setdefault(tensor.name, [])
-        for strip in rows_of(box, tensor.dtype.itemsize, STRIP_BYTES, rows):
+        for strip in rows_of(box, tensor.dtype.itemsize, STRIP_BYTES):
             file.strips.append((tensor.name, len(strips)))
             strips.append(Chunk(owner=file.name, box=strip, offset=offset))
             offset += strip.numel * tensor.dtype.itemsize
@@ -84,41 +84,29 @@ def copies_of(plan: Plan, file: OutFile) -> dict[Strip, list[Copy]]:
     return found
 
 
-def rows_of(box: Box, itemsize: int, most: int, align: int = 1) -> Iterator[Box]:
+def rows_of(box: Box, itemsize: int, most: int) -> Iterator[Box]:
     """A box cut into boxes of at most `most` bytes (but at least one element), each contiguous where the box is.
 
-    Rows of the first dim stay together; a row that is too large is cut further. Cuts fall on multiples of `align`
-    of the first dim where that many rows fit.
+    Rows of the first dim stay together; a row that is too large is cut further.
     """
     if not box.ndim or box.numel * itemsize <= most:
         if box.numel:
             yield box
         return
-    shape = box.shape
-    row = math.prod(shape[1:]) * itemsize
-    if row > most and len(shape) > 1:
+    row = math.prod(box.shape[1:]) * itemsize
+    if row > most and box.ndim > 1:
         for i in range(box.start[0], box.stop[0]):
             for rest in rows_of(Box(start=box.start[1:], stop=box.stop[1:]), itemsize, most):
                 yield Box(start=(i, *rest.start), stop=(i + 1, *rest.stop))
         return
     step = max(1, most // row)
-    step = step // align * align or step
-    first = box.start[0]
-    while first < box.stop[0]:
-        last = first + step
-        if step >= align and last // align * align > first:
-            last = last // align * align
-        last = min(last, box.stop[0])
+    for first in range(box.start[0], box.stop[0], step):
+        last = min(first + step, box.stop[0])
         yield Box(start=(first, *box.start[1:]), stop=(last, *box.stop[1:]))
-        first = last
 
 
-def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, int]) -> Target:
-    """Files of at most `most` bytes of weights (one larger tensor is a file of its own), named as transformers does.
-
-    Args:
-        rows: Rows of a tensor's first dim that belong together in the source (one head): cuts fall between such groups.
-    """
+def hf_target(tensors: Sequence[TensorMetadata], most: int) -> Target:
+    """Files of at most `most` bytes of weights (one larger tensor is a file of its own), named as transformers does."""
     groups = list(_grouped(tensors, most, lambda tensor: tensor.nbytes))
     target = Target(shapes={tensor.name: tensor for tensor in tensors})
     for number, group in enumerate(groups, start=1):
@@ -127,7 +115,7 @@ def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, i
         size = len(header) + sum(tensor.nbytes for tensor in group)
         file = OutFile(name=name, size=size, fixed=[(0, header)])
         for tensor, offset in zip(group, offsets, strict=True):
-            target._place(tensor, file, offset, Box.whole(tensor.shape), rows.get(tensor.name, 1))
+            target._place(tensor, file, offset, Box.whole(tensor.shape))
             target.weight_map[tensor.name] = name
         target.files.append(file)
     return target
@@ -136,7 +124,6 @@ def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, i
 def dcp_target(
     tensors: Sequence[TensorMetadata],
     most: int,
-    rows: Mapping[str, int],
     *,
     aliases: Mapping[str, str],
     blobs: Mapping[str, TensorMetadata],
@@ -145,7 +132,6 @@ def dcp_target(
     """Files of at most `most` bytes of chunks.
 
     Args:
-        rows: As for `hf_target`.
         aliases: Further names of tensors; their chunks are the same bytes.
         blobs: Entries that are no tensors, by name: written as they are, each in one chunk without an archive.
     """
@@ -153,7 +139,7 @@ def dcp_target(
     boxes: list[tuple[str, Box]] = [(name, Box.whole(blob.shape)) for name, blob in blobs.items()]
     for tensor in tensors:
         whole = Box.whole(tensor.shape)
-        cut = list(rows_of(whole, tensor.dtype.itemsize, chunk_bytes, rows.get(tensor.name, 1)))
+        cut = list(rows_of(whole, tensor.dtype.itemsize, chunk_bytes))
         boxes += [(tensor.name, box) for box in cut or [whole]]
     chunks: dict[str, list[Chunk]] = {name: [] for name in target.shapes}
 
@@ -172,7 +158,7 @@ def dcp_target(
                 file.archives.append((file.size, archive))
                 start, length = file.size + archive.head_bytes, archive.total_bytes
                 inside = length
-            target._place(entry, file, start, box, rows.get(name, 1))
+            target._place(entry, file, start, box)
             chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=inside, box=box))
             file.size += length
         target.files.append(file)
