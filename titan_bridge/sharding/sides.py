@@ -91,7 +91,7 @@ def external_frame(view: View) -> Frame:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """A tensor on one side, as boxes of cells. Arrays of int64; the first four have one row a box."""
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -65,7 +66,7 @@ class View:
             raise BridgeError(
                 f"{self.name}: shape {self.shape} does not hold the {self.index_shape} that index selects"
             )
-        object.__setattr__(self, "_groups", self._group())
+        _ = self.groups  # raises where the dims do not fit
 
     @classmethod
     def identity(cls, name: str, fqn: str, shape: tuple[int, ...]) -> View:
@@ -105,12 +106,6 @@ class View:
         return tuple(math.prod(dim) for dim in self.factors)
 
     @property
-    def groups(self) -> tuple[tuple[int, ...], ...]:
-        """For each dim of the external tensor, the factored dims that it is made of, row-major (those of size
-        1 left out)."""
-        return self._groups  # type: ignore[attr-defined]
-
-    @property
     def is_identity(self) -> bool:
         """True when both tensors have the same elements in the same places."""
         return (
@@ -138,8 +133,10 @@ class View:
         if tuple(tensor.shape) != shape:
             raise BridgeError(f"{name} has shape {tuple(tensor.shape)}; this view needs {shape}")
 
-    def _group(self) -> tuple[tuple[int, ...], ...]:
-        """Match the external dims with runs of factored dims; a dim may not straddle two runs."""
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """For each dim of the external tensor, the factored dims that it is made of, row-major (those of size 1 left
+        out). A dim may not straddle two runs of them."""
         sizes = self.index_shape
         rest = [dim for dim in self.permute if sizes[dim] > 1]
         groups = []
