@@ -18,8 +18,7 @@ from titan_bridge.sharding.tensors import Owner
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A strided window of a contiguous local tensor, in elements: `local.as_strided(size, stride,
-    offset)`."""
+    """A strided window of a contiguous local tensor, in elements: `local.as_strided(size, stride, offset)`."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -98,8 +97,7 @@ class Group:
 
 
 def ends(group: Group, tensors: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """Owners that send and receive, each [pairs, destination replicas, tensors]; the latter -1 where there
-    is none."""
+    """Owners that send and receive, each [pairs, destination replicas, tensors]; the latter -1 where there is none."""
     geometry = group.geometry
     choice = group.choice[:, :, tensors]
     source_slot = geometry.source.slots[geometry.pair_source[:, None, None], choice]

@@ -88,8 +88,7 @@ class Plan:
                 yield group, slice(first, first + step)
 
     def traffic(self) -> np.ndarray:
-        """int64 [owners, owners]: bytes from row to column, in the order of `owners`; local copies left
-        out."""
+        """int64 [owners, owners]: bytes from row to column, in the order of `owners`; local copies left out."""
         n = len(self.owners)
         result = np.zeros(n * n, dtype=np.int64)
         for group, tensors in self._blocks():

@@ -34,8 +34,7 @@ class View:
     shape: tuple[int, ...]
     """Shape of the external tensor."""
     factors: tuple[tuple[int, ...], ...]
-    """For each dim of the TorchTitan tensor its row-major factorisation; the product is the size of the
-    dim."""
+    """For each dim of the TorchTitan tensor its row-major factorisation; the product is the size of the dim."""
     index: tuple[tuple[int, int], ...]
     """Half-open interval for each factored dim, in the order of `factors` laid flat."""
     permute: tuple[int, ...] = ()
@@ -122,8 +121,7 @@ class View:
         return cut.permute(self.permute).reshape(self.shape)
 
     def write(self, titan: torch.Tensor, external: torch.Tensor) -> None:
-        """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its
-        dtype."""
+        """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its dtype."""
         self._check(titan, self.titan_shape, self.fqn)
         self._check(external, self.shape, self.name)
         cut = titan.view(self.flat_factors)[tuple(slice(a, b) for a, b in self.index)].permute(self.permute)
