@@ -138,6 +138,11 @@ SAME = (
         test="test_features.py::test_embeddings_and_scores_are_those_of_transformers",
     ),
     Same(
+        name="KV connectors (`kv_transfer_config`)",
+        test="test_features.py::test_a_kv_connector_gives_back_what_it_was_given",
+        note="with `ExampleConnector`; others were not tried",
+    ),
+    Same(
         name="Speculation: `ngram`",
         test="test_features.py::test_ngram_speculation_has_the_same_tokens",
         note="`suffix` is let through, too; vLLM needs the package arctic-inference for it",

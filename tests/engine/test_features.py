@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from tests.engine.features import SAME, Same
+from tests.engine.features import LONG, SAME, Same
 from titan_bridge import cli
 from titan_bridge.config.schema import InferConfig
 from titan_bridge.testing import make_checkpoint
@@ -161,3 +161,37 @@ def test_ngram_speculation_has_the_same_tokens(model: Path, capsys: pytest.Captu
     expected_LV = load_reference(model).logprobs([*asked, *said])
     assert said == expected_LV[len(asked) - 1 : -1].argmax(-1).tolist()
     assert 0 < told["drafts"]["accepted"] <= told["drafts"]["draft"]
+
+
+def test_a_kv_connector_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    """gpt-oss, whose layers with and without a window then share a group of the cache."""
+    from vllm import SamplingParams
+
+    from titan_bridge.engine.run.offline import engine
+    from titan_bridge.reference import load_reference
+
+    model = make_checkpoint(tmp_path / "gpt_oss", "gpt_oss")
+    folder = {"shared_storage_path": str(tmp_path / "cache")}
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": folder,
+    }
+    config = InferConfig(
+        model=str(model),
+        dtype="float32",
+        max_model_len=512,
+        vllm={"enforce_eager": True, "enable_prefix_caching": False, "kv_transfer_config": connector},
+    )
+    reference = load_reference(model)
+    sampling = SamplingParams(max_tokens=8, temperature=0, logprobs=0)
+    with engine(config) as (llm, workers, _):
+        assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
+        for cached in (0, 256):
+            (output,) = llm.generate([{"prompt_token_ids": LONG}], sampling, use_tqdm=False)
+            assert output.num_cached_tokens == cached
+            (said,) = output.outputs
+            expected_LV = reference.logprobs([*LONG, *said.token_ids])[len(LONG) - 1 : -1]
+            assert list(said.token_ids) == expected_LV.argmax(-1).tolist()
+            given = torch.tensor([next(iter(row.values())).logprob for row in said.logprobs])
+            assert torch.allclose(given, expected_LV.max(-1).values, rtol=0, atol=ATOL)

@@ -89,6 +89,11 @@ class PagedAttention(Module):
         return out_TD.view(q_BLNH.shape)[..., : computes.v_head_dim]
 
 
+def windows(model: nn.Module) -> set[int | None]:
+    """The windows of a model's layers, in tokens; None among them if a layer has none."""
+    return {module.computes.window for module in model.modules() if isinstance(module, PagedAttention)}
+
+
 def bind_sinks(model: nn.Module, dtype: torch.dtype) -> None:
     """Let every backend with sinks read the parameters as they are now; some keep a copy in another dtype."""
     for module in model.modules():

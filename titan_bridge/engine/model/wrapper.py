@@ -27,8 +27,9 @@ from titan_bridge import cpu
 from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
 from titan_bridge.engine.cpu.packing import Loading, Packing
+from titan_bridge.engine.cpu.windows import keep_keys_together
 from titan_bridge.engine.loading.stream import WeightLoader
-from titan_bridge.engine.model.attention import bind_sinks
+from titan_bridge.engine.model.attention import bind_sinks, windows
 from titan_bridge.engine.model.build import build
 from titan_bridge.engine.model.compiled import name_compiled_step
 from titan_bridge.engine.model.fsdp import drop_gathered, drop_head, gather_head, head
@@ -79,6 +80,7 @@ class TitanForCausalLM(nn.Module):
         self._first, self._last = built.stage == 0, built.stage == setup.sizes.pp - 1
         self.attention = built.attention
         self.rows = built.rows
+        keep_keys_together(vllm_config, windows(self.model))
         self.vocab_size = setup.hf["vocab_size"]
         self.dtype = vllm_config.model_config.dtype
         self.live = built.live()
