@@ -44,8 +44,8 @@ class Users:
     def __init__(self, url: str, count: int) -> None:
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.aborts = 0
-        """How often the server was told to abort everything."""
+        self.aborts = self.aborted = 0
+        """How often the server was told to abort everything, and how often it had done so."""
         self._url, self._go = url, True
         self._threads = [
             threading.Thread(target=self._ask, args=(seed,), daemon=True) for seed in range(count)
@@ -72,7 +72,7 @@ class Users:
 
     def _one(self, http: httpx.Client, prompt: list[int], tokens: int, *, leaves: bool) -> None:
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
-        came, reason, aborts = 0, None, self.aborts
+        came, reason, before = 0, None, self.aborted
         with http.stream("POST", "/v1/completions", json=body) as answer:
             for line in answer.iter_lines():
                 if not line.startswith("data: {"):
@@ -83,7 +83,7 @@ class Users:
                     self.seen["disconnected"] += 1
                     return
         # What is aborted before its first token streams nothing, not even a reason.
-        if self.aborts > aborts and (reason == "abort" or not came):
+        if self.aborts > before and (reason == "abort" or not came):
             self.seen["aborted"] += 1
         elif reason == "length":
             self.seen["finished"] += 1
@@ -109,6 +109,7 @@ def soak(url: str, process: psutil.Process, reference: Any, minutes: float, ever
                 users.aborts += 1
                 httpx.post(f"{url}/pause?mode=abort", timeout=300).raise_for_status()
                 httpx.post(f"{url}/resume", timeout=300).raise_for_status()
+                users.aborted += 1
             samples.append((time.monotonic(), memory(process)))
             time.sleep(max(0.0, following - time.monotonic()))
         trainer.verify()

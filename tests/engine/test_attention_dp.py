@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import random
 import re
 import time
@@ -121,8 +122,8 @@ def test_the_log_says_what_groups_win_and_cost(server: Server) -> None:
 
 
 def test_a_dp_rank_works_while_the_other_has_nothing(server: Server) -> None:
-    for rank in (0, 1, 1):
-        assert_answers(server.model, [([5, 6, 7], server.ask([5, 6, 7], 9, rank))])
+    prompt = [5, 6, 7]
+    assert_answers(server.model, [(prompt, server.ask(prompt, 9, rank)) for rank in (0, 1, 1)])
 
 
 def test_64_requests_at_random_on_uneven_ranks_a_quarter_aborted(server: Server) -> None:
@@ -216,15 +217,18 @@ def assert_serves(server: Server, model: Path) -> None:
     assert_answers(model, zip(prompts, answers, strict=True))
 
 
+reference_of = functools.cache(load_reference)
+
+
 def send(server: Server, model: Path) -> None:
-    with Trainer(load_reference(model).model, server.url) as trainer:
+    with Trainer(reference_of(model).model, server.url) as trainer:
         trainer.send(model.name)
         trainer.verify()
 
 
 def assert_answers(model: Path, given: Any) -> None:
     """Tokens and log-probabilities of whole answers are those of TorchTitan's own forward."""
-    reference, worst, seen = load_reference(model), 0.0, 0
+    reference, worst, seen = reference_of(model), 0.0, 0
     for prompt, answer in given:
         if answer is None:
             continue
