@@ -37,8 +37,8 @@ from titan_bridge.versions import unsupported
 
 ANSWER_SECONDS = 5
 """For what a server has still to answer when its engine has ended."""
-WORKER_SECONDS = 10
-"""For a worker to end after its engine."""
+WORKER_SECONDS = 5
+"""More than vLLM's executor gives a worker that it can still kill itself."""
 SPEC_METHODS = (LAYOUT, NATIVE, VERIFY, FINGERPRINTS)
 
 
@@ -397,7 +397,7 @@ def end_with_the_engine(
 ) -> None:
     """End a worker whose engine is gone, whatever it waits for.
 
-    What: wraps `WorkerProc.monitor_death_pipe`, and ends the process `WORKER_SECONDS` after it was told to end. Why:
+    What: wraps `WorkerProc.monitor_death_pipe`, and ends the process some seconds after it was told to end. Why:
     vLLM closes the worker's queues and no more. One that is inside an all-reduce then waits for ever, on a core of its
     own, for others that have ended already; an engine that did not drain its requests in time leaves such workers. Only
     for `model_impl="torchtitan"` and weight transfer "titan". Version: vllm 0.32
@@ -410,7 +410,8 @@ def end_with_the_engine(
 
     def end() -> None:
         shutdown_requested.wait()
-        time.sleep(WORKER_SECONDS)
+        envs = importlib.import_module("vllm.envs")
+        time.sleep(envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS + WORKER_SECONDS)
         os._exit(1)
 
     threading.Thread(target=end, name="titan-end", daemon=True).start()
