@@ -38,7 +38,7 @@ from titan_bridge.versions import unsupported
 ANSWER_SECONDS = 5
 """For what a server has still to answer when its engine has ended."""
 WORKER_SECONDS = 5
-"""More than vLLM's executor gives a worker that it can still kill itself."""
+"""Beyond vLLM's own time for a worker to end: an executor that lives kills one after four of them."""
 SPEC_METHODS = (LAYOUT, NATIVE, VERIFY, FINGERPRINTS)
 
 
