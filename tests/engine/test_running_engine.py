@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from titan_bridge.config.schema import InferConfig, Parallel
@@ -25,25 +26,32 @@ PROMPT = list(range(5, 45))
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two checkpoints of one mixture of experts, with a dense layer: folders, and a run's steps 1 and 2."""
+    """Two checkpoints of one mixture of experts, with a dense layer: folders, a run's steps 1 and 2, and the first as
+    another program names it, in a DCP."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"num_hidden_layers": 3, "mlp_only_layers": [1], "tokenizer": False}
     made = {name: make_checkpoint(folder / name, "qwen3_moe", seed=i, **sizes) for i, name in enumerate("ab")}
     run = make_run(folder / "out", made["a"], made["b"])
-    return made | {"run": run, "step": run / "checkpoint/step-1"}
+    foreign = {f"net.{name}": tensor for name, tensor in load_file(made["a"] / "model.safetensors").items()}
+    dcp.save(foreign | {"step": 7}, checkpoint_id=str(folder / "foreign"), no_dist=True)
+    shutil.copy(made["a"] / "config.json", folder / "foreign")
+    return made | {"run": run, "step": run / "checkpoint/step-1", "foreign": folder / "foreign"}
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def llm(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[Any]:
-    """An engine that serves checkpoint a, as a step of a run."""
+    """An engine that serves checkpoint a: in bfloat16 as a step of a run, in float32 under names of another program."""
     from titan_bridge.engine.run.offline import engine
 
+    served, options = "step", {}
+    if request.param == "float32":
+        served, options = "foreign", {"additional_config": {"titan": {"names": "net.{}"}}}
     config = InferConfig(
-        model=str(models["step"]),
+        model=str(models[served]),
         dtype=request.param,
         parallel=Parallel(tp=2, ep=2),
         max_model_len=128,
-        vllm={"enforce_eager": True, "skip_tokenizer_init": True},
+        vllm={"enforce_eager": True, "skip_tokenizer_init": True, **options},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function to the workers
@@ -154,6 +162,14 @@ def test_other_weights_of_any_format_come_in_place(models: dict[str, Path], llm:
     assert reload(weights_path=str(models["a"])) == of_a
     assert reload(weights_path=str(models["step"])) == of_a
     assert reload() == of_a
+    if llm.llm_engine.vllm_config.additional_config.get("titan", {}).get("names"):
+        assert reload(weights_path=str(models["b"])) == of_b
+        assert reload(weights_path=str(models["foreign"])) == of_a
+        assert reload() == of_a
+    else:
+        with pytest.raises(Exception, match=r"unexpected: net\."):
+            reload(weights_path=str(models["foreign"]))
+        assert answers(llm) == of_a
     assert reload(weights_path=str(models["step"].with_name("step-2"))) == of_b
     assert reload(weights_path=str(models["step"])) == of_a
     assert reload(weights_path=str(models["run"])) == of_b

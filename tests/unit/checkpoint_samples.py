@@ -96,6 +96,6 @@ def stop_after(monkeypatch, files: int) -> None:
         finished.add(opened.file.name)
         if len(finished) > files:
             raise Killed
-        real(self, opened, strip)
+        return real(self, opened, strip)
 
     monkeypatch.setattr(Executor, "_write_strip", write)

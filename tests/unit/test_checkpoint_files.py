@@ -66,11 +66,11 @@ def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, sh
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), shape=SHAPES, most=st.integers(1, 60), align=st.integers(1, 4))
-def test_strips_tile_a_box_and_are_small_and_contiguous(data, shape, most, align):
+@given(data=st.data(), shape=SHAPES, most=st.integers(1, 60))
+def test_strips_tile_a_box_and_are_small_and_contiguous(data, shape, most):
     box = data.draw(boxes(shape))
     seen = torch.zeros(shape, dtype=torch.int64)
-    for strip in rows_of(box, 1, most, align):
+    for strip in rows_of(box, 1, most):
         assert strip.numel <= most or strip.numel == 1
         part = torch.arange(box.numel).reshape(box.shape)[strip.relative_to(box.start).slices]
         assert part.is_contiguous()

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.checkpoint_samples import SMALL, contents, options
 from titan_bridge import cli
-from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint import Checkpoint, open_checkpoint
+from titan_bridge.checkpoint.model_dir import open_named_either_way
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.errors import BridgeError
+from titan_bridge.models import family_for, load_hf_config
 from titan_bridge.ports import free_port
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
@@ -80,6 +82,29 @@ def test_a_pattern_is_for_every_command_that_reads_weights(model, tmp_path: Path
     assert '"names": "net.{}"' in capsys.readouterr().out
     given, expected = load_reference(other, names="net.{}"), load_reference(model["hf"])
     assert torch.equal(given.logprobs([1, 2, 3]), expected.logprobs([1, 2, 3]))
+
+
+def test_other_weights_have_the_names_of_the_pattern_or_ours(model, tmp_path: Path) -> None:
+    """What an engine that serves names of another program does with the next folder."""
+    hf = load_hf_config(model["hf"])
+    ours = contents(model["dcp"])
+    both = {f"net.{name}": tensor + 1 for name, tensor in ours.items()} | ours
+    dcp.save(both, checkpoint_id=str(tmp_path / "both"))
+    torn = dict(list(contents(model["hf"]).items())[1:])
+    (tmp_path / "torn").mkdir()
+    save_file(torn, tmp_path / "torn" / "model.safetensors")
+
+    def opened(folder: Path, names: str | None = "net.{}") -> Checkpoint:
+        return open_named_either_way(folder, names, family_for(hf), hf)
+
+    for folder in (model["hf"], model["dcp"]):
+        for names in ("net.{}", "model.{}", None):
+            with opened(folder, names) as found, open_checkpoint(folder) as plain:
+                assert found.tensors == plain.tensors
+    with opened(tmp_path / "both") as found:
+        assert torch.equal(found.read("norm.weight"), ours["norm.weight"] + 1)
+    with pytest.raises(BridgeError, match=rf"--names 'net.{{}}' fits no tensor of {tmp_path / 'torn'}"):
+        opened(tmp_path / "torn")
 
 
 def test_a_dcp_under_names_of_hugging_face_is_one(model, tmp_path: Path, capsys) -> None:

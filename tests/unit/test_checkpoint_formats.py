@@ -21,7 +21,6 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.archive import Archive, locate
-from titan_bridge.checkpoint.checkpoint import Blob
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
 from titan_bridge.checkpoint.files import bytes_of
@@ -174,7 +173,7 @@ def test_metadata_that_we_write_is_read_by_dcp(tmp_path):
         data += archive.head(zlib.crc32(raw)) + raw + archive.tail(zlib.crc32(raw))
     (tmp_path / "__0_0.distcp").write_bytes(data)
     stored = described("a", (6, 4), torch.float32, *chunks)
-    write_metadata(tmp_path / METADATA, {"a": stored, "tied.a": stored}, {}, {})
+    write_metadata(tmp_path / METADATA, {"a": stored, "tied.a": stored}, {})
     state = {"a": torch.zeros(6, 4), "tied.a": torch.zeros(6, 4)}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(state["a"], tensor)
@@ -186,9 +185,9 @@ def test_metadata_that_we_write_is_what_dcp_would_write(tmp_path):
     stored = described(
         "a", (6, 4), torch.bfloat16, Chunk(owner=Path("__0_0.distcp"), offset=7, archive=9, box=box)
     )
-    blobs = {"optimizer.step": Blob(path=Path("__1_0.distcp"), offset=0, length=5)}
+    blob = TensorMetadata.whole("optimizer.step", (5,), torch.uint8, Path("__1_0.distcp"))
     paths = {"optimizer.step": ("optimizer", "step")}
-    write_metadata(tmp_path / METADATA, {"a": stored}, blobs, paths)
+    write_metadata(tmp_path / METADATA, {"a": stored, "optimizer.step": blob}, paths)
     start, size = torch.Size(box.start), torch.Size(box.shape)
     theirs = metadata.Metadata(
         state_dict_metadata={
@@ -243,7 +242,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(tmp_path, how, padding):
 def test_places_outside_the_directory_are_refused(tmp_path, file):
     box = Box(start=(0,), stop=(2,))
     stored = described("a", (2,), torch.float32, Chunk(owner=Path(file), archive=9, box=box))
-    write_metadata(tmp_path / METADATA, {"a": stored}, {}, {})
+    write_metadata(tmp_path / METADATA, {"a": stored}, {})
     with pytest.raises(BridgeError, match="refused"):
         open_checkpoint(tmp_path)
 

@@ -77,7 +77,7 @@ def test_kill_9_leaves_nothing_that_looks_whole(dcp_source, source, tmp_path, de
         "from titan_bridge.checkpoint.execute import Executor\n"
         "real = Executor._write_strip\n"
         "def slow(self, *a):\n"
-        "    print('strip', flush=True); time.sleep(0.05); real(self, *a)\n"
+        "    print('strip', flush=True); time.sleep(0.05); return real(self, *a)\n"
         "Executor._write_strip = slow\n"
         "from titan_bridge.cli import main\n"
         f"sys.exit(main(['reshard', {str(source)!r}, {str(target)!r}, '--to', 'dcp', '--max-shard-size', '40KB']))\n"

@@ -60,7 +60,7 @@ def in_two_slices(whole: Path, target: Path) -> Path:
             )
     for file, data in files.items():
         (target / file).write_bytes(data.getvalue())
-    write_metadata(target / ".metadata", tensors, {}, {})
+    write_metadata(target / ".metadata", tensors, {})
     return target
 
 

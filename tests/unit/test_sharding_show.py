@@ -82,19 +82,21 @@ def test_elements_at_every_position(sharding):
 def test_load_is_the_sum_of_all_boxes():
     layout = example()
     load = load_of(layout)
-    for rank, nbytes in zip(load.ranks, load.nbytes, strict=True):
+    for rank, nbytes in load.items():
         assert nbytes == 2 * sum(
             piece.box.numel for fqn in layout.params for piece in layout.pieces(fqn, rank)
         )
-    assert load.most == max(zip(load.ranks, load.nbytes, strict=True), key=lambda item: item[1])
-    assert load.least[1] == min(load.nbytes)
+    totals = totals_of(layout)
+    assert totals["most_loaded"] == {"rank": 3, "bytes": load[3]}
+    assert load[3] == max(load.values())
+    assert totals["least_loaded"]["bytes"] == min(load.values())
 
 
 def test_totals():
     totals = totals_of(example())
     assert totals["parameters"] == 28 + 12 * (24 + 24) + 4
     assert totals["global_bytes"] == 2 * totals["parameters"]
-    assert totals["all_ranks_bytes"] == sum(load_of(example()).nbytes)
+    assert totals["all_ranks_bytes"] == sum(load_of(example()).values())
     assert totals["tensors"] == 26
     assert totals["ranks"] == 5
 

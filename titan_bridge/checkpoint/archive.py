@@ -23,7 +23,7 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 from zlib_ng import zlib_ng
 
-from titan_bridge.checkpoint.pickles import StandIn, kind_of, loads, stand_ins
+from titan_bridge.checkpoint.pickles import loads
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import contiguous_stride
 from titan_bridge.sharding.moves import row_major
@@ -80,11 +80,12 @@ def locate(read: Read, length: int, where: str) -> Placed:
     order = entries.get(prefix + "byteorder")
     if order is not None and _content(read, length, order, where, 16) != b"little":
         raise BridgeError(f"{where}: the tensor is stored big-endian; only little-endian is read")
-    rebuilt = loads(
-        _content(read, length, entries[pickled[0]], where, _MOST_PICKLE), _ALLOWED, _storage, where=where
-    )
-    storage, first, shape, stride = _parts(rebuilt, where)
-    if storage.key is None or prefix + "data/" + storage.key not in entries:
+    content = _content(read, length, entries[pickled[0]], where, _MOST_PICKLE)
+    tensor = loads(content, _ALLOWED, _storage, where=where)
+    if not isinstance(tensor, _Tensor):
+        raise BridgeError(f"{where}: not a plain tensor")
+    storage, first, shape, stride = tensor.storage, tensor.first, tensor.shape, tensor.stride
+    if prefix + "data/" + storage.key not in entries:
         raise BridgeError(f"{where}: the archive has no data for its tensor")
     offset, size = _span(read, length, entries[prefix + "data/" + storage.key], where)
     width, count = storage.dtype.itemsize, math.prod(shape)
@@ -120,44 +121,45 @@ def is_intact(read: Read, length: int, where: str) -> bool | None:
 
 @dataclass(frozen=True)
 class _Storage:
+    """A tensor's data: an entry of the archive, of `count` elements."""
+
     dtype: torch.dtype
-    key: str | None
+    key: str
     count: int
 
 
-_ALLOWED: dict[str, Any] = {
-    **stand_ins("torch._utils", "_rebuild_tensor_v2", "_rebuild_parameter"),
-    **{f"torch.{name}": dtype for dtype, name in _STORAGES.items()},
-}
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in its storage; `first` and `stride` in elements."""
+
+    storage: _Storage
+    first: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 def _storage(pid: Any) -> _Storage:
-    if (
-        not isinstance(pid, tuple)
-        or len(pid) != 5
-        or pid[0] != "storage"
-        or not isinstance(pid[1], torch.dtype)
-    ):
+    if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage" or type(pid[1]) is not torch.dtype:
         raise BridgeError(f"an unknown kind of data {reprlib.repr(pid)}")
     if not isinstance(pid[2], str) or not _is_count(pid[4]):
         raise BridgeError(f"damaged reference to data {reprlib.repr(pid)}")
     return _Storage(pid[1], pid[2], pid[4])
 
 
-def _parts(rebuilt: Any, where: str) -> tuple[_Storage, int, tuple[int, ...], tuple[int, ...]]:
-    args = vars(rebuilt).get("args", ()) if isinstance(rebuilt, StandIn) else ()
-    if kind_of(rebuilt) == "_rebuild_parameter" and args:
-        rebuilt = args[0]
-        args = vars(rebuilt).get("args", ()) if isinstance(rebuilt, StandIn) else ()
-    if kind_of(rebuilt) != "_rebuild_tensor_v2" or type(args) is not tuple or len(args) < 4:
-        raise BridgeError(f"{where}: not a plain tensor")
-    storage, first, shape, stride = args[:4]
-    fine = isinstance(storage, _Storage) and _is_count(first)
-    for value in (shape, stride):
-        fine = fine and isinstance(value, tuple) and all(_is_count(n) for n in value)
-    if not fine or len(shape) != len(stride):
-        raise BridgeError(f"{where}: damaged description of a tensor")
-    return storage, first, shape, stride
+def _rebuild_tensor(args: tuple[Any, ...]) -> _Tensor:
+    fine = len(args) >= 4 and isinstance(args[0], _Storage) and _is_count(args[1])
+    for value in args[2:4]:
+        fine = fine and type(value) is tuple and all(map(_is_count, value))
+    if not fine or len(args[2]) != len(args[3]):
+        raise BridgeError("damaged description of a tensor")
+    return _Tensor(*args[:4])
+
+
+_ALLOWED: dict[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda args: args[0] if args else None,
+    **{f"torch.{name}": dtype for dtype, name in _STORAGES.items()},
+}
 
 
 def _is_count(value: Any) -> bool:
@@ -289,33 +291,26 @@ def _central(name: str, size: int, crc: int, header: int) -> bytes:
     return _CENTRAL + struct.pack("<HHHHHHIIIHHHHHII", *fields) + text
 
 
-class _Reference:
-    """The tensor's storage: written as a reference to the entry `data/0`."""
-
-    def __init__(self, dtype: torch.dtype, count: int) -> None:
-        self.pid = ("storage", getattr(torch, _STORAGES[dtype]), "0", "cpu", count)
-
-
-class _Tensor:
-    """Pickled as the call that makes the tensor."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._reference = _Reference(dtype, math.prod(shape))
-        self._shape = shape
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        stride = tuple(max(1, step) for step in contiguous_stride(self._shape))
-        return _rebuild_tensor_v2, (self._reference, 0, self._shape, stride, False, OrderedDict())
-
-
 class _Pickler(pickle.Pickler):
+    """Pickles a `_Tensor` as the call that makes it, and its `_Storage` as a reference to an entry."""
+
     def persistent_id(self, value: Any) -> Any:
-        return value.pid if isinstance(value, _Reference) else None
+        if not isinstance(value, _Storage):
+            return None
+        return "storage", getattr(torch, _STORAGES[value.dtype]), value.key, "cpu", value.count
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, _Tensor):
+            return NotImplemented
+        arguments = (value.storage, value.first, value.shape, value.stride, False, OrderedDict())
+        return _rebuild_tensor_v2, arguments
 
 
 def _pickle(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
     if dtype not in _STORAGES:
         raise BridgeError(f"{dtype} cannot be written to DCP; allowed: {', '.join(map(str, _STORAGES))}")
     out = io.BytesIO()
-    _Pickler(out, protocol=2).dump(_Tensor(shape, dtype))
+    stride = tuple(max(1, step) for step in contiguous_stride(shape))
+    storage = _Storage(dtype, "0", math.prod(shape))
+    _Pickler(out, protocol=2).dump(_Tensor(storage, 0, shape, stride))
     return out.getvalue()

@@ -25,15 +25,6 @@ _MOST_CUT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blob:
-    """Bytes of a file that are not interpreted: an entry of DCP that is no tensor, or the archive of one that is."""
-
-    path: Path
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """An open checkpoint: headers were read and checked, weights were not. Close it, or use it in a `with`."""
 
@@ -45,8 +36,8 @@ class Checkpoint:
     """Parsed config.json, where there is one."""
     extra_tensors: Mapping[str, TensorMetadata] = field(default_factory=dict)
     """DCP: optimizer state and whatever else is no model tensor."""
-    blobs: Mapping[str, Blob] = field(default_factory=dict)
-    """DCP: entries that are no tensors."""
+    blobs: Mapping[str, TensorMetadata] = field(default_factory=dict)
+    """DCP: entries that are no tensors, as bytes (uint8, one chunk, which is not looked into)."""
     paths: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """DCP: where each of `extra_tensors` and `blobs` stands in the nested state dict."""
     left_out: int = 0
@@ -77,9 +68,14 @@ class Checkpoint:
         """Bytes of all model tensors."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
+    @property
+    def entries(self) -> dict[str, TensorMetadata]:
+        """Model tensors, extra tensors and blobs."""
+        return {**self.blobs, **self.extra_tensors, **self.tensors}
+
     def tensor(self, name: str) -> TensorMetadata:
-        """One tensor, model or extra. Raises BridgeError when there is none of this name."""
-        found = self.tensors.get(name) or self.extra_tensors.get(name)
+        """One entry of any kind. Raises BridgeError when there is none of this name."""
+        found = self.tensors.get(name) or self.extra_tensors.get(name) or self.blobs.get(name)
         if found is None:
             raise BridgeError(f"{self.path} has no tensor {name!r} (it has {len(self.tensors)} others)")
         return found
@@ -105,8 +101,11 @@ class Checkpoint:
 
     def fetch(self, copy: Copy, out: torch.Tensor) -> None:
         """Execute a copy whose source is this checkpoint. `out`: the destination's window, cast to its dtype."""
-        stored, chunk = self.source_of(copy)
-        self.pool.fetch(chunk.path, self.locate(stored, chunk), stored.dtype, copy.source_window, out)
+        self.fetch_window(*self.source_of(copy), copy.source_window, out)
+
+    def fetch_window(self, stored: TensorMetadata, chunk: Chunk, window: Window, out: torch.Tensor) -> None:
+        """Copy a window of one chunk into `out` (the window's size, any strides), casting to its dtype."""
+        self.pool.fetch(chunk.path, self.locate(stored, chunk), stored.dtype, window, out)
 
     def source_of(self, copy: Copy) -> tuple[TensorMetadata, Chunk]:
         """What a copy reads."""
@@ -128,7 +127,7 @@ class Checkpoint:
             if (common := chunk.box.intersect(box)) is not None:
                 window = Window.of_box(common.relative_to(chunk.box.start), chunk.box.shape)
                 target = out[common.relative_to(box.start).slices]
-                self.pool.fetch(chunk.path, self.locate(stored, chunk), stored.dtype, window, target)
+                self.fetch_window(stored, chunk, window, target)
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor, in its own dtype."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import torch
 
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.execute import strip_workers
 from titan_bridge.checkpoint.mapping import check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
@@ -217,7 +217,7 @@ class _Reader:
         self._side, self._dtype = side, dtype
         # Strips of float64 elements: what a comparison holds of them.
         self._target: Target = hf_target(
-            [replace(tensor, dtype=torch.float64) for tensor in tensors], _PART_BYTES, {}
+            [replace(tensor, dtype=torch.float64) for tensor in tensors], _PART_BYTES
         )
         self._strips = {tensor.name: tensor for tensor in self._target.tensors()}
         self._empty = [tensor.name for tensor in tensors if tensor.name not in self._strips]
@@ -255,17 +255,12 @@ class _Reader:
 
     def each_tensor(self, work: Callable[[Strip], T]) -> Iterator[tuple[str, list[T]]]:
         """Run `work` on every strip, on several threads; by tensor, what it returned."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the workers are the parallelism
-        try:
-            with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
-                for name in self._empty:
-                    yield name, []
-                for file in self._target.files:
-                    found: dict[str, list[T]] = {}
-                    self._of_file(file.name)
-                    for strip, result in zip(file.strips, pool.map(work, file.strips), strict=True):
-                        found.setdefault(strip[0], []).append(result)
-                    yield from found.items()
-        finally:
-            torch.set_num_threads(threads)
+        with strip_workers(min(8, len(os.sched_getaffinity(0)))) as pool:
+            for name in self._empty:
+                yield name, []
+            for file in self._target.files:
+                found: dict[str, list[T]] = {}
+                self._of_file(file.name)
+                for strip, result in zip(file.strips, pool.map(work, file.strips), strict=True):
+                    found.setdefault(strip[0], []).append(result)
+                yield from found.items()

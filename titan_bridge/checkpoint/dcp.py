@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from titan_bridge.checkpoint.checkpoint import Blob, Checkpoint, check_cover
+from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.dcp_metadata import read_metadata
 from titan_bridge.checkpoint.files import inside, size_of
 from titan_bridge.checkpoint.hf import read_config
@@ -31,7 +31,9 @@ _MODEL = "model"
 _MOST_DIMS = 64
 _LONGEST_NAME = 4096
 
-_Places = dict[str, dict[tuple[int, ...] | None, Blob]]
+_Place = tuple[Path, int, int]
+"""File, first byte, bytes."""
+_Places = dict[str, dict[tuple[int, ...] | None, _Place]]
 """By entry, then by offset in the tensor (None: no tensor)."""
 
 
@@ -70,7 +72,7 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
     places = _places(root, directory)
     tensors: dict[str, TensorMetadata] = {}
     others: dict[str, TensorMetadata] = {}
-    blobs: dict[str, Blob] = {}
+    blobs: dict[str, TensorMetadata] = {}
     other: dict[str, tuple[Any, ...]] = {}
     left_out, elsewhere = 0, []
     for fqn, entry in entries.items():
@@ -87,7 +89,10 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
             continue
         own = places.get(fqn, {})
         if kind == "BytesStorageMetadata":
-            blobs[fqn], other[fqn] = _known(own, None, fqn), path
+            file, start, length = _known(own, None, fqn)
+            chunk = Chunk(owner=file, offset=start, box=Box.whole((length,)))
+            blobs[fqn] = TensorMetadata(name=fqn, shape=(length,), dtype=torch.uint8, chunks=(chunk,))
+            other[fqn] = path
             continue
         if name in tensors:
             raise BridgeError(f"{name} appears twice")
@@ -159,12 +164,12 @@ def _places(root: StandIn, directory: Path) -> _Places:
         own = places.setdefault(fqn, {})
         if offset in own:
             raise BridgeError(f"{fqn} at {offset} has two places")
-        own[offset] = Blob(path=files[file], offset=start, length=length)
+        own[offset] = files[file], start, length
     return places
 
 
 def _stored(
-    name: str, fqn: str, entry: StandIn, places: Mapping[tuple[int, ...] | None, Blob], most_chunks: int
+    name: str, fqn: str, entry: StandIn, places: Mapping[tuple[int, ...] | None, _Place], most_chunks: int
 ) -> TensorMetadata:
     shape, listed, properties = field(entry, "size"), field(entry, "chunks"), field(entry, "properties")
     state = vars(properties).get("state") if kind_of(properties) == "TensorProperties" else None
@@ -181,13 +186,15 @@ def _stored(
         if not _is_shape(start) or not _is_shape(size) or len(start) != len(size):
             raise BridgeError(f"damaged chunk of {fqn}")
         box = Box(start=start, stop=tuple(a + n for a, n in zip(start, size, strict=True)))
-        place = _known(places, start, f"{fqn} at {start}")
-        chunks.append(Chunk(owner=place.path, offset=place.offset, box=box, archive=place.length))
+        file, first, length = _known(places, start, f"{fqn} at {start}")
+        chunks.append(Chunk(owner=file, offset=first, box=box, archive=length))
     check_cover(fqn, shape, [chunk.box for chunk in chunks], METADATA)
     return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 
-def _known(places: Mapping[tuple[int, ...] | None, Blob], offset: tuple[int, ...] | None, what: str) -> Blob:
+def _known(
+    places: Mapping[tuple[int, ...] | None, _Place], offset: tuple[int, ...] | None, what: str
+) -> _Place:
     if offset not in places:
         raise BridgeError(f"nothing says where {what} lies")
     return places[offset]

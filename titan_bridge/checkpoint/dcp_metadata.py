@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from titan_bridge.checkpoint.checkpoint import Blob
 from titan_bridge.checkpoint.files import read_bytes, size_of
 from titan_bridge.checkpoint.pickles import StandIn, loads, size, stand_ins
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.tensors import TensorMetadata
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 _META = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
@@ -49,36 +48,35 @@ def read_metadata(path: Path) -> tuple[Any, int]:
 
 
 def write_metadata(
-    path: Path,
-    tensors: Mapping[str, TensorMetadata],
-    blobs: Mapping[str, Blob],
-    paths: Mapping[str, tuple[Any, ...]],
+    path: Path, tensors: Mapping[str, TensorMetadata], paths: Mapping[str, tuple[Any, ...]]
 ) -> None:
     """Write the `.metadata` file at `path`, in the classes that DCP's own reader unpickles.
 
     Args:
         tensors: By FQN, with chunks in archives; several names may have the same chunks. Files are relative to `path`.
-        blobs: Entries that are no tensors.
+            A chunk without an archive is an entry of bytes.
         paths: Where entries stand in the nested state dict, if not at the top.
     """
     entries: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     contiguous = _make("_MEM_FORMAT_ENCODING", (0,))
     for fqn, tensor in tensors.items():
+        if all(chunk.archive is None for chunk in tensor.chunks):
+            (blob,) = tensor.chunks
+            entries[fqn] = _make("BytesStorageMetadata")
+            places[_make("MetadataIndex", fqn=fqn, index=None)] = _place(blob, tensor.nbytes)
+            continue
         chunks = []
         for index, chunk in enumerate(tensor.chunks):
             start, shape = torch.Size(chunk.box.start), torch.Size(chunk.box.shape)
             chunks.append(_make("ChunkStorageMetadata", offsets=start, sizes=shape))
             at = _make("MetadataIndex", fqn=fqn, index=index, offset=start)
-            places[at] = _place(chunk.path, chunk.offset, chunk.archive)
+            places[at] = _place(chunk, chunk.archive)
         # dtype, layout, requires_grad, memory format, pin_memory
         properties = _make("TensorProperties", state=(tensor.dtype, torch.strided, False, contiguous, False))
         entries[fqn] = _make(
             "TensorStorageMetadata", properties=properties, size=torch.Size(tensor.shape), chunks=chunks
         )
-    for fqn, blob in blobs.items():
-        entries[fqn] = _make("BytesStorageMetadata")
-        places[_make("MetadataIndex", fqn=fqn, index=None)] = _place(blob.path, blob.offset, blob.length)
     metadata = _make(
         "Metadata",
         state_dict_metadata=entries,
@@ -97,8 +95,8 @@ def _make(kind: str, args: tuple[Any, ...] = (), **fields: Any) -> StandIn:
     return _CLASSES[f"{_FILESYSTEM if kind == '_StorageInfo' else _META}.{kind}"](args, **fields)
 
 
-def _place(path: Path, offset: int, length: int | None) -> StandIn:
-    return _make("_StorageInfo", relative_path=str(path), offset=offset, length=length)
+def _place(chunk: Chunk, length: int | None) -> StandIn:
+    return _make("_StorageInfo", relative_path=str(chunk.path), offset=chunk.offset, length=length)
 
 
 _InPython: Any = pickle._Pickler  # type: ignore[attr-defined]  # the one in C looks every class up

@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -71,13 +70,22 @@ def size_of(path: Path) -> int:
         raise BridgeError(f"{path} cannot be read: {error}") from None
 
 
+class _Open:
+    """A file's descriptor, closed when nobody has it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 class FilePool:
     """Open files, closed again when there are many; counts the bytes that were wanted. Usable from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._files: OrderedDict[Path, int] = OrderedDict()
-        self._users: dict[Path, int] = {}
+        self._files: dict[Path, _Open] = {}  # what was used last is last
         self._scratch = threading.local()
         self.bytes_read = 0
         """Bytes of weights that came from the files so far, without the gaps that were read with them."""
@@ -85,12 +93,7 @@ class FilePool:
     def close(self) -> None:
         """Close every file; the pool opens them again when it is used again."""
         with self._lock:
-            for descriptor in self._files.values():
-                os.close(descriptor)
             self._files.clear()
-
-    __del__ = close
-    """Descriptors are numbers: without this a pool that nobody closed would keep them for ever."""
 
     def read_into(self, path: Path, offset: int, out: memoryview, *, counted: bool = True) -> None:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
@@ -111,14 +114,12 @@ class FilePool:
     def _read_each(self, path: Path, starts: Sequence[int], out: memoryview, wanted: int) -> None:
         """Fill `out` with as many bytes from each of `starts`, one after the other."""
         length = out.nbytes // len(starts)
-        descriptor = self._take(path)
+        file = self._open(path)
         try:
             for at, start in enumerate(starts):
-                _read(descriptor, path, start, out[at * length : (at + 1) * length])
+                _read(file.descriptor, path, start, out[at * length : (at + 1) * length])
         except OSError as error:
             raise BridgeError(f"{path} cannot be read: {error}") from None
-        finally:
-            self._give_back(path)
         with self._lock:
             self.bytes_read += wanted
 
@@ -159,16 +160,14 @@ class FilePool:
         """Copy a window out of mapped memory; False where it cannot be mapped."""
         width, span, first = dtype.itemsize, _span(window), base + window.offset * dtype.itemsize
         ahead = first % mmap.ALLOCATIONGRANULARITY
-        descriptor = self._take(path)
+        file = self._open(path)
         try:
             # Writable, since torch warns of memory that is not; private, so that nothing could be written.
             length = ahead + span * width
-            mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=first - ahead)
+            mapped = mmap.mmap(file.descriptor, length, access=mmap.ACCESS_COPY, offset=first - ahead)
             mapped.madvise(_POPULATE_READ)
         except (OSError, ValueError):  # an older kernel, or a file that ends early: a read says which
             return False
-        finally:
-            self._give_back(path)
         flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=ahead, count=span * width).view(dtype)
         out.copy_(flat.as_strided(window.size, window.stride))
         with self._lock:
@@ -180,26 +179,16 @@ class FilePool:
             self._scratch.buffer = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
         return self._scratch.buffer
 
-    def _take(self, path: Path) -> int:
+    def _open(self, path: Path) -> _Open:
         with self._lock:
-            if path not in self._files:
-                try:
-                    self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise BridgeError(f"{path} cannot be read: {error}") from None
-            self._files.move_to_end(path)
-            self._users[path] = self._users.get(path, 0) + 1
-            for old in [p for p in self._files if not self._users.get(p)][
-                : max(0, len(self._files) - _OPEN_FILES)
-            ]:
-                os.close(self._files.pop(old))
+            file = self._files.pop(path, None)
+            try:
+                self._files[path] = file or _Open(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as error:
+                raise BridgeError(f"{path} cannot be read: {error}") from None
+            if len(self._files) > _OPEN_FILES:
+                del self._files[next(iter(self._files))]
             return self._files[path]
-
-    def _give_back(self, path: Path) -> None:
-        with self._lock:
-            self._users[path] -= 1
-            if not self._users[path]:
-                del self._users[path]
 
 
 def _read(descriptor: int, path: Path, offset: int, out: memoryview) -> None:

@@ -100,8 +100,7 @@ class Job:
     def bytes_to_read(self) -> int:
         """Bytes of weights (and carried entries) that are read, over all processes."""
         wanted = {item.source.name for group in self.plan.groups for item in group.items}
-        blobs = sum(blob.length for blob in self.source.blobs.values()) if self.options.with_optimizer else 0
-        return sum(self.source.tensor(name).nbytes for name in wanted) + blobs
+        return sum(self.source.tensor(name).nbytes for name in wanted)
 
     @property
     def memory(self) -> int:
@@ -114,8 +113,7 @@ class Job:
 
     def digest(self) -> str:
         """The same for runs that write the same bytes from the same files."""
-        stored = [*self.source.tensors.values(), *self.source.extra_tensors.values()]
-        paths = {chunk.path for one in stored for chunk in one.chunks}
+        paths = {chunk.path for entry in self.source.entries.values() for chunk in entry.chunks}
         if self.options.merge_lora is not None:
             paths |= set(self.options.merge_lora.iterdir())
         facts = {
@@ -258,7 +256,7 @@ class Job:
             writers[carried.name] = lambda path, carried=carried: shutil.copyfile(carried, path)
         if options.to == "dcp":
             target, paths = self.target, self.source.paths
-            writers[METADATA] = lambda path: write_metadata(path, target.archives, target.blobs, paths)
+            writers[METADATA] = lambda path: write_metadata(path, target.archives, paths)
         return writers
 
     def _publish(self, staging: Staging, results: Sequence[FileResult]) -> None:

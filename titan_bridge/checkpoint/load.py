@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.finite import NotFinite
+from titan_bridge.checkpoint.finite import count_not_finite
 from titan_bridge.checkpoint.mapping import check_source, live_views
 from titan_bridge.cpu import WORKERS, unbound_cpus
 from titan_bridge.sharding.layout import Layout, dtype_name
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from titan_bridge.models import Family
 
 _THREADS = 8
-"""Most files or parts that one rank reads at the same time."""
-_AHEAD = 4
-"""Reads a thread that may be done or under way before what arrived first is told."""
+"""Most weights that one rank reads at the same time."""
+_AHEAD = 2
+"""Weights a thread that may be done or under way before what was begun first is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,57 +78,54 @@ def load_into(
     views = live_views(checkpoint.format, family, hf, padded_vocab)
     # Padding of the vocabulary is in no checkpoint, and a buffer may be missing.
     work = plan(checkpoint.tensors.values(), layout, views, allow_missing=True)
-    copies = _in_order(checkpoint, work.copies(destination=rank))
-    for copy in copies:  # what is damaged is found before anything is written
-        checkpoint.locate(*checkpoint.source_of(copy))
-    before = checkpoint.bytes_read
-
-    def fetch(copy: Copy) -> None:
-        checkpoint.fetch(copy, copy.destination_window.of(live[copy.destination_name]))
-        not_finite.copied(copy)
-
-    not_finite = NotFinite(live, copies)
-    left = Counter(copy.destination_name for copy in copies)
-    elements: Counter[str] = Counter()
+    copies = sorted(work.copies(destination=rank), key=lambda copy: _place(checkpoint, copy))
+    # Read forwards: a weight that is spread over files, where its first part is.
+    parts: dict[str, list[Copy]] = {}
     for copy in copies:
-        elements[copy.destination_name] += copy.elements
+        checkpoint.locate(*checkpoint.source_of(copy))  # what is damaged is found before anything is written
+        parts.setdefault(copy.destination_name, []).append(copy)
+    before = checkpoint.bytes_read
+    nan, inf = {}, {}
 
-    def start(copy: Copy) -> None:
-        fqn = copy.destination_name
-        if fqn in elements:
-            begin(fqn, whole=elements.pop(fqn) == live[fqn].numel())
+    def start(fqn: str) -> None:
+        begin(fqn, whole=sum(copy.elements for copy in parts[fqn]) == live[fqn].numel())
 
-    def took(copy: Copy) -> None:
-        left[copy.destination_name] -= 1
-        if not left[copy.destination_name]:
-            arrived(copy.destination_name)
+    def fill(fqn: str) -> tuple[int, int]:
+        for copy in parts[fqn]:
+            checkpoint.fetch(copy, copy.destination_window.of(live[fqn]))
+        return count_not_finite(live[fqn])
+
+    def finish(fqn: str, counts: tuple[int, int]) -> None:
+        for found, count in zip((nan, inf), counts, strict=True):
+            if count:
+                found[fqn] = count
+        arrived(fqn)
 
     cpus = unbound_cpus()
     count = _threads(cpus, len(layout.ranks))
     if count <= 1:
-        for copy in copies:
-            start(copy)
-            fetch(copy)
-            took(copy)
+        for fqn in parts:
+            start(fqn)
+            finish(fqn, fill(fqn))
     else:  # one thread does not keep a disk busy, nor touch new memory as fast as a file is read
-        with ThreadPoolExecutor(
-            count, "load", initializer=os.sched_setaffinity, initargs=(0, cpus)
-        ) as threads:
-            ahead: deque[tuple[Copy, Future[None]]] = deque()
-            for copy in copies:
+        pool = ThreadPoolExecutor(count, "load", initializer=os.sched_setaffinity, initargs=(0, cpus))
+        with pool as threads:
+            ahead: deque[tuple[str, Future[tuple[int, int]]]] = deque()
+            for fqn in parts:
                 if len(ahead) == _AHEAD * count:
-                    _take(ahead, took)
-                start(copy)
-                ahead.append((copy, threads.submit(fetch, copy)))
-            while ahead:
-                _take(ahead, took)
+                    first, done = ahead.popleft()
+                    finish(first, done.result())
+                start(fqn)
+                ahead.append((fqn, threads.submit(fill, fqn)))
+            for fqn, done in ahead:
+                finish(fqn, done.result())
     return Loaded(
         bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
         bytes_read=checkpoint.bytes_read - before,
         bytes_total=checkpoint.nbytes,
         dtypes=tuple(sorted({dtype_name(stored.dtype) for stored in checkpoint.tensors.values()})),
-        nan=not_finite.nan,
-        inf=not_finite.inf,
+        nan=nan,
+        inf=inf,
     )
 
 
@@ -136,29 +133,6 @@ def _threads(cpus: frozenset[int], ranks: int) -> int:
     """How many read at a time; a core is left to whoever is told what arrived, and packs it meanwhile."""
     own = len(cpus) if cpus == os.sched_getaffinity(0) else len(cpus) // int(os.environ.get(WORKERS, ranks))
     return min(_THREADS, own - 1)
-
-
-def _take(ahead: deque[tuple[Copy, Future[None]]], took: Callable[[Copy], None]) -> None:
-    copy, done = ahead.popleft()
-    done.result()
-    took(copy)
-
-
-def _in_order(checkpoint: Checkpoint, copies: Iterable[Copy]) -> list[Copy]:
-    """As the files have them, to be read forwards; a weight that is spread over files is read where its first part is.
-
-    So each weight arrives soon after it was begun, also where every file holds a slice of everything, as a DCP does.
-    """
-    placed = [(_place(checkpoint, copy), copy) for copy in copies]
-    first: dict[str, tuple[str, int]] = {}
-    for place, copy in placed:
-        first[copy.destination_name] = min(place, first.get(copy.destination_name, place))
-
-    def turn(entry: tuple[tuple[str, int], Copy]) -> tuple[tuple[str, int], tuple[str, int]]:
-        place, begun = entry[0], first[entry[1].destination_name]
-        return place if place[0] == begun[0] else begun, place
-
-    return [copy for _, copy in sorted(placed, key=turn)]
 
 
 def _place(checkpoint: Checkpoint, copy: Copy) -> tuple[str, int]:

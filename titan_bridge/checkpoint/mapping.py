@@ -7,7 +7,6 @@ names to those of the live model are composed here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -44,8 +43,6 @@ class TensorMap:
     """Tensors of the destination that keep their own dtype whatever the weights have (expert biases)."""
     dropped: tuple[str, ...] = ()
     """Source tensors that the destination has no place for."""
-    rows: Mapping[str, int] = field(default_factory=dict)
-    """Rows of a tensor's first dim that belong together in the source (one head)."""
 
 
 def live_views(form: Format, family: Family, hf: Mapping[str, Any], padded_vocab: int) -> tuple[View, ...]:
@@ -148,7 +145,7 @@ def make_mapping(
     fillers: dict[str, list[View]] = {}
     for view in views:
         fillers.setdefault(view.name if to == "hf" else view.fqn, []).append(view)
-    tensors, rows = [], {}
+    tensors = []
     for name, shape in expected(family, hf, to).items():
         sources = [view.fqn if to == "hf" else view.name for view in fillers[name]]
         dtypes = {cast(source.tensor(filler).dtype, dtype) for filler in sources}
@@ -158,7 +155,6 @@ def make_mapping(
             raise BridgeError(
                 f"{name} is put together from {', '.join(sorted(map(str, dtypes)))}; choose one with --dtype"
             )
-        rows[name] = max(_rows_together(view, to) for view in fillers[name])
         tensors.append(TensorMetadata(name=name, shape=shape, dtype=dtypes.pop()))
     if to == "dcp":
         tensors += [TensorMetadata(name=n, shape=shape, dtype=torch.float32) for n, shape in unmapped.items()]
@@ -169,15 +165,7 @@ def make_mapping(
         aliases=dict(family.tied_names(hf)) if to == "dcp" else {},
         buffers=frozenset(mapped) | frozenset(unmapped if to == "dcp" else ()),
         dropped=tuple(name for name in source.tensors if name in unmapped),
-        rows=rows,
     )
-
-
-def _rows_together(view: View, to: Format) -> int:
-    """Rows of the destination's first dim that the view takes apart: the factors behind the first one."""
-    if to == "dcp":
-        return math.prod(view.factors[0][1:])
-    return math.prod(view.index_shape[dim] for dim in view.groups[0][1:]) if view.groups else 1
 
 
 def cast(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp
-from titan_bridge.checkpoint.mapping import check_source
+from titan_bridge.checkpoint.mapping import check_source, expected
+from titan_bridge.checkpoint.names import named
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
 from titan_bridge.run_folder import RECORD, Record, model_and_step, step_folder
 
@@ -61,6 +63,26 @@ def has_expert_bias(model: str, step: int | None = None, names: str | None = Non
         return Record.read(directory.parent).expert_bias
     with open_checkpoint(directory, names=names) as checkpoint:
         return any(name.endswith(_EXPERT_BIAS) for name in checkpoint.tensors)
+
+
+def open_named_either_way(
+    directory: Path, names: str | None, family: Family, hf: Mapping[str, Any]
+) -> Checkpoint:
+    """Open a checkpoint of one model whose names the pattern fits, or which has our names already.
+
+    The pattern comes first: where live weights lie beside averaged ones, it says which are meant.
+
+    Raises:
+        BridgeError: As `open_checkpoint`; of a checkpoint that fits neither way, what the pattern finds in it.
+    """
+    if names is not None:
+        with open_checkpoint(directory, extra=True) as found:
+            own = {*found.tensors, *found.extra_tensors}
+        whole = [expected(family, hf, form).keys() for form in ("hf", "dcp")]
+        behind = {named(name, names) for name in own}
+        if any(model <= own for model in whole) and not any(model <= behind for model in whole):
+            names = None
+    return open_checkpoint(directory, names=names)
 
 
 def check_weights(

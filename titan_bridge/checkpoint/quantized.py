@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
@@ -21,8 +22,8 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.models import quantization
 from titan_bridge.models.quantization import MXFP4_GROUP, Quantization
 from titan_bridge.sharding.boxes import Box, contiguous_stride
-from titan_bridge.sharding.moves import Copy, Window
-from titan_bridge.sharding.tensors import TensorMetadata
+from titan_bridge.sharding.moves import Window
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 _PIECE = 1 << 20
 """Most values multiplied out at a time."""
@@ -58,35 +59,29 @@ class ComputedCheckpoint(Checkpoint):
         """For each dim of such a tensor, how far out it stands in the file."""
         return (0, 1)
 
-    def fetch(self, copy: Copy, out: torch.Tensor) -> None:
-        if self.computes(copy.source_name):
-            self._copy(copy.source_name, copy.source_window, out)
-        else:
-            self.raw.fetch(copy, out)
-
-    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
-        if not self.computes(name):
-            self.raw.read_into(name, box, out)
+    def fetch_window(self, stored: TensorMetadata, chunk: Chunk, window: Window, out: torch.Tensor) -> None:
+        if not self.computes(stored.name):
+            self.raw.fetch_window(stored, chunk, window, out)
             return
-        shape = self.tensor(name).shape
-        if not Box.whole(shape).contains(box) or tuple(out.shape) != box.shape:
-            raise BridgeError(f"{name}: box {box} into {tuple(out.shape)}; the tensor is {shape}")
-        self._copy(name, Window.of_box(box, shape), out)
-
-    def _copy(self, name: str, window: Window, out: torch.Tensor) -> None:
         if not math.prod(window.size):
             return
-        shape = self.tensor(name).shape
-        dims = _dims_of(window, shape)
+        # A step along each dim of the window, in coordinates of the tensor: along one dim of it.
+        origin, *ahead = (
+            np.array(np.unravel_index(window.offset + (step if n > 1 else 0), stored.shape))
+            for n, step in [(1, 0), *zip(window.size, window.stride, strict=True)]
+        )
+        steps = np.array([place - origin for place in ahead]).reshape(len(ahead), len(origin))
         # Along the outermost dim of the file first, so that a piece lies together there.
-        rank = self.order()
-        order = sorted(range(len(dims)), key=lambda i: (rank[dims[i]], -window.stride[i]))
+        far_out = np.array(self.order())[steps.argmax(axis=1)]
+        order = sorted(range(len(ahead)), key=lambda i: (far_out[i], -window.stride[i]))
         for index in _cut(window.size, order, _PIECE):
             size = tuple(part.stop - part.start for part in index)
-            first = window.offset + sum(part.start * s for part, s in zip(index, window.stride, strict=True))
-            piece = Window(size=size, stride=window.stride, offset=first)
-            box, local = _hull(piece, shape, dims)
-            out[index].copy_(local.of(self.values(name, box)))
+            first = origin + np.array([part.start for part in index]) @ steps
+            last = first + (np.array(size) - 1) @ steps
+            box = Box(start=tuple(first.tolist()), stop=tuple((last + 1).tolist()))
+            stride = tuple((steps @ np.array(contiguous_stride(box.shape))).tolist())
+            values = self.values(stored.name, box)
+            out[index].copy_(Window(size=size, stride=stride, offset=0).of(values))
 
     def _read(self, name: str, box: Box) -> torch.Tensor:
         out = torch.empty(box.shape, dtype=self.raw.tensor(name).dtype)
@@ -201,13 +196,6 @@ def _result_shape(
     return experts, groups * MXFP4_GROUP, rows
 
 
-def _dims_of(window: Window, shape: Sequence[int]) -> list[int]:
-    """For each dim of a window, the dim of the contiguous tensor that it steps through."""
-    strides = contiguous_stride(shape)
-    real = [d for d in range(len(shape)) if shape[d] > 1] or [0]
-    return [next((d for d in real if strides[d] <= step), real[-1]) for step in window.stride]
-
-
 def _cut(size: Sequence[int], order: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
     """Parts of at most `limit` elements, cut along the dims in `order`."""
     part = list(size)
@@ -219,21 +207,3 @@ def _cut(size: Sequence[int], order: Sequence[int], limit: int) -> Iterator[tupl
     starts = itertools.product(*(range(0, n, step) for n, step in zip(size, part, strict=True)))
     for start in starts:
         yield tuple(slice(a, min(a + step, n)) for a, step, n in zip(start, part, size, strict=True))
-
-
-def _hull(window: Window, shape: Sequence[int], dims: Sequence[int]) -> tuple[Box, Window]:
-    """The smallest box of a contiguous tensor that holds a window, and the window of that box."""
-    strides = contiguous_stride(shape)
-    start = [window.offset // s % n for s, n in zip(strides, shape, strict=True)]
-    stop = [a + 1 for a in start]
-    steps = [0] * len(dims)
-    for i, d in enumerate(dims):
-        if window.size[i] > 1:
-            assert window.stride[i] % strides[d] == 0, (window, shape)
-            steps[i] = window.stride[i] // strides[d]
-            stop[d] += (window.size[i] - 1) * steps[i]
-    box = Box(start=tuple(start), stop=tuple(stop))
-    assert Box.whole(shape).contains(box), (window, shape)
-    local = contiguous_stride(box.shape)
-    stride = tuple(step * local[d] for step, d in zip(steps, dims, strict=True))
-    return box, Window(size=window.size, stride=stride, offset=0)

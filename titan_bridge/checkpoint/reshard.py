@@ -69,8 +69,7 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         others = [replace(stored, chunks=()) for stored in source.extra_tensors.values()]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
     target = _target(options, tensors, source, team)
-    stored = [*source.tensors.values(), *source.extra_tensors.values()]
-    made = plan(stored, target.tensors(), tensors.views, allow_missing=True)
+    made = plan(source.entries.values(), target.tensors(), tensors.views, allow_missing=True)
     for name, count in made.missing.items():
         if name not in tensors.zero:
             raise BridgeError(f"{name}: {count} elements are in no tensor of {source.path}")
@@ -177,5 +176,5 @@ def _target(options: Options, tensors: TensorMap, source: Checkpoint, team: Team
         total = sum(tensor.nbytes for tensor in tensors.tensors)
         most = min(most, math.ceil(total / team.size))
     if options.to == "hf":
-        return hf_target(tensors.tensors, most, tensors.rows)
-    return dcp_target(tensors.tensors, most, tensors.rows, aliases=tensors.aliases, blobs=source.blobs)
+        return hf_target(tensors.tensors, most)
+    return dcp_target(tensors.tensors, most, aliases=tensors.aliases, blobs=source.blobs)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from titan_bridge.checkpoint.archive import Archive
-from titan_bridge.checkpoint.checkpoint import Blob
 from titan_bridge.checkpoint.safetensors import header_bytes
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy
@@ -40,8 +39,6 @@ class OutFile:
     """(offset, bytes)."""
     archives: list[tuple[int, Archive]] = field(default_factory=list)
     """(offset, archive)."""
-    blobs: list[tuple[int, Blob]] = field(default_factory=list)
-    """(offset, what to copy there as it is)."""
     strips: list[Strip] = field(default_factory=list)
     """In the order of the bytes."""
 
@@ -56,9 +53,7 @@ class Target:
     shapes: dict[str, TensorMetadata] = field(default_factory=dict)
     """All tensors, without their chunks."""
     archives: dict[str, TensorMetadata] = field(default_factory=dict)
-    """DCP: what its metadata says of each tensor, under all its names."""
-    blobs: dict[str, Blob] = field(default_factory=dict)
-    """DCP: the entries that are no tensors."""
+    """DCP: what its metadata says of each entry, under all its names."""
     weight_map: dict[str, str] = field(default_factory=dict)
     """Hugging Face: the file of each tensor."""
 
@@ -71,10 +66,10 @@ class Target:
         """Every tensor that has an element, in strips: the destination of a plan."""
         return [replace(self.shapes[name], chunks=tuple(s)) for name, s in self.strips.items() if s]
 
-    def _place(self, tensor: TensorMetadata, file: OutFile, offset: int, box: Box, rows: int) -> None:
+    def _place(self, tensor: TensorMetadata, file: OutFile, offset: int, box: Box) -> None:
         """A box of a tensor lies in a file from `offset` on."""
         strips = self.strips.setdefault(tensor.name, [])
-        for strip in rows_of(box, tensor.dtype.itemsize, STRIP_BYTES, rows):
+        for strip in rows_of(box, tensor.dtype.itemsize, STRIP_BYTES):
             file.strips.append((tensor.name, len(strips)))
             strips.append(Chunk(owner=file.name, box=strip, offset=offset))
             offset += strip.numel * tensor.dtype.itemsize
@@ -89,41 +84,29 @@ def copies_of(plan: Plan, file: OutFile) -> dict[Strip, list[Copy]]:
     return found
 
 
-def rows_of(box: Box, itemsize: int, most: int, align: int = 1) -> Iterator[Box]:
+def rows_of(box: Box, itemsize: int, most: int) -> Iterator[Box]:
     """A box cut into boxes of at most `most` bytes (but at least one element), each contiguous where the box is.
 
-    Rows of the first dim stay together; a row that is too large is cut further. Cuts fall on multiples of `align`
-    of the first dim where that many rows fit.
+    Rows of the first dim stay together; a row that is too large is cut further.
     """
     if not box.ndim or box.numel * itemsize <= most:
         if box.numel:
             yield box
         return
-    shape = box.shape
-    row = math.prod(shape[1:]) * itemsize
-    if row > most and len(shape) > 1:
+    row = math.prod(box.shape[1:]) * itemsize
+    if row > most and box.ndim > 1:
         for i in range(box.start[0], box.stop[0]):
             for rest in rows_of(Box(start=box.start[1:], stop=box.stop[1:]), itemsize, most):
                 yield Box(start=(i, *rest.start), stop=(i + 1, *rest.stop))
         return
     step = max(1, most // row)
-    step = step // align * align or step
-    first = box.start[0]
-    while first < box.stop[0]:
-        last = first + step
-        if step >= align and last // align * align > first:
-            last = last // align * align
-        last = min(last, box.stop[0])
+    for first in range(box.start[0], box.stop[0], step):
+        last = min(first + step, box.stop[0])
         yield Box(start=(first, *box.start[1:]), stop=(last, *box.stop[1:]))
-        first = last
 
 
-def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, int]) -> Target:
-    """Files of at most `most` bytes of weights (one larger tensor is a file of its own), named as transformers does.
-
-    Args:
-        rows: Rows of a tensor's first dim that belong together in the source (one head): cuts fall between such groups.
-    """
+def hf_target(tensors: Sequence[TensorMetadata], most: int) -> Target:
+    """Files of at most `most` bytes of weights (one larger tensor is a file of its own), named as transformers does."""
     groups = list(_grouped(tensors, most, lambda tensor: tensor.nbytes))
     target = Target(shapes={tensor.name: tensor for tensor in tensors})
     for number, group in enumerate(groups, start=1):
@@ -132,7 +115,7 @@ def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, i
         size = len(header) + sum(tensor.nbytes for tensor in group)
         file = OutFile(name=name, size=size, fixed=[(0, header)])
         for tensor, offset in zip(group, offsets, strict=True):
-            target._place(tensor, file, offset, Box.whole(tensor.shape), rows.get(tensor.name, 1))
+            target._place(tensor, file, offset, Box.whole(tensor.shape))
             target.weight_map[tensor.name] = name
         target.files.append(file)
     return target
@@ -141,48 +124,42 @@ def hf_target(tensors: Sequence[TensorMetadata], most: int, rows: Mapping[str, i
 def dcp_target(
     tensors: Sequence[TensorMetadata],
     most: int,
-    rows: Mapping[str, int],
     *,
     aliases: Mapping[str, str],
-    blobs: Mapping[str, Blob],
+    blobs: Mapping[str, TensorMetadata],
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Target:
     """Files of at most `most` bytes of chunks.
 
     Args:
-        rows: As for `hf_target`.
         aliases: Further names of tensors; their chunks are the same bytes.
-        blobs: Entries that are no tensors, by name.
+        blobs: Entries that are no tensors, by name: written as they are, each in one chunk without an archive.
     """
-    target = Target(shapes={tensor.name: tensor for tensor in tensors})
-    boxes: list[tuple[str, Blob | Box]] = list(blobs.items())
+    target = Target(shapes={entry.name: entry for entry in (*blobs.values(), *tensors)})
+    boxes: list[tuple[str, Box]] = [(name, Box.whole(blob.shape)) for name, blob in blobs.items()]
     for tensor in tensors:
         whole = Box.whole(tensor.shape)
-        cut = list(rows_of(whole, tensor.dtype.itemsize, chunk_bytes, rows.get(tensor.name, 1)))
+        cut = list(rows_of(whole, tensor.dtype.itemsize, chunk_bytes))
         boxes += [(tensor.name, box) for box in cut or [whole]]
-    chunks: dict[str, list[Chunk]] = {tensor.name: [] for tensor in tensors}
+    chunks: dict[str, list[Chunk]] = {name: [] for name in target.shapes}
 
-    def nbytes(entry: tuple[str, Blob | Box]) -> int:
-        name, part = entry
-        return part.length if isinstance(part, Blob) else part.numel * target.shapes[name].dtype.itemsize
+    def nbytes(entry: tuple[str, Box]) -> int:
+        return entry[1].numel * target.shapes[entry[0]].dtype.itemsize
 
     for number, group in enumerate(_grouped(boxes, most, nbytes)):
         file = OutFile(name=f"__0_{number}.distcp")
-        for name, part in group:
+        for name, box in group:
             if pad := -file.size % _ALIGNMENT:
                 file.fixed.append((file.size, bytes(pad)))
                 file.size += pad
-            if isinstance(part, Blob):
-                file.blobs.append((file.size, part))
-                target.blobs[name] = Blob(path=Path(file.name), offset=file.size, length=part.length)
-                file.size += part.length
-                continue
-            tensor = target.shapes[name]
-            archive = Archive(part.shape, tensor.dtype)
-            file.archives.append((file.size, archive))
-            target._place(tensor, file, file.size + archive.head_bytes, part, rows.get(name, 1))
-            length = archive.total_bytes
-            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=length, box=part))
+            entry, start, length, inside = target.shapes[name], file.size, nbytes((name, box)), None
+            if name not in blobs:
+                archive = Archive(box.shape, entry.dtype)
+                file.archives.append((file.size, archive))
+                start, length = file.size + archive.head_bytes, archive.total_bytes
+                inside = length
+            target._place(entry, file, start, box)
+            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=inside, box=box))
             file.size += length
         target.files.append(file)
     for name, fqn in [*((name, name) for name in chunks), *aliases.items()]:

@@ -25,9 +25,11 @@ def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] 
     Raises:
         BridgeError: The first archive that is damaged.
     """
-    stored = [*source.tensors.values(), *source.extra_tensors.values()]
-    archives = {(c.path, c.offset, c.archive): one.name for one in stored for c in one.chunks}
-    archives |= {(blob.path, blob.offset, blob.length): name for name, blob in source.blobs.items()}
+    archives = {
+        (chunk.path, chunk.offset, entry.nbytes if name in source.blobs else chunk.archive): name
+        for name, entry in source.entries.items()
+        for chunk in entry.chunks
+    }
     checked = True
     for (path, offset, length), name in list(archives.items())[team.rank :: team.size]:
         if length is None:

@@ -1,5 +1,4 @@
-"""Where every byte of a parameter lives: specs, boxes, layouts, views and the planner. Pure arithmetic on
-shapes."""
+"""Where every byte of a parameter lives: specs, boxes, layouts, views and the planner. Pure arithmetic on shapes."""
 
 from titan_bridge.sharding.boxes import Box, Piece, local_shape_of, pieces_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout

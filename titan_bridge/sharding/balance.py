@@ -17,8 +17,7 @@ from titan_bridge.sharding.tensors import Owner, TensorMetadata
 
 
 def fill(loads: np.ndarray, items: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """How many of `items[c]` copies of `size[c]` bytes each bin of row c takes, so that the fullest stays
-    lowest.
+    """How many of `items[c]` copies of `size[c]` bytes each bin of row c takes, so that the fullest stays lowest.
 
     Args:
         loads: [rows, bins] bytes in each bin already; a very large number closes a bin.

@@ -114,8 +114,7 @@ def chunk(size: int, chunks: int, index: int) -> tuple[int, int]:
 
 
 def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -> tuple[Segment, ...]:
-    """What remains of a dim of `size` elements after `cuts`, in the order in which it lies in the local
-    tensor.
+    """What remains of a dim of `size` elements after `cuts`, in the order in which it lies in the local tensor.
 
     Args:
         cuts: (placement, size of the mesh axis, coordinate on the mesh axis) of each axis that shards this dim, in
@@ -210,8 +209,7 @@ def dim_segments(
     mesh_shape: Sequence[int],
     coordinate: Sequence[int],
 ) -> tuple[tuple[Segment, ...], ...]:
-    """The segments of every dim of a tensor (global `shape`) for the rank at `coordinate`; see
-    `segments_of`."""
+    """The segments of every dim of a tensor (global `shape`) for the rank at `coordinate`; see `segments_of`."""
     check(placements, shape, mesh_shape)
     if len(coordinate) != len(mesh_shape) or any(
         not 0 <= c < n for c, n in zip(coordinate, mesh_shape, strict=True)

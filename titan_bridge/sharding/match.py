@@ -111,8 +111,7 @@ def _check_shape(held: TensorMetadata, shape: tuple[int, ...], view: View) -> No
 
 
 def _check_cover(name: str, held: TensorMetadata, views: list[View], disjoint: set[tuple]) -> int:
-    """Elements of a TorchTitan tensor that no view writes. Raises BridgeError when two views write the same
-    one."""
+    """Elements of a TorchTitan tensor that no view writes. Raises BridgeError when two views write the same one."""
     for view in views:
         _check_shape(held, view.titan_shape, view)
     # Layers look alike, and experts are many: look at each pattern once.

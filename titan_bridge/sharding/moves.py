@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ from titan_bridge.sharding.tensors import Owner
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A strided window of a contiguous local tensor, in elements: `local.as_strided(size, stride,
-    offset)`."""
+    """A strided window of a contiguous local tensor, in elements: `local.as_strided(size, stride, offset)`."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -97,8 +97,7 @@ class Group:
 
 
 def ends(group: Group, tensors: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """Owners that send and receive, each [pairs, destination replicas, tensors]; the latter -1 where there
-    is none."""
+    """Owners that send and receive, each [pairs, destination replicas, tensors]; the latter -1 where there is none."""
     geometry = group.geometry
     choice = group.choice[:, :, tensors]
     source_slot = geometry.source.slots[geometry.pair_source[:, None, None], choice]
@@ -121,7 +120,7 @@ def copies_of(
         wanted &= receivers == destination
     if not wanted.any():
         return
-    view = _Windows(geometry)
+    windows = _windows(geometry)
     source_in_chunks = group.items[0].source.on is None
     destination_in_chunks = group.items[0].destination.on is None
     for tensor, pair, replica in zip(*np.nonzero(wanted.transpose(2, 0, 1)), strict=True):
@@ -130,7 +129,7 @@ def copies_of(
         source_slot = int(geometry.source.slots[geometry.pair_source[pair], chosen])
         destination_slot = int(geometry.destination.slots[geometry.pair_destination[pair], replica])
         for row in range(geometry.pair_first[pair], geometry.pair_first[pair + 1]):
-            box, source_window, destination_window = view.of(row, source_slot, destination_slot)
+            box, source_window, destination_window = windows(row, source_slot, destination_slot)
             yield Copy(
                 source=owners[senders[pair, replica, tensor]],
                 destination=owners[receivers[pair, replica, tensor]],
@@ -144,31 +143,19 @@ def copies_of(
             )
 
 
-class _Windows:
-    """Boxes of a geometry as windows of local tensors; remembers what several copies have in common."""
+def _windows(geometry: Geometry) -> Callable[[int, int, int], tuple[Box, Window, Window]]:
+    """(row, source slot, destination slot) -> a box in cells, and it as windows of both local tensors.
 
-    def __init__(self, geometry: Geometry) -> None:
-        self._geometry = geometry
-        self._locals: dict[tuple[bool, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self._known: dict[tuple[int, int, int], tuple[Box, Window, Window]] = {}
+    What several copies have in common is computed once.
+    """
 
-    def of(self, row: int, source_slot: int, destination_slot: int) -> tuple[Box, Window, Window]:
-        """(box in cells, window of the source, window of the destination)."""
-        key = (row, source_slot, destination_slot)
-        if key not in self._known:
-            geometry = self._geometry
-            box = Box(start=tuple(geometry.start[row].tolist()), stop=tuple(geometry.stop[row].tolist()))
-            source = self._window(geometry.source, source_slot, box, geometry.source_delta[row].tolist())
-            deltas = geometry.destination_delta[row].tolist()
-            self._known[key] = box, source, self._window(geometry.destination, destination_slot, box, deltas)
-        return self._known[key]
+    @cache
+    def local(side: Side, slot: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        shape, origin = side.local(slot)
+        return contiguous_stride(shape), origin
 
-    def _window(self, side: Side, slot: int, box: Box, deltas: list[int]) -> Window:
-        key = (side is self._geometry.source, slot)
-        if key not in self._locals:
-            shape, origin = side.local(slot)
-            self._locals[key] = contiguous_stride(shape), origin
-        dim_stride, origin = self._locals[key]
+    def window(side: Side, slot: int, box: Box, deltas: list[int]) -> Window:
+        dim_stride, origin = local(side, slot)
         stride, offset = [0] * box.ndim, 0
         for d, frame in enumerate(side.frame):
             position = deltas[d] - origin[d]
@@ -177,3 +164,12 @@ class _Windows:
                 position += (box.start[cell] + low) * step
             offset += position * dim_stride[d]
         return Window(size=box.shape, stride=tuple(stride), offset=offset)
+
+    @cache
+    def windows(row: int, source_slot: int, destination_slot: int) -> tuple[Box, Window, Window]:
+        box = Box(start=tuple(geometry.start[row].tolist()), stop=tuple(geometry.stop[row].tolist()))
+        source = window(geometry.source, source_slot, box, geometry.source_delta[row].tolist())
+        deltas = geometry.destination_delta[row].tolist()
+        return box, source, window(geometry.destination, destination_slot, box, deltas)
+
+    return windows

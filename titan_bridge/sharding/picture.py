@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,28 +338,28 @@ def _ranges(ranks: list[int]) -> str:
 def _bars(axes: Axes, layout: Layout) -> None:
     """Bytes on each rank, stacked by module."""
     load = load_of(layout)
-    modules = _by_module(layout, load.ranks)
+    modules = _by_module(layout)
     largest = sorted(modules, key=lambda module: -int(modules[module].sum()))
-    bottom = np.zeros(len(load.ranks), dtype=np.int64)
-    edges = np.arange(len(load.ranks) + 1) - 0.5
+    bottom = np.zeros(len(load), dtype=np.int64)
+    edges = np.arange(len(load) + 1) - 0.5
     for i, module in enumerate([*largest[:_MODULES], "others"]):
         members = largest[_MODULES:] if module == "others" else [module]
         size = sum((modules[member] for member in members), np.zeros_like(bottom))
         if not size.any():
             continue
-        colour, share = colormaps["tab20"](i), size.sum() / max(sum(load.nbytes), 1)
+        colour, share = colormaps["tab20"](i), size.sum() / max(sum(load.values()), 1)
         label = f"{module}  {human(int(size.max()))}" + (f"  {share:.0%}" if share >= 0.005 else "")
         # One outline for each module: bars of their own take seconds at a thousand ranks.
         axes.stairs(bottom + size, edges, baseline=bottom, fill=True, label=label, color=colour)
         bottom = bottom + size
     limit = float(bottom.max(initial=1)) or 1.0
     axes.set_title("bytes on each rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK)
-    if len(load.ranks) <= 64:
+    if len(load) <= 64:
         axes.vlines(edges, 0, limit, color="white", linewidth=2)
     axes.set_ylim(0, limit * 1.05)
-    axes.set_xlim(-0.5, len(load.ranks) - 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=min(32, len(load.ranks)), integer=True))
-    names = dict(enumerate(map(str, load.ranks)))
+    axes.set_xlim(-0.5, len(load) - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=min(32, len(load)), integer=True))
+    names = dict(enumerate(map(str, load)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(int(value), "")))
     axes.yaxis.set_major_formatter(_BYTES)
     axes.set_xlabel("rank", fontsize=8)
@@ -368,18 +369,11 @@ def _bars(axes: Axes, layout: Layout) -> None:
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def _by_module(layout: Layout, ranks: Sequence[int]) -> dict[str, np.ndarray]:
-    """int64 bytes on each of `ranks` by the module that holds them, two names deep: "attention.wo"."""
-    at = {rank: i for i, rank in enumerate(ranks)}
-    modules: dict[str, np.ndarray] = {}
-    known: dict[ParamLayout, np.ndarray] = {}
+def _by_module(layout: Layout) -> dict[str, np.ndarray]:
+    """int64 bytes on each rank by the module that holds them, two names deep: "attention.wo"."""
+    modules: dict[str, dict[str, ParamLayout]] = {}
     for fqn, param in layout.params.items():
-        if param not in known:
-            mesh = layout.meshes[param.spec.mesh]
-            known[param] = np.zeros(len(at), dtype=np.int64)
-            nbytes = local_numel(param, mesh).ravel() * itemsize(param.dtype)
-            known[param][[at[rank] for rank in mesh.ranks]] = nbytes
         parts = [part for part in pattern_of(fqn).split(".") if part not in ("layers", "*", "weight", "bias")]
-        module = ".".join(parts[:2]) or fqn
-        modules[module] = modules.get(module, 0) + known[param]
-    return modules
+        modules.setdefault(".".join(parts[:2]) or fqn, {})[fqn] = param
+    loads = {module: load_of(replace(layout, params=own)) for module, own in modules.items()}
+    return {module: np.array(list(load.values()), dtype=np.int64) for module, load in loads.items()}

@@ -27,7 +27,6 @@ from titan_bridge.sharding.match import Item, match
 from titan_bridge.sharding.moves import Copy, Group, copies_of, ends
 from titan_bridge.sharding.overlap import Geometry
 from titan_bridge.sharding.sides import external_frame, identity_frame, side_of, titan_frame
-from titan_bridge.sharding.spec import placement_to_str
 from titan_bridge.sharding.tensors import Owner, TensorMetadata, by_name
 from titan_bridge.sharding.view import View
 
@@ -89,8 +88,7 @@ class Plan:
                 yield group, slice(first, first + step)
 
     def traffic(self) -> np.ndarray:
-        """int64 [owners, owners]: bytes from row to column, in the order of `owners`; local copies left
-        out."""
+        """int64 [owners, owners]: bytes from row to column, in the order of `owners`; local copies left out."""
         n = len(self.owners)
         result = np.zeros(n * n, dtype=np.int64)
         for group, tensors in self._blocks():
@@ -201,7 +199,7 @@ def _alike(item: Item) -> tuple:
 
 def _side_key(tensor: TensorMetadata) -> tuple:
     if tensor.on is not None:
-        return tensor.shape, tensor.on.mesh.shape, tuple(map(placement_to_str, tensor.on.placements))
+        return tensor.shape, tensor.on.mesh.shape, tensor.on.placements
     return tensor.shape, tuple(chunk.box for chunk in tensor.chunks)
 
 

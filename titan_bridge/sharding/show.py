@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,30 +18,8 @@ from titan_bridge.sharding.boxes import axes_of, segments_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.sharding.spec import placement_to_str
-from titan_bridge.sharding.tensors import Owner
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """Bytes of parameters on each rank of a layout."""
-
-    ranks: tuple[int, ...]
-    nbytes: tuple[int, ...]
-    """Bytes on each of `ranks`."""
-
-    @property
-    def most(self) -> tuple[int, int]:
-        """(rank, bytes) of the most loaded rank; the first one of several."""
-        at = max(range(len(self.ranks)), key=lambda i: self.nbytes[i])
-        return self.ranks[at], self.nbytes[at]
-
-    @property
-    def least(self) -> tuple[int, int]:
-        """(rank, bytes) of the least loaded rank; the first one of several."""
-        at = min(range(len(self.ranks)), key=lambda i: self.nbytes[i])
-        return self.ranks[at], self.nbytes[at]
 
 
 def human(nbytes: float) -> str:
@@ -77,15 +55,15 @@ def local_numel(param: ParamLayout, mesh: MeshLayout) -> np.ndarray:
     return total
 
 
-def load_of(layout: Layout) -> Load:
-    """Bytes of parameters on each rank, exactly, uneven shards included."""
+def load_of(layout: Layout) -> dict[int, int]:
+    """Bytes of parameters on each rank, exactly, uneven shards included; ranks in order."""
     ranks = np.asarray(layout.ranks, dtype=np.int64)
     nbytes = np.zeros(len(ranks), dtype=np.int64)
-    for param, count in _distinct(layout).items():
+    for param, count in Counter(layout.params.values()).items():  # a large model has a dozen kinds
         mesh = layout.meshes[param.spec.mesh]
         at = np.searchsorted(ranks, mesh.array)
         nbytes[at] += local_numel(param, mesh) * itemsize(param.dtype) * count
-    return Load(ranks=tuple(ranks.tolist()), nbytes=tuple(nbytes.tolist()))
+    return dict(zip(ranks.tolist(), nbytes.tolist(), strict=True))
 
 
 def rows_of(layout: Layout, rank: int | None = None, *, collapse: bool = False) -> list[dict[str, Any]]:
@@ -135,16 +113,17 @@ def rows_of(layout: Layout, rank: int | None = None, *, collapse: bool = False) 
 def totals_of(layout: Layout) -> dict[str, Any]:
     """Parameters, dtypes, global bytes, bytes over all ranks, and the most and least loaded rank, as plain data."""
     load = load_of(layout)
-    elements = {param: math.prod(param.shape) * count for param, count in _distinct(layout).items()}
+    elements = {param: math.prod(param.shape) * n for param, n in Counter(layout.params.values()).items()}
+    most, least = max(load, key=load.__getitem__), min(load, key=load.__getitem__)
     return {
         "tensors": len(layout.params),
         "dtypes": sorted({param.dtype for param in elements}),
         "parameters": sum(elements.values()),
         "global_bytes": sum(n * itemsize(param.dtype) for param, n in elements.items()),
-        "all_ranks_bytes": sum(load.nbytes),
-        "ranks": len(load.ranks),
-        "most_loaded": {"rank": load.most[0], "bytes": load.most[1]},
-        "least_loaded": {"rank": load.least[0], "bytes": load.least[1]},
+        "all_ranks_bytes": sum(load.values()),
+        "ranks": len(load),
+        "most_loaded": {"rank": most, "bytes": load[most]},
+        "least_loaded": {"rank": least, "bytes": load[least]},
     }
 
 
@@ -192,6 +171,7 @@ def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
     groups: dict[str, int] = {}
     for name, nbytes in plan.by_tensor().items():
         groups[pattern_of(name)] = groups.get(pattern_of(name), 0) + nbytes
+    owners = [owner if isinstance(owner, int) else str(owner) for owner in plan.owners]
     traffic = plan.traffic()
     order = np.argsort(-traffic, axis=None, kind="stable")[:pairs]
     return {
@@ -206,8 +186,8 @@ def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
         "pairs": int((traffic > 0).sum()),
         "largest_pairs": [
             {
-                "source": _plain(plan.owners[a]),
-                "destination": _plain(plan.owners[b]),
+                "source": owners[a],
+                "destination": owners[b],
                 "bytes": int(traffic[a, b]),
             }
             for a, b in zip(*np.unravel_index(order, traffic.shape), strict=True)
@@ -243,15 +223,3 @@ def plan_tables(plan: Plan, *, pairs: int = 10) -> Sequence[Table]:
     for pair in summary["largest_pairs"]:
         largest.add_row(str(pair["source"]), str(pair["destination"]), human(pair["bytes"]))
     return groups, largest
-
-
-def _plain(owner: Owner) -> int | str:
-    return owner if isinstance(owner, int) else str(owner)
-
-
-def _distinct(layout: Layout) -> dict[ParamLayout, int]:
-    """Parameters that look alike, counted: a large model has a dozen kinds."""
-    result: dict[ParamLayout, int] = {}
-    for param in layout.params.values():
-        result[param] = result.get(param, 0) + 1
-    return result

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import (
     Box,
     axes_of,
@@ -29,7 +30,6 @@ from titan_bridge.sharding.boxes import (
     meeting,
     segments_of,
 )
-from titan_bridge.sharding.spec import placement_from_str, placement_to_str
 from titan_bridge.sharding.tensors import OnMesh, TensorMetadata
 from titan_bridge.sharding.view import View
 
@@ -91,7 +91,7 @@ def external_frame(view: View) -> Frame:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """A tensor on one side, as boxes of cells. Arrays of int64; the first four have one row a box."""
 
@@ -133,7 +133,7 @@ def side_of(tensor: TensorMetadata, frame: Frame, sizes: Sequence[int], *, sourc
 def _mesh_side(tensor: TensorMetadata, on: OnMesh, frame: Frame, sizes: Sequence[int]) -> Side:
     """Shards are a product over the dims, because a mesh axis shards one dim at most."""
     mesh, axes = on.mesh.shape, [axes_of(on.placements, d) for d in range(len(tensor.shape))]
-    cuts = [tuple((placement_to_str(on.placements[a]), mesh[a]) for a in own) for own in axes]
+    cuts = [tuple((on.placements[a], mesh[a]) for a in own) for own in axes]
     parts = [_dim_parts(*dim) for dim in zip(tensor.shape, cuts, frame, strict=True)]
     counts = [len(part.shard) for part in parts]
     rows = np.indices(counts).reshape(len(parts), math.prod(counts))
@@ -206,12 +206,10 @@ class _DimParts:
 
 
 @lru_cache(maxsize=4096)
-def _dim_parts(size: int, cuts: tuple[tuple[str, int], ...], frame: DimFrame) -> _DimParts:
-    placements = [placement_from_str(text) for text, _ in cuts]
-    chunks = [n for _, n in cuts]
+def _dim_parts(size: int, cuts: tuple[tuple[dtensor.Placement, int], ...], frame: DimFrame) -> _DimParts:
     shard, start, stop, delta = [], [], [], []
-    for index, coordinate in enumerate(itertools.product(*map(range, chunks))):
-        for a, b, local in segments_of(size, list(zip(placements, chunks, coordinate, strict=True))):
+    for index, coordinate in enumerate(itertools.product(*(range(chunks) for _, chunks in cuts))):
+        for a, b, local in segments_of(size, [(*cut, at) for cut, at in zip(cuts, coordinate, strict=True)]):
             for box in frame.boxes(a, b):
                 shard.append(index)
                 start.append([first for first, _ in box])

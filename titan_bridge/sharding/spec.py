@@ -1,7 +1,6 @@
 """ShardingSpec: the layout of one parameter, and how a parameter carries it.
 
-A spec is a plain attribute of the tensor, so `get(param)` needs no registry. What happens to such an
-attribute:
+A spec is a plain attribute of the tensor, so `get(param)` needs no registry. What happens to such an attribute:
 
 - kept: `module.to(dtype or device)`, `load_state_dict`, `param.data = ...`, in-place copies, pickling;
 - lost, because torch builds a new Parameter: `to_empty` and `.to` from the meta device,
@@ -134,8 +133,7 @@ def attach(param: torch.Tensor, mesh: str, placements: Sequence[dtensor.Placemen
 
 
 def attach_module(module: nn.Module, name: str, mesh: str, placements: Sequence[dtensor.Placement]) -> None:
-    """Write the layout down on the parameter or buffer `module.<name>` and on `module`, so that it outlives
-    the tensor.
+    """Write the layout down on the parameter or buffer `module.<name>` and on `module`, so that it outlives the tensor.
 
     Raises BridgeError when the module has no parameter or buffer of its own with this name.
     """
@@ -173,8 +171,7 @@ def carry(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 def reattach(model: nn.Module) -> int:
-    """Put the layouts of `attach_module` back on the tensors that `model` holds now; returns how many had
-    lost theirs.
+    """Put the layouts of `attach_module` back on the tensors that `model` holds now; returns how many had lost theirs.
 
     Call it after `to_empty`, after vLLM's post-processing of weights and after a reload.
     """

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -33,8 +34,7 @@ class View:
     shape: tuple[int, ...]
     """Shape of the external tensor."""
     factors: tuple[tuple[int, ...], ...]
-    """For each dim of the TorchTitan tensor its row-major factorisation; the product is the size of the
-    dim."""
+    """For each dim of the TorchTitan tensor its row-major factorisation; the product is the size of the dim."""
     index: tuple[tuple[int, int], ...]
     """Half-open interval for each factored dim, in the order of `factors` laid flat."""
     permute: tuple[int, ...] = ()
@@ -65,7 +65,7 @@ class View:
             raise BridgeError(
                 f"{self.name}: shape {self.shape} does not hold the {self.index_shape} that index selects"
             )
-        object.__setattr__(self, "_groups", self._group())
+        _ = self.groups  # raises where the dims do not fit
 
     @classmethod
     def identity(cls, name: str, fqn: str, shape: tuple[int, ...]) -> View:
@@ -105,12 +105,6 @@ class View:
         return tuple(math.prod(dim) for dim in self.factors)
 
     @property
-    def groups(self) -> tuple[tuple[int, ...], ...]:
-        """For each dim of the external tensor, the factored dims that it is made of, row-major (those of size
-        1 left out)."""
-        return self._groups  # type: ignore[attr-defined]
-
-    @property
     def is_identity(self) -> bool:
         """True when both tensors have the same elements in the same places."""
         return (
@@ -127,8 +121,7 @@ class View:
         return cut.permute(self.permute).reshape(self.shape)
 
     def write(self, titan: torch.Tensor, external: torch.Tensor) -> None:
-        """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its
-        dtype."""
+        """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its dtype."""
         self._check(titan, self.titan_shape, self.fqn)
         self._check(external, self.shape, self.name)
         cut = titan.view(self.flat_factors)[tuple(slice(a, b) for a, b in self.index)].permute(self.permute)
@@ -138,8 +131,10 @@ class View:
         if tuple(tensor.shape) != shape:
             raise BridgeError(f"{name} has shape {tuple(tensor.shape)}; this view needs {shape}")
 
-    def _group(self) -> tuple[tuple[int, ...], ...]:
-        """Match the external dims with runs of factored dims; a dim may not straddle two runs."""
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """For each dim of the external tensor, the factored dims that it is made of, row-major (those of size 1 left
+        out). A dim may not straddle two runs of them."""
         sizes = self.index_shape
         rest = [dim for dim in self.permute if sizes[dim] > 1]
         groups = []

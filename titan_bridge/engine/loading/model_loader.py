@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.digest import digest
 from titan_bridge.checkpoint.finite import not_finite_lines
-from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, weights_directory
+from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, open_named_either_way, weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.errors import BridgeError
 
@@ -54,18 +54,19 @@ class TitanModelLoader(BaseModelLoader):
         load(served, model_config.model, served.setup.options.step)
 
 
-def load(model: TitanForCausalLM, path: str, step: int | None = None) -> None:
+def load(model: TitanForCausalLM, path: str, step: int | None = None, *, again: bool = False) -> None:
     """Fill the live parameters of `model` on this rank; all ranks call it together.
 
     Args:
         path, step: As for `weights_directory`.
+        again: The pattern of names was given for another checkpoint; this one may have our names instead.
 
     Raises:
         BridgeError: On every rank, before anything is written: one of them finds no checkpoint, or another one than
             the others. After that, what `load_into` says.
     """
     started = time.perf_counter()
-    with _open_alike(path, step, model.setup.options.names) as checkpoint:
+    with _open_alike(model, path, step, again=again) as checkpoint:
         loaded = model.load_checkpoint(checkpoint)
     model.source = checkpoint.path
     logger.info(
@@ -83,8 +84,9 @@ def load(model: TitanForCausalLM, path: str, step: int | None = None) -> None:
         logger.warning("%s: %s", checkpoint.path, line)
 
 
-def _open_alike(path: str, step: int | None, names: str | None) -> Checkpoint:
+def _open_alike(model: TitanForCausalLM, path: str, step: int | None, *, again: bool) -> Checkpoint:
     """Open the checkpoint that all ranks find at `path`, each on its own disk."""
+    setup, names = model.setup, model.setup.options.names
     checkpoint, found, problem = None, "", None
     try:
         directory = weights_directory(path, step)
@@ -93,7 +95,10 @@ def _open_alike(path: str, step: int | None, names: str | None) -> Checkpoint:
                 f"{path} holds no weights that load_format={LOAD_FORMAT!r} reads; give the directory of safetensors, "
                 "of a DCP or of a training run"
             )
-        checkpoint = open_checkpoint(directory, names=names)
+        if again:
+            checkpoint = open_named_either_way(directory, names, setup.family, setup.hf)
+        else:
+            checkpoint = open_checkpoint(directory, names=names)
         found = digest(checkpoint)
         where = f"{socket.gethostname()}:{directory.absolute()}"
     except BridgeError as error:

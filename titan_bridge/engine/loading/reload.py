@@ -27,7 +27,8 @@ def reload(
     Args:
         weights_iterator: Hugging Face names and whole tensors; all of them must come.
         weights_path: A directory in any format that we read, or a training run, whose last whole step is taken, or one
-            step of it; becomes the engine's model. None with no iterator reads what was read last again.
+            step of it; becomes the engine's model. Its names may be those of the engine's `names`, or TorchTitan's or
+            Hugging Face's. None with no iterator reads what was read last again.
         is_checkpoint_format: As vLLM has it; tensors of a kernel are not taken.
 
     Raises:
@@ -41,6 +42,6 @@ def reload(
     if weights_iterator is not None:
         model.load_weights(weights_iterator)
         return
-    load(model, weights_path or str(model.source or vllm_config.model_config.model))
+    load(model, weights_path or str(model.source or vllm_config.model_config.model), again=True)
     if weights_path is not None:
         vllm_config.model_config.model = weights_path

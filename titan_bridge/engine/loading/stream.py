@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from vllm.logger import init_logger
 
-from titan_bridge.checkpoint.finite import NotFinite, not_finite_lines
+from titan_bridge.checkpoint.finite import count_not_finite, not_finite_lines
 from titan_bridge.errors import BridgeError, few
 from titan_bridge.sharding.layout import Layout, torch_dtype
 from titan_bridge.sharding.moves import Copy
@@ -34,7 +34,6 @@ class _Round:
     problems: list[str] = field(default_factory=list)
     bytes_read: int = 0
     bytes_seen: int = 0
-    not_finite: NotFinite
 
 
 class WeightLoader:
@@ -80,9 +79,7 @@ class WeightLoader:
         Raises:
             BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line.
         """
-        seen = _Round(
-            not_finite=NotFinite(self._live, (copy for copies in self._copies.values() for copy in copies))
-        )
+        seen = _Round()
         for name, tensor in weights:
             self._take(name, tensor, seen)
         if missing := self._views.keys() - seen.done:
@@ -95,7 +92,10 @@ class WeightLoader:
             seen.bytes_read / 2**20,
             seen.bytes_seen / 2**20,
         )
-        for line in not_finite_lines(seen.not_finite.nan, seen.not_finite.inf):
+        written = {copy.destination_name for copies in self._copies.values() for copy in copies}
+        counts = {fqn: count_not_finite(self._live[fqn]) for fqn in sorted(written)}
+        nan, inf = ({fqn: count[i] for fqn, count in counts.items() if count[i]} for i in (0, 1))
+        for line in not_finite_lines(nan, inf):
             logger.warning("%s", line)
         return {f"model.{self._views[name].fqn}" for name in seen.done & self._views.keys()}
 
@@ -117,4 +117,3 @@ class WeightLoader:
         for copy in self._copies.get(name, ()):
             copy.destination_window.of(self._live[copy.destination_name]).copy_(copy.source_window.of(tensor))
             seen.bytes_read += copy.elements * tensor.element_size()
-            seen.not_finite.copied(copy)
