@@ -77,6 +77,8 @@ TARGETS = {
     ),
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor._init_executor": ("changed", "gone"),
     "vllm.v1.executor.multiproc_executor:WorkerProc._init_message_queues": ("changed", "gone"),
+    "vllm.v1.executor.multiproc_executor:WorkerProc.monitor_death_pipe": ("changed", "gone"),
+    "uvicorn.server:Server.shutdown": ("changed", "gone"),
     "vllm.v1.executor.multiproc_executor:get_mp_context": ("changed", "gone"),
     "vllm.v1.engine.utils:get_mp_context": ("changed", "gone"),
     "vllm.v1.engine.coordinator:get_mp_context": ("changed", "gone"),
@@ -85,6 +87,7 @@ TARGETS = {
     "torch._functorch._aot_autograd.autograd_cache:autograd_cache_key": ("changed", "gone"),
     "torch.compiler:load_compiled_function": ("changed", "gone"),
 }
+VERSIONS = {"vllm": "vllm 0.32", "torch": "torch 2.13", "uvicorn": "uvicorn 0."}
 OURS: dict[str, Any] = {"model_impl": "torchtitan"}
 STAGES = "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors"
 """Looked at where there are pipeline stages, only."""
@@ -117,7 +120,7 @@ def test_a_target_that_changed_is_named_where_torchtitan_is_asked_for(tmp_path: 
     wrong = []
     for (target, how, options), answer in zip(cases, answers, strict=False):
         module, _, name = target.partition(":")
-        version = f"titan_bridge does not know this {'vllm 0.32' if module[0] == 'v' else 'torch 2.13'}"
+        version = f"titan_bridge does not know this {VERSIONS[module.split('.')[0]]}"
         facts = (version, module, name, "takes (args, kwargs), expected (" if how == "changed" else "")
         if not all(fact in answer for fact in facts):
             wrong.append((target, how, options, answer))

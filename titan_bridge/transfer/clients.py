@@ -37,7 +37,9 @@ class HTTPClient:
             raise BridgeError(f"the engine is {base_url!r}; give a URL such as http://localhost:8000")
         self.address = parts.hostname
         # Updates are far apart: a kept connection would mostly be one that the server has closed.
-        self._http = httpx.Client(timeout=timeout, limits=httpx.Limits(max_keepalive_connections=0))
+        limits = httpx.Limits(max_keepalive_connections=0)
+        # Certificates are read, and kept, only where they are needed.
+        self._http = httpx.Client(timeout=timeout, limits=limits, verify=parts.scheme == "https")
 
     def __repr__(self) -> str:
         return self.base_url

@@ -89,11 +89,6 @@ def views_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[View, ...]:
     return tuple(View(**{key: _tuples(value) for key, value in view.items()}) for view in data)
 
 
-def names_differ(source: Layout, destination: Layout) -> bool:
-    """Whether views are needed."""
-    return not set(destination.params) <= set(source.params)
-
-
 def merge(parts: Mapping[int, Layout], what: str) -> Layout:
     """One layout of what several ranks hold, each having said what it knows.
 

@@ -71,11 +71,11 @@ class Staging:
                 for at, bucket in enumerate(self._messages[rank]):
                     if bucket.slices[0].name in self._use or (rank, at) in self._buckets:
                         continue
-                    like = torch.empty(bucket.elements, dtype=bucket.dtype, device="meta")
+                    size, dtype = bucket.elements, bucket.dtype
                     self._buckets[rank, at] = (
-                        torch.empty_like(like, device=host, pin_memory=True)
+                        torch.empty(size, dtype=dtype, pin_memory=True)
                         if self._pin
-                        else make(like, device=host)
+                        else make(torch.empty(size, dtype=dtype, device="meta"), device=host)
                     )
         except (RuntimeError, MemoryError, OSError) as error:
             self._buckets, self._shadows = {}, {}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -33,6 +35,10 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import model_and_step
 from titan_bridge.versions import unsupported
 
+ANSWER_SECONDS = 5
+"""For what a server has still to answer when its engine has ended."""
+WORKER_SECONDS = 5
+"""Beyond vLLM's own time for a worker to end: an executor that lives kills one after four of them."""
 SPEC_METHODS = (LAYOUT, NATIVE, VERIFY, FINGERPRINTS)
 
 
@@ -359,6 +365,56 @@ def commit_in_one_turn(
     if getattr(self.vllm_config.weight_transfer_config, "backend", None) != TRANSFER_BACKEND:
         return rpc()
     return importlib.import_module("titan_bridge.engine.commit").call(self, method, kwargs, rpc)
+
+
+@patch("uvicorn.server:Server.shutdown", "self", "sockets")
+def end_after_the_engine(original: Callable[..., Any], self: Any, sockets: Any = None) -> Any:
+    """Let a server end although somebody waits for an answer of its engine.
+
+    What: wraps `uvicorn.Server.shutdown`, and gives the requests that are left `ANSWER_SECONDS`. Why: vLLM's server
+    ends its engine first. A call that the engine has not answered by then, such as a weight update that waits for the
+    step under way, is never answered, and uvicorn waits for it for ever; a second SIGTERM changes nothing. Only for
+    `model_impl="torchtitan"` and weight transfer "titan". Version: vllm 0.32
+    (`vllm/entrypoints/launchers/launcher.py`), uvicorn 0.54. Delete when: vLLM fails the calls of an engine that has
+    ended, or sets `timeout_graceful_shutdown`.
+    """
+    engine = getattr(getattr(self.config.app, "state", None), "engine_client", None)
+    if engine is not None and self.config.timeout_graceful_shutdown is None:
+        config = engine.vllm_config
+        if wanted(config.model_config.model_impl, None, config.weight_transfer_config):
+            self.config.timeout_graceful_shutdown = ANSWER_SECONDS
+    return original(self, sockets)
+
+
+@patch(
+    "vllm.v1.executor.multiproc_executor:WorkerProc.monitor_death_pipe",
+    "self",
+    "death_pipe",
+    "shutdown_requested",
+)
+def end_with_the_engine(
+    original: Callable[..., Any], self: Any, death_pipe: Any, shutdown_requested: threading.Event
+) -> None:
+    """End a worker whose engine is gone, whatever it waits for.
+
+    What: wraps `WorkerProc.monitor_death_pipe`, and ends the process some seconds after it was told to end. Why:
+    vLLM closes the worker's queues and no more. One that is inside an all-reduce then waits for ever, on a core of its
+    own, for others that have ended already; an engine that did not drain its requests in time leaves such workers. Only
+    for `model_impl="torchtitan"` and weight transfer "titan". Version: vllm 0.32
+    (`vllm/v1/executor/multiproc_executor.py`). Delete when: a worker ends with its engine.
+    """
+    original(self, death_pipe, shutdown_requested)
+    config = self.worker.vllm_config
+    if not wanted(config.model_config.model_impl, None, config.weight_transfer_config):
+        return
+
+    def end() -> None:
+        shutdown_requested.wait()
+        envs = importlib.import_module("vllm.envs")
+        time.sleep(envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS + WORKER_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=end, name="titan-end", daemon=True).start()
 
 
 @patch(
