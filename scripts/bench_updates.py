@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,10 @@ class Load:
     """Requests that stream, one after the other, from several users at once."""
 
     def __init__(self, url: str, users: int) -> None:
-        self.tokens: list[float] = []
-        """When each token came."""
-        self.gaps: list[tuple[float, float]] = []
-        """When a gap between two tokens of a request began, and when it ended."""
         self._url, self._go = url, True
-        self._threads = [threading.Thread(target=self._user, daemon=True) for _ in range(users)]
+        self._tokens = [(array("d"), array("d")) for _ in range(users)]
+        """Of each user: when its tokens came, and how long after the one before in their request, or 0."""
+        self._threads = [threading.Thread(target=self._user, args=each, daemon=True) for each in self._tokens]
         for thread in self._threads:
             thread.start()
 
@@ -57,26 +56,31 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _user(self) -> None:
+    def _user(self, came: array[float], gaps: array[float]) -> None:
         body = {"model": "m", "prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": True}
-        while self._go:
-            last = None
-            with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=120) as stream:
-                for line in stream.iter_lines():
-                    if not self._go:
-                        return
-                    if line.startswith("data: {"):
-                        now = time.monotonic()
-                        self.tokens.append(now)
-                        if last is not None:
-                            self.gaps.append((last, now))
-                        last = now
+        with httpx.Client(base_url=self._url, timeout=120) as http:
+            while self._go:
+                last = None
+                with http.stream("POST", "/v1/completions", json=body) as stream:
+                    for line in stream.iter_lines():
+                        if not self._go:
+                            return
+                        if line.startswith("data: {"):
+                            now = time.monotonic()
+                            gaps.append(0 if last is None else now - last)
+                            came.append(now)
+                            last = now
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(came) for came, _ in self._tokens)
 
     def of(self, spans: list[tuple[float, float]]) -> dict[str, float]:
-        """Tokens a second, and the longest gap in seconds, within some spans of time."""
-        count = sum(any(a <= at < b for a, b in spans) for at in self.tokens)
+        """Tokens a second, and the longest gap between two of a request in seconds, within some spans of time."""
+        rows = [row for came, gaps in self._tokens for row in zip(came, gaps, strict=False)]
+        count = sum(any(a <= at < b for a, b in spans) for at, _ in rows)
         longest = max(
-            (end - at for at, end in self.gaps if any(at < b and end > a for a, b in spans)), default=0
+            (gap for at, gap in rows if gap and any(at - gap < b and at > a for a, b in spans)), default=0
         )
         return {"tokens_per_second": count / sum(b - a for a, b in spans), "longest_gap": longest}
 

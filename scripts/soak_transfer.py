@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import sys
 import tempfile
 import threading
@@ -25,15 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import torch
 from bench_updates import Load, server
 
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
-from titan_bridge.transfer import Options, Report, TensorSource, Trainer, TransferError
+from titan_bridge.testing_samples import TrappedSource
+from titan_bridge.transfer import Options, Report, Trainer, TransferError
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2048}
 PROMPT = [(37 * i) % 2000 for i in range(70)]
+SMALL = ("norm.weight", "layers.0.attention_norm.weight")
 TOP, CLOSE = 5, 2e-3
 LIMIT = 20.0
 
@@ -86,40 +88,35 @@ def answer_of(reference: Any) -> list[float]:
     return reference.logprobs(PROMPT)[-1].topk(TOP).values.flip(0).tolist()
 
 
-def processes(pid: int) -> list[int]:
+def tree(pid: int) -> list[psutil.Process]:
     """A process and its descendants."""
-    found = [pid]
-    for each in found:
-        for task in Path(f"/proc/{each}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found
+    return [found := psutil.Process(pid), *found.children(recursive=True)]
 
 
-def usage(pid: int) -> tuple[float, int]:
-    """MB of memory (PSS) and open files of a process and its descendants."""
-    memory = files = 0
-    for each in processes(pid):
-        lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
-        memory += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-        files += len(os.listdir(f"/proc/{each}/fd"))
-    return memory / 1024, files
-
-
-def shared_memory(pid: int) -> set[Path]:
-    """Files in /dev/shm that a process and its descendants have mapped."""
-    lines = [line for each in processes(pid) for line in Path(f"/proc/{each}/maps").read_text().splitlines()]
+def memory(trainer: psutil.Process, server: list[psutil.Process]) -> dict[str, float]:
+    """MB of the trainer and each process of the server, without files: those are shared with whatever else runs."""
+    named = {"trainer": trainer, "server": server[0]}
+    named |= {f"{Path(each.cmdline()[0]).name} {each.pid}": each for each in server[1:]}
+    own = ("[", "/memfd:", "/dev/shm/")
     return {
-        Path(line[line.index("/dev/shm/") :])
-        for line in lines
-        if "/dev/shm/" in line and "deleted" not in line
+        name: sum(part.pss for part in each.memory_maps() if part.path.startswith(own)) / 2**20
+        for name, each in named.items()
     }
 
 
-def slope(samples: list[tuple[float, float]]) -> float:
-    """MB a minute, of the later three quarters: memory is taken at first."""
-    rows = torch.tensor(samples[len(samples) // 4 :], dtype=torch.float64)
-    at, size = (rows - rows.mean(0)).T
-    return (60 * (at * size).sum() / (at * at).sum()).item()
+def shared_memory(processes: list[psutil.Process]) -> set[Path]:
+    """Files in /dev/shm that they have mapped."""
+    paths = [each.path for process in processes for each in process.memory_maps()]
+    return {Path(path) for path in paths if path.startswith("/dev/shm/") and "deleted" not in path}
+
+
+def slopes(samples: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
+    """MB a minute of each process, of the later two thirds: memory is taken at first."""
+    rows = samples[len(samples) // 3 :]
+    at = torch.tensor([row[0] for row in rows], dtype=torch.float64)
+    at -= at.mean()
+    sizes = {name: torch.tensor([row[1][name] for row in rows], dtype=torch.float64) for name in rows[0][1]}
+    return {name: round((60 * (at * size).sum() / (at * at).sum()).item(), 2) for name, size in sizes.items()}
 
 
 def cut(trainer: Trainer) -> None:
@@ -135,69 +132,49 @@ def raising(trainer: Trainer) -> None:
     raise RuntimeError("made to fail")
 
 
-class Trap(dict):
-    """Local tensors; something happens while they are taken for sending."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], act: Callable[[], None]) -> None:
-        super().__init__(tensors)
-        self._act, self._left = act, 8
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self._left -= 1
-        if self._left == 0:
-            self._act()
-        return super().__getitem__(name)
-
-
-class Source(TensorSource):
-    """What the trainer sends, with a trap for the next update if there is one."""
-
-    act: Callable[[], None] | None = None
-
-    def local(self) -> dict[str, torch.Tensor]:
-        act, self.act = self.act, None
-        return super().local() if act is None else Trap(super().local(), act)
-
-
-def soak(url: str, pid: int, reference: Any, minutes: float, every: float) -> dict[str, Any]:
+def soak(
+    url: str, server: psutil.Process, reference: Any, minutes: float, every: float, kinds: list[str]
+) -> dict[str, Any]:
     generator, parameters = torch.Generator().manual_seed(1), dict(reference.model.named_parameters())
-    source = Source(parameters, rank=0)
+    source = TrappedSource(parameters, rank=0)
     trainer = Trainer(source, url, options=Options(seconds=LIMIT))
     trainer.send("start")
     asker, load = Asker(url, answer_of(reference)), Load(url, 3)
-    kinds = {"whole": 0, "delta": 0, "failed": 0}
+    while load.tokens < 100:  # an engine's first steps are slow
+        time.sleep(0.1)
+    done = dict.fromkeys(("whole", "delta", "failed", "none"), 0)
     faults = [raising, cut, garbage, None]
-    problems, pauses, samples, mine = [], [0.0], [], []
-    end, count = time.monotonic() + 60 * minutes, 0
-    while time.monotonic() < end:
+    problems, pauses, samples, files = [], [0.0], [], []
+    me, began, count = psutil.Process(), time.monotonic(), 0
+    while time.monotonic() < began + 60 * minutes:
         following = time.monotonic() + every
-        kind = ("whole", "delta", "delta", "failed")[count % 4]
+        kind = kinds[count % len(kinds)]
         for name, parameter in parameters.items():
-            if kind == "whole" or name in ("norm.weight", "layers.0.attention_norm.weight"):
+            if kind == "whole" or (kind != "none" and name in SMALL):
                 parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+        became = kind
         try:
-            if kind != "failed":
+            if kind == "failed":
+                fault = faults[done["failed"] % len(faults)]
+                if fault is not None:
+                    source.act = functools.partial(fault, trainer)
+                    became = trainer.send("never", whole=True).kind
+                else:
+                    with Trainer(parameters, url, options=Options(seconds=LIMIT)) as other:
+                        became = other.send("intruder").kind
+            elif kind != "none":
                 send = functools.partial(trainer.send, f"update {count}", whole=kind == "whole")
                 report = asker.update(send, answer_of(reference))
                 pauses.append(report.pause)
-                done: str = report.kind
-            elif (fault := faults[count // 4 % len(faults)]) is not None:
-                source.act = functools.partial(fault, trainer)
-                done = trainer.send("never", whole=True).kind
-            else:
-                with Trainer(parameters, url, options=Options(seconds=LIMIT)) as other:
-                    done = other.send("intruder").kind
+                became = report.kind
         except TransferError:
-            done = "failed"
-        kinds[done] += 1
-        if (done == "failed") != (kind == "failed"):
-            problems.append(f"update {count} was to be {kind} and was {done}")
-        memory, files = usage(pid)
-        samples.append((time.monotonic(), memory))
-        mine.append((time.monotonic(), usage(os.getpid())[0] - memory))
+            became = "failed"
+        done[became] += 1
+        if became != kind:
+            problems.append(f"update {count} was to be {kind} and was {became}")
+        samples.append((time.monotonic(), memory(me, tree(server.pid))))
+        files.append(sum(each.num_fds() for each in (me, *tree(server.pid))))
         count += 1
-        if count == 8:
-            files_before = files
         time.sleep(max(0, following - time.monotonic()))
     asker.update(functools.partial(trainer.send, "last"), answer_of(reference))
     trainer.verify()
@@ -206,16 +183,14 @@ def soak(url: str, pid: int, reference: Any, minutes: float, every: float) -> di
     trainer.close()
     time.sleep(1)
     return {
-        "updates": kinds,
+        "updates": done,
         "answers": asker.asked,
         "farthest_answer": asker.farthest,
-        "tokens": len(load.tokens),
-        "longest_gap": load.of([(0, float("inf"))])["longest_gap"],
+        **load.of([(began, time.monotonic())]),
         "longest_commit": max(pauses),
-        "server_mb": samples[-1][1],
-        "server_mb_a_minute": slope(samples),
-        "trainer_mb_a_minute": slope(mine),
-        "files_of_the_server": [files_before if count > 8 else 0, files],
+        "mb_at_last": {name: round(size) for name, size in samples[-1][1].items()},
+        "mb_a_minute": slopes(samples),
+        "open_files": [files[len(files) // 3], files[-1]],
         "problems": [*problems, *asker.wrong],
     }
 
@@ -226,6 +201,9 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--every", type=float, default=5, help="seconds from one update to the next")
+    parser.add_argument(
+        "--kinds", default="whole,delta,delta,failed", help='what is done in turn; also "none"'
+    )
     parser.add_argument("--serve", default="--tp 2", help="options of the server")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -235,31 +213,20 @@ def main() -> None:
         model = make_checkpoint(folder / "m", "qwen3", tie_word_embeddings=False, **SIZES)
         options = ["--dtype", "float32", *given.serve.split()]
         with server(model, folder, options) as url, torch.no_grad():
-            (pid,) = [each for each in processes(os.getpid())[1:] if "serve" in _command(each)][:1]
-            result = soak(url, pid, load_reference(model), given.minutes, given.every)
-            started, segments = processes(pid), shared_memory(pid)
-        end = time.monotonic() + 10
-        while (left := [each for each in started if _command(each)]) and time.monotonic() < end:
-            time.sleep(0.1)
-        left += [each for each in segments if each.exists()]
-    if left:
-        result["problems"].append(
-            f"left: {[f'{each} {_command(each)}' if isinstance(each, int) else each for each in left]}"
-        )
+            (process,) = psutil.Process().children()
+            reference = load_reference(model)
+            result = soak(url, process, reference, given.minutes, given.every, given.kinds.split(","))
+            started = tree(process.pid)
+            segments = shared_memory(started)
+        _, left = psutil.wait_procs(started, timeout=10)
+        if left or (left := [each for each in segments if each.exists()]):
+            result["problems"].append(f"left: {left}")
     if given.json:
         print(json.dumps(result, indent=1))
     else:
         for key, value in result.items():
-            print(f"{key.replace('_', ' '):22} {value}")
+            print(f"{key.replace('_', ' '):16} {value}")
     sys.exit(bool(result["problems"]))
-
-
-def _command(pid: int) -> str:
-    """Empty for one that has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch.multiprocessing as mp
 from titan_bridge.ports import free_port
 from titan_bridge.transfer.protocol import Terms, Update, parsed
 from titan_bridge.transfer.target import Target
+from titan_bridge.transfer.wire import at_once
 from titan_bridge.transfer.worker import Worker
 
 _METHODS: dict[str, Callable[..., None]] = {
@@ -148,11 +149,7 @@ class PlainClient:
             except (OSError, EOFError) as error:
                 answers[at] = (None, f"worker {at} is gone: {error!r}")
 
-        threads = [threading.Thread(target=ask, args=(at,), daemon=True) for at in range(len(self.addresses))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(ask, ((at,) for at in range(len(self.addresses))))
         for good, answer in answers:
             if not good:
                 raise (ConnectionError if good is None else RuntimeError)(answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_bridge.sharding.layout import Layout
+from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.target import Target
 from titan_bridge.transfer.worker import Worker
 
@@ -77,6 +78,28 @@ def sample_target(layout: dict[str, Any], rank: int, index: int, version: int) -
         return before
 
     return Target(tensors=lambda: live, layout=read, rank=rank, index=index, swap=swap)
+
+
+class TrappedSource(TensorSource):
+    """Of a trainer to which something happens in the next update, when the fourth tensor is taken for sending."""
+
+    act: Callable[[], object] | None = None
+
+    def local(self) -> dict[str, torch.Tensor]:
+        tensors, act, self.act = super().local(), self.act, None
+        return tensors if act is None else _Trap(tensors, act)
+
+
+class _Trap(dict):
+    def __init__(self, tensors: dict[str, torch.Tensor], act: Callable[[], object]) -> None:
+        super().__init__(tensors)
+        self._act, self._left = act, 4
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._left -= 1
+        if self._left == 0:
+            self._act()
+        return super().__getitem__(name)
 
 
 def differences(worker: Worker, version: int) -> list[str]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.distributed.tensor import Replicate, Shard
 
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.testing_processes import PlainClient, PlainRanks, restart
-from titan_bridge.testing_samples import differences, sample_dtensors, sample_target
+from titan_bridge.testing_samples import TrappedSource, differences, sample_dtensors, sample_target
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.protocol import MARGIN
-from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Trainer
 from titan_bridge.transfer.worker import Worker
 
@@ -43,34 +41,10 @@ def begin_anew(worker: Worker, told: dict) -> None:
     restart(worker, sample_target(told, at, at, OLD))
 
 
-class Trap(dict):
-    """Local tensors; `act` happens when the n-th is taken for sending."""
-
-    def __init__(self, tensors: dict, act, n: int) -> None:
-        super().__init__(tensors)
-        self._act, self._n = act, n
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self._n -= 1
-        if self._n == 0:
-            self._act()
-        return super().__getitem__(name)
-
-
-class Source(TensorSource):
-    """A source with a trap in it."""
-
-    act = None
-
-    def local(self):
-        tensors, act, self.act = super().local(), self.act, None
-        return tensors if act is None else Trap(tensors, act, 4)
-
-
 def make(rank: int, world: int, client: PlainClient, version: int, **options: Any) -> tuple[Trainer, dict]:
     held = sample_dtensors(Layout.from_json(layout(world, 0)), rank, version)
     given = Options(**{"seconds": LIMIT, "bucket_bytes": BUCKET, **options})
-    trainer = Trainer(Source(lambda: held, rank=rank), client, options=given)
+    trainer = Trainer(TrappedSource(lambda: held, rank=rank), client, options=given)
     trainer.connect()
     return trainer, held
 

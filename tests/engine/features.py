@@ -185,9 +185,10 @@ REFUSED = (
         said="additional_config.titan.dense = 'shard' with pipeline_parallel_size=2 is not supported with",
     ),
     Refused(
-        name="Pipeline stages with a draft model",
-        options={"pipeline_parallel_size": 2, "speculative_config": {"method": "draft_model", **_DRAFT}},
-        said="a draft model with pipeline_parallel_size=2 is not supported with model_impl='torchtitan'",
+        name="Pipeline stages with speculation",
+        options={"pipeline_parallel_size": 2, "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        said="speculation (method 'ngram') with pipeline_parallel_size=2 is not supported with model_impl='torchtitan'",
+        note="vLLM's own models fail in their first stage",
     ),
     Refused(
         name="LoRA with `fully_sharded_loras`", options={"enable_lora": True, "fully_sharded_loras": True},
@@ -245,6 +246,8 @@ REFUSED = (
     _groups("LoRA", "LoRA is", enable_lora=True),
     _groups("KV connectors", "a KV connector is",
             kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}),
+    _groups("encoder-cache connectors", "an encoder-cache connector is",
+            ec_transfer_config={"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}),
     _groups("a KV cache offloaded to the host", "kv_offloading_size=1.0 is", kv_offloading_size=1.0),
     _groups("KV cache events", "KV cache events are",
             kv_events_config={"enable_kv_cache_events": True, "publisher": "null"}),
@@ -254,6 +257,8 @@ REFUSED = (
     _groups("several nodes", "nnodes=2 is", nnodes=2, node_rank=0, master_addr="127.0.0.1"),
     _groups("a scheduler of your own", "scheduler_cls='vllm.v1.core.sched.scheduler.Scheduler' is",
             scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"),
+    _groups("a worker class of your own", "worker_cls='vllm.v1.worker.cpu_worker.CPUWorker' is",
+            worker_cls="vllm.v1.worker.cpu_worker.CPUWorker"),
     _groups("returned routed experts", "enable_return_routed_experts is", enable_return_routed_experts=True),
 )  # fmt: skip
 

@@ -52,16 +52,20 @@ def test_the_numbers_of_both_references(
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """One key-value head over tp=2, two groups; a cache of 1,280 tokens each. `other` has other weights."""
+    """Experts over dp=2 with tp=2, one key-value head: two groups on each dp rank, with caches of 640 tokens.
+
+    `other` has other weights.
+    """
 
     model: Path
     other: Path
     url: str
     log: Path
 
-    def ask(self, prompt: list[int], tokens: int, **options: Any) -> dict[str, Any]:
+    def ask(self, prompt: list[int], tokens: int, rank: int | None = None) -> dict[str, Any]:
+        """An answer of the given dp rank, or of that which vLLM takes."""
         answer = httpx.post(
-            f"{self.url}/v1/completions", json=self.body(prompt, tokens, **options), timeout=300
+            f"{self.url}/v1/completions", json=self.body(prompt, tokens), headers=to(rank), timeout=300
         )
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]
@@ -72,6 +76,10 @@ class Server:
             "ignore_eos": True, "return_token_ids": True, **options,
         }  # fmt: skip
 
+    def post(self, path: str, **body: Any) -> None:
+        answer = httpx.post(f"{self.url}/{path}", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+
     def metric(self, name: str) -> float:
         rows = [
             row for row in httpx.get(f"{self.url}/metrics").text.splitlines() if row.startswith(f"{name}{{")
@@ -79,17 +87,22 @@ class Server:
         return sum(float(row.rsplit(" ", 1)[1]) for row in rows)
 
 
+def to(rank: int | None) -> dict[str, str]:
+    return {} if rank is None else {"X-data-parallel-rank": str(rank)}
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., Any]) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("groups")
     model, other = (
-        make_checkpoint(folder / name, "qwen3", seed=seed, num_key_value_heads=1)
+        make_checkpoint(folder / name, "qwen3_moe", seed=seed, num_key_value_heads=1, **MOE)
         for seed, name in enumerate("ab")
     )
     options = (
-        "--tp", "2", "--attention-dp", "--dtype", "float32", "--max-model-len", "256", "--served-model-name", "model",
-        "--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "40",
-        "--block-size", "32", "--weight-transfer-config", '{"backend": "titan"}', "--async-scheduling",
+        "--dp", "2", "--tp", "2", "--ep", "4", "--attention-dp", "--dtype", "float32", "--max-model-len", "256",
+        "--served-model-name", "model", "--max-num-seqs", "16", "--max-num-batched-tokens", "64",
+        "--num-gpu-blocks-override", "20", "--block-size", "32", "--weight-transfer-config", '{"backend": "titan"}',
+        "--async-scheduling", "--api-server-count", "1",
     )  # fmt: skip
     told = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOG_STATS_INTERVAL": "0.2"}
     with serve(model, folder / "log", *options, **told) as url:
@@ -100,14 +113,19 @@ def test_the_log_says_what_groups_win_and_cost(server: Server) -> None:
     log = server.log.read_text()
     assert "Serving TorchTitan's" in log
     assert (
-        "Attention data parallelism: 2 groups of 1 ranks with 1,280 cache tokens each, 2,560 in all; without it the "
-        "same bytes hold 1,280" in log
+        "Attention data parallelism: 2 groups of 1 ranks with 640 cache tokens each, 1,280 in all; without it the "
+        "same bytes hold 640" in log
     )
     assert "Asynchronous scheduling is off with attention groups" in log
     assert "Attention groups run eagerly" in log
 
 
-def test_64_requests_at_random_a_quarter_aborted(server: Server) -> None:
+def test_a_dp_rank_works_while_the_other_has_nothing(server: Server) -> None:
+    for rank in (0, 1, 1):
+        assert_answers(server.model, [([5, 6, 7], server.ask([5, 6, 7], 9, rank))])
+
+
+def test_64_requests_at_random_on_uneven_ranks_a_quarter_aborted(server: Server) -> None:
     chance = random.Random(5)
     prefixes = [[chance.randrange(3, 700) for _ in range(64)] for _ in range(3)]
     prompts = []
@@ -119,10 +137,11 @@ def test_64_requests_at_random_a_quarter_aborted(server: Server) -> None:
 
     def one(at: int) -> dict[str, Any] | None:
         time.sleep(waits[at])
+        rank = int(at % 8 == 1)
         if at % 4:
-            return server.ask(prompts[at], lengths[at])
-        body = server.body(prompts[at], lengths[at], stream=True)
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as answer:
+            return server.ask(prompts[at], lengths[at], rank)
+        body, url = server.body(prompts[at], lengths[at], stream=True), f"{server.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, headers=to(rank), timeout=300) as answer:
             for _, _ in zip(range(1 + at % 5), answer.iter_lines(), strict=False):
                 pass
         return None
@@ -132,28 +151,69 @@ def test_64_requests_at_random_a_quarter_aborted(server: Server) -> None:
     assert_answers(server.model, zip(prompts, answers, strict=True))
     assert server.metric("vllm:num_preemptions_total") > 0
     assert server.metric("vllm:prefix_cache_hits_total") > 0
-    wait_until_idle(server)
+    wait_until(
+        lambda: not server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting")
+    )
     used = re.findall(r"cache in use: (\d+) \+ \d+ [\d.]+%, (\d+) \+", server.log.read_text())
     assert any(int(first) and int(second) for first, second in used), "both groups had requests"
 
 
 def test_new_weights_reach_all_groups_at_once(server: Server) -> None:
     """While requests of both groups run; no prefix of the old weights is left in either cache."""
-    prompts = [[(7 * i + 3 * j) % 700 for j in range(80)] for i in range(8)]
-
-    def answers() -> list[dict[str, Any]]:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            return list(pool.map(lambda prompt: server.ask(prompt, 8), prompts))
-
-    assert_answers(server.model, zip(prompts, answers(), strict=True))
+    assert_serves(server, server.model)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         running = [pool.submit(server.ask, [at] * 9, 150) for at in range(8)]
         send(server, server.other)
-        assert_answers(server.other, zip(prompts, answers(), strict=True))
+        assert_serves(server, server.other)
         assert all(len(each.result()["token_ids"]) == 150 for each in running)
     send(server, server.model)
-    assert_answers(server.model, zip(prompts, answers(), strict=True))
-    assert httpx.post(f"{server.url}/reset_prefix_cache").status_code == 200
+    assert_serves(server, server.model)
+
+
+def test_weights_of_a_folder_reach_all_groups(server: Server) -> None:
+    for model in (server.other, server.model):
+        server.post("collective_rpc", method="reload_weights", kwargs={"weights_path": str(model)})
+        server.post("reset_prefix_cache")
+        assert_serves(server, model)
+
+
+@pytest.mark.parametrize(
+    ("stop", "go"),
+    [("pause?mode=keep", "resume"), ("pause?mode=abort", "resume"), ("sleep?level=0&mode=keep", "wake_up")],
+)
+def test_all_groups_stop_and_go_on(server: Server, stop: str, go: str) -> None:
+    before = server.metric(TOKENS)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(server.ask, [at] * 9, 120, at % 2) for at in range(8)]
+        wait_until(lambda: server.metric(TOKENS) > before)
+        server.post(stop)
+        wait_until(lambda: at_rest(server))
+        ended = [each.done() for each in running]
+        server.post(go)
+        lengths = [len(each.result()["token_ids"]) for each in running]
+    if "abort" in stop:
+        assert min(lengths) < 120
+    else:
+        assert not any(ended)
+        assert lengths == [120] * 8
+    assert_serves(server, server.model)
+
+
+TOKENS = "vllm:generation_tokens_total"
+
+
+def at_rest(server: Server) -> bool:
+    seen = server.metric(TOKENS)
+    time.sleep(0.5)
+    return server.metric(TOKENS) == seen
+
+
+def assert_serves(server: Server, model: Path) -> None:
+    """Prompts of several blocks have the answers of these weights, from both dp ranks."""
+    prompts = [[(7 * i + 3 * j) % 700 for j in range(80)] for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda at: server.ask(prompts[at], 8, at % 2), range(8)))
+    assert_answers(model, zip(prompts, answers, strict=True))
 
 
 def send(server: Server, model: Path) -> None:
@@ -178,8 +238,8 @@ def assert_answers(model: Path, given: Any) -> None:
     assert worst <= 1e-4
 
 
-def wait_until_idle(server: Server) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while server.metric("vllm:num_requests_running") or server.metric("vllm:num_requests_waiting"):
+    while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 
@@ -35,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., Any]) 
     model = str(make_run(folder / "out", make_checkpoint(folder / "moe", "qwen3_moe")))
     options = (
         "--model-impl", "torchtitan", "--tensor-parallel-size", "2", "--enable-expert-parallel",
-        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
+        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--shutdown-timeout", "2",
     )  # fmt: skip
     vllm = (str(Path(sys.executable).parent / "vllm"), "serve")
     log = folder / "server.log"
@@ -117,3 +118,31 @@ def test_a_client_that_hangs_up_leaves_the_server_well(server: Server) -> None:
         server.client.completions.create(model=server.model, prompt="x", max_tokens=2).choices[0].text
         is not None
     )
+
+
+def test_a_server_ends_although_a_worker_stands_still(server: Server) -> None:
+    """And with it those who wait for that worker. The last test of this server."""
+    (process,) = [
+        each for each in psutil.Process().children() if server.url.rpartition(":")[2] in each.cmdline()
+    ]
+    workers = [each for each in process.children(recursive=True) if "VLLM::Worker" in each.cmdline()[0]]
+    still = next(each for each in workers if "TP1" in each.cmdline()[0])
+    try:
+        stream = server.client.completions.create(
+            model=server.model,
+            prompt=[5, 9, 13],
+            max_tokens=400,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))  # held, as by a client that waits
+        still.suspend()
+        process.terminate()
+        deadline = time.monotonic() + 90
+        while process.status() != psutil.STATUS_ZOMBIE:  # waited for by whoever started it
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        gone, left = psutil.wait_procs([each for each in workers if each != still], timeout=60)
+        assert (len(gone), left) == (1, [])
+    finally:
+        still.kill()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,41 @@ def test_memory_is_taken_when_it_is_written():
     assert resident() - before < size // 8
     made.fill_(1)
     assert resident() - before > size // 8 * 7
+
+
+FREED = """
+import threading
+import torch
+from pathlib import Path
+from titan_bridge.cpu import keep_freed_memory
+from titan_bridge.engine.cpu.pages import zeros_like
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+def make():
+    held = [zeros_like(torch.empty(1 << 17, dtype=torch.uint8, device="meta"), torch.device("cpu")) for _ in range(200)]
+    for tensor in held:
+        tensor.fill_(1)
+    everyone.wait()  # threads that live at once have heaps of their own
+
+torch.set_num_threads(1)
+assert keep_freed_memory()
+everyone = threading.Barrier(6)
+threads = [threading.Thread(target=make) for _ in range(6)]
+before = resident()
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(resident() - before)
+"""
+
+
+def test_what_threads_have_freed_goes_back_to_the_kernel():
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))
+    }
+    command = [sys.executable, "-c", FREED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) < 30 << 20  # of 150 MB

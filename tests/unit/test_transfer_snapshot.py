@@ -244,6 +244,30 @@ def test_what_is_no_delta_is_refused(head, counts, positions, reason):
     assert not live["w"].any()
 
 
+@pytest.mark.parametrize("source", [((1,), [Replicate()]), ((2,), [Shard(1)])], ids=["exchanged", "packed"])
+def test_what_waits_for_a_commit_lies_in_memory_that_the_target_makes(source):
+    """It goes back to the system when a connection fails, which an allocator's may not do."""
+    sides = (layout_of((8, 6), *source, "float32"), layout_of((8, 6), (1,), [Replicate()], "float32"))
+    _, _, into = between(*sides)
+    live, made = {"w": torch.zeros(8, 6)}, []
+
+    def memory(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+        made.append(torch.empty_like(like, device=device))
+        return made[-1]
+
+    target = Target(
+        tensors=lambda: live,
+        layout=Layout(meshes={}, params={}),
+        rank=0,
+        index=0,
+        memory=memory,
+        swap=lambda name, tensor: live[name],
+    )
+    staging = Staging(into[0], target, live)
+    staging.prepare(list(into[0]))
+    assert staging.nbytes == sum(tensor.nbytes for tensor in made) == 8 * 6 * 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("changes", [7, 5000])

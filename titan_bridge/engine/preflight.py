@@ -108,9 +108,9 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     allowed = "allowed: runner='generate', or 'pooling' with convert='embed'"
     yield (model.runner_type, model.convert_type) not in RUNNERS, runner, allowed
     method = getattr(vllm_config.speculative_config, "method", None)
-    # vLLM would build one stage of the draft, and draft with that.
-    drafts = f"a draft model with pipeline_parallel_size={stages} is"
-    yield method == "draft_model" and stages > 1, drafts, "leave one of them out, or take method 'ngram'"
+    # vLLM makes what drafts on the last stage alone, and asks the others for it; of a draft model it builds one stage.
+    drafts = f"speculation (method {method!r}) with pipeline_parallel_size={stages} is"
+    yield method and stages > 1, drafts, "leave one of them out"
     methods = ", ".join(map(repr, SPECULATION))
     yield method not in (None, *SPECULATION), f"speculative method {method!r} is", f"allowed: {methods}"
 

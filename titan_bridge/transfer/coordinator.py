@@ -141,18 +141,13 @@ class Coordinator:
         number = self._number
 
         def one(engine: Engine) -> None:
-            kinds = [said["kinds"][engine.link] for said in given]
-            engine.ask(
-                [
-                    {
-                        "do": "prepare",
-                        "base": given[0]["base"],
-                        "whole": [rank for rank, kind in enumerate(kinds) if kind.get(str(at)) == "whole"],
-                    }
-                    for at in range(len(engine.workers))
-                ],
-                limit,
-            )
+            whole: list[list[int]] = [[] for _ in engine.workers]
+            for rank, said in enumerate(given):
+                for at, kind in said["kinds"][engine.link].items():
+                    if kind == "whole":
+                        whole[int(at)].append(rank)
+            base = given[0]["base"]
+            engine.ask([{"do": "prepare", "base": base, "whole": ranks} for ranks in whole], limit)
             engine.request({"do": "receive", "number": number}, limit)
 
         self._settle(together(self.engines.all(), one))
@@ -171,26 +166,21 @@ class Coordinator:
         sent: list[dict[str, int]] = [{} for _ in given]
 
         def vote(engine: Engine) -> None:
-            problem = next(
-                (
-                    f"trainer rank {rank}: {outcome}"
-                    for rank, said in enumerate(given)
-                    for outcome in said["sent"].get(engine.link, {}).values()
-                    if isinstance(outcome, str)
-                ),
-                None,
-            )
+            said = [
+                (rank, f"{engine.name}/{at}", outcome)
+                for rank, each in enumerate(given)
+                for at, outcome in each["sent"].get(engine.link, {}).items()
+            ]
+            problem = next((f"trainer rank {rank}: {why}" for rank, _, why in said if type(why) is str), None)
             try:
                 answers = engine.answers(limit)
             except PeerLost as error:
                 raise PeerLost(problem or str(error)) from None
             if problem:
                 raise TransferError(problem)
-            for at, answer in enumerate(answers):
-                received[f"{engine.name}/{at}"] = answer["bytes"]
-            for rank, said in enumerate(given):
-                for at, count in said["sent"].get(engine.link, {}).items():
-                    sent[rank][f"{engine.name}/{at}"] = count
+            received.update({f"{engine.name}/{at}": answer["bytes"] for at, answer in enumerate(answers)})
+            for rank, worker, count in said:
+                sent[rank][worker] = count
 
         self._settle(together(self.engines.all(), vote))
         self._phases["received"] = time.monotonic() - self._started
@@ -198,13 +188,8 @@ class Coordinator:
 
         def take(engine: Engine) -> None:
             token = token_of(self._secret, engine.link, self._number, version)
-            update = Update(
-                link=engine.link,
-                number=self._number,
-                version=version,
-                pause=self._options.pause,
-                token=token,
-            )
+            told = {"link": engine.link, "number": self._number, "version": version, "token": token}
+            update = Update(**told, pause=self._options.pause)
             begun, failed = time.monotonic(), None
             try:
                 engine.commit(update, limit)

@@ -16,7 +16,7 @@ from titan_bridge.transfer.errors import PeerLost, TransferError
 from titan_bridge.transfer.layouts import Sides
 from titan_bridge.transfer.options import Client
 from titan_bridge.transfer.protocol import MARGIN, Terms, Update
-from titan_bridge.transfer.wire import Connection, Deadline
+from titan_bridge.transfer.wire import Connection, Deadline, at_once
 
 
 @dataclass(eq=False)
@@ -173,9 +173,5 @@ def together(engines: Sequence[Engine], do: Callable[[Engine], Any]) -> dict[Eng
         except Exception as error:
             failed[engine] = error
 
-    threads = [threading.Thread(target=one, args=(engine,), daemon=True) for engine in engines]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(one, ((engine,) for engine in engines))
     return failed

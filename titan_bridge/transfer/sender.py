@@ -7,10 +7,9 @@ A window that is contiguous and of the wire's dtype already is sent from where i
 from __future__ import annotations
 
 import queue
-import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,11 +17,11 @@ from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.messages import Bucket
 from titan_bridge.transfer.snapshot import Delta, Local
 from titan_bridge.transfer.transports import Tcp, offer, offered
-from titan_bridge.transfer.wire import Connection, Deadline
+from titan_bridge.transfer.wire import Connection, Deadline, at_once
 
 BUFFERS = 2
 
-Key = TypeVar("Key", bound=Hashable)
+Key = TypeVar("Key")
 
 
 @dataclass(kw_only=True)
@@ -38,7 +37,7 @@ class Way:
         (self.transport or self.connection).close()
 
 
-class Sender(Generic[Key]):
+class Sender:
     """Sends the tensors of one trainer rank, again and again; keeps its buffers."""
 
     def __init__(self, transport: str = "tcp") -> None:
@@ -85,11 +84,7 @@ class Sender(Generic[Key]):
             except Exception as error:  # said on all ranks: nobody may wait for the rest
                 outcome[key] = f"{type(error).__name__}: {error}"
 
-        threads = [threading.Thread(target=one, args=item, daemon=True) for item in ways.items()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(one, ways.items())
         return outcome
 
     def _whole(self, way: Way, transport: Tcp, local: Local, deadline: Deadline) -> int:

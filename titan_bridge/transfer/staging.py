@@ -63,17 +63,20 @@ class Staging:
     def prepare(self, whole: Collection[int]) -> None:
         """Make room for what trainer ranks `whole` send all of. Raises TransferError where there is no memory."""
         self._use = frozenset(name for name in self._shadowable if self._senders[name] <= set(whole))
-        device = torch.device("cpu")
+        make, host = self._target.memory, torch.device("cpu")
         try:
             for name in self._use - self._shadows.keys():
-                like, make = self._shadowable[name], self._target.memory
-                self._shadows[name] = make(like, device) if make else torch.empty_like(like, device=device)
+                self._shadows[name] = make(self._shadowable[name], device=host)
             for rank in set(whole) & self._messages.keys():
                 for at, bucket in enumerate(self._messages[rank]):
-                    if bucket.slices[0].name not in self._use and (rank, at) not in self._buckets:
-                        self._buckets[rank, at] = torch.empty(
-                            bucket.elements, dtype=bucket.dtype, pin_memory=self._pin
-                        )
+                    if bucket.slices[0].name in self._use or (rank, at) in self._buckets:
+                        continue
+                    like = torch.empty(bucket.elements, dtype=bucket.dtype, device="meta")
+                    self._buckets[rank, at] = (
+                        torch.empty_like(like, device=host, pin_memory=True)
+                        if self._pin
+                        else make(like, device=host)
+                    )
         except (RuntimeError, MemoryError, OSError) as error:
             self._buckets, self._shadows = {}, {}
             size = human(sum(bucket.nbytes for buckets in self._messages.values() for bucket in buckets))

@@ -42,8 +42,9 @@ class Target:
     swap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     """Gives a live tensor other memory, of the same shape and dtype, and returns the one that it had: saves a copy
     where nobody holds on to addresses."""
-    memory: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None
-    """Makes what `swap` is given, like a tensor on meta; None: `torch.empty_like`."""
+    memory: Callable[..., torch.Tensor] = torch.empty_like
+    """`memory(tensor on meta, device=)` makes what `swap` is given and what waits for a commit. What `torch.empty_like`
+    makes may stay with the process when it is freed, once for each thread that has made some."""
 
 
 def unshared(live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

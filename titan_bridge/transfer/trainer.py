@@ -6,11 +6,12 @@ new connections by itself.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, overload
 
 import torch
@@ -35,37 +36,20 @@ Worker = tuple[str, int]
 """(link, number of the worker)"""
 
 
+@dataclasses.dataclass(frozen=True)
 class Sending:
     """An update on its way; see `Trainer.send`."""
 
-    def __init__(self, run: Callable[[], Report]) -> None:
-        self._report: Report | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(run,), name="titan-send")
-        self._thread.start()
-
-    def _run(self, run: Callable[[], Report]) -> None:
-        try:
-            self._report = run()
-        except BaseException as error:
-            self._error = error
+    _future: Future[Report]
 
     @property
     def done(self) -> bool:
         """Whether `wait` returns at once."""
-        return not self._thread.is_alive()
-
-    def join(self) -> None:
-        """Until it has ended, well or not."""
-        self._thread.join()
+        return self._future.done()
 
     def wait(self) -> Report:
         """The report, once the engines serve the weights. Raises what `Trainer.send` would have raised."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        assert self._report is not None
-        return self._report
+        return self._future.result()
 
 
 class Trainer:
@@ -126,7 +110,7 @@ class Trainer:
         self._ranks = Ranks(self.rank, self.world, self._listener, first, bytes.fromhex(secret), run)
         lora = {"adapter": adapter, "scaling": source.scaling()} if adapter is not None else None
         self._coordinator = Coordinator(self.engines, self._listener, o, secret, run, lora)
-        self._sender: Sender[Worker] = Sender(o.transport)
+        self._sender = Sender(o.transport)
         self._ways: dict[str, dict[Worker, Way]] = {}
         """By link."""
         self._said: dict[str, tuple] | None = None
@@ -135,7 +119,9 @@ class Trainer:
         """The update whose weights it has, if that is known."""
         self._planned: tuple[tuple[Any, ...], dict[int, tuple[Bucket, ...]]] | None = None
         self._committed = 0
-        self._sending: Sending | None = None
+        self._sending: Future[Report] | None = None
+        self._thread = ThreadPoolExecutor(1, "titan-send")
+        """Of updates that nobody waits for; begins with the first of them."""
 
     @property
     def buffer_bytes(self) -> int:
@@ -180,8 +166,10 @@ class Trainer:
         if wait:
             return self._together(lambda limit: self._send(version, whole, started, limit))
         self._finish_sending()
-        self._sending = Sending(lambda: self._call(lambda limit: self._send(version, whole, started, limit)))
-        return self._sending
+        self._sending = self._thread.submit(
+            self._call, lambda limit: self._send(version, whole, started, limit)
+        )
+        return Sending(self._sending)
 
     def verify(self) -> int:
         """Compare what the engines have, on every worker, with the weights as they are now, by fingerprints.
@@ -204,6 +192,7 @@ class Trainer:
     def close(self) -> None:
         """Leave the engines to another trainer: a worker whose connection ends is free."""
         self._finish_sending()
+        self._thread.shutdown()
         self._forget()
         self._ranks.close()
         self._listener.close()
@@ -223,7 +212,7 @@ class Trainer:
     def _finish_sending(self) -> None:
         """Calls are one after the other; what became of one in the background is said by its own `wait`."""
         if self._sending is not None:
-            self._sending.join()
+            self._sending.exception()
 
     def _call(self, action: Callable[[Deadline], Any]) -> Any:
         """A call of all ranks; after a fault, connections are made anew."""

@@ -17,7 +17,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -151,6 +151,15 @@ class Connection:
         return PeerLost(f"the connection with {self.peer} is gone{f' ({error})' if error else ''}")
 
 
+def at_once(do: Callable[..., object], arguments: Iterable[tuple]) -> None:
+    """`do(*each)` for each of `arguments`, in threads of their own, until all have returned; it must not raise."""
+    threads = [threading.Thread(target=do, args=each, daemon=True) for each in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def raw(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -275,7 +284,7 @@ class Listener:
             async with asyncio.timeout(HELLO_SECONDS):
                 await self._loop.sock_sendall(sock, answer)
             connection = Connection(sock, f"{hello.get('who', 'a peer')} ({peer})", hello)
-        except (OSError, TimeoutError):
+        except OSError:  # TimeoutError is one
             sock.close()
         finally:
             with self._changed:

@@ -30,7 +30,7 @@ from titan_bridge.transfer.protocol import CONNECT_SECONDS, VERSION, Terms, Upda
 from titan_bridge.transfer.staging import Messages, Staged, Staging
 from titan_bridge.transfer.target import Target, sample_digest, signature
 from titan_bridge.transfer.transports import Tcp, accept
-from titan_bridge.transfer.wire import Connection, Deadline, connect
+from titan_bridge.transfer.wire import Connection, Deadline, at_once, connect
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
 
@@ -324,11 +324,7 @@ class Worker:
                 for each in link.data.values():
                     each.close()  # whatever else arrives belongs to nothing
 
-        threads = [threading.Thread(target=one, args=item, daemon=True) for item in link.data.items()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(one, link.data.items())
         if errors:
             raise TransferError(f"worker {self.target.index}: {errors[0]}")
         link.staged = (number, list(staged.values()))

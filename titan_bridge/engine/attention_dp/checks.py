@@ -64,9 +64,6 @@ def _unsupported(vllm_config: VllmConfig, setup: Setup) -> Iterator[tuple[object
     stages = parallel.pipeline_parallel_size
     yield stages > 1, f"pipeline_parallel_size={stages} is", "leave one of them out"
     yield setup.sharded, "dense = 'shard' is", "leave one of them out"
-    dp = parallel.data_parallel_size
-    lockstep = dp > 1 and vllm_config.model_config.is_moe
-    yield lockstep, f"data_parallel_size={dp} of a model with experts is", "allowed: 1"
     yield (
         vllm_config.lora_config,
         "LoRA is",

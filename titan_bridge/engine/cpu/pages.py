@@ -7,14 +7,15 @@ import mmap
 
 import torch
 
-_SMALL = 1 << 20  # bytes: not worth pages of its own
+_SMALL = 1 << 16  # bytes: not worth pages of its own
 
 
 def zeros(count: int, device: torch.device) -> torch.Tensor:
     """`count` bytes of zeros.
 
     On the CPU they are pages that the kernel hands out zeroed at the first touch, huge ones where it can: `torch.zeros`
-    would touch all of them now, and loading once more; an allocator may have used pages, and would clear them.
+    would touch all of them now, and loading once more; an allocator may have used pages, and would clear them. Freed,
+    they go back to the kernel at once, whichever thread has made them (see `titan_bridge.cpu.keep_freed_memory`).
     """
     if device.type != "cpu" or count < _SMALL:
         return torch.zeros(count, dtype=torch.uint8, device=device)
