@@ -164,7 +164,7 @@ class Layout:
         return self.params[fqn]
 
     def pieces(self, fqn: str, rank: int) -> tuple[Piece, ...]:
-        """What `rank` holds of `fqn`: global boxes and their places in its local tensor. Empty when it holds nothing."""
+        """What `rank` holds of `fqn`: global boxes and their places in its local tensor. Empty where it has nothing."""
         param, mesh = self.param(fqn), self.mesh_of(fqn)
         at = mesh.coordinate(rank)
         return () if at is None else param.spec.pieces(param.shape, mesh.shape, at)
