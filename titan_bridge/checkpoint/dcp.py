@@ -19,7 +19,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.dcp_metadata import read_metadata
 from titan_bridge.checkpoint.files import inside, size_of
 from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.pickles import StandIn, field, kind_of
+from titan_bridge.checkpoint.pickles import fields, kind_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import METADATA
 from titan_bridge.sharding.boxes import Box
@@ -66,10 +66,10 @@ def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
 
 
 def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Checkpoint:
-    if kind_of(root) != "Metadata":
-        raise BridgeError("no DCP metadata in this pickle")
-    entries, paths = _dict(root, "state_dict_metadata"), _paths(root)
-    places = _places(root, directory)
+    entries, storage = fields(root, "Metadata", "state_dict_metadata", "storage_data")
+    if not isinstance(entries, dict) or not isinstance(storage, dict):
+        raise BridgeError("damaged metadata")
+    paths, places = _paths(vars(root).get("planner_data")), _places(storage, directory)
     tensors: dict[str, TensorMetadata] = {}
     others: dict[str, TensorMetadata] = {}
     blobs: dict[str, TensorMetadata] = {}
@@ -124,9 +124,8 @@ def _model_name(path: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _paths(root: StandIn) -> dict[str, tuple[Any, ...]]:
+def _paths(planner: Any) -> dict[str, tuple[Any, ...]]:
     """Where entries stand in the nested state dict."""
-    planner = vars(root).get("planner_data")
     paths: dict[str, tuple[Any, ...]] = {}
     for fqn, path in (planner if isinstance(planner, dict) else {}).items():
         parts = path if isinstance(path, tuple) and len(path) <= _MOST_DIMS else ()
@@ -135,21 +134,20 @@ def _paths(root: StandIn) -> dict[str, tuple[Any, ...]]:
     return paths
 
 
-def _places(root: StandIn, directory: Path) -> _Places:
+def _places(storage: dict[Any, Any], directory: Path) -> _Places:
     places: _Places = {}
     files: dict[str, Path] = {}
     sizes: dict[str, int] = {}
-    for index, info in _dict(root, "storage_data").items():
-        if kind_of(index) != "MetadataIndex" or kind_of(info) != "_StorageInfo":
-            raise BridgeError("damaged storage_data")
-        fqn, offset = field(index, "fqn"), vars(index).get("offset")
+    for index, info in storage.items():
+        (fqn,) = fields(index, "MetadataIndex", "fqn")
+        start, length, file = fields(info, "_StorageInfo", "offset", "length", "relative_path")
+        offset = vars(index).get("offset")
         if not _is_name(fqn) or not (offset is None or _is_shape(offset)):
             raise BridgeError(f"damaged place of {reprlib.repr(fqn)}")
         if vars(info).get("transform_descriptors"):
             raise BridgeError(
                 f"{fqn} was transformed when it was written (compressed?); only plain files are read"
             )
-        start, length, file = field(info, "offset"), field(info, "length"), field(info, "relative_path")
         if not _is_shape((start, length)) or not _is_name(file):
             raise BridgeError(
                 f"{fqn} lies in {reprlib.repr(file)} at {reprlib.repr(start)}, length {reprlib.repr(length)}"
@@ -169,10 +167,10 @@ def _places(root: StandIn, directory: Path) -> _Places:
 
 
 def _stored(
-    name: str, fqn: str, entry: StandIn, places: Mapping[tuple[int, ...] | None, _Place], most_chunks: int
+    name: str, fqn: str, entry: Any, places: Mapping[tuple[int, ...] | None, _Place], most_chunks: int
 ) -> TensorMetadata:
-    shape, listed, properties = field(entry, "size"), field(entry, "chunks"), field(entry, "properties")
-    state = vars(properties).get("state") if kind_of(properties) == "TensorProperties" else None
+    shape, listed, properties = fields(entry, "TensorStorageMetadata", "size", "chunks", "properties")
+    (state,) = fields(properties, "TensorProperties", "state")
     dtype = state[0] if isinstance(state, tuple) and state else None
     if not _is_shape(shape) or not isinstance(dtype, torch.dtype) or not isinstance(listed, list):
         raise BridgeError(f"damaged description of {fqn}")
@@ -180,9 +178,7 @@ def _stored(
         raise BridgeError(f"more chunks than {METADATA} has room for")
     chunks = []
     for chunk in listed:
-        if not isinstance(chunk, StandIn):
-            raise BridgeError(f"damaged chunk of {fqn}")
-        start, size = field(chunk, "offsets"), field(chunk, "sizes")
+        start, size = fields(chunk, "ChunkStorageMetadata", "offsets", "sizes")
         if not _is_shape(start) or not _is_shape(size) or len(start) != len(size):
             raise BridgeError(f"damaged chunk of {fqn}")
         box = Box(start=start, stop=tuple(a + n for a, n in zip(start, size, strict=True)))
@@ -198,13 +194,6 @@ def _known(
     if offset not in places:
         raise BridgeError(f"nothing says where {what} lies")
     return places[offset]
-
-
-def _dict(root: StandIn, name: str) -> dict[Any, Any]:
-    value = field(root, name)
-    if not isinstance(value, dict):
-        raise BridgeError(f"{name} is no dict")
-    return value
 
 
 def _is_shape(value: Any) -> bool:

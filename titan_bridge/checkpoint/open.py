@@ -1,17 +1,27 @@
-"""Open whatever checkpoint lies in a directory."""
+"""Open whatever checkpoint lies in a directory; what is not read is refused with what to do instead."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import NoReturn
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.checkpoint.hf import is_hf, open_hf
 from titan_bridge.checkpoint.names import check_pattern, renamed, under_hf_names
 from titan_bridge.checkpoint.quantized import dequantized
-from titan_bridge.checkpoint.refused import refuse_folder, refuse_remote
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, few
+
+_COPY = {
+    "s3": "aws s3 cp --recursive {} DIR",
+    "gs": "gcloud storage cp --recursive {} DIR",
+    "hf": "hf download NAME --local-dir DIR",
+    "az": "azcopy copy {} DIR --recursive",
+}
+"""By scheme: what brings a folder here."""
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}[^/]", re.IGNORECASE)  # Path() makes one slash of two
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -49,3 +59,38 @@ def open_checkpoint(
     if names is not None:
         found = renamed(found, names)
     return dequantized(found) if found.format == "hf" else under_hf_names(found, found.config)
+
+
+def refuse_remote(path: str | Path) -> None:
+    """Raise BridgeError for `s3://...` and the like: slices are read in place, from files of this machine."""
+    match = _SCHEME.match(str(path))
+    if match is None or Path(path).exists():
+        return
+    address = re.sub(r":/+", "://", str(path), count=1)
+    how = _COPY.get(match[1].lower(), "copy the folder to this machine").format(address)
+    raise BridgeError(f"{address} is remote, which is not read; fetch it first ({how}) and give DIR")
+
+
+def refuse_folder(directory: Path) -> NoReturn:
+    """Raise BridgeError for a folder in which no checkpoint that we read was found."""
+    found = few(sorted(path.name for path in directory.iterdir()))
+    if binary := sorted(directory.glob("*.bin")):
+        raise BridgeError(
+            f"{directory} holds pickles ({few([path.name for path in binary])}), which are not read, since a pickle "
+            "can run code; convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR)"
+            ".save_pretrained(NEW) writes safetensors"
+        )
+    if any(directory.glob("*.pt")) or any(directory.glob("rank_*/*.pt")):
+        raise BridgeError(
+            f"{directory} was written by torch_checkpointing or torch.save ({found}), which is not read; have "
+            "TorchTitan write DCP (its default checkpointer)"
+        )
+    if any(directory.glob("shard-*.safetensors")):
+        raise BridgeError(
+            f"{directory} holds the parts that each rank saved ({found}), which are not read; put them together with "
+            "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files"
+        )
+    raise BridgeError(
+        f"{directory} holds no checkpoint (found: {found}); looked for .metadata (DCP), "
+        "model.safetensors and model.safetensors.index.json (Hugging Face)"
+    )

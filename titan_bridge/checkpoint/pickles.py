@@ -43,11 +43,12 @@ def stand_ins(module: str, *names: str) -> dict[str, Any]:
     return {f"{module}.{name}": type(name, (StandIn,), {"__module__": module}) for name in names}
 
 
-def field(value: StandIn, name: str) -> Any:
-    """A field of the object. Raises BridgeError when there is none."""
-    if name not in vars(value):
-        raise BridgeError(f"a {kind_of(value)} without {name}")
-    return vars(value)[name]
+def fields(value: Any, kind: str, *names: str) -> list[Any]:
+    """Fields of an object of the class `kind`. Raises BridgeError for another object, and where one is missing."""
+    found = vars(value) if kind_of(value) == kind else {}
+    if missing := [name for name in names if name not in found]:
+        raise BridgeError(f"no {kind} with {missing[0]}")
+    return [found[name] for name in names]
 
 
 def kind_of(value: Any) -> str:

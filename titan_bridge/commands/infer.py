@@ -137,7 +137,7 @@ def local_folder(model: str, file: str | None, *, weights: bool) -> str:
     if os.path.exists(model):
         return model
     if "://" in model:
-        from titan_bridge.checkpoint.refused import refuse_remote  # torch, only to say no
+        from titan_bridge.checkpoint.open import refuse_remote  # torch, only to say no
 
         refuse_remote(model)
     hint = "give the directory of a model, with its config.json"

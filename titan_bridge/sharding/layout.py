@@ -96,9 +96,8 @@ class MeshLayout:
         return None if position is None else tuple(int(c) for c in np.unravel_index(position, self.shape))
 
     def __str__(self) -> str:
-        return (
-            "(" + ", ".join(f"{axis}={size}" for axis, size in zip(self.axes, self.shape, strict=True)) + ")"
-        )
+        sizes = (f"{axis}={size}" for axis, size in zip(self.axes, self.shape, strict=True))
+        return f"({', '.join(sizes)})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,21 +164,16 @@ class Layout:
         return self.params[fqn]
 
     def pieces(self, fqn: str, rank: int) -> tuple[Piece, ...]:
-        """What `rank` holds of `fqn`: global boxes and their places in its local tensor. Empty when it holds
-        nothing."""
-        param, coordinate = self.param(fqn), self.mesh_of(fqn).coordinate(rank)
-        return (
-            () if coordinate is None else param.spec.pieces(param.shape, self.mesh_of(fqn).shape, coordinate)
-        )
+        """What `rank` holds of `fqn`: global boxes and their places in its local tensor. Empty where it has nothing."""
+        param, mesh = self.param(fqn), self.mesh_of(fqn)
+        at = mesh.coordinate(rank)
+        return () if at is None else param.spec.pieces(param.shape, mesh.shape, at)
 
     def local_shape(self, fqn: str, rank: int) -> tuple[int, ...] | None:
         """Shape of the local tensor of `rank`, or None when the rank is not on the parameter's mesh."""
-        param, coordinate = self.param(fqn), self.mesh_of(fqn).coordinate(rank)
-        return (
-            None
-            if coordinate is None
-            else param.spec.local_shape(param.shape, self.mesh_of(fqn).shape, coordinate)
-        )
+        param, mesh = self.param(fqn), self.mesh_of(fqn)
+        at = mesh.coordinate(rank)
+        return None if at is None else param.spec.local_shape(param.shape, mesh.shape, at)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and ints, as in the module's text."""

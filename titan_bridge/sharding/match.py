@@ -83,18 +83,10 @@ def match(
         elif allow_missing:
             uncovered[name] = math.prod(held.shape)
         else:
-            wanted = [view.name for view in by_fqn.get(name, ())] or [
-                view.fqn for view in by_name.get(name, ())
-            ]
-            raise BridgeError(
-                f"{name} is in no source tensor"
-                + (
-                    f"; it would be filled from {', '.join(wanted[:3])}"
-                    if wanted
-                    else "; nor does a view name it"
-                )
-                + f"; the source has {few(sources)}"
-            )
+            wanted = [view.name for view in by_fqn.get(name, ())]
+            wanted = wanted or [view.fqn for view in by_name.get(name, ())]
+            hint = f"it would be filled from {', '.join(wanted[:3])}" if wanted else "nor does a view name it"
+            raise BridgeError(f"{name} is in no source tensor; {hint}; the source has {few(sources)}")
     used = {item.source.name for item in items}
     return items, tuple(name for name in sources if name not in used), uncovered
 

@@ -155,12 +155,10 @@ def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = Tr
         nbytes = row["max_rank_bytes"] if rank is None else row["rank_bytes"]
         table.add_row(
             name,
-            " x ".join(map(str, row["shape"])) or "scalar",
+            _sizes(row["shape"]),
             row["mesh"],
             Text(", ".join(row["placements"])),
-            "not there"
-            if row["local_shape"] is None
-            else " x ".join(map(str, row["local_shape"])) or "scalar",
+            "not there" if row["local_shape"] is None else _sizes(row["local_shape"]),
             human(nbytes * row["count"]),
         )
     return table
@@ -223,3 +221,7 @@ def plan_tables(plan: Plan, *, pairs: int = 10) -> Sequence[Table]:
     for pair in summary["largest_pairs"]:
         largest.add_row(str(pair["source"]), str(pair["destination"]), human(pair["bytes"]))
     return groups, largest
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
