@@ -217,7 +217,9 @@ def test_weights_are_not_saved_in_vllms_sharded_format(llm: Any, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_draft_model_is_vllms_and_all_its_drafts_are_accepted(tmp_path: Path) -> None:
+def test_a_draft_model_is_vllms_and_all_its_drafts_are_accepted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The draft is the served checkpoint itself, so only another model or other weights could be refused."""
     from titan_bridge.engine.run.offline import complete, drafts, engine
 
@@ -227,13 +229,19 @@ def test_a_draft_model_is_vllms_and_all_its_drafts_are_accepted(tmp_path: Path) 
         model=model,
         dtype="float32",
         max_model_len=128,
-        vllm={"enforce_eager": True, "skip_tokenizer_init": True, "speculative_config": draft},
+        vllm={
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "speculative_config": draft,
+            "weight_transfer_config": {"backend": "titan"},
+        },
     )
     with engine(config) as (llm, workers, _):
         assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
         sampling = {"max_tokens": 24, "temperature": 0, "detokenize": False, "ignore_eos": True}
         ((completion,), _) = complete(llm, [PROMPT], sampling)
         counted = drafts(llm)
+    assert f"Weight updates leave the draft model {model} as it is" in "".join(capfd.readouterr())
     assert counted["draft"] >= 18
     assert counted["accepted"] == counted["draft"]
     expected_LV = load_reference(model).logprobs([*PROMPT, *completion.token_ids])

@@ -33,6 +33,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
     materialize_full_tensor,
 )
+from vllm.logger import init_logger
 
 from titan_bridge.engine.transfer_target import adapter_target, target_of
 from titan_bridge.errors import BridgeError
@@ -50,6 +51,8 @@ __all__ = [
     "LLMClient", "TitanTrainerInitInfo", "TitanTrainerWeightTransferEngine", "TitanWeightSource",
     "TitanWeightTransferEngine",
 ]  # fmt: skip
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
 
 
 # The worker's half
@@ -76,6 +79,9 @@ class TitanWeightTransferEngine(WeightTransferEngine[TitanInitInfo, TitanUpdateI
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
+        draft = vllm_config.speculative_config
+        if draft is not None and draft.method == "draft_model":
+            logger.warning("Weight updates leave the draft model %s as it is", draft.model)
         self.worker = Worker(
             target_of(model, vllm_config), functools.partial(adapter_target, model, vllm_config)
         )
