@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -120,17 +121,23 @@ def test_a_client_that_hangs_up_leaves_the_server_well(server: Server) -> None:
     )
 
 
+def command(process: psutil.Process) -> str:
+    """What it was started with; nothing of one that has ended and that nobody has waited for."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
 def test_a_server_ends_although_a_worker_stands_still(server: Server) -> None:
     """And with it those who wait for that worker. The last test of this server."""
-    (process,) = [
-        each for each in psutil.Process().children() if server.url.rpartition(":")[2] in each.cmdline()
-    ]
-    everyone = [process, *process.children(recursive=True)]
-    workers = [each for each in everyone if "VLLM::Worker" in each.cmdline()[0]]
+    port = server.url.rpartition(":")[2]
+    (process,) = [each for each in psutil.Process().children() if port in command(each).split()]
+    everyone = [each for each in (process, *process.children(recursive=True)) if command(each)]
+    workers = [each for each in everyone if "VLLM::Worker" in command(each)]
     shared = {
         part.path for each in everyone for part in each.memory_maps() if part.path.startswith("/dev/shm/")
     }
-    still = next(each for each in workers if "TP1" in each.cmdline()[0])
+    still = next(each for each in workers if "TP1" in command(each))
     try:
         stream = server.client.completions.create(
             model=server.model,
