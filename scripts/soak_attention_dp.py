@@ -17,9 +17,9 @@ import json
 import random
 import re
 import tempfile
-import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import httpx
 import psutil
 import torch
 from bench_updates import server
+from soak_transfer import memory, shared_memory, slopes, tree
 
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
@@ -47,16 +48,13 @@ class Users:
         self.aborts = self.aborted = 0
         """How often the server was told to abort everything, and how often it had done so."""
         self._url, self._go = url, True
-        self._threads = [
-            threading.Thread(target=self._ask, args=(seed,), daemon=True) for seed in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._pool = ThreadPoolExecutor(count)
+        self._asking = [self._pool.submit(self._ask, seed) for seed in range(count)]
 
     def stop(self) -> None:
         self._go = False
-        for thread in self._threads:
-            thread.join()
+        for each in self._asking:
+            each.result()
 
     def _ask(self, seed: int) -> None:
         chance = random.Random(seed)
@@ -95,7 +93,7 @@ def soak(url: str, process: psutil.Process, reference: Any, minutes: float, ever
     parameters = dict(reference.model.named_parameters())
     generator = torch.Generator().manual_seed(1)
     users = Users(url, 12)
-    samples: list[tuple[float, float]] = []
+    me, samples = psutil.Process(), []
     updates = 0
     end = time.monotonic() + 60 * minutes
     with Trainer(parameters, url, options=Options(seconds=60)) as trainer:
@@ -110,7 +108,7 @@ def soak(url: str, process: psutil.Process, reference: Any, minutes: float, ever
                 httpx.post(f"{url}/pause?mode=abort", timeout=300).raise_for_status()
                 httpx.post(f"{url}/resume", timeout=300).raise_for_status()
                 users.aborted += 1
-            samples.append((time.monotonic(), memory(process)))
+            samples.append((time.monotonic(), memory(me, tree(process.pid))))
             time.sleep(max(0.0, following - time.monotonic()))
         trainer.verify()
     users.stop()
@@ -126,8 +124,8 @@ def soak(url: str, process: psutil.Process, reference: Any, minutes: float, ever
         "aborts_of_everything": users.aborts,
         "preemptions": metric(url, "num_preemptions_total"),
         "prefix_hits": metric(url, "prefix_cache_hits_total"),
-        "memory_mb": [round(size) for _, size in (samples[len(samples) // 4], samples[-1])],
-        "memory_mb_a_minute": slope(samples),
+        "mb_at_last": {name: round(size) for name, size in samples[-1][1].items()},
+        "mb_a_minute": slopes(samples),
         "problems": users.wrong + ([f"{left:.0f} requests are left"] if left else []),
     }
 
@@ -135,18 +133,6 @@ def soak(url: str, process: psutil.Process, reference: Any, minutes: float, ever
 def metric(url: str, name: str) -> float:
     rows = httpx.get(f"{url}/metrics", timeout=60).text
     return sum(float(value) for value in re.findall(rf"^vllm:{name}{{.*}} (\S+)$", rows, re.MULTILINE))
-
-
-def memory(process: psutil.Process) -> float:
-    """MB of a process and its descendants, with what they share counted once (PSS)."""
-    return sum(each.memory_full_info().pss for each in [process, *process.children(recursive=True)]) / 2**20
-
-
-def slope(samples: list[tuple[float, float]]) -> float:
-    """MB a minute, of the later three quarters: memory is taken at first."""
-    rows = torch.tensor(samples[len(samples) // 4 :], dtype=torch.float64)
-    at, size = (rows - rows.mean(0)).T
-    return (60 * (at * size).sum() / (at * at).sum()).item()
 
 
 def main() -> int:
@@ -167,13 +153,8 @@ def main() -> int:
         with server(model, folder, options) as url, torch.no_grad():
             (process,) = psutil.Process().children()
             result = soak(url, process, load_reference(model), given.minutes, given.every)
-            started = [process, *process.children(recursive=True)]
-            segments = {
-                Path(mapped.path)
-                for each in started
-                for mapped in each.memory_maps()
-                if mapped.path.startswith("/dev/shm/") and "deleted" not in mapped.path
-            }
+            started = tree(process.pid)
+            segments = shared_memory(started)
     _, left = psutil.wait_procs(started, timeout=10)
     result["problems"] += [f"left: {each}" for each in (*left, *(path for path in segments if path.exists()))]
     if given.json:

@@ -14,7 +14,7 @@ import pytest
 
 from titan_bridge import cpu
 from titan_bridge.engine.cpu import forking
-from titan_bridge.engine.patches import upstream
+from titan_bridge.engine.patches import processes
 from titan_bridge.engine.run import ranks
 
 
@@ -33,7 +33,7 @@ class Rank:
         theirs, ours = Pipe(duplex=False)
         with cpu.variables({**environment, **cpu.set_by_vllm(environment)}):
             forking.start()
-            context: Any = forking.process_context(upstream.share_fork_server)
+            context: Any = forking.process_context(processes.share_fork_server)
             self._process = context.Process(target=_rank, args=(theirs,))
             self._process.start()
         theirs.close()

@@ -16,7 +16,7 @@ from tests.conftest import descendants
 from titan_bridge import cpu, parity
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.engine.cpu import forking
-from titan_bridge.engine.patches import apply, upstream
+from titan_bridge.engine.patches import apply, processes, upstream
 from titan_bridge.errors import BridgeError
 from titan_bridge.testing import make_checkpoint
 
@@ -60,9 +60,9 @@ def tell(path: str, generations: int) -> None:
 
 
 def run(path: str, generations: int) -> None:
-    processes = forking.process_context(upstream.share_fork_server)
-    assert processes is not None
-    child = processes.Process(target=tell, args=(path, generations))
+    ours = forking.process_context(processes.share_fork_server)
+    assert ours is not None
+    child = ours.Process(target=tell, args=(path, generations))
     child.start()
     child.join()
     assert child.exitcode == 7
@@ -92,11 +92,11 @@ def test_a_process_is_born_with_what_a_new_one_takes_from_its_parent(
 def test_threads_that_are_spread_over_cores_need_a_new_process(
     server: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processes = forking.process_context(upstream.share_fork_server)
-    assert processes is not None
+    ours = forking.process_context(processes.share_fork_server)
+    assert ours is not None
     for cores, kind in (("0 1", context.SpawnProcess), ("0", context.ForkServerProcess)):
         monkeypatch.setenv("GOMP_CPU_AFFINITY", cores)
-        assert isinstance(processes.Process(target=tell), kind)
+        assert isinstance(ours.Process(target=tell), kind)
 
 
 def test_what_only_a_new_process_notices_starts_a_new_server(
@@ -105,17 +105,17 @@ def test_what_only_a_new_process_notices_starts_a_new_server(
     forking.start()
     assert forking.server_pid() == server
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    assert forking.process_context(upstream.share_fork_server) is None
+    assert forking.process_context(processes.share_fork_server) is None
     forking.start()
     assert forking.server_pid() != server
-    assert forking.process_context(upstream.share_fork_server) is not None
+    assert forking.process_context(processes.share_fork_server) is not None
 
 
 def test_asked_for_new_processes_no_server_runs(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(forking.METHOD, "spawn")
     forking.start()
     assert forking.server_pid() is None
-    assert forking.process_context(upstream.share_fork_server) is None
+    assert forking.process_context(processes.share_fork_server) is None
     assert server not in descendants()
 
 

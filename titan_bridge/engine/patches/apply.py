@@ -1,6 +1,6 @@
 """Replace functions of other packages, and say so where one is not what its patch was written for.
 
-`upstream.py` has the patches; this file has what they share.
+`upstream.py` and `processes.py` have the patches; this file has what they share.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Patch:
 
 
 PATCHES: list[Patch] = []
-"""All patches, in the order of `upstream.py`."""
+"""All patches."""
 
 
 def patch(target: str, *parameters: str, when: When = "start") -> Callable[[Callable[..., Any]], Any]:

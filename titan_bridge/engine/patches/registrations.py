@@ -113,3 +113,13 @@ def wanted(model_impl: str, additional_config: Any, weight_transfer_config: Any)
     backend = getattr(weight_transfer_config, "backend", None)
     specs = titan_options(additional_config).attach_specs
     return model_impl == "torchtitan" or backend == TRANSFER_BACKEND or specs
+
+
+def current_config() -> Any:
+    """vLLM's config of the model that is being built here; None where there is none."""
+    return importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+
+
+def ours_is_built() -> bool:
+    """Whether this process builds, or is about to build, a model for `model_impl="torchtitan"`."""
+    return getattr(getattr(current_config(), "model_config", None), "model_impl", None) == "torchtitan"
