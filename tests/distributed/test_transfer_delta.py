@@ -62,7 +62,7 @@ def live_bytes(worker: Worker) -> dict[str, bytes]:
 
 def make(rank: int, world: int, client: PlainClient, told: dict) -> tuple[Trainer, dict]:
     held = sample_dtensors(Layout.from_json(told), rank, 1)
-    trainer = Trainer(lambda: held, client, options=Options(seconds=20, bucket_bytes=1024))
+    trainer = Trainer(lambda: held, client, options=Options(seconds=60, bucket_bytes=1024))
     trainer.connect()
     return trainer, held
 

@@ -72,7 +72,7 @@ def garbage(party: Trainer | Worker) -> None:
     for connection in connections(party):
         with contextlib.suppress(TransferError):
             connection.send_raw(
-                b"\xff" + secrets.token_bytes(100_000), Deadline(1)
+                b"\xff" + secrets.token_bytes(100_000), Deadline(30)
             )  # no length that is waited for
 
 

@@ -179,7 +179,7 @@ def test_all_replicas_of_a_dense_engine_are_updated_or_the_call_fails():
     rows = [(served(1), 0, index, OLD) for index in range(2)]
     with plain_workers(sample_target, rows, apart=True) as (client, processes):
         now = sample_locals(Layout.from_json(served(1)), 0, NEW)
-        with Trainer(lambda: now, client, options=Options(seconds=10)) as trainer:
+        with Trainer(lambda: now, client, options=Options(seconds=60)) as trainer:
             report = trainer.send()
             assert client.call(differences, NEW) == [[], []]
             assert set(report.received) == {"engine0/0", "engine0/1"}
@@ -206,7 +206,7 @@ def big() -> dict:
 def repeated(rank: int, world: int, client: PlainClient, folder: str) -> tuple[list[float], list[float]]:
     """Seconds of updates in peace, and while strangers knock."""
     now = {"w": torch.ones(4096, 4096)}
-    with Trainer(lambda: now, client, options=Options(seconds=20, delta=False)) as trainer:
+    with Trainer(lambda: now, client, options=Options(seconds=60, delta=False)) as trainer:
         trainer.send()
         peace = [trainer.send().seconds for _ in range(8)]
         Path(folder, "port.part").write_text(str(trainer._listener.port))

@@ -15,7 +15,7 @@ from titan_bridge.transfer.protocol import MARGIN
 from titan_bridge.transfer.trainer import Trainer
 from titan_bridge.transfer.worker import Worker
 
-LIMIT = 20.0
+LIMIT = 60.0
 """Of what does not wait for anybody who is away: generous, for a busy machine."""
 SLACK = 5 * MARGIN
 """What the slowest step of giving up may take beyond the limit."""

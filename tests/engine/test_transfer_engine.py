@@ -195,7 +195,7 @@ class FatalSource(TensorSource):
 
 def dies(rank: int, world: int, client: PlainClient, folder: Path, victim: int) -> None:
     held = fsdp(folder, "b", rank)
-    trainer = connect(rank, world, client, held, seconds=8)
+    trainer = connect(rank, world, client, held, seconds=60)
     if rank == victim:
         trainer.source = FatalSource(lambda: held, rank=rank)
     with pytest.raises(TransferError):

@@ -91,8 +91,8 @@ def transfer(out, into, local, live, deltas, first) -> int:
             here, there = pair()
             key = first + worker
             way = Way(connection=here, buckets=out[rank][key], transport=Tcp(here))
-            sent = Sender().send({key: way}, local[rank], deltas[rank], 1, Deadline(5))
-            got = staging.receive(rank, Tcp(there), 1, key not in deltas[rank], Deadline(5))
+            sent = Sender().send({key: way}, local[rank], deltas[rank], 1, Deadline(60))
+            got = staging.receive(rank, Tcp(there), 1, key not in deltas[rank], Deadline(60))
             assert sent == {key: got.nbytes}
             total += got.nbytes
             staged.append(got)
@@ -233,14 +233,14 @@ def test_what_is_no_delta_is_refused(head, counts, positions, reason):
     live = {"w": torch.zeros(8)}
     target = Target(tensors=lambda: live, layout=Layout(meshes={}, params={}), rank=0, index=0)
     here, there = pair()
-    here.send(head, Deadline(1))
+    here.send(head, Deadline(60))
     if counts:
-        here.send_raw(raw(torch.tensor(counts, dtype=torch.int32)), Deadline(1))
+        here.send_raw(raw(torch.tensor(counts, dtype=torch.int32)), Deadline(60))
     if positions:
-        here.send_raw(raw(torch.tensor(positions, dtype=torch.int32)), Deadline(1))
-        here.send_raw(raw(torch.ones(len(positions))), Deadline(1))
+        here.send_raw(raw(torch.tensor(positions, dtype=torch.int32)), Deadline(60))
+        here.send_raw(raw(torch.ones(len(positions))), Deadline(60))
     with pytest.raises(TransferError, match=reason):
-        Staging(into[0], target, live).receive(0, Tcp(there), 1, False, Deadline(1))
+        Staging(into[0], target, live).receive(0, Tcp(there), 1, False, Deadline(60))
     assert not live["w"].any()
 
 
