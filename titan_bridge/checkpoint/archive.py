@@ -1,8 +1,8 @@
 """Tensors as `torch.save` writes them: a zip archive with a pickle and the tensors' bytes, stored plainly.
 
-DCP files are such archives of one tensor, one after the other. Finding the tensor reads the directory, the small entries and their
-headers; writing an archive takes the tensor's bytes in any order, and their checksum at the end. Both sides are held
-against `torch.load`, `torch.save` and `zipfile` by the tests.
+DCP files are such archives of one tensor, one after the other. Finding a tensor reads the directory, the small
+entries and their headers; writing an archive takes the tensor's bytes in any order, and their checksum at the end.
+Both sides are held against `torch.load`, `torch.save` and `zipfile` by the tests.
 """
 
 from __future__ import annotations
