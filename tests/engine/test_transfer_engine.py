@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.engine.collectives import groups
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing_processes import PlainClient, PlainRanks, door, plain_ranks
@@ -77,8 +78,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         max_model_len=512,
         vllm={"enforce_eager": True, "weight_transfer_config": {"backend": "titan"}},
     )
-    with start(config) as (llm, _, _), door(LLMClient(llm), str(folder / "door")) as client:
-        yield Engine(llm, client, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function to the workers
+        with start(config) as (llm, _, _), door(LLMClient(llm), str(folder / "door")) as client:
+            yield Engine(llm, client, folder)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,7 @@ def test_weights_by_hugging_face_names_through_vllms_own_factory(engine):
 
     from titan_bridge.engine.transfer import LLMClient, TitanTrainerInitInfo, TitanWeightSource
 
+    made = engine.llm.collective_rpc(groups)
     held = load_file(engine.folder / "b" / "model.safetensors")
     trainer = WeightTransferTrainerFactory.trainer_init(
         TitanTrainerInitInfo(rank=0, timeout_seconds=30),
@@ -107,6 +111,7 @@ def test_weights_by_hugging_face_names_through_vllms_own_factory(engine):
     assert engine.llm.get_weight_version() == "from a"
     assert sum(trainer.report.received.values()) <= trainer.report.lower_bound
     trainer.shutdown()
+    assert engine.llm.collective_rpc(groups) == made  # no process group is made for a transfer
 
 
 def fsdp(folder: Path, name: str, rank: int, layout: str = "trainer") -> dict[str, torch.Tensor]:
@@ -312,6 +317,37 @@ def test_a_server_is_updated_while_it_answers(engine, server, mode, weights, tok
         assert sum(trainer.report.received.values()) <= trainer.report.lower_bound
     finally:
         trainer.shutdown()
+
+
+def test_requests_in_flight_may_keep_what_they_have_cached(engine, server):
+    """Nothing of theirs is computed anew, and nothing that they cache, then or later, is served to another request."""
+    held = load_file(engine.folder / "a" / "model.safetensors")
+
+    def preempted() -> float:
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
+        return sum(float(value) for value in re.findall(r"^vllm:num_preemptions_total\S* (\S+)$", text, re.M))
+
+    with Trainer(held, server.url, options=Options(pause="keep_cache", seconds=60)) as trainer:
+        trainer.connect()
+        server.cached()
+        assert server.cached() > 0
+        before, request = preempted(), Request(server, AS_LONG_AS_IT_GOES)
+        assert request.begun.wait(60)
+        trainer.send("kept")
+        written = len(request.chunks)
+        came, reason = request.result()
+        assert (came, reason, preempted()) == (AS_LONG_AS_IT_GOES, "length", before)
+        assert written < len(request.chunks)
+        assert server.cached() == 0
+        assert server.answers() == engine.fresh
+        # The first blocks of the request's tokens are cached by another request now; the rest is not the request's.
+        tokens = [5, 6, 7, *(token for chunk in request.chunks for token in chunk["token_ids"])]
+        hits = []
+        for count in (600, 1900):
+            said = server.ask(prompt=tokens[:count], max_tokens=1)
+            hits.append((said["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+        assert hits[0] == 0
+        assert hits[1] <= 600
 
 
 def test_the_callers_pause_outlives_an_update(engine, server):
