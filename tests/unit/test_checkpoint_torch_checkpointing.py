@@ -153,6 +153,8 @@ def two_halves(metadata: dict[str, Any]) -> None:
         (lambda m: norm(m)["data"].update(dtype="os.system"), "not a torch dtype"),
         (lambda m: norm(m)["data"].update(global_shape=[9]), r"the metadata says torch.float32 \(9,\)"),
         (lambda m: norm(m)["data"].update(placements=[{"type": "Partial"}]), "norm.weight has the placement 'Partial'"),
+        (lambda m: norm(m)["data"].update(placements=[]), "norm.weight has 0 placements on a mesh of 1 axes"),
+        (lambda m: norm(m)["data"].update(placements=[{"type": "Shard", "dim": 1}]), "shards dim 1 of a tensor"),
         (strided, "read is one of dim 0"),
         (two_halves, r"model_0.pt: norm.weight is torch.float32 \(32,\); the metadata says"),
         (one_more, "has no tensor a"),

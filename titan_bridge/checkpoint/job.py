@@ -165,10 +165,8 @@ class Job:
             bytes_written=sum(file.size for file in self.target.files if file.name not in done),
             resumed_parts=len(done),
             source_checked=all(checked),
-            nan=self._sums(results, "nan"),
-            inf=self._sums(results, "inf"),
-            overflow=self._sums(results, "overflow"),
             lost=lost,
+            **{what: self._sums(results, what) for what in ("nan", "inf", "overflow")},
         )
 
     def _begin(self, staging: Staging) -> None:

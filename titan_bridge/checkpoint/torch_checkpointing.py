@@ -201,8 +201,11 @@ def _mesh(
     stated = _get(data, "mesh_spec", dict)
     sizes, ranks = _shape(stated, "mesh_shape"), _get(stated, "mesh_data", list, tuple)
     mesh = MeshLayout(axes=tuple(map(str, range(len(sizes)))), shape=sizes, ranks=tuple(ranks))
+    listed = _get(data, "placements", list)
+    if len(listed) != len(sizes):
+        raise BridgeError(f"{name} has {len(listed)} placements on a mesh of {len(sizes)} axes")
     placements: list[dtensor.Placement] = []
-    for placement in _get(data, "placements", list):
+    for chunks, placement in zip(sizes, listed, strict=True):
         kind = _get(placement, "type", str)
         if kind == "Replicate":
             placements.append(dtensor.Replicate())
@@ -210,9 +213,8 @@ def _mesh(
             placements.append(dtensor.Shard(_get(placement, "dim", int)))
         elif kind == "StridedShard":
             dim, factor = _get(placement, "dim", int), _get(placement, "split_factor", int)
-            axis = len(placements)
-            exact = dim == 0 and 1 <= factor <= len(ranks) and axis < len(sizes) and len(shape) > 0
-            if not exact or not fsdp_is_exact(shape[0], factor, sizes[axis]):
+            exact = dim == 0 and len(shape) > 0 and 1 <= factor <= len(ranks)
+            if not exact or not fsdp_is_exact(shape[0], factor, chunks):
                 raise BridgeError(
                     f"{name} of shape {shape} is StridedShard({dim}, split_factor={factor}); read is one of dim 0 "
                     "that cuts it evenly"
