@@ -38,8 +38,10 @@ from titan_bridge.sharding.tensors import Owner
 _MOST = 4096
 """Bytes of a row that one inner sum takes at most: |sum| <= 4096 * 64 * 128 fits int32."""
 _COLUMNS = 8
-_CHUNK = {"cpu": 1 << 23, "other": 1 << 26}
+_CHUNK = {"cpu": 1 << 25, "other": 1 << 26}
 """Bytes looked at together: enough that the thirty operations on a chunk cost little beside it."""
+_CACHED = 1 << 19
+"""Bytes that a core's cache still has when the next operation reads them."""
 _MASK = (1 << 64) - 1
 
 
@@ -129,13 +131,13 @@ def partial(
     total = torch.zeros((), dtype=torch.int64, device=part.device)
     row, column = divmod(window.offset, width)
     steps = [index[d] // width for d in rows]
-    size = torch.empty((), dtype=dtype or part.dtype).itemsize
-    for some, at in _chunks(part, _CHUNK.get(part.device.type, _CHUNK["other"]) // size):
+    dtype = dtype or part.dtype
+    for some, at in _chunks(part, _CHUNK.get(part.device.type, _CHUNK["other"]) // dtype.itemsize):
         first = row + sum(at[d] * step for d, step in enumerate(steps))
         begin = column + sum(a * s for a, s in zip(at[len(rows) :], index[len(rows) :], strict=True))
         numbers = _numbers(first, some.shape[: len(rows)], steps, part.device)
-        laid = _in_rows(some if dtype is None else some.to(dtype), index[len(rows) :], len(numbers))
-        total += _sum(laid.view(torch.int8), begin * size, numbers, width * size)
+        laid = _in_rows(some, index[len(rows) :], len(numbers))
+        total += _sum(laid, dtype, begin, numbers, width)
     return int(total) & _MASK
 
 
@@ -179,41 +181,58 @@ def _numbers(first: int, sizes: Sequence[int], steps: Sequence[int], device: tor
     return numbers
 
 
-def _sum(data_RP: torch.Tensor, begin: int, rows_R: torch.Tensor, row_bytes: int) -> torch.Tensor:
-    """The sum over bytes `begin` and on of some rows of a tensor that has `row_bytes` a row."""
-    blocks = -(-row_bytes // _MOST)
-    size = -(-row_bytes // blocks)
-    count = data_RP.shape[1]
-    if begin % size == 0 and count % size == 0 and data_RP.is_contiguous():
-        inside = torch.arange(begin // size, (begin + count) // size, device=data_RP.device)
-        return _blocks(data_RP.view(-1, size), 0, (rows_R[:, None] * blocks + inside).flatten())
+def _sum(
+    data_RC: torch.Tensor, dtype: torch.dtype, begin: int, rows_R: torch.Tensor, width: int
+) -> torch.Tensor:
+    """The sum over elements `begin` and on, cast to `dtype`, of some rows of a tensor that has `width` a row."""
+    blocks = -(-width * dtype.itemsize // _MOST)
+    size = -(-width * dtype.itemsize // blocks)  # bytes
+    if size % dtype.itemsize:  # a block ends within an element
+        data_RC = data_RC.to(dtype).view(torch.int8)
+        begin, dtype = begin * dtype.itemsize, torch.int8
+    size //= dtype.itemsize
+    count = data_RC.shape[1]
+    if begin % size == 0 and count % size == 0 and data_RC.is_contiguous():
+        inside = torch.arange(begin // size, (begin + count) // size, device=data_RC.device)
+        return _blocks(data_RC.view(-1, size), dtype, 0, (rows_R[:, None] * blocks + inside).flatten())
     total = rows_R.new_zeros(())
     for block in range(begin // size, -(-(begin + count) // size)):
         low, high = max(begin, block * size), min(begin + count, (block + 1) * size)
-        data = data_RP[:, low - begin : high - begin]
-        total += _blocks(data, low - block * size, rows_R * blocks + block)
+        data = data_RC[:, low - begin : high - begin]
+        total += _blocks(data, dtype, low - block * size, rows_R * blocks + block)
     return total
 
 
-def _blocks(data_BP: torch.Tensor, first: int, numbers_B: torch.Tensor) -> torch.Tensor:
-    """The sum over parts of blocks: bytes `first` and on of each of the blocks with these numbers."""
-    weights_PN, mixers_N = _constants(data_BP.device)
-    product = _product if data_BP.device.type == "cpu" else _padded_product
-    inner_BN = product(data_BP, weights_PN[first : first + data_BP.shape[1]]).to(torch.int64)
+def _blocks(data_BC: torch.Tensor, dtype: torch.dtype, first: int, numbers_B: torch.Tensor) -> torch.Tensor:
+    """The sum over parts of blocks: elements `first` and on of each of the blocks with these numbers."""
+    weights_PN, mixers_N = _constants(data_BC.device)
+    bytes_ = slice(first * dtype.itemsize, (first + data_BC.shape[1]) * dtype.itemsize)
+    product = _product if data_BC.device.type == "cpu" else _padded_product
+    inner_BN = product(data_BC, dtype, weights_PN[bytes_]).to(torch.int64)
     return (inner_BN.mul_(mixers_N).sum(dim=1).mul_(_mix(numbers_B) | 1)).sum()
 
 
-def _product(data_BP: torch.Tensor, weights_PN: torch.Tensor) -> torch.Tensor:
-    """Exact int32 product of int8 matrices."""
-    return torch._int_mm(data_BP, weights_PN)
+def _product(data_BC: torch.Tensor, dtype: torch.dtype, weights_PN: torch.Tensor) -> torch.Tensor:
+    """Exact int32 product of the bytes of `data_BC`, cast to `dtype`, with an int8 matrix."""
+    if data_BC.dtype == dtype:
+        return torch._int_mm(data_BC.view(torch.int8), weights_PN)
+    count, width = data_BC.shape
+    room_BC = torch.empty(min(count, max(1, _CACHED // (width * dtype.itemsize))), width, dtype=dtype)
+    product_BN = torch.empty(count, weights_PN.shape[1], dtype=torch.int32)
+    for some_BC, out_BN in zip(data_BC.split(len(room_BC)), product_BN.split(len(room_BC)), strict=True):
+        copy_BC = room_BC[: len(some_BC)].copy_(some_BC)
+        torch._int_mm(copy_BC.view(torch.int8), weights_PN, out=out_BN)
+    return product_BN
 
 
-def _padded_product(data_BP: torch.Tensor, weights_PN: torch.Tensor) -> torch.Tensor:
+def _padded_product(data_BC: torch.Tensor, dtype: torch.dtype, weights_PN: torch.Tensor) -> torch.Tensor:
     """The same where more than 16 rows and multiples of 8 are asked for (CUDA): zeros add nothing."""
-    count, width = data_BP.shape
-    columns = -width % 8
+    data_BP = data_BC.to(dtype).contiguous().view(torch.int8)
+    count, columns = len(data_BP), -data_BP.shape[1] % 8
     data_BP = torch.nn.functional.pad(data_BP, (0, columns, 0, max(0, 32 - count)))
-    return _product(data_BP.contiguous(), torch.nn.functional.pad(weights_PN, (0, 0, 0, columns)))[:count]
+    return torch._int_mm(data_BP.contiguous(), torch.nn.functional.pad(weights_PN, (0, 0, 0, columns)))[
+        :count
+    ]
 
 
 @lru_cache

@@ -73,8 +73,9 @@ def sample_target(layout: dict[str, Any], rank: int, index: int, version: int) -
     read = Layout.from_json(layout)
     live = sample_locals(read, rank, version)
 
-    def swap(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        before, live[name] = live[name], tensor
+    def swap(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        before = {name: live[name] for name in tensors}
+        live.update(tensors)
         return before
 
     return Target(tensors=lambda: live, layout=read, rank=rank, index=index, swap=swap)

@@ -95,7 +95,8 @@ def three_updates(rank: int, world: int, layout: dict, client: PlainClient) -> N
         if rank == 0:
             # Not a byte more than the planner's lower bound was counted.
             assert client.call(differences, version) == [[]] * len(client.addresses)
-            assert all(staging == live for staging, live in client.call(memory))
+            # Beside the weights at most one message of each rank.
+            assert all(live <= staging <= live + world * BUCKET for staging, live in client.call(memory))
     trainer.close()
 
 

@@ -319,6 +319,37 @@ def test_a_server_is_updated_while_it_answers(engine, server, mode, weights, tok
         trainer.shutdown()
 
 
+def test_requests_in_flight_may_keep_what_they_have_cached(engine, server):
+    """Nothing of theirs is computed anew, and nothing that they cache, then or later, is served to another request."""
+    held = load_file(engine.folder / "a" / "model.safetensors")
+
+    def preempted() -> float:
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
+        return sum(float(value) for value in re.findall(r"^vllm:num_preemptions_total\S* (\S+)$", text, re.M))
+
+    with Trainer(held, server.url, options=Options(pause="keep_cache", seconds=60)) as trainer:
+        trainer.connect()
+        server.cached()
+        assert server.cached() > 0
+        before, request = preempted(), Request(server, AS_LONG_AS_IT_GOES)
+        assert request.begun.wait(60)
+        trainer.send("kept")
+        written = len(request.chunks)
+        came, reason = request.result()
+        assert (came, reason, preempted()) == (AS_LONG_AS_IT_GOES, "length", before)
+        assert written < len(request.chunks)
+        assert server.cached() == 0
+        assert server.answers() == engine.fresh
+        # The first blocks of the request's tokens are cached by another request now; the rest is not the request's.
+        tokens = [5, 6, 7, *(token for chunk in request.chunks for token in chunk["token_ids"])]
+        hits = []
+        for count in (600, 1900):
+            said = server.ask(prompt=tokens[:count], max_tokens=1)
+            hits.append((said["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+        assert hits[0] == 0
+        assert hits[1] <= 600
+
+
 def test_the_callers_pause_outlives_an_update(engine, server):
     held = load_file(engine.folder / "b" / "model.safetensors")
     with Trainer(held, server.url) as trainer:

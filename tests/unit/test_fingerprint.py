@@ -223,18 +223,26 @@ def test_padding_adds_nothing(rows: int, columns: int, seed: int) -> None:
     data = random_bits((rows, columns), torch.int64, seed).to(torch.int8)
     weights = module._constants(torch.device("cpu"))[0][seed : seed + columns]
     exact = data.long() @ weights.long()
-    assert torch.equal(module._product(data, weights).long(), exact)
-    assert torch.equal(module._padded_product(data, weights).long(), exact)
+    assert torch.equal(module._product(data, torch.int8, weights).long(), exact)
+    assert torch.equal(module._padded_product(data, torch.int8, weights).long(), exact)
 
 
 def test_the_largest_inner_sum_is_exact() -> None:
     weights, _ = module._constants(torch.device("cpu"))
     for value in (-128, 127):
         data = torch.full((20, len(weights)), value, dtype=torch.int8)
-        assert torch.equal(module._product(data, weights).long(), data.long() @ weights.long())
+        assert torch.equal(module._product(data, torch.int8, weights).long(), data.long() @ weights.long())
         worst = torch.where(weights < 0, -64, 63).to(torch.int8)
         data = torch.where(worst[:, 0] < 0, -128, 127).to(torch.int8).expand(20, -1).contiguous()
-        assert torch.equal(module._product(data, worst).long(), data.long() @ worst.long())
+        assert torch.equal(module._product(data, torch.int8, worst).long(), data.long() @ worst.long())
+
+
+@pytest.mark.parametrize(
+    "width", [1000, 2881, 300_000]
+)  # blocks in pieces, blocks that end within elements, one row
+def test_a_cast_in_pieces_is_the_cast_of_the_whole(width: int) -> None:
+    tensor = torch.randn(-(-(1 << 20) // width), width)
+    assert fingerprint(tensor, torch.bfloat16) == fingerprint(tensor.bfloat16())
 
 
 def test_a_window_that_does_not_fit_is_refused() -> None:

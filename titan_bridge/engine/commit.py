@@ -7,11 +7,15 @@ knowing better. vLLM's own pause does the waiting: for batches in flight, and fo
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 from vllm.v1.engine import EngineCoreRequestType
+
+from titan_bridge.errors import BridgeError
+from titan_bridge.transfer.protocol import KEEP_CACHE
 
 _DECIDED = "_titan_bridge_decided"
 """Attribute of the engine core: the update that `finish_weight_update` is about to take."""
@@ -22,18 +26,23 @@ def call(core: Any, method: Any, kwargs: dict[str, Any] | None, rpc: Callable[[]
     if method == "start_weight_update":
         setattr(core, _DECIDED, None)
     if method == "update_weights":
+        decided = (kwargs or {}).get("update_info")
+        if isinstance(decided, dict) and decided.get("pause") == KEEP_CACHE:
+            _check_keeping(core)  # before the workers hear of it
         result = rpc()
-        setattr(core, _DECIDED, (kwargs or {}).get("update_info"))
+        setattr(core, _DECIDED, decided)
         return result
     update = getattr(core, _DECIDED, None)
     if method != "finish_weight_update" or update is None:
         return rpc()
-    setattr(core, _DECIDED, None)
     paused = core.is_scheduler_paused()  # by somebody who will resume it, too
+    keeping = update.get("pause") == KEEP_CACHE
 
     def turn() -> Any:
         try:
-            core._reset_caches()  # first: where it cannot be done nothing is written
+            # First: where it cannot be done nothing is written, and the next `finish_weight_update` is this one again.
+            _set_apart(core) if keeping else core._reset_caches()
+            setattr(core, _DECIDED, None)
             result = rpc()
             core.set_weight_version(update["version"])
             return result
@@ -41,7 +50,8 @@ def call(core: Any, method: Any, kwargs: dict[str, Any] | None, rpc: Callable[[]
             if not paused:
                 core.resume_scheduler()
 
-    idle = _idle(core) if paused else core.pause_scheduler(update.get("pause", "keep"), clear_cache=False)
+    mode = "keep" if keeping else update.get("pause", "keep")
+    idle = _idle(core) if paused else core.pause_scheduler(mode, clear_cache=False)
     if idle is None:
         return turn()
     taken: Future[Any] = Future()
@@ -57,6 +67,34 @@ def call(core: Any, method: Any, kwargs: dict[str, Any] | None, rpc: Callable[[]
 
     idle.add_done_callback(then)
     return taken
+
+
+def _check_keeping(core: Any) -> None:
+    """Raises BridgeError where caches besides the prefix cache would have to be parted, too."""
+    config = core.vllm_config
+    for there, what in (
+        (config.kv_transfer_config is not None, "a KV connector"),
+        (config.model_config.is_multimodal_model, "a multimodal model"),
+    ):
+        if there:
+            raise BridgeError(
+                f'Options.pause is "{KEEP_CACHE}", which an engine with {what} does not do; "keep" computes caches anew'
+            )
+
+
+def _set_apart(core: Any) -> None:
+    """Let requests in flight go on with what they have cached, and no other request be served from it.
+
+    What is cached is found no more, and what these requests cache from now on has hashes of their own.
+    """
+    for scheduler in getattr(core.scheduler, "groups", (core.scheduler,)):
+        pool = scheduler.kv_cache_manager.block_pool
+        pool.evict_blocks(set(range(len(pool.blocks))))
+        for request in scheduler.requests.values():
+            if request.num_computed_tokens:
+                request.cache_salt = secrets.token_hex(8)
+                request.block_hashes.clear()
+                request.update_block_hashes()
 
 
 def _idle(core: Any) -> Future[Any] | None:

@@ -113,14 +113,17 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
         inner = model.model
         return dict(inner.named_buffers()) | dict(inner.named_parameters(remove_duplicate=False))
 
-    def changed(names: Iterable[str]) -> None:
+    def changed(names: Iterable[str], ahead: Any) -> None:
         known = params()
-        model.weights_changed([known[name] for name in names if name in known])
+        model.weights_changed([known[name] for name in names if name in known], ahead)
 
-    def swap(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        param = params()[name]
-        before, param.data = param.data, tensor
-        model.live[name].data = tensor  # what loads checkpoints writes there
+    def swap(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        known = params()
+        before = {name: known[name].data for name in tensors}
+        for name, tensor in tensors.items():
+            known[name].data = model.live[name].data = (
+                tensor  # the latter: what loads checkpoints writes there
+            )
         return before
 
     # On a GPU a graph may hold addresses; under FSDP a parameter is not always the tensor that holds the weights.
@@ -128,6 +131,7 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
     swaps = current_platform.is_cpu() and plain and not setup.sharded
     return Target(
         swap=swap if swaps else None,
+        ahead=model.packing.ahead,
         memory=zeros_like,  # as the live weights' own
         tensors=_Live(model),
         layout=model.layout,

@@ -65,7 +65,9 @@ CONNECT_SECONDS = 10.0
 """How long a worker tries to reach the trainer while its engine waits."""
 BUCKET_BYTES = 64 * 2**20
 
-PauseMode = Literal["abort", "wait", "keep"]
+KEEP_CACHE = "keep_cache"
+PauseMode = Literal["abort", "wait", "keep", "keep_cache"]
+"""vLLM's for requests in flight, and "keep_cache": they go on with what they have cached, of the old weights."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _Text = Annotated[str, Field(min_length=1, max_length=1024)]

@@ -1,13 +1,16 @@
 """Where a worker keeps an update until it is taken: in the host's memory, beside the live weights.
 
-Whole messages lie in buckets, or, where a target lets its tensors' memory be exchanged, in a shadow of the tensor that
-then takes its place, and whose old memory is the staging of the next update. A delta is kept as it came.
+Whole messages lie in buckets, or, where a target lets its tensors' memory be exchanged, where they belong in a shadow
+of the tensor that then takes its place, and whose old memory is the staging of the next update. A delta is kept as it
+came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -42,47 +45,67 @@ class Staging:
         self.device = device = next(iter(live.values())).device if live else torch.device("cpu")
         """Of the live weights."""
         self._pin = device.type == "cuda"
-        self._shadowable = (
-            _shadowable(messages, unshared(live)) if target.swap and device.type == "cpu" else {}
-        )
         self._senders: dict[str, set[int]] = {}
-        for rank, buckets in messages.items():
-            for bucket in buckets:
-                for part in bucket.slices:
-                    self._senders.setdefault(part.name, set()).add(rank)
-        self._buckets: dict[tuple[int, int], torch.Tensor] = {}
+        arriving: Counter[str] = Counter()
+        for rank, bucket in self._numbered():
+            for part in bucket.slices:
+                self._senders.setdefault(part.name, set()).add(rank)
+                arriving[part.name] += part.elements
+        self._shadowable: Local = {}
+        if target.swap and device.type == "cpu":
+            alone = unshared(live).items()
+            self._shadowable = {name: t.to("meta") for name, t in alone if 0 < arriving[name] == t.numel()}
+        self._buckets: dict[Bucket, torch.Tensor] = {}
+        self._passing: dict[int, torch.Tensor] = {}
+        """By trainer rank: memory for messages that are copied to where they belong as they arrive."""
         self._shadows: dict[str, torch.Tensor] = {}
-        self._use: frozenset[str] = frozenset()
+        self._use: Local = {}
         """Shadows that the update under way fills."""
+
+    def _numbered(self) -> Iterator[tuple[int, Bucket]]:
+        return ((rank, bucket) for rank, buckets in self._messages.items() for bucket in buckets)
 
     @property
     def nbytes(self) -> int:
         """Memory that is held now."""
-        return sum(part.nbytes for part in (*self._buckets.values(), *self._shadows.values()))
+        held = (self._buckets, self._passing, self._shadows)
+        return sum(tensor.nbytes for each in held for tensor in each.values())
 
     def prepare(self, whole: Collection[int]) -> None:
         """Make room for what trainer ranks `whole` send all of. Raises TransferError where there is no memory."""
-        self._use = frozenset(name for name in self._shadowable if self._senders[name] <= set(whole))
-        make, host = self._target.memory, torch.device("cpu")
         try:
-            for name in self._use - self._shadows.keys():
-                self._shadows[name] = make(self._shadowable[name], device=host)
-            for rank in set(whole) & self._messages.keys():
-                for at, bucket in enumerate(self._messages[rank]):
-                    if bucket.slices[0].name in self._use or (rank, at) in self._buckets:
-                        continue
-                    size, dtype = bucket.elements, bucket.dtype
-                    self._buckets[rank, at] = (
-                        torch.empty(size, dtype=dtype, pin_memory=True)
-                        if self._pin
-                        else make(torch.empty(size, dtype=dtype, device="meta"), device=host)
-                    )
+            used = [name for name in self._shadowable if self._senders[name] <= set(whole)]
+            for name in used:
+                if name not in self._shadows:
+                    self._shadows[name] = self._memory(self._shadowable[name])
+            self._use = {name: self._shadows[name] for name in used}
+            passing: dict[int, int] = {}
+            for rank, bucket in self._numbered():
+                if rank not in whole:
+                    continue
+                if not self._all_shadowed(bucket):
+                    if bucket not in self._buckets:
+                        like = torch.empty(bucket.elements, dtype=bucket.dtype, device="meta")
+                        self._buckets[bucket] = self._memory(like)
+                elif bucket.run is None:
+                    passing[rank] = max(bucket.nbytes, passing.get(rank, 0))
+            for rank, size in passing.items():
+                if rank not in self._passing or self._passing[rank].nbytes < size:
+                    self._passing[rank] = self._memory(torch.empty(size, dtype=torch.uint8, device="meta"))
         except (RuntimeError, MemoryError, OSError) as error:
-            self._buckets, self._shadows = {}, {}
-            size = human(sum(bucket.nbytes for buckets in self._messages.values() for bucket in buckets))
+            self._buckets, self._passing, self._shadows, self._use = {}, {}, {}, {}
+            size = human(sum(bucket.nbytes for _, bucket in self._numbered()))
             raise TransferError(
                 f"no memory on the host for {size} of new weights beside the live ones: {error}"
             ) from None
+
+    def _memory(self, meta: torch.Tensor) -> torch.Tensor:
+        if self._pin:
+            return torch.empty_like(meta, device="cpu", pin_memory=True)
+        return self._target.memory(meta, device=torch.device("cpu"))
+
+    def _all_shadowed(self, bucket: Bucket) -> bool:
+        return all(part.name in self._use for part in bucket.slices)
 
     def receive(self, rank: int, way: Tcp, number: int, whole: bool, deadline: Deadline) -> Staged:
         """All that trainer rank `rank` sends of update `number`. Raises TransferError; nothing live was touched."""
@@ -97,15 +120,18 @@ class Staging:
         return staged
 
     def _whole(self, rank: int, way: Tcp, staged: Staged, deadline: Deadline) -> None:
-        for at, bucket in enumerate(self._messages[rank]):
-            name = bucket.slices[0].name
-            if name in self._use:
-                assert bucket.run is not None
-                place = self._shadows[name].view(-1)[bucket.run]
-            else:
-                staged.whole.append((bucket, place := self._buckets[rank, at]))
-            way.receive(place, deadline)
+        for bucket in self._messages[rank]:
             staged.nbytes += bucket.nbytes
+            shadowed = self._all_shadowed(bucket)
+            if shadowed and bucket.run is not None:
+                way.receive(self._use[bucket.slices[0].name].view(-1)[bucket.run], deadline)
+                continue
+            if shadowed:
+                data = self._passing[rank][: bucket.nbytes].view(bucket.dtype)
+            else:
+                staged.whole.append((bucket, data := self._buckets[bucket]))
+            way.receive(data, deadline)
+            _spread(bucket, data, self._use)
 
     def _delta(self, rank: int, way: Tcp, staged: Staged, deadline: Deadline) -> None:
         buckets, peer = self._messages[rank], way.connection.peer
@@ -129,42 +155,52 @@ class Staging:
             staged.delta += located(peer, bucket, mine, positions, values)
             staged.nbytes += positions.nbytes + values.nbytes
 
-    def write(self, staged: Sequence[Staged]) -> None:
+    def ahead(self) -> Any:
+        """What the target makes of an update that has arrived, before it is taken."""
+        return self._target.ahead(self._use)
+
+    def write(self, staged: Sequence[Staged], ahead: Any = None) -> None:
         """Make an update live, and tell the target what was written.
 
         Raises whatever a loader of the target's raises; the weights are then neither the old ones nor the new.
         """
-        target, live = self._target, self._target.tensors()
+        target, live = self._target, dict(self._target.tensors())
         params = target.layout.params
         loaded = {
             name: torch.empty(params[name].shape, dtype=dtype, device=self.device)
             for name, dtype in target.whole.items()
         }
         written = set(self._use)
+        places = {name: tensor for name, tensor in (live | loaded).items() if name not in self._use}
         for each in staged:
-            written |= _copy(each, {**live, **loaded})
+            written |= _copy(each, places)
         if loaded:
             target.load(loaded)
-        for name in self._use:
+        if self._use:
             assert target.swap is not None
-            self._shadows[name] = target.swap(name, self._shadows[name])
-        self._use = frozenset()
-        target.on_change(sorted(written & live.keys()))
+            self._shadows |= target.swap(self._use)
+        self._use = {}
+        target.on_change(sorted(written & live.keys()), ahead)
 
 
 def _copy(staged: Staged, places: Local) -> set[str]:
     """Write what does not take the place of a tensor; returns the names of tensors that were written."""
     written = set()
     for bucket, data in staged.whole:
-        for part in bucket.slices:
-            part.of(places[part.name]).copy_(data[part.at : part.at + part.elements].view(part.window.size))
-            written.add(part.name)
+        _spread(bucket, data, places)
+        written.update(part.name for part in bucket.slices)
     for name, positions, values in staged.delta:
         # Not scatter_: for bfloat16 on a CPU it takes time for every element of the tensor.
         flat = places[name].view(-1)
         flat.index_copy_(0, positions.to(flat.device), values.to(flat.device))
         written.add(name)
     return written
+
+
+def _spread(bucket: Bucket, data: torch.Tensor, places: Local) -> None:
+    """Write those parts of a message that belong to one of `places`."""
+    for part in (part for part in bucket.slices if part.name in places):
+        part.of(places[part.name]).copy_(data[part.at : part.at + part.elements].view(part.window.size))
 
 
 def located(
@@ -185,19 +221,3 @@ def located(
             )
         found.append((part.name, part.flat(at), new))
     return found
-
-
-def _shadowable(messages: Messages, whole: Local) -> dict[str, torch.Tensor]:
-    """Those of `whole`, as meta tensors, of which every element comes in a message that is laid out like them."""
-    metas = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in whole.items()}
-    arriving = dict.fromkeys(metas, 0)
-    for bucket in (bucket for buckets in messages.values() for bucket in buckets):
-        for part in bucket.slices:
-            meta = metas.get(part.name)
-            if meta is None:
-                continue
-            if bucket.run is None or bucket.dtype != meta.dtype:
-                del metas[part.name]
-            else:
-                arriving[part.name] += part.elements
-    return {name: meta for name, meta in metas.items() if arriving[name] == meta.numel()}

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -29,8 +30,8 @@ class Target:
     """Of this worker among all workers of the engine, its data-parallel groups included."""
     agree: Callable[[Sequence[int]], Sequence[int]] = list
     """The least of what the workers that step together say, number by number: the vote inside a commit."""
-    on_change: Callable[[Iterable[str]], None] = lambda names: None
-    """Called with the names of the live tensors that were written."""
+    on_change: Callable[[Iterable[str], Any], None] = lambda names, ahead: None
+    """Called with the names of the live tensors that were written, and with what `ahead` returned."""
     views: Callable[[], Sequence[View]] = lambda: ()
     """Hugging Face names as slices of the tensors, or the reverse."""
     unpadded: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -39,9 +40,11 @@ class Target:
     """Tensors of the layout that have no live tensor here: all of them arrive whole and go to `load`."""
     load: Callable[[Mapping[str, torch.Tensor]], None] = lambda tensors: None
     """Makes live what the whole tensors say; called with all of them. A target with some takes no deltas."""
-    swap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
-    """Gives a live tensor other memory, of the same shape and dtype, and returns the one that it had: saves a copy
-    where nobody holds on to addresses."""
+    swap: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None
+    """Gives live tensors other memory, of the same shape and dtype, and returns what they had: saves a copy where
+    nobody holds on to addresses."""
+    ahead: Callable[[Mapping[str, torch.Tensor]], Any] = lambda tensors: None
+    """Called while the engine goes on, with what `swap` is going to be given: makes what a commit need not wait for."""
     memory: Callable[..., torch.Tensor] = torch.empty_like
     """`memory(tensor on meta, device=)` makes what `swap` is given and what waits for a commit. What `torch.empty_like`
     makes may stay with the process when it is freed, once for each thread that has made some."""

@@ -58,8 +58,8 @@ class Link:
     """Signatures of the live tensors that the plan was made for."""
     whole: frozenset[int] = frozenset()
     """Trainer ranks that send all of their messages in the update under way."""
-    staged: tuple[int, list[Staged]] | None = None
-    """Number of the update that has arrived, and the update."""
+    staged: tuple[int, list[Staged], Any] | None = None
+    """Number of the update that has arrived, the update, and what the target has made of it ahead."""
 
     def close(self) -> None:
         for each in (self.control, *self.data.values(), *self.transports.values()):
@@ -191,7 +191,7 @@ class Worker:
         with self._writing:
             link.staged = None
             try:
-                staging.write(staged[1])
+                staging.write(*staged[1:])
             except Exception as error:
                 # vLLM's loaders may raise anything, and the weights are then neither the old ones nor the new.
                 self.version, self._base, self._open = BROKEN_VERSION, None, True
@@ -327,7 +327,7 @@ class Worker:
         at_once(one, link.data.items())
         if errors:
             raise TransferError(f"worker {self.target.index}: {errors[0]}")
-        link.staged = (number, list(staged.values()))
+        link.staged = (number, list(staged.values()), staging.ahead())
         return {"bytes": sum(each.nbytes for each in staged.values())}
 
     def _state(self, *_: Any) -> dict[str, Any]:

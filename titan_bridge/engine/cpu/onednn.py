@@ -12,9 +12,8 @@ class PackedMatrix:
     def __init__(self) -> None:
         self.pointer: torch.Tensor | None = None
 
-    def set(self, weight_FD: torch.Tensor) -> None:
-        """Pack `weight_FD`, `(out_features, in_features)` bfloat16, in the place of what was packed before."""
-        handle = ops.create_onednn_mm(weight_FD.t(), 32)
+    def take(self, handle: ops.CPUDNNLGEMMHandler) -> None:
+        """What `packed` has made, in the place of what was packed before."""
         assert handle.handler_tensor is not None
         if self.pointer is None:
             self.pointer = handle.handler_tensor.clone()
@@ -26,6 +25,11 @@ class PackedMatrix:
         """What was packed, `(out_features, in_features)`."""
         assert self.pointer is not None
         return plain(self.pointer, out_features, in_features)
+
+
+def packed(weight_FD: torch.Tensor) -> ops.CPUDNNLGEMMHandler:
+    """A copy of `weight_FD`, `(out_features, in_features)` bfloat16, in oneDNN's layout."""
+    return ops.create_onednn_mm(weight_FD.t(), 32)
 
 
 def plain(pointer: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:

@@ -15,10 +15,11 @@ from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
+from vllm import _custom_ops as ops
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from titan_bridge.engine.cpu.onednn import PackedMatrix, product
+from titan_bridge.engine.cpu.onednn import PackedMatrix, packed, product
 from titan_bridge.engine.cpu.packed_experts import PackedRoutedExperts, pack_experts
 from titan_bridge.engine.model.latent import LatentCache
 
@@ -34,16 +35,24 @@ def _joined(first_FD: torch.Tensor, second_FD: torch.Tensor) -> torch.Tensor:
     return torch.cat([first_FD, second_FD])
 
 
-class PackedLinear(Linear):
+class _OneMatrix:
+    """Of a module whose weights make one packed matrix."""
+
+    def take(self, made: ops.CPUDNNLGEMMHandler) -> None:
+        """Compute with what `packed` has made from now on."""
+        self.__dict__.setdefault("_packed", PackedMatrix()).take(made)
+
+
+class PackedLinear(_OneMatrix, Linear):
     """TorchTitan's `Linear` with a packed copy of its weight; the same parameter under the same name."""
 
     def packs(self) -> list[nn.Parameter]:
         """The weights that the packed copy is made from."""
         return [self.weight]
 
-    def pack(self) -> None:
-        """Make the packed copy from the weight as it is now."""
-        self.__dict__.setdefault("_packed", PackedMatrix()).set(self.weight.data)
+    def packed(self, weight_FD: torch.Tensor) -> ops.CPUDNNLGEMMHandler:
+        """The packed copy of a weight like this module's."""
+        return packed(weight_FD)
 
     def unpack(self) -> None:
         """Fill the weight from the packed copy, which does not tell -0 from 0; a row with an infinity becomes NaN."""
@@ -51,13 +60,13 @@ class PackedLinear(Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        packed = self.__dict__.get("_packed")
-        if packed is None:
+        matrix = self.__dict__.get("_packed")
+        if matrix is None:
             return super().forward(input)
-        return product(input, self.weight.shape[0], packed.pointer)
+        return product(input, self.weight.shape[0], matrix.pointer)
 
 
-class PackedQKV(FusedQKVLinear):
+class PackedQKV(_OneMatrix, FusedQKVLinear):
     """TorchTitan's fused projection, packed with the rows of q before those of k and v; the same parameter, same name.
 
     In TorchTitan's own order each group of heads has its k and v beside it, so that three copies sort the product.
@@ -67,11 +76,10 @@ class PackedQKV(FusedQKVLinear):
         """The weights that the packed copy is made from."""
         return [self.wqkv.weight]
 
-    def pack(self) -> None:
-        """Make the packed copy from the weight as it is now."""
+    def packed(self, weight_FD: torch.Tensor) -> ops.CPUDNNLGEMMHandler:
+        """The packed copy of a weight like this module's."""
         # Its own forward is not called, so it must have no collective to run.
         assert "forward" not in self.wqkv.__dict__
-        weight_FD = self.wqkv.weight.data
         kv = weight_FD.shape[0] // self.r_dim
         sorted_FD = torch.empty_like(weight_FD)
         rows_GRHD = weight_FD.unflatten(0, (-1, self.r_dim, self.head_dim))
@@ -81,7 +89,7 @@ class PackedQKV(FusedQKVLinear):
             strict=True,
         ):
             to_FD.view(part_GRHD.shape).copy_(part_GRHD)
-        self.__dict__.setdefault("_packed", PackedMatrix()).set(sorted_FD)
+        return packed(sorted_FD)
 
     def unpack(self) -> None:
         """Fill the weight from the packed copy; see `PackedLinear.unpack`."""
@@ -94,30 +102,29 @@ class PackedQKV(FusedQKVLinear):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`(B, L, D)` to q, k, v of `(B, L, heads, head_dim)`; views of one product."""
-        packed = self.__dict__.get("_packed")
-        if packed is None:
+        matrix = self.__dict__.get("_packed")
+        if matrix is None:
             return super().forward(x)
         out_features = self.wqkv.weight.shape[0]
         kv = out_features // self.r_dim
-        qkv = product(x, out_features, packed.pointer).split([self.heads_per_kv * kv, kv, kv], dim=-1)
+        qkv = product(x, out_features, matrix.pointer).split([self.heads_per_kv * kv, kv, kv], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         return q, k, v
 
 
-class PackedFeedForward(FeedForward):
+class PackedFeedForward(_OneMatrix, FeedForward):
     """TorchTitan's `FeedForward` with one product for `w1` and `w3`; the same parameters under the same names."""
 
     def packs(self) -> list[nn.Parameter]:
         """The weights that the packed copy is made from."""
         return [self.w1.weight, self.w3.weight]
 
-    def pack(self) -> None:
-        """Make the packed copy of `w1` and `w3` from the weights as they are now; `w2` has its own."""
+    def packed(self, w1_FD: torch.Tensor, w3_FD: torch.Tensor) -> ops.CPUDNNLGEMMHandler:
+        """The packed copy of weights like `w1` and `w3`; `w2` has its own."""
         # Their own forwards are not called, so they must have no collective to run.
         assert "forward" not in self.w1.__dict__
         assert "forward" not in self.w3.__dict__
-        packed = self.__dict__.setdefault("_packed", PackedMatrix())
-        packed.set(_joined(self.w1.weight.data, self.w3.weight.data))
+        return packed(_joined(w1_FD, w3_FD))
 
     def unpack(self) -> None:
         """Fill `w1` and `w3` from the packed copy; see `PackedLinear.unpack`."""
@@ -128,10 +135,10 @@ class PackedFeedForward(FeedForward):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., D)` to `(..., D)`."""
-        packed = self.__dict__.get("_packed")
-        if packed is None:
+        matrix = self.__dict__.get("_packed")
+        if matrix is None:
             return super().forward(x)
-        gate, up = product(x, 2 * self.w1.weight.shape[0], packed.pointer).chunk(2, dim=-1)
+        gate, up = product(x, 2 * self.w1.weight.shape[0], matrix.pointer).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)  # vLLM's operator for it is scalar code on the CPU
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torchtitan.models.gpt_oss.moe import swiglu
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-from titan_bridge.engine.cpu.onednn import plain
+from titan_bridge.engine.cpu.onednn import packed, plain
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
 
@@ -50,12 +51,9 @@ def isa_for(sizes: Iterable[int]) -> str | None:
 class _Matrices:
     """One matrix of each expert, `(rows, columns)` bfloat16, in a layout of vLLM's operator."""
 
-    def __init__(self, isa: str, shape_ERC: Sequence[int]) -> None:
+    def __init__(self, isa: str, shape_ERC: Sequence[int], matrices: Iterable[torch.Tensor]) -> None:
         self.isa = isa
         self.packed = torch.empty(*shape_ERC, dtype=torch.bfloat16)
-
-    def set(self, matrices: Iterable[torch.Tensor]) -> None:
-        """Pack one by one, so that no more than one exists twice."""
         for matrix_RC, packed_RC in zip(matrices, self.packed, strict=True):
             torch.ops._C.prepack_moe_weight(matrix_RC.contiguous()[None], packed_RC[None], self.isa)
 
@@ -102,7 +100,8 @@ class PackedRoutedExperts(nn.Module):
         """Experts, hidden size, dim."""
         raise NotImplementedError
 
-    def _matrices(self) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+    def _matrices(self, *weights: torch.Tensor) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+        """Up and down, of each expert."""
         raise NotImplementedError
 
     def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -112,25 +111,29 @@ class PackedRoutedExperts(nn.Module):
     def _activate(self, wide_RF2: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def pack(self) -> None:
-        """Make the packed copies from the weights as they are now, in the place of those before."""
+    def packed(self, *weights: torch.Tensor) -> dict[str, Any]:
+        """The packed copies of weights like those of `packs`."""
         count, hidden, dim = self._sizes()
-        state = self.__dict__
+        made: dict[str, Any] = {}
         if self.isa is not None:
-            if "_packed" not in state:
-                if self.isa == "amx":
-                    torch.cpu._init_amx()  # asks Linux for the registers, which the operator does not
-                state["_packed"] = (
-                    _Matrices(self.isa, (count, 2 * hidden, dim)),
-                    _Matrices(self.isa, (count, dim, hidden)),
+            if self.isa == "amx":
+                torch.cpu._init_amx()  # asks Linux for the registers, which the operator does not
+            made["_packed"] = tuple(
+                _Matrices(self.isa, shape, matrices)
+                for shape, matrices in zip(
+                    ((count, 2 * hidden, dim), (count, dim, hidden)), self._matrices(*weights), strict=True
                 )
-            for packed, matrices in zip(state["_packed"], self._matrices(), strict=True):
-                packed.set(matrices)
+            )
         if self.isa != "amx":
-            state["_handles"] = [
-                (ops.create_onednn_mm(up_FD.t(), 32), ops.create_onednn_mm(down_DF.t(), 32))
-                for up_FD, down_DF in zip(*self._matrices(), strict=True)
+            made["_handles"] = [
+                (packed(up_FD), packed(down_DF))
+                for up_FD, down_DF in zip(*self._matrices(*weights), strict=True)
             ]
+        return made
+
+    def take(self, made: dict[str, Any]) -> None:
+        """Compute with what `packed` has made from now on."""
+        self.__dict__.update(made)
 
     def _unpacked(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each expert's two matrices, read back."""
@@ -238,9 +241,9 @@ class PackedExperts(PackedRoutedExperts, KeepDtypeGroupedExperts):
         count, hidden, dim = self.w1_EFD.shape
         return count, hidden, dim
 
-    def _matrices(self) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
-        pairs = zip(self.w1_EFD.data, self.w3_EFD.data, strict=True)
-        return (torch.cat(pair) for pair in pairs), iter(self.w2_EDF.data)
+    def _matrices(self, *weights: torch.Tensor) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+        w1_EFD, w2_EDF, w3_EFD = weights
+        return (torch.cat(pair) for pair in zip(w1_EFD, w3_EFD, strict=True)), iter(w2_EDF)
 
     def _activate(self, wide_RF2: torch.Tensor) -> torch.Tensor:
         gate_RF, up_RF = wide_RF2.chunk(2, dim=-1)
@@ -263,8 +266,9 @@ class PackedGptOssExperts(PackedRoutedExperts, KeepDtypeGptOssExperts):
         count, dim, hidden = self.mlp2_weight_EDF.shape
         return count, hidden, dim
 
-    def _matrices(self) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
-        return iter(self.mlp1_weight_EGD.data), iter(self.mlp2_weight_EDF.data)
+    def _matrices(self, *weights: torch.Tensor) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+        mlp1_EGD, mlp2_EDF = weights
+        return iter(mlp1_EGD), iter(mlp2_EDF)
 
     def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         down_ED = self.mlp2_bias_ED

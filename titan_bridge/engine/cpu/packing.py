@@ -13,6 +13,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,10 @@ from titan_bridge.engine.cpu.packed import Packed
 from titan_bridge.engine.cpu.pages import zeros, zeros_like
 
 _ALIGNMENT = 64  # bytes: where a weight starts behind another
+
+
+Ahead = dict[Packed, Any]
+"""By module: packed copies that it may take."""
 
 
 class Packing:
@@ -62,12 +67,26 @@ class Packing:
         finally:
             self._drop(self._passing)
 
-    def refresh(self, changed: Iterable[torch.Tensor]) -> None:
-        """Pack again what is made from the parameters `changed`, which were kept and have been written."""
+    def ahead(self, weights: Mapping[str, torch.Tensor]) -> Ahead:
+        """Packed copies made of weights that are not live yet, by FQN, of modules that have all of theirs here."""
+        return {
+            module: module.packed(*(weights[name] for name in names))
+            for module, names in self._names.items()
+            if all(name in weights for name in names)
+        }
+
+    def refresh(self, changed: Iterable[torch.Tensor], ahead: Ahead | None = None) -> None:
+        """Pack again what is made from the parameters `changed`, which were kept and have been written.
+
+        `ahead`: made of what they are now; is used up.
+        """
         wanted = {id(weight) for weight in changed}
         for module in self._names:
             if any(id(weight) in wanted for weight in module.packs()):
-                self._pack(module)
+                if ahead and module in ahead:
+                    module.take(ahead.pop(module))
+                else:
+                    self._pack(module)
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[None]:
@@ -82,7 +101,7 @@ class Packing:
             self._drop(self._passing)
 
     def _pack(self, module: Packed) -> None:
-        module.pack()
+        module.take(module.packed(*(weight.data for weight in module.packs())))
 
     def _restore(self) -> None:
         for weight, live in self._passing.values():

@@ -254,7 +254,7 @@ class LiveAdapter:
             raise BridgeError(f"LoRA adapter {self.name!r} was loaded anew; connect again")
         return self.tensors
 
-    def write(self, names: Iterable[str] = ()) -> None:
+    def write(self, names: Iterable[str] = (), ahead: None = None) -> None:
         """Make the matrices live: in the adapter, and in its slot if it has one."""
         manager = self._manager
         manager.live[self.id] = self

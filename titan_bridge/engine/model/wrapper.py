@@ -26,7 +26,7 @@ from vllm.sequence import IntermediateTensors
 from titan_bridge import cpu
 from titan_bridge.checkpoint import Checkpoint
 from titan_bridge.checkpoint.load import Loaded, load_into
-from titan_bridge.engine.cpu.packing import Loading, Packing
+from titan_bridge.engine.cpu.packing import Ahead, Loading, Packing
 from titan_bridge.engine.cpu.windows import keep_keys_together
 from titan_bridge.engine.loading.stream import WeightLoader
 from titan_bridge.engine.model.attention import bind_sinks, windows
@@ -217,14 +217,14 @@ class TitanForCausalLM(nn.Module):
             "reads only its own slices of any checkpoint"
         )
 
-    def weights_changed(self, changed: Iterable[torch.Tensor]) -> None:
+    def weights_changed(self, changed: Iterable[torch.Tensor], ahead: Ahead | None = None) -> None:
         """Bring everything that is derived from weights up to date; whoever writes into kept parameters calls it.
 
-        `changed` are the live parameters that were written.
+        `changed` are the live parameters that were written; `ahead`, what `packing.ahead` has made of them before.
         """
         if self.setup.sharded:
             drop_gathered(self.model)
-        self.packing.refresh(changed)
+        self.packing.refresh(changed, ahead)
         self._derive()
 
     def _derive(self) -> None:
