@@ -63,7 +63,7 @@ def parity(
     dtype = ("--dtype", "bfloat16", "--no-enforce-eager") if bf16 else ()
     return Check(
         name=name, command=("-m", "titan_bridge.cli", "parity", f"{{folder}}/{family}", "--json", *dtype, *options),
-        gpus=gpus, on_cpu=on_cpu, environment={"TRITON_F32_DEFAULT": "ieee"}, mean=BF16_MEAN if bf16 else None,
+        gpus=gpus, on_cpu=on_cpu, mean=BF16_MEAN if bf16 else None,
     )  # fmt: skip
 
 

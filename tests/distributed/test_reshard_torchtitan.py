@@ -1,13 +1,15 @@
-"""DCP on real ranks: what is written loads into TorchTitan's parallel model, and what that saves is read."""
+"""On real ranks: the DCP that is written loads into TorchTitan's parallel model, and what that saves is read."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -24,6 +26,8 @@ from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = pytest.mark.distributed
+SECOND = importlib.util.find_spec("torch_checkpointing") is not None
+"""Whether the package of TorchTitan's second checkpoint manager is there."""
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
 CASES = {
     "llama3": (Sizes(dp=2, tp=2), {"head_dim": 8}),
@@ -70,6 +74,35 @@ def on_rank(rank: int, world: int, kind: str, base: Path) -> None:
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 assert torch.equal(whole, checkpoint.read(name)), name
         dcp.save({**wrapper.state_dict(), "train_state": {"step": 3}}, checkpoint_id=base / "saved")
+        if SECOND:
+            save_in_files_of_ranks(base / "second", wrapper.state_dict())
+
+
+def save_in_files_of_ranks(folder: Path, model: dict[str, torch.Tensor]) -> None:
+    """As TorchTitan's second manager is set up, but for its process that writes in the background."""
+    from torch_checkpointing import metadata_manager
+    from torch_checkpointing.checkpoint_manager import CheckpointManager
+    from torch_checkpointing.config import SyncCheckpointSaverConfig
+    from torch_checkpointing.default_resharder import DefaultResharder
+    from torch_checkpointing.schema import ItemSpec
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    class OnGloo(metadata_manager.DefaultMetadataManager):
+        """0.1.1 brings the metadata together in tensors on a GPU."""
+
+        def _all_gather_pickled_data(self, data, process_group=None):
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, data)
+            return dict(enumerate(found))
+
+    manager = CheckpointManager.Config(
+        items={"model": ItemSpec(resharder=DefaultResharder())},
+        save=SyncCheckpointSaverConfig(),
+        storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
+    ).build()
+    manager._metadata_manager.__class__ = OnGloo
+    manager.save(str(folder), {"model": model, "train_state": {"step": 3}})
+    manager.close()
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -78,11 +111,14 @@ def test_dcp_loads_into_a_parallel_model_and_its_own_is_read(new_ranks, tmp_path
     prepare(Options(source=source, target=tmp_path / "dcp", to="dcp", max_shard_size=200_000)).run()
     new_ranks.run(on_rank, kind, tmp_path)
     assert len(list((tmp_path / "saved").glob("*.distcp"))) == 4
-    prepare(Options(source=tmp_path / "saved", target=tmp_path / "back", to="hf", config=source)).run()
-    with open_checkpoint(source) as expected, open_checkpoint(tmp_path / "back") as found:
-        assert expected.tensors.keys() == found.tensors.keys()
-        for name in expected.tensors:
-            assert torch.equal(expected.read(name), found.read(name)), name
+    assert not SECOND or len(list((tmp_path / "second").glob("model_*.pt"))) == 4
+    for saved in ("saved", "second") if SECOND else ("saved",):
+        back = tmp_path / f"{saved}_back"
+        prepare(Options(source=tmp_path / saved, target=back, to="hf", config=source)).run()
+        with open_checkpoint(source) as expected, open_checkpoint(back) as found:
+            assert expected.tensors.keys() == found.tensors.keys()
+            for name in expected.tensors:
+                assert torch.equal(expected.read(name), found.read(name)), name
 
 
 def torchrun(*command: object) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@
 On GPUs vLLM splits a model's graph at `splitting_ops`, compiles the pieces between them, and captures each as a CUDA
 graph, which reads and writes where its tensors lay at the capture. Here the compiler is the same, and a piece that was
 called before is called again on the tensors of that first call, so that an input that has moved is as lost as on a GPU.
-Under torchrun its ranks are those of a tp group, which share experts.
+Several processes that RANK and WORLD_SIZE number are one tp group, whose ranks share experts; cases have "port", then.
 
 Prints one line of JSON for each case; see `run`.
 """
@@ -93,9 +93,11 @@ def gpu_compiler(found: dict[str, Any], *, captures: bool) -> Iterator[None]:
     """
     from torch.fx.passes import split_module as splitting
     from vllm.compilation import backends
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.platforms.cpu import CpuPlatform
 
     check, split = CpuPlatform.check_and_update_config, splitting.split_module
+    all_reduce = CpuCommunicator.all_reduce
 
     def check_and_update_config(cls: type, config: Any) -> None:
         compilation = config.compilation_config
@@ -111,11 +113,15 @@ def gpu_compiler(found: dict[str, Any], *, captures: bool) -> Iterator[None]:
         nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
         pieces = [piece_of(node) for node in nodes]
         found.update(pieces=len(set(pieces)), pulled_back=pulled_back(nodes, pieces))
+        found["all_reduces"] = sum("vllm.all_reduce" in str(node.target) for node in nodes)
         return split(graph, root, piece_of, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
         patch.setattr(CpuPlatform, "support_static_graph_mode", classmethod(lambda cls: not captures))
+        # As on GPUs: collectives are operators of vLLM's, which leave their input as it is.
+        patch.setattr(CpuPlatform, "use_custom_op_collectives", classmethod(lambda cls: True))
+        patch.setattr(CpuCommunicator, "all_reduce", lambda self, x: all_reduce(self, x.clone()))
         patch.setattr(splitting, "split_module", split_module)
         patch.setattr(backends, "wrap_with_cudagraph_if_needed", lambda piece, *_: Replay(piece))
         yield
@@ -129,7 +135,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"name": case["name"]}
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     launched = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
-    launched |= {"enable_expert_parallel": case.get("experts", False)}
+    launched |= {"enable_expert_parallel": True}
+    os.environ["MASTER_PORT"] = str(
+        case.get("port")
+    )  # a store of its own: the last case's groups are in the old one
     Replay.inputs = Replay.moved = 0
     with gpu_compiler(found, captures=case["captures"]):
         llm = vllm.LLM(

@@ -10,6 +10,7 @@ from multiprocessing import context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import descendants
@@ -127,6 +128,7 @@ def test_a_folder_too_long_for_sockets_is_named(tmp_path: Path, monkeypatch: pyt
         forking.start()
 
 
+@pytest.mark.timeout(500)  # three engines
 def test_an_engine_of_forked_processes_has_the_bits_of_one_of_new_ones(
     server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
 ) -> None:
@@ -141,30 +143,42 @@ def test_an_engine_of_forked_processes_has_the_bits_of_one_of_new_ones(
         vllm={**parity.ENGINE_OPTIONS, "enforce_eager": True},
     )
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    ahead = cpu.set_by_vllm(os.environ)
-    for name in ahead:
+    for name in cpu.set_by_vllm(os.environ):
         monkeypatch.delenv(name, raising=False)
-
+    before = dict(os.environ)
     rounds = parity.rounds(parity.prompts(512)[-3:])
 
-    def answers() -> tuple[list[Any], set[int]]:
-        with engine(config) as (llm, workers, _):
-            assert {worker["model_class"] for worker in workers} == {
-                "titan_bridge.engine.model.wrapper.TitanForCausalLM"
-            }
-            assert {name: os.environ.get(name) for name in ahead} == ahead  # set by vLLM, as was foreseen
-            # One after the other, so that both engines see the same batches.
-            each = [complete(llm, [p], sampling)[0][0] for p, sampling in zip(*rounds, strict=True)]
-            names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants()}
-            started = {pid for pid, name in names.items() if name.startswith("VLLM::")}
-        return [(one.token_ids, one.logprobs, one.prompt_logprobs) for one in each], started
+    def answers(llm: Any, workers: list[dict[str, Any]]) -> list[Any]:
+        assert {worker["model_class"] for worker in workers} == {
+            "titan_bridge.engine.model.wrapper.TitanForCausalLM"
+        }
+        assert (
+            dict(os.environ) == before
+        )  # what vLLM has set is not taken for a wish of the next engine's user
+        # One after the other, so that all engines see the same batches.
+        each = [complete(llm, [p], sampling)[0][0] for p, sampling in zip(*rounds, strict=True)]
+        return [(one.token_ids, one.logprobs, one.prompt_logprobs) for one in each]
 
-    forked, processes = answers()
-    assert len(processes) == 3  # the engine and two workers
-    assert forking.METHOD not in os.environ
+    def processes() -> dict[int, int]:
+        """Parents of the engines' processes, by process id."""
+        children = [psutil.Process(pid) for pid in descendants()]
+        return {each.pid: each.ppid() for each in children if "VLLM::" in " ".join(each.cmdline())}
+
+    with engine(config) as (llm, workers, _):
+        forked = answers(llm, workers)
+        first = processes()
+        assert len(first) == 3  # the engine and two workers
+        assert set(first.values()) == {forking.server_pid()}
+        with engine(config) as (other, others, _):
+            assert answers(other, others) == forked
+            assert set(processes().values()) == {forking.server_pid()}
+            assert first.items() <= processes().items()
+        assert answers(llm, workers) == forked  # a second engine has come and gone
     monkeypatch.setenv(forking.METHOD, "spawn")
-    spawned, _ = answers()
-    assert forked == spawned
+    before[forking.METHOD] = "spawn"
+    with engine(config) as (llm, workers, _):
+        assert forking.server_pid() not in processes().values()
+        assert answers(llm, workers) == forked
 
 
 def test_vllm_starts_its_processes_through_functions_that_are_known() -> None:

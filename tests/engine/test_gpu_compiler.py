@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from tests.conftest import ROOT
 from tests.engine.static_replay import RefuseHostReads
 from titan_bridge import cpu
+from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -40,35 +42,92 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 EXPERTS, DIM, HIDDEN, TOP_K = 8, 64, 32, 3
 
 
+TP2 = {"qwen3_moe": False, "qwen3_moe, experts captured": True}
+"""At tp=2 with ep=2; the same families as in `CASES`."""
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What `static_replay.py` found for each case; one process, so that vLLM is imported once."""
-    folder = tmp_path_factory.mktemp("gpu_compiler")
-    models = {
-        family: make_checkpoint(folder / family, family, tokenizer=False, **fields)  # type: ignore[arg-type]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu_compiler")
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> dict[str, str]:
+    return {
+        family: str(make_checkpoint(folder / family, family, tokenizer=False, **fields))  # type: ignore[arg-type]
         for family, fields, _ in CASES.values()
     }
+
+
+def replay(cases: list[dict[str, Any]], folder: Path, ranks: int = 1) -> dict[str, dict[str, Any]]:
+    """What `static_replay.py` found for each case; one process a rank, so that vLLM is imported once."""
+    options = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        cpu.BIND: "nobind",
+    }
+    if ranks > 1:
+        options |= {
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "VLLM_DIST_IDENT": f"titan-{os.getpid()}",
+        }
+        cases = [case | {"port": free_port()} for case in cases]
+    command = [sys.executable, "-m", "tests.engine.static_replay", json.dumps(cases)]
+    started = []
+    for rank in range(ranks):
+        errors = (folder / f"errors-{ranks}-{rank}").open("w+")
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        environment = {**os.environ, **options, **place}
+        started.append(
+            (
+                subprocess.Popen(
+                    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+                ),
+                errors,
+            )
+        )
+    try:
+        said = started[0][0].communicate()[0]
+    finally:
+        for process, errors in started:
+            process.kill()  # a rank whose other has failed waits for it
+            process.wait()
+            errors.seek(0)
+            print(errors.read()[-4000:])
+    return {
+        found["name"]: found
+        for line in said.splitlines()
+        if line.startswith("{")
+        for found in [json.loads(line)]
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
     cases = [
-        {"name": name, "model": str(models[family]), "captures": captures}
+        {"name": name, "model": models[family], "captures": captures}
         for name, (family, _, captures) in CASES.items()
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.static_replay", json.dumps(cases)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CACHE_ROOT": str(folder / "cache"),
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            cpu.BIND: "nobind",
-        },
-        check=False,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    print(done.stderr[-4000:])
-    return {line["name"]: line for line in lines}
+    return replay(cases, folder)
+
+
+@pytest.fixture(scope="module")
+def runs_of_two(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
+    cases = [
+        {"name": name, "model": models["qwen3_moe"], "captures": captures} for name, captures in TP2.items()
+    ]
+    return replay(cases, folder, ranks=2)
+
+
+def farthest(rows: list[Any], others: list[Any]) -> float:
+    """Between the log-probabilities of two runs, which have chosen the same tokens."""
+    worst = 0.0
+    for (ids, logprobs), (other_ids, other_logprobs) in zip(rows, others, strict=True):
+        assert ids == other_ids
+        worst = max(worst, *(abs(a - b) for a, b in zip(logprobs, other_logprobs, strict=True)))
+    return worst
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,10 +140,23 @@ def test_replayed_graphs_compute_what_eager_computes(runs: dict[str, dict[str, A
     # Two layers: attention stands between two graphs, and so do experts that are not captured.
     splits = 2 if captured or family in ("llama3", "qwen3") else 4
     assert run["pieces"] == 2 * splits + 1
-    worst = 0.0
-    for (ids, logprobs), (eager_ids, eager_logprobs) in zip(run["replayed"], run["eager"], strict=True):
-        assert ids == eager_ids
-        worst = max(worst, *(abs(a - b) for a, b in zip(logprobs, eager_logprobs, strict=True)))
+    worst = farthest(run["replayed"], run["eager"])
+    print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
+    assert worst <= 1e-4
+
+
+@pytest.mark.parametrize("name", TP2)
+def test_replayed_graphs_hold_the_collectives_of_two_ranks(
+    runs: dict[str, dict[str, Any]], runs_of_two: dict[str, dict[str, Any]], name: str
+) -> None:
+    """At tp=2 with ep=2: no collective stands between graphs, and what comes out is what one rank computes."""
+    run = runs_of_two[name]
+    assert run["inputs"] > 0
+    assert run["moved"] == 0
+    assert run["pulled_back"] == []
+    assert run["pieces"] == runs[name]["pieces"]
+    assert (runs[name]["all_reduces"], run["all_reduces"]) == (0, 5)  # the embedding's, and two a layer
+    worst = max(farthest(run["replayed"], each["eager"]) for each in (run, runs[name]))
     print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
     assert worst <= 1e-4
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from tests.engine.collectives import groups, seen, watch
 from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint, make_run
@@ -101,6 +102,28 @@ def test_the_engine_says_which_experts_saw_a_token(models: dict[str, Path], llm:
     for name, ids_TK in chosen.items():
         assert torch.equal(first[:, int(name)].sort().values, ids_TK.sort().values), name
     assert len(first[:, 0].unique()) > 4  # of 8 experts
+
+
+@pytest.mark.parametrize("llm", ["float32"], indirect=True)
+def test_a_step_has_no_collective_but_at_the_boundaries_of_its_layers(llm: Any) -> None:
+    """As many as vLLM's own model of the same layers has, all over vLLM's tp group; and nothing makes groups later."""
+    from vllm import SamplingParams
+
+    made = llm.collective_rpc(groups)
+    llm.collective_rpc(watch)
+    given = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True, detokenize=False)
+    llm.generate([{"prompt_token_ids": PROMPT}], given, use_tqdm=False)
+    llm.collective_rpc("reload_weights")
+    # The embedding; attention and MLP or experts of three layers; the head.
+    step = {"allreduce tp": 1 + 2 * 3, "allgather tp": 1}
+    for rank, (steps, count) in enumerate(llm.collective_rpc(seen)):
+        assert steps == [step] * 3
+        meshes = [ranks for name, ranks in made[rank] if name.startswith("mesh_")]
+        # Torch's default group, and of each of vLLM's one for the device and one for the host.
+        assert len(made[rank]) == 1 + 2 * count + len(meshes)
+        # TorchTitan's meshes are of ranks alone here, over which nothing travels.
+        assert meshes == [[rank]] * len(meshes)
+    assert llm.collective_rpc(groups) == made
 
 
 def bytes_held(worker: Any) -> int:

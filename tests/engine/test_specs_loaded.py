@@ -7,6 +7,7 @@ reaches vLLM's own experts under expert parallelism, whose kernel the CPU backen
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from titan_bridge.engine.native.layers import Native, Part
 from titan_bridge.engine.native.specs import cut
@@ -25,7 +29,7 @@ from titan_bridge.models import load_hf_config
 from titan_bridge.policy.read import policy_from
 from titan_bridge.ports import free_port
 from titan_bridge.sharding import Layout, ShardingSpec
-from titan_bridge.testing import make_checkpoint
+from titan_bridge.testing import make_checkpoint, titan_tensors
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -43,6 +47,8 @@ RULES = {
 NARROW = OURS | {"additional_config": {"titan": {"parallelism": RULES}}}
 NARROW_SHARD = OURS | {"additional_config": {"titan": {"parallelism": RULES, "dense": "shard"}}}
 EP = {"enable_expert_parallel": True}
+SLICE_BYTES = 16 << 10
+"""Of `verify`, in these tests: several slices for most parameters."""
 TP, DP = {"tensor_parallel_size": 2}, {"data_parallel_size": 2}
 MODELS = {
     "moe": ("qwen3_moe", {"vocab_size": 777}),
@@ -102,9 +108,10 @@ def rank_main(rank: int, world: int, port: int, folder: str) -> None:
     from vllm.plugins import load_general_plugins
     from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
-    from titan_bridge.engine import live
+    from titan_bridge.engine import live, verify
     from titan_bridge.sharding import get
 
+    verify.SLICE_BYTES = SLICE_BYTES
     _set_torch_accelerator_to_noop()  # what the CPU worker does before it loads
     load_general_plugins()
     init_distributed_environment(world, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")
@@ -126,13 +133,63 @@ def rank_main(rank: int, world: int, port: int, folder: str) -> None:
                 answer = {"error": str(error)}
             else:
                 worker = SimpleNamespace(get_model=lambda loaded=loaded: loaded, vllm_config=config)
+                groups = len(dist.distributed_c10d._world.pg_map)
+                with NewMemory() as new:
+                    verified = live.titan_verify_specs(worker, f"{folder}/{model}")
                 answer = {
                     "layout": live.titan_sharding_spec(worker),
                     "native": live.titan_native_specs(worker) if name in NATIVE else {},
-                    "verified": live.titan_verify_specs(worker, f"{folder}/{model}"),
+                    "verified": verified,
+                    "largest": new.largest,
+                    "groups": len(dist.distributed_c10d._world.pg_map) - groups,
+                    "gathered": {} if name in NATIVE else differing(loaded, f"{folder}/{model}"),
                     "carried": [fqn for fqn, param in loaded.named_parameters() if get(param) is not None],
                 }
         Path(folder, f"{name}.{rank}.json").write_text(json.dumps(answer))
+
+
+class NewMemory(TorchDispatchMode):
+    """The most bytes that one operator allocates while it is entered; collectives are refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "c10d" not in func.name(), func.name()
+        given = {each.data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        new = not func.is_view and "set_" not in func.name()  # which lays a tensor over a mapped file
+        if new and isinstance(result, torch.Tensor) and result.data_ptr() not in given:
+            self.largest = max(self.largest, result.nbytes)
+        return result
+
+
+def differing(loaded: Any, folder: str) -> dict[str, int]:
+    """How many parameters there are, and how many, gathered by their specs, are not the checkpoint's."""
+    from titan_bridge.device_meshes import get_device_meshes
+    from titan_bridge.sharding.spec import attached
+
+    meshes = get_device_meshes(loaded.setup.sizes, device_type="cpu")
+    live = dict(loaded.model.named_parameters(remove_duplicate=False))
+    found = {"parameters": 0, "different": 0}
+    for fqn, whole in titan_tensors(folder).items():
+        module, _, name = fqn.rpartition(".")
+        spec = attached(loaded.model.get_submodule(module), name)
+        local = live[fqn].to_local() if isinstance(live[fqn], DTensor) else live[fqn]
+        shape = torch.Size(loaded.layout.params[fqn].shape)
+        gathered = DTensor.from_local(
+            local,
+            meshes[spec.mesh],
+            spec.placements,
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape).stride(),
+        ).full_tensor()
+        padding = gathered[len(whole) :]
+        found["parameters"] += 1
+        found["different"] += not torch.equal(gathered[: len(whole)], whole) or bool(padding.any())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +214,8 @@ def answers(folder):
 
 @pytest.mark.parametrize("case", TITAN)
 def test_a_served_torchtitan_parameter_gathered_by_its_spec_is_the_checkpoints(answers, folder, case):
-    """`DTensor.from_local(p, mesh, placements).full_tensor()`, bit for bit; and inspect says the same layout."""
+    """`DTensor.from_local(p, mesh, placements).full_tensor()`, bit for bit; `verify` finds each of its slices, and
+    inspect says the same layout."""
     model, options, sizes = TITAN[case]
     asked = options.get("additional_config", {}).get("titan", {})
     policy = policy_from(asked.get("parallelism", {}), "the case")
@@ -166,10 +224,20 @@ def test_a_served_torchtitan_parameter_gathered_by_its_spec_is_the_checkpoints(a
         assert "error" not in answer, answer["error"]
         assert [found for found in answer["verified"] if not found["equal"]] == []
         assert [found["name"] for found in answer["verified"]] == list(expected.params)
+        assert answer["gathered"] == {"parameters": len(expected.params), "different": 0}
         assert Layout.from_json(answer["layout"]) == expected
         assert answer["layout"] == expected.to_json()
         sharded = [fqn for fqn, param in expected.params.items() if not param.spec.is_replicated]
         assert answer["carried"] == [f"model.{fqn}" for fqn in sharded]
+
+
+@pytest.mark.parametrize("case", TITAN)
+def test_verifying_takes_a_slice_at_a_time_and_no_other_rank(answers, case):
+    embedding = answers[case][0]["layout"]["params"]["tok_embeddings.weight"]["shape"]
+    assert 4 * math.prod(embedding) > 8 * SLICE_BYTES
+    for answer in answers[case]:
+        assert 0 < answer["largest"] <= SLICE_BYTES
+        assert answer["groups"] == 0
 
 
 def test_padding_of_the_vocabulary_is_stated(answers):

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.engine.collectives import groups
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing_processes import PlainClient, PlainRanks, door, plain_ranks
@@ -77,8 +78,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         max_model_len=512,
         vllm={"enforce_eager": True, "weight_transfer_config": {"backend": "titan"}},
     )
-    with start(config) as (llm, _, _), door(LLMClient(llm), str(folder / "door")) as client:
-        yield Engine(llm, client, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function to the workers
+        with start(config) as (llm, _, _), door(LLMClient(llm), str(folder / "door")) as client:
+            yield Engine(llm, client, folder)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,7 @@ def test_weights_by_hugging_face_names_through_vllms_own_factory(engine):
 
     from titan_bridge.engine.transfer import LLMClient, TitanTrainerInitInfo, TitanWeightSource
 
+    made = engine.llm.collective_rpc(groups)
     held = load_file(engine.folder / "b" / "model.safetensors")
     trainer = WeightTransferTrainerFactory.trainer_init(
         TitanTrainerInitInfo(rank=0, timeout_seconds=30),
@@ -107,6 +111,7 @@ def test_weights_by_hugging_face_names_through_vllms_own_factory(engine):
     assert engine.llm.get_weight_version() == "from a"
     assert sum(trainer.report.received.values()) <= trainer.report.lower_bound
     trainer.shutdown()
+    assert engine.llm.collective_rpc(groups) == made  # no process group is made for a transfer
 
 
 def fsdp(folder: Path, name: str, rank: int, layout: str = "trainer") -> dict[str, torch.Tensor]:

@@ -39,8 +39,11 @@ def boxes(draw, shape):
         st.sampled_from([8, 64, 512]), st.sampled_from([8, 100, 10_000]), st.sampled_from([0, 20, 999])
     ),
     advice=st.sampled_from([files._POPULATE_READ, 999]),
+    staged=st.booleans(),
 )
-def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, shape, dtype, limits, advice):
+def test_a_fetched_window_is_the_window_of_the_tensor(
+    tmp_path_factory, data, shape, dtype, limits, advice, staged
+):
     tensor = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape).to(dtype)
     path = tmp_path_factory.mktemp("window") / "file"
     head = data.draw(st.integers(0, 9))
@@ -52,6 +55,9 @@ def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, sh
         size=tuple(expected.shape), stride=tuple(expected.stride()), offset=expected.storage_offset()
     )
     pool = FilePool()
+    pool._scratch_for(
+        torch.device("cpu")
+    ).staged = staged  # by two buffers, as to a GPU, but into the same memory
     with pytest.MonkeyPatch.context() as patch:
         # Small limits, so that windows are cut in every way, and a kernel that does not know the advice.
         for name, limit in zip(("SCRATCH_BYTES", "SPAN_BYTES", "NEAR_BYTES"), limits, strict=True):
@@ -63,6 +69,15 @@ def test_a_fetched_window_is_the_window_of_the_tensor(tmp_path_factory, data, sh
             assert torch.equal(out, expected.to(wanted))
     assert pool.bytes_read == 2 * expected.numel() * dtype.itemsize
     pool.close()
+
+
+def test_what_goes_to_another_device_is_read_into_two_pinned_buffers_in_turns():
+    scratch = files._Scratch(torch.device("cuda", 1))
+    assert scratch.staged
+    assert scratch.pinned
+    scratch.pinned = False  # as far as it goes without a GPU
+    first, second, third = (scratch.take(5, torch.float32).data_ptr() for _ in range(3))
+    assert first == third != second
 
 
 @settings(max_examples=200, deadline=None)

@@ -204,26 +204,3 @@ def test_pickles_are_refused_with_what_to_do(tmp_path: Path, capsys) -> None:
     said = refused(capsys, "reshard", tmp_path / "bin", tmp_path / "new", "--to", "hf")
     assert "pytorch_model.bin" in said
     assert "save_pretrained" in said
-
-
-def test_folders_of_torch_checkpointing_are_refused_by_name(tmp_path: Path, capsys) -> None:
-    """TorchTitan's second manager: written here by the package itself."""
-    package = pytest.importorskip("torch_checkpointing.checkpoint_base")
-
-    class Weights(package.CheckpointBase):
-        def get_items(self) -> dict[str, object]:
-            return {"model": package.CheckpointItem(value={"w": torch.ones(2)})}
-
-        def load_state_dict(self, *args: object, **kwargs: object) -> None:
-            """Never called."""
-
-    storage = pytest.importorskip("torch_checkpointing.storage.filesystem").LocalFileSystemStorageConfig(
-        use_direct_io=False
-    )
-    builder = pytest.importorskip("torch_checkpointing.builder")
-    saver = builder.make_sync_checkpoint_saver(storage_config=storage)
-    saver.save(str(tmp_path / "step-1"), Weights())
-    assert list((tmp_path / "step-1").glob("*.pt"))
-    said = refused(capsys, "reshard", tmp_path / "step-1", tmp_path / "new", "--to", "hf")
-    assert "torch_checkpointing" in said
-    assert "DCP" in said

@@ -322,7 +322,7 @@ def test_files_and_index_must_agree(tmp_path):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("optimizer_0.pt", r"torch_checkpointing or torch.save \(config.json, optimizer_0.pt\), which is not read"),
+        ("optimizer_0.pt", r"written by torch.save \(config.json, optimizer_0.pt\), which is not read"),
         ("shard-00001-model-00001-of-00002.safetensors", "parts that each rank saved.*consolidate_safetensors_files"),
         ("pytorch_model.bin", r"holds pickles \(pytorch_model.bin\), which are not read.*save_pretrained"),
     ],

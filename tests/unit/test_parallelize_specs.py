@@ -284,9 +284,9 @@ def test_a_layout_of_61_layers_with_384_experts_takes_less_than_ten_seconds() ->
         "max_position_embeddings": 131072,
         "vocab_size": 163840,
     }
-    start = time.perf_counter()
+    start = time.process_time()
     computed = specs(hf, Sizes(dp=16, tp=8, ep=128), "shard")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     experts = computed["layers.60.moe.routed_experts.inner_experts.w2_EDF"]
     assert experts.shape == (384, 7168, 2048)
     assert (experts.spec.mesh, [placement_to_str(p) for p in experts.spec.placements]) == (
@@ -337,9 +337,9 @@ K2 = V3 | {
     ("hf", "sizes"), [(V3, Sizes(dp=32, tp=8, ep=256)), (K2, Sizes(dp=32, tp=8, ep=128))], ids=["V3", "K2"]
 )
 def test_published_sizes_at_256_ranks_take_less_than_15_seconds(hf: dict[str, Any], sizes: Sizes) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     computed = specs(hf, sizes)
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
     with torch.device("meta"):
         theirs = transformers.DeepseekV3ForCausalLM(
             transformers.DeepseekV3Config(**hf | {"model_type": "deepseek_v3"})

@@ -47,6 +47,19 @@ def test_write_then_read_and_nothing_else_changes(view):
 
 
 @settings(max_examples=200, deadline=None)
+@given(views(), st.data())
+def test_rows_are_written_as_the_whole_is(view, data):
+    whole = torch.zeros(view.titan_shape, dtype=torch.int64)
+    external = 1 + torch.arange(math.prod(view.shape)).reshape(view.shape)
+    view.write(whole, external)
+    step = view.rows * data.draw(st.integers(1, view.factors[0][0]))
+    for first in range(0, len(whole), step):
+        part = torch.zeros_like(whole[first : first + step])
+        view.write(part, external, first=first)
+        assert torch.equal(part, whole[first : first + step])
+
+
+@settings(max_examples=200, deadline=None)
 @given(views())
 def test_groups_multiply_to_the_external_shape(view):
     assert tuple(math.prod(view.index_shape[d] for d in group) for group in view.groups) == view.shape
@@ -112,3 +125,5 @@ def test_tensors_of_another_shape_are_refused():
         view.read(torch.zeros(3, 2))
     with pytest.raises(BridgeError, match=r"x has shape \(6,\)"):
         view.write(torch.zeros(2, 3), torch.zeros(6))
+    with pytest.raises(BridgeError, match="rows 1 to 3 of 2"):
+        view.write(torch.zeros(2, 3), torch.zeros(2, 3), first=1)

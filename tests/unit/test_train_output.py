@@ -259,13 +259,13 @@ def test_a_lock_ends_with_its_holder(tmp_path):
         started = time.monotonic()
         with pytest.raises(BridgeError, match="another run trains in"):
             lock(tmp_path, wait=60)  # no waiting for a run that lives
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
     finally:
         holder.kill()
         holder.communicate()
     started = time.monotonic()
-    lock(tmp_path, wait=10)
-    assert time.monotonic() - started < 5
+    lock(tmp_path, wait=60)
+    assert time.monotonic() - started < 30
 
 
 def test_metrics_survive_a_crash_and_the_last_time_counts(tmp_path):

@@ -1,8 +1,8 @@
-"""One tensor as `torch.save` writes it: a zip archive with a small pickle and the tensor's bytes, stored plainly.
+"""Tensors as `torch.save` writes them: a zip archive with a pickle and the tensors' bytes, stored plainly.
 
-DCP files are such archives one after the other. Finding the tensor reads the directory, the small entries and their
-headers; writing an archive takes the tensor's bytes in any order, and their checksum at the end. Both sides are held
-against `torch.load`, `torch.save` and `zipfile` by the tests.
+DCP files are such archives of one tensor, one after the other. Finding a tensor reads the directory, the small
+entries and their headers; writing an archive takes the tensor's bytes in any order, and their checksum at the end.
+Both sides are held against `torch.load`, `torch.save` and `zipfile` by the tests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,30 @@ def locate(read: Read, length: int, where: str) -> Placed:
     Raises:
         BridgeError: Anything but one contiguous tensor, stored plainly and little-endian, in an intact archive.
     """
-    entries = _directory(read, length, where)
+    tensor, place = unpickled(read, length, where)
+    if not isinstance(tensor, Tensor):
+        raise BridgeError(f"{where}: not a plain tensor")
+    return place(tensor, where)
+
+
+def unpickled(
+    read: Read,
+    length: int,
+    where: str,
+    *,
+    allowed: Mapping[str, Any] | None = None,
+    most: int = _MOST_PICKLE,
+) -> tuple[Any, Callable[[Tensor, str], Placed]]:
+    """What was saved in an archive of `length` bytes, with a `Tensor` for each tensor, and what finds one of them.
+
+    Args:
+        allowed: What the pickle may name beside tensors; see `pickles.loads`.
+        most: Bytes of the pickle, and of the archive's directory.
+
+    Raises:
+        BridgeError: A damaged archive, or a pickle that is refused. `place` raises for a tensor that is not contiguous.
+    """
+    entries = _directory(read, length, where, most)
     pickled = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickled) != 1:
         raise BridgeError(f"{where}: no archive of torch.save: {len(pickled)} data.pkl in it")
@@ -80,24 +103,27 @@ def locate(read: Read, length: int, where: str) -> Placed:
     order = entries.get(prefix + "byteorder")
     if order is not None and _content(read, length, order, where, 16) != b"little":
         raise BridgeError(f"{where}: the tensor is stored big-endian; only little-endian is read")
-    content = _content(read, length, entries[pickled[0]], where, _MOST_PICKLE)
-    tensor = loads(content, _ALLOWED, _storage, where=where)
-    if not isinstance(tensor, _Tensor):
-        raise BridgeError(f"{where}: not a plain tensor")
-    storage, first, shape, stride = tensor.storage, tensor.first, tensor.shape, tensor.stride
-    if prefix + "data/" + storage.key not in entries:
-        raise BridgeError(f"{where}: the archive has no data for its tensor")
-    offset, size = _span(read, length, entries[prefix + "data/" + storage.key], where)
-    width, count = storage.dtype.itemsize, math.prod(shape)
-    if storage.count * width != size:
-        raise BridgeError(f"{where}: {size} bytes of data; {storage.count} of {storage.dtype} were expected")
-    if count and not row_major(shape, stride):
-        raise BridgeError(f"{where}: strides {stride} for {shape}; only contiguous tensors are read")
-    if first + count > storage.count:
-        raise BridgeError(
-            f"{where}: a tensor of shape {shape} at {first} in {storage.count} elements of data"
-        )
-    return Placed(offset=offset + first * width, shape=shape, dtype=storage.dtype)
+    content = _content(read, length, entries[pickled[0]], where, most)
+
+    def place(tensor: Tensor, where: str) -> Placed:
+        storage, first, shape, stride = tensor.storage, tensor.first, tensor.shape, tensor.stride
+        if prefix + "data/" + storage.key not in entries:
+            raise BridgeError(f"{where}: the archive has no data for its tensor")
+        offset, size = _span(read, length, entries[prefix + "data/" + storage.key], where)
+        width, count = storage.dtype.itemsize, math.prod(shape)
+        if storage.count * width != size:
+            raise BridgeError(
+                f"{where}: {size} bytes of data; {storage.count} of {storage.dtype} were expected"
+            )
+        if count and not row_major(shape, stride):
+            raise BridgeError(f"{where}: strides {stride} for {shape}; only contiguous tensors are read")
+        if first + count > storage.count:
+            raise BridgeError(
+                f"{where}: a tensor of shape {shape} at {first} in {storage.count} elements of data"
+            )
+        return Placed(offset=offset + first * width, shape=shape, dtype=storage.dtype)
+
+    return loads(content, {**_ALLOWED, **(allowed or {})}, _storage, where=where), place
 
 
 def is_intact(read: Read, length: int, where: str) -> bool | None:
@@ -129,13 +155,15 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """A tensor in its storage; `first` and `stride` in elements."""
 
     storage: _Storage
     first: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    whole: tuple[int, ...] | None = None
+    """Global shape of the DTensor whose local tensor it is."""
 
 
 def _storage(pid: Any) -> _Storage:
@@ -146,13 +174,13 @@ def _storage(pid: Any) -> _Storage:
     return _Storage(pid[1], pid[2], pid[4])
 
 
-def _rebuild_tensor(args: tuple[Any, ...]) -> _Tensor:
+def _rebuild_tensor(args: tuple[Any, ...]) -> Tensor:
     fine = len(args) >= 4 and isinstance(args[0], _Storage) and _is_count(args[1])
     for value in args[2:4]:
         fine = fine and type(value) is tuple and all(map(_is_count, value))
     if not fine or len(args[2]) != len(args[3]):
         raise BridgeError("damaged description of a tensor")
-    return _Tensor(*args[:4])
+    return Tensor(*args[:4])
 
 
 _ALLOWED: dict[str, Any] = {
@@ -169,8 +197,8 @@ def _is_count(value: Any) -> bool:
 class _Within(io.RawIOBase):
     """An archive inside a file, for `zipfile`: a place, and reads of bounded size."""
 
-    def __init__(self, read: Read, length: int) -> None:
-        self._read, self._length, self._at = read, length, 0
+    def __init__(self, read: Read, length: int, most: int) -> None:
+        self._read, self._length, self._most, self._at = read, length, most, 0
 
     def seekable(self) -> bool:
         return True
@@ -187,17 +215,17 @@ class _Within(io.RawIOBase):
     def read(self, count: int | None = -1) -> bytes:
         left = self._length - self._at
         count = left if count is None or count < 0 else min(count, left)
-        if count > _MOST_PICKLE:
+        if count > self._most:
             raise zipfile.BadZipFile(f"a directory of {count} bytes")
         data = self._read(self._at, count)
         self._at += count
         return data
 
 
-def _directory(read: Read, length: int, where: str) -> dict[str, zipfile.ZipInfo]:
+def _directory(read: Read, length: int, where: str, most: int = _MOST_PICKLE) -> dict[str, zipfile.ZipInfo]:
     """Entries by name."""
     try:
-        with zipfile.ZipFile(_Within(read, length)) as archive:
+        with zipfile.ZipFile(_Within(read, length, most)) as archive:
             found = archive.infolist()
     except zipfile.BadZipFile as error:
         raise BridgeError(
@@ -292,7 +320,7 @@ def _central(name: str, size: int, crc: int, header: int) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a `_Tensor` as the call that makes it, and its `_Storage` as a reference to an entry."""
+    """Pickles a `Tensor` as the call that makes it, and its `_Storage` as a reference to an entry."""
 
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Storage):
@@ -300,7 +328,7 @@ class _Pickler(pickle.Pickler):
         return "storage", getattr(torch, _STORAGES[value.dtype]), value.key, "cpu", value.count
 
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, _Tensor):
+        if not isinstance(value, Tensor):
             return NotImplemented
         arguments = (value.storage, value.first, value.shape, value.stride, False, OrderedDict())
         return _rebuild_tensor_v2, arguments
@@ -312,5 +340,5 @@ def _pickle(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
     out = io.BytesIO()
     stride = tuple(max(1, step) for step in contiguous_stride(shape))
     storage = _Storage(dtype, "0", math.prod(shape))
-    _Pickler(out, protocol=2).dump(_Tensor(storage, 0, shape, stride))
+    _Pickler(out, protocol=2).dump(Tensor(storage, 0, shape, stride))
     return out.getvalue()

@@ -80,6 +80,39 @@ class _Open:
         os.close(self.descriptor)
 
 
+class _Scratch:
+    """One thread's memory for bytes that cannot be read to where they go.
+
+    For another device it is two buffers, pinned, so that one is filled while the other travels; dtype and strides are
+    changed over there, since a copy that changes them leaves pinned memory. This has never run on a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.staged, self.pinned = device, device.type != "cpu", device.type == "cuda"
+        self._at = 0
+        self._buffers: list[torch.Tensor | None] = [None, None]
+        self._gone: list[torch.Event | None] = [None, None]
+
+    def take(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat buffer that nothing travels from; of two buffers they are taken in turns."""
+        if self.staged:
+            self._at = 1 - self._at
+        if (gone := self._gone[self._at]) is not None:
+            gone.synchronize()
+        if (buffer := self._buffers[self._at]) is None:
+            size = max(SCRATCH_BYTES, SPAN_BYTES) if self.staged else SCRATCH_BYTES
+            buffer = self._buffers[self._at] = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+        return buffer[: elements * dtype.itemsize].view(dtype)
+
+    def put(self, taken: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy what was taken last, in any strides, to `out`; on a GPU it may be under way when this returns."""
+        if self.staged:
+            taken = taken.to(self.device, non_blocking=True)
+        if self.pinned:
+            self._gone[self._at] = torch.cuda.current_stream(self.device).record_event()
+        out.copy_(taken)
+
+
 class FilePool:
     """Open files, closed again when there are many; counts the bytes that were wanted. Usable from several threads."""
 
@@ -135,27 +168,28 @@ class FilePool:
         width = dtype.itemsize
         if not math.prod(window.size):
             return
-        as_it_lies = out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
+        scratch = self._scratch_for(out.device)
+        as_it_lies = out.dtype == dtype and out.is_contiguous() and not scratch.staged
         if as_it_lies and window.is_run:
             self.read_into(path, base + window.offset * width, bytes_of(out))
             return
         near = _gap(window) * width <= NEAR_BYTES and base % width == 0
         for part, index in _parts(window, (SPAN_BYTES if near else SCRATCH_BYTES) // width, near=near):
             to = out[index]
-            if near and self._copy_mapped(path, base, dtype, part, to):
+            if near and self._copy_mapped(path, base, dtype, part, to, scratch):
                 continue
             for run, at in _parts(part, SCRATCH_BYTES // width, near=False):
                 packed = _packed(run)
                 direct = as_it_lies and row_major(run.size, packed) and to[at].is_contiguous()
                 elements = math.prod(run.size)
-                buffer = to[at] if direct else self._buffer()[: elements * width].view(dtype)
+                buffer = to[at] if direct else scratch.take(elements, dtype)
                 starts = [base + start * width for start in _starts(run)]
                 self._read_each(path, starts, bytes_of(buffer), elements * width)
                 if not direct:
-                    to[at].copy_(buffer.as_strided(run.size, packed))
+                    scratch.put(buffer.as_strided(run.size, packed), to[at])
 
     def _copy_mapped(
-        self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor
+        self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor, scratch: _Scratch
     ) -> bool:
         """Copy a window out of mapped memory; False where it cannot be mapped."""
         width, span, first = dtype.itemsize, _span(window), base + window.offset * dtype.itemsize
@@ -169,15 +203,19 @@ class FilePool:
         except (OSError, ValueError):  # an older kernel, or a file that ends early: a read says which
             return False
         flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=ahead, count=span * width).view(dtype)
-        out.copy_(flat.as_strided(window.size, window.stride))
+        found = flat.as_strided(window.size, window.stride)
+        if scratch.staged:
+            found = scratch.take(found.numel(), dtype).view(found.shape).copy_(found)
+        scratch.put(found, out)
         with self._lock:
             self.bytes_read += math.prod(window.size) * width
         return True
 
-    def _buffer(self) -> torch.Tensor:
-        if not hasattr(self._scratch, "buffer"):
-            self._scratch.buffer = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
-        return self._scratch.buffer
+    def _scratch_for(self, device: torch.device) -> _Scratch:
+        known: dict[torch.device, _Scratch] = self._scratch.__dict__.setdefault("by_device", {})
+        if device not in known:
+            known[device] = _Scratch(device)
+        return known[device]
 
     def _open(self, path: Path) -> _Open:
         with self._lock:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.dcp import is_dcp
+from titan_bridge.checkpoint.hf import is_hf
 from titan_bridge.checkpoint.mapping import check_source, expected
 from titan_bridge.checkpoint.names import named
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
@@ -57,7 +57,7 @@ def has_expert_bias(model: str, step: int | None = None, names: str | None = Non
         BridgeError: A checkpoint that is damaged, or `step` is not there.
     """
     directory = weights_directory(model, step)
-    if directory is None or not is_dcp(directory):
+    if directory is None or is_hf(directory):
         return False  # Hugging Face has no name for it
     if (directory.parent / RECORD).is_file():
         return Record.read(directory.parent).expert_bias

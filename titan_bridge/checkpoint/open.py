@@ -12,6 +12,7 @@ from titan_bridge.checkpoint.dcp import is_dcp, open_dcp
 from titan_bridge.checkpoint.hf import is_hf, open_hf
 from titan_bridge.checkpoint.names import check_pattern, renamed, under_hf_names
 from titan_bridge.checkpoint.quantized import dequantized
+from titan_bridge.checkpoint.torch_checkpointing import is_torch_checkpointing, open_torch_checkpointing
 from titan_bridge.errors import BridgeError, few
 
 _COPY = {
@@ -26,18 +27,18 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}[^/]", re.IGNORECASE)  # Path()
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether a checkpoint of any known format lies there."""
-    return any(known(directory) for known in (is_dcp, is_hf))
+    return any(known(directory) for known in (is_dcp, is_hf, is_torch_checkpointing))
 
 
 def open_checkpoint(
     path: str | os.PathLike[str], *, extra: bool = False, names: str | None = None
 ) -> Checkpoint:
-    """Open a directory: DCP or Hugging Face safetensors, in this order of looking.
+    """Open a directory: DCP, Hugging Face safetensors, or files of torch_checkpointing, in this order of looking.
 
     Headers are read and checked in full; no weight is read. Quantized weights are presented multiplied out.
 
     Args:
-        extra: DCP: look up optimizer state and other entries that are no model tensors, too.
+        extra: Look up optimizer state and other entries that are no model tensors, too (not in Hugging Face's files).
         names: How the files call the tensor NAME, with `{}` in place of NAME; what does not fit is left out.
 
     Raises:
@@ -54,6 +55,8 @@ def open_checkpoint(
         found = open_dcp(directory, extra=extra or names is not None)
     elif is_hf(directory):
         found = open_hf(directory)
+    elif is_torch_checkpointing(directory):
+        found = open_torch_checkpointing(directory, extra=extra or names is not None)
     else:
         refuse_folder(directory)
     if names is not None:
@@ -82,8 +85,8 @@ def refuse_folder(directory: Path) -> NoReturn:
         )
     if any(directory.glob("*.pt")) or any(directory.glob("rank_*/*.pt")):
         raise BridgeError(
-            f"{directory} was written by torch_checkpointing or torch.save ({found}), which is not read; have "
-            "TorchTitan write DCP (its default checkpointer)"
+            f"{directory} was written by torch.save ({found}), which is not read but for the item 'model' of "
+            "torch_checkpointing (model_0.pt); have TorchTitan write DCP (its default checkpointer)"
         )
     if any(directory.glob("shard-*.safetensors")):
         raise BridgeError(

@@ -3,8 +3,8 @@
 Every allowed class is replaced by a stand-in that keeps what the pickle says about the object. Whatever else a pickle
 names (`os.system`, `builtins.eval`) is refused before anything happens. Only the opcodes that torch writes are read,
 and each takes time and memory in proportion to its bytes: nothing is copied that the pickle can name again and again,
-nothing is hashed but text and stand-ins, which hash by identity. torch's own classes are not built: importing them
-takes a second, and one of them hashes what the pickle gives it.
+nothing is hashed but text, small numbers and stand-ins, which hash by identity. torch's own classes are not built:
+importing them takes a second, and one of them hashes what the pickle gives it.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ _OPCODES = {
     )
 }
 """What torch.save and DCP write. Left out are, for instance, sets, and the opcodes that reserve memory."""
+
+_MOST_KEY = 1 << 20
+"""Numbers of ranks. Larger ones could be chosen such that they all fall into one place of the table."""
 
 _InPython: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one in C reserves memory as the memo's indices say
 
@@ -145,7 +148,10 @@ class _Unpickler(_InPython):
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
         for key in items[::2]:
-            if type(target) is not dict or (type(key) is not str and not isinstance(key, StandIn)):
+            known = (
+                type(key) is str or isinstance(key, StandIn) or (type(key) is int and 0 <= key < _MOST_KEY)
+            )
+            if type(target) is not dict or not known:
                 raise BridgeError("damaged pickle (a dict with keys that are no text)")
         target.update(zip(items[::2], items[1::2], strict=True))
 

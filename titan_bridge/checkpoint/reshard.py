@@ -16,6 +16,7 @@ from typing import Any
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.adapter import merged
 from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.dcp import is_dcp
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
@@ -51,7 +52,7 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     source = open_checkpoint(found, extra=extra, names=options.names)
     if options.merge_lora is not None:
         source = merged(source, options.merge_lora)
-    if extra and (source.format, options.to) != ("dcp", "dcp"):
+    if extra and not (source.format == options.to == "dcp" and is_dcp(source.path)):
         raise BridgeError(
             f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import tyro
 
+from titan_bridge import cpu
 from titan_bridge.commands.infer import InferCommand, Number, parse_vllm_options
 
 FLOAT32_TOLERANCE = 1e-4
@@ -50,7 +52,9 @@ class Parity(InferCommand):
         with quiet(verbose=self.verbose) as say:
             from titan_bridge.engine.run import ranks
 
-            with ranks.start(config) as started:
+            # Else products of Triton's kernels on GPUs are TF32's.
+            exact = {"TRITON_F32_DEFAULT": "ieee"} if config.dtype == "float32" else {}
+            with cpu.variables({**exact, **os.environ}), ranks.start(config) as started:
                 check(asked)  # while they import vLLM
                 say(f"importing vLLM to run {config.model}")
                 prompts = parity.prompts(hf["vocab_size"], max_model_len=limit)

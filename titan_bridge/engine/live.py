@@ -6,23 +6,21 @@ reaches them by name whatever extension class the user has. Answers are plain li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from titan_bridge.device_meshes import get_device_meshes
 from titan_bridge.engine.native import specs as native_specs
-from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
 from titan_bridge.engine.native.layers import Native
+from titan_bridge.engine.verify import place, verify_native, verify_titan
 from titan_bridge.errors import BridgeError
 from titan_bridge.fingerprint import of_plan, shapes_of
-from titan_bridge.mesh import DENSE, Sizes, base_and_stages, describe, mesh_axes, sizes_of
+from titan_bridge.mesh import DENSE, Sizes, mesh_axes, sizes_of
 from titan_bridge.model_layout import ParamSpec, as_layout
 from titan_bridge.sharding.layout import ParamLayout, dtype_name, torch_dtype
 from titan_bridge.sharding.plan import plan
@@ -61,7 +59,7 @@ def titan_native_specs(worker: Any) -> dict[str, Any]:
             if native.spec.is_replicated
             else [placement_to_str(placement) for placement in native.spec.placements],
             "shape": list(native.shape),
-            "local_shape": list(native.spec.local_shape(native.shape, *_place(native.spec, sizes))),
+            "local_shape": list(native.spec.local_shape(native.shape, *place(native.spec, sizes))),
             "live_shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "dim": native.dim,
@@ -76,9 +74,8 @@ def titan_native_specs(worker: Any) -> dict[str, Any]:
 def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
     """Hold every live parameter against the checkpoint that it was loaded from, bit for bit.
 
-    A TorchTitan parameter is gathered by its spec, `DTensor.from_local(p, mesh, placements).full_tensor()`, and the
-    whole is compared; a parameter of vLLM's own model is compared with the slices that its spec cuts from the
-    checkpoint. All workers of all engines call it together, because gathering is collective.
+    Each is compared with the slices that its spec cuts from the checkpoint, of which a TorchTitan parameter's are read
+    and compared some rows at a time (`verify.SLICE_BYTES`). Workers need not call it together.
 
     Args:
         checkpoint: Directory with the safetensors files.
@@ -87,11 +84,12 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
         For each parameter `{"name", "spec", "equal", "note"}`; `note` states padding, packing, or what is wrong.
     """
     model, sizes = worker.get_model(), _sizes(worker)
-    tensors = CheckpointTensors(checkpoint)
-    if hasattr(model, "setup"):
-        with model.packing.unpacked():
-            return list(_verify_titan(model, sizes, tensors))
-    return list(_verify_native(model, sizes, tensors))
+    if not hasattr(model, "setup"):
+        return list(verify_native(model, _native_params(model), sizes, checkpoint))
+    params = _titan_params(model, sizes)
+    with model.packing.unpacked():
+        live = {fqn: _local(tensor).detach() for fqn, tensor, _ in _live(model)}
+        return list(verify_titan(model, live, params, sizes, checkpoint))
 
 
 def titan_fingerprints(worker: Any, dtype: str | None = None) -> dict[str, Any]:
@@ -144,12 +142,6 @@ def _sizes(worker: Any) -> Sizes:
     )
 
 
-def _place(spec: ShardingSpec, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape of the spec's mesh, and where this rank stands on it."""
-    mesh = describe(spec.mesh, sizes, rank=dist.get_rank())
-    return mesh.shape, mesh.coordinate(dist.get_rank())
-
-
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -161,7 +153,7 @@ def _titan_params(model: Any, sizes: Sizes) -> dict[str, ParamSpec]:
         spec = attached(model.model.get_submodule(prefix), name)
         if spec is None:
             raise BridgeError(f"{fqn} carries no spec; every parameter of a served model must")
-        expected = spec.local_shape(known.shape, *_place(spec, sizes))
+        expected = spec.local_shape(known.shape, *place(spec, sizes))
         if tuple(_local(tensor).shape) != expected:
             raise BridgeError(
                 f"{fqn} has local shape {tuple(_local(tensor).shape)}; its spec {spec} says {expected}"
@@ -198,62 +190,3 @@ def _native_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Native
     for fqn, tensor in model.named_parameters():
         whole = ShardingSpec(mesh=DENSE, placements=(Replicate(),) * len(mesh_axes(DENSE)))
         yield fqn, tensor, declared.get(fqn) or Native(spec=whole, shape=tuple(tensor.shape))
-
-
-def _verify_titan(model: Any, sizes: Sizes, tensors: CheckpointTensors) -> Iterator[dict[str, Any]]:
-    setup, views = model.setup, {}
-    every = setup.family.views(setup.hf, padded_vocab=setup.padded_vocab)
-    for view in (*every, *setup.family.optional_views(setup.hf, padded_vocab=setup.padded_vocab)):
-        if view.name in tensors:
-            views.setdefault(view.fqn, []).append(view)
-    specs = _titan_params(model, sizes)
-    live = {fqn: _local(tensor) for fqn, tensor, _ in _live(model)}
-    meshes = get_device_meshes(sizes, device_type=next(iter(live.values())).device.type)
-    for fqn, known in specs.items():
-        gathered = _gather(live[fqn], known, meshes)
-        expected, filled = torch.zeros(known.shape, dtype=known.dtype), 0
-        for view in views.get(fqn, ()):
-            tensor = tensors[view.name]
-            view.write(expected, tensor)
-            filled += tensor.numel()
-        rows = (expected.numel() - filled) // max(expected[:1].numel(), 1)
-        note = f"{rows} rows of padding, zero" if rows else ""
-        equal = torch.equal(gathered.cpu(), expected)
-        yield _finding(fqn, known.spec, equal, note if views.get(fqn) else "not in the checkpoint")
-
-
-def _gather(local: torch.Tensor, known: ParamSpec, meshes: Mapping[str, DeviceMesh]) -> torch.Tensor:
-    stride = torch.empty(known.shape, device="meta").stride()
-    name, stages = base_and_stages(known.spec.mesh)
-    return DTensor.from_local(
-        local.detach(),
-        meshes[name],  # of this rank's pipeline stage
-        known.spec.placements[len(stages) > 1 :],
-        run_check=False,
-        shape=torch.Size(known.shape),
-        stride=stride,
-    ).full_tensor()
-
-
-def _verify_native(model: nn.Module, sizes: Sizes, tensors: CheckpointTensors) -> Iterator[dict[str, Any]]:
-    declared = {}
-    for prefix, module, name, _ in native_specs.declared_in(model):
-        declared[f"{prefix}.{name}"] = module
-    for fqn, live, native in _native_params(model):
-        parts = tensors.parts(fqn, native, declared.get(fqn))
-        if parts is None:
-            yield _finding(fqn, native.spec, False, "not in the checkpoint under a name that is known")
-            continue
-        expected = native_specs.cut(native, parts, *_place(native.spec, sizes)).to(live.dtype)
-        note = f"{native.padding} rows of padding, zero" if native.padding else ""
-        if native.stored == "repacked":
-            expected, note = (
-                native_specs.pack(declared[fqn], fqn.rpartition(".")[2], expected),
-                "repacked by vLLM",
-            )
-        equal = expected.shape == live.shape and torch.equal(expected, live.detach().cpu())
-        yield _finding(fqn, native.spec, equal, note if equal else f"{note} {native.stored}".strip())
-
-
-def _finding(name: str, spec: ShardingSpec, equal: bool, note: str) -> dict[str, Any]:
-    return {"name": name, "spec": None if spec.is_replicated else str(spec), "equal": equal, "note": note}

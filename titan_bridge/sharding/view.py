@@ -120,12 +120,32 @@ class View:
         cut = titan.reshape(self.flat_factors)[tuple(slice(a, b) for a, b in self.index)]
         return cut.permute(self.permute).reshape(self.shape)
 
-    def write(self, titan: torch.Tensor, external: torch.Tensor) -> None:
-        """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its dtype."""
-        self._check(titan, self.titan_shape, self.fqn)
+    def write(self, titan: torch.Tensor, external: torch.Tensor, *, first: int = 0) -> None:
+        """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its dtype.
+
+        `titan` may be a part of its rows, from `first` on, both multiples of `rows`; the rest is left out.
+        """
+        last = first + len(titan)
+        if first % self.rows or last % self.rows or last > self.titan_shape[0]:
+            raise BridgeError(
+                f"{self.fqn}: rows {first} to {last} of {self.titan_shape[0]}; this view needs multiples of {self.rows}"
+            )
+        self._check(titan, (len(titan), *self.titan_shape[1:]), self.fqn)
         self._check(external, self.shape, self.name)
-        cut = titan.view(self.flat_factors)[tuple(slice(a, b) for a, b in self.index)].permute(self.permute)
-        cut.copy_(external.reshape(cut.shape))
+        begin, count = first // self.rows, len(titan) // self.rows
+        (low, high), *others = self.index
+        start, stop = max(low, begin), min(high, begin + count)
+        if start >= stop:
+            return
+        place = [slice(start - begin, stop - begin), *(slice(a, b) for a, b in others)]
+        cut = titan.view(count, *self.flat_factors[1:])[tuple(place)].permute(self.permute)
+        whole = external.reshape([self.index_shape[dim] for dim in self.permute])
+        cut.copy_(whole.narrow(self.permute.index(0), start - low, stop - start))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the TorchTitan tensor that stay together where it is cut along its first factored dim."""
+        return math.prod(self.factors[0][1:])
 
     def _check(self, tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
         if tuple(tensor.shape) != shape:

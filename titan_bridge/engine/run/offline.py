@@ -52,12 +52,13 @@ class Completion:
 def engine(config: InferConfig) -> Iterator[tuple[LLM, list[dict[str, Any]], float]]:
     """vLLM's `LLM` for one dp rank in this process, with the workers' reports and the seconds that loading took.
 
-    Sets what the CPU backend needs in `os.environ`, checks the loaded class, and at the end shuts the engine down and
-    leaves the environment as it was.
+    Sets what the CPU backend needs in `os.environ` while the engine starts, checks the loaded class, and at the end
+    shuts the engine down. Several may be there at once.
     """
     options = config.engine_options()
     if "worker_extension_cls" in options:
         raise BridgeError("vllm.worker_extension_cls is taken by titan-bridge here; leave it out")
+    # Its processes have their own copy. What vLLM sets on the way is not to be the user's wish for the next engine.
     with cpu.variables(cpu.environment(config.parallel.workers, given=os.environ, options=config.vllm)):
         forking.start()  # before vLLM is imported, which takes as long
         import vllm  # noqa: PLC0415  a process that only launches dp ranks does without
@@ -71,12 +72,12 @@ def engine(config: InferConfig) -> Iterator[tuple[LLM, list[dict[str, Any]], flo
             options.setdefault("disable_log_stats", False)  # which would leave drafts uncounted
         started = time.perf_counter()
         llm = vllm.LLM(**options, worker_extension_cls=WORKER_EXTENSION)
-        try:
-            workers = llm.collective_rpc("bridge_report")
-            check_class(config.model_impl, workers)
-            yield llm, workers, time.perf_counter() - started
-        finally:
-            llm.llm_engine.engine_core.shutdown()
+    try:
+        workers = llm.collective_rpc("bridge_report")
+        check_class(config.model_impl, workers)
+        yield llm, workers, time.perf_counter() - started
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def check_class(model_impl: str, workers: Sequence[Mapping[str, Any]]) -> None:

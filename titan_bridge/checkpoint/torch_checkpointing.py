@@ -1,0 +1,351 @@
+"""Folders of the package torch_checkpointing (0.1, TorchTitan's second manager): `model_0.pt`, `model_1.pt`, ...
+
+Each rank saves each item (the model, the optimizer) with torch.save in a file of its own: plain tensors, and DTensors
+with their local tensor. `metadata.pkl` has the global shapes, meshes and placements; it is there if the item was saved
+with a resharder. Both are pickles, of which nothing is run. Without metadata only the files of a single rank say where
+their tensors belong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from titan_bridge.checkpoint.archive import Placed, Tensor, unpickled
+from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
+from titan_bridge.checkpoint.files import FilePool, inside, read_bytes, size_of
+from titan_bridge.checkpoint.hf import read_config
+from titan_bridge.checkpoint.pickles import loads, size, stand_ins
+from titan_bridge.checkpoint.safetensors import read_header
+from titan_bridge.errors import BridgeError, few
+from titan_bridge.sharding import dtensor
+from titan_bridge.sharding.boxes import Box, Piece, fsdp_is_exact, local_shape_of, pieces_of
+from titan_bridge.sharding.layout import MeshLayout, torch_dtype
+from titan_bridge.sharding.tensors import Chunk, TensorMetadata
+
+METADATA = "metadata.pkl"
+_MODEL = "model"
+_VERSION = "2.0"
+_MOST_BYTES = 1 << 28
+"""Of a pickle."""
+_MOST_DIMS = 64
+_DTENSOR = "torch.distributed.tensor"
+_MESH = "torch.distributed._mesh_layout"
+
+Path_ = tuple[str | int, ...]
+"""Where a tensor stands in the nested state dict of an item."""
+Find = Callable[[Path_], Placed]
+T = TypeVar("T")
+
+
+def is_torch_checkpointing(directory: Path) -> bool:
+    """Whether the directory has the package's metadata, or a model as its first rank saves it."""
+    return (directory / METADATA).is_file() or (directory / f"{_MODEL}_0.pt").is_file()
+
+
+def open_torch_checkpointing(directory: Path, *, extra: bool = False) -> Checkpoint:
+    """Open a folder: the tensors of the item `model` under their own names.
+
+    Args:
+        extra: Look up the tensors of other items, too; they are called ITEM.NAME.
+
+    Raises:
+        BridgeError: Metadata that is damaged, hostile or of another version; several ranks without metadata; tensors
+            that are missing, are not what the metadata says, or do not make up the whole.
+    """
+    pool = FilePool()
+    if (directory / METADATA).is_file():
+        found, left_out = _described(pool, directory, extra=extra)
+    else:
+        found, left_out = _of_one_rank(pool, directory), 0
+    model = {name: tensor for (item, name), tensor in found.items() if item == _MODEL}
+    if not model:
+        raise BridgeError(
+            f"{directory} has no item {_MODEL!r} with tensors, whose files are {_MODEL}_RANK.pt"
+        )
+    others = {tensor.name: tensor for (item, _), tensor in found.items() if item != _MODEL}
+    return Checkpoint(
+        path=directory,
+        format="dcp",  # its names and its conventions
+        tensors=model,
+        extra_tensors=others,
+        left_out=left_out,
+        config=read_config(directory),
+        pool=pool,
+    )
+
+
+def _described(
+    pool: FilePool, directory: Path, *, extra: bool
+) -> tuple[dict[tuple[str, str], TensorMetadata], int]:
+    """The tensors by item and name, and how many entries of other items were not looked up."""
+    source = directory / METADATA
+    length = size_of(source)
+    if length > _MOST_BYTES:
+        raise BridgeError(f"{source} has {length} bytes; at most {_MOST_BYTES} are read")
+    root = loads(read_bytes(source, 0, length), {}, where=source)
+    tensors: dict[tuple[str, str], TensorMetadata] = {}
+    left_out = 0
+    try:
+        if (version := _get(root, "version", str)) != _VERSION:
+            raise BridgeError(f"version {version!r:.20}; read is {_VERSION!r}")
+        for item, described in _get(root, "metadata", dict).items():
+            paths = _get(described, "nested_path_to_metadata", dict)
+            if item != _MODEL and not extra:
+                left_out += len(paths)
+                continue
+            files = _files(pool, directory, item, _get(described, "rank_to_layout_info", dict))
+            for text, groups in paths.items():
+                path = _path(text)
+                name = ".".join(map(str, path))
+                if (item, name) in tensors:
+                    raise BridgeError(f"{name} appears twice in {item}")
+                full = name if item == _MODEL else f"{item}.{name}"
+                tensors[item, name] = _tensor(full, path, groups, files)
+    except BridgeError as error:
+        raise BridgeError(f"{source}: {error}") from None
+    return tensors, left_out
+
+
+def _files(
+    pool: FilePool, directory: Path, item: str, layouts: dict[int, Any]
+) -> Callable[[int], tuple[Path, Find]]:
+    """Rank to the file of an item, and what finds tensors in it. Files are opened when they are asked for."""
+    ranks: dict[Path, int] = {}
+
+    @cache
+    def of_rank(rank: int) -> tuple[Path, Find]:
+        if rank not in layouts:
+            raise BridgeError(f"nothing says where rank {rank} saved {item}")
+        layout = layouts[rank] or {"file_path": f"{item}_{rank}.pt", "serialization_format": {}}
+        path = inside(directory, _get(layout, "file_path", str), f"{METADATA}: {item} of rank {rank}")
+        if ranks.setdefault(path, rank) != rank:
+            raise BridgeError(f"{path} is the file of ranks {ranks[path]} and {rank}")
+        form = _get(layout, "serialization_format", dict).get("type", "TorchSerialization")
+        if form == "SafetensorsSerialization":
+            return path, _in_safetensors(path)
+        if form != "TorchSerialization":
+            raise BridgeError(
+                f"{path} is of {form!r:.40}; read are TorchSerialization and SafetensorsSerialization"
+            )
+        return path, _in_pickle(pool, path)[1]
+
+    return of_rank
+
+
+def _tensor(name: str, path: Path_, groups: Any, files: Callable[[int], tuple[Path, Find]]) -> TensorMetadata:
+    """A tensor from what one or several groups of ranks (each on a mesh) have of it."""
+    if not isinstance(groups, list) or not groups:
+        raise BridgeError(f"{name} has no ranks")
+    chunks: dict[Box, Chunk] = {}
+    kinds = set()
+    for group in groups:
+        packed = _get(group, "sharding_metadata", dict)
+        if (kind := _get(packed, "type", str)) != "DTensorShardingMetadata":
+            raise BridgeError(
+                f"{name} is described as {kind!r:.40}; only DTensors and plain tensors are read"
+            )
+        data = _get(packed, "data", dict)
+        shape, dtype = (
+            _shape(data, "global_shape"),
+            torch_dtype(_get(data, "dtype", str).removeprefix("torch.")),
+        )
+        kinds.add((shape, dtype))
+        mesh, placements = _mesh(data, name, shape)
+        for position, local, pieces in _held(placements, shape, mesh.shape):
+            if all(piece.box in chunks for piece in pieces):
+                continue  # a replica
+            rank = mesh.ranks[position]
+            file, find = files(rank)
+            placed = find(path)
+            if (placed.shape, placed.dtype) != (local, dtype):
+                raise BridgeError(
+                    f"{file}: {name} is {placed.dtype} {placed.shape}; the metadata says {dtype} {local}"
+                )
+            for piece in pieces:
+                first = piece.local.start[0] * math.prod(local[1:]) if local else 0
+                offset = placed.offset + first * dtype.itemsize
+                chunks[piece.box] = Chunk(owner=file, offset=offset, box=piece.box)
+    if len(kinds) > 1:
+        raise BridgeError(f"{name} has several shapes or dtypes: {few([f'{d} {s}' for s, d in kinds])}")
+    ((shape, dtype),) = kinds
+    check_cover(name, shape, list(chunks), METADATA)
+    return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks.values()))
+
+
+@lru_cache(maxsize=1024)
+def _held(
+    placements: tuple[dtensor.Placement, ...], shape: tuple[int, ...], mesh: tuple[int, ...]
+) -> tuple[tuple[int, tuple[int, ...], tuple[Piece, ...]], ...]:
+    """Position on the mesh, shape of the local tensor and pieces, for the first of each set of replicas."""
+    kept = [
+        range(1 if isinstance(placement, dtensor.Replicate) else n)
+        for placement, n in zip(placements, mesh, strict=True)
+    ]
+    found = []
+    for coordinate in itertools.product(*kept):
+        position = 0
+        for at, n in zip(coordinate, mesh, strict=True):
+            position = position * n + at
+        local = local_shape_of(placements, shape, mesh, coordinate)
+        if pieces := pieces_of(placements, shape, mesh, coordinate):
+            found.append((position, local, pieces))
+    return tuple(found)
+
+
+def _mesh(
+    data: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> tuple[MeshLayout, tuple[dtensor.Placement, ...]]:
+    stated = _get(data, "mesh_spec", dict)
+    sizes, ranks = _shape(stated, "mesh_shape"), _get(stated, "mesh_data", list, tuple)
+    mesh = MeshLayout(axes=tuple(map(str, range(len(sizes)))), shape=sizes, ranks=tuple(ranks))
+    placements: list[dtensor.Placement] = []
+    for placement in _get(data, "placements", list):
+        kind = _get(placement, "type", str)
+        if kind == "Replicate":
+            placements.append(dtensor.Replicate())
+        elif kind == "Shard":
+            placements.append(dtensor.Shard(_get(placement, "dim", int)))
+        elif kind == "StridedShard":
+            dim, factor = _get(placement, "dim", int), _get(placement, "split_factor", int)
+            axis = len(placements)
+            exact = dim == 0 and 1 <= factor <= len(ranks) and axis < len(sizes) and len(shape) > 0
+            if not exact or not fsdp_is_exact(shape[0], factor, sizes[axis]):
+                raise BridgeError(
+                    f"{name} of shape {shape} is StridedShard({dim}, split_factor={factor}); read is one of dim 0 "
+                    "that cuts it evenly"
+                )
+            placements.append(dtensor._StridedShard(dim, split_factor=factor))
+        else:
+            raise BridgeError(
+                f"{name} has the placement {kind!r:.40}; read are Replicate, Shard and StridedShard"
+            )
+    return mesh, tuple(placements)
+
+
+def _of_one_rank(pool: FilePool, directory: Path) -> dict[tuple[str, str], TensorMetadata]:
+    """The tensors of `model_0.pt`, which must be all there is."""
+    files = sorted(path.name for path in directory.glob(f"{_MODEL}_*.pt"))
+    if len(files) > 1:
+        raise BridgeError(
+            f"{directory} has {few(files)} and no {METADATA}, which says how they belong together; have the item "
+            f"{_MODEL!r} saved with a resharder"
+        )
+    path = directory / files[0]
+    root, find = _in_pickle(pool, path)
+    tensors = {}
+    for at, tensor in _leaves(root, (), set()):
+        if tensor.whole is not None and tensor.whole != tensor.shape:
+            raise BridgeError(
+                f"{path} has {tensor.shape} of {'.'.join(map(str, at))}, which is {tensor.whole}; the files of other "
+                f"ranks and {METADATA} are not there"
+            )
+        name, placed = ".".join(map(str, at)), find(at)
+        if (_MODEL, name) in tensors:
+            raise BridgeError(f"{path}: {name} appears twice")
+        chunk = Chunk(owner=path, offset=placed.offset, box=Box.whole(placed.shape))
+        tensors[_MODEL, name] = TensorMetadata(
+            name=name, shape=placed.shape, dtype=placed.dtype, chunks=(chunk,)
+        )
+    return tensors
+
+
+def _leaves(value: Any, path: Path_, seen: set[int]) -> Iterator[tuple[Path_, Tensor]]:
+    """The tensors in nested dicts."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif type(value) is dict:
+        if id(value) in seen or len(path) == _MOST_DIMS:  # two dicts could make up any number of tensors
+            raise BridgeError(f"damaged pickle (a dict in several places, at {path!r:.100})")
+        seen.add(id(value))
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, key), seen)
+
+
+def _in_safetensors(path: Path) -> Find:
+    entries, _ = read_header(path)
+
+    def find(at: Path_) -> Placed:
+        name = ".".join(map(str, at))
+        if name not in entries:
+            raise BridgeError(f"{path} has no {name}")
+        entry = entries[name]
+        return Placed(offset=entry.chunks[0].offset, shape=entry.shape, dtype=entry.dtype)
+
+    return find
+
+
+def _in_pickle(pool: FilePool, path: Path) -> tuple[Any, Find]:
+    """What torch.save wrote, with a `Tensor` for each tensor, and what finds one."""
+    length, where = size_of(path), str(path)
+    root, place = unpickled(
+        pool.part(path, 0, length, where), length, where, allowed=_ALLOWED, most=_MOST_BYTES
+    )
+
+    def find(at: Path_) -> Placed:
+        value = root
+        for part in at:
+            value = value.get(part) if type(value) is dict else None
+        name = ".".join(map(str, at))
+        if not isinstance(value, Tensor):
+            raise BridgeError(f"{path} has no tensor {name}")
+        return place(value, f"{path}: {name}")
+
+    return root, find
+
+
+def _dtensor(args: tuple[Any, ...]) -> Tensor:
+    """The local tensor of a DTensor: (how it is made, DTensor, (DTensor, dtype, global shape, ...), (None, slots))."""
+    made, state = args[2:] if len(args) == 4 else ((), ())
+    slots = state[1] if type(state) is tuple and len(state) == 2 else None
+    local = slots.get("_local_tensor") if type(slots) is dict else None
+    known = type(made) is tuple and len(made) > 2 and type(made[2]) is tuple
+    if not known or not isinstance(local, Tensor):
+        raise BridgeError("a tensor of a class that is not DTensor")
+    return replace(local, whole=made[2])
+
+
+_ALLOWED: dict[str, Any] = {
+    "torch._tensor._rebuild_from_type_v2": _dtensor,
+    "torch._utils._rebuild_wrapper_subclass": None,
+    "torch.Size": size,
+    **stand_ins("torch", "device"),
+    **stand_ins("torch.serialization", "_get_layout"),
+    **stand_ins(_DTENSOR, "DTensor"),
+    **stand_ins(f"{_DTENSOR}._dtensor_spec", "DTensorSpec", "ShardOrderEntry", "TensorMeta"),
+    **stand_ins(f"{_DTENSOR}.placement_types", "Replicate", "Shard", "_StridedShard"),
+    **stand_ins("torch.distributed.device_mesh", "DeviceMesh"),
+    **stand_ins(_MESH, "_FlatLayout", "_MeshLayout"),
+}
+
+
+def _get(data: Any, key: str, *kinds: type[T]) -> T:
+    """A value of a dict. Raises BridgeError when it is not there, or of another type."""
+    value = data.get(key) if type(data) is dict else None
+    if type(value) not in kinds:
+        raise BridgeError(f"damaged metadata (no {key})")
+    return value  # type: ignore[return-value]
+
+
+def _shape(data: Any, key: str) -> tuple[int, ...]:
+    value = _get(data, key, list, tuple)
+    if len(value) > _MOST_DIMS or any(type(n) is not int or not 0 <= n < 2**62 for n in value):
+        raise BridgeError(f"damaged metadata ({key})")
+    return tuple(value)
+
+
+def _path(text: Any) -> Path_:
+    """`["layers.0.weight"]` as it stands in the metadata."""
+    try:
+        path = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        path = None
+    if not isinstance(path, list) or not path or any(type(part) not in (str, int) for part in path):
+        raise BridgeError(f"damaged metadata (the name {text!r:.100})")
+    return tuple(path)
