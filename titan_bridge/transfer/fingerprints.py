@@ -34,10 +34,7 @@ def of_messages(messages: Mapping[int, Sequence[Bucket]], local: Local) -> dict[
         for bucket in buckets:
             for part in bucket.slices:
                 if part.name in local:
-                    tensor = local[part.name]
-                    flat = part.window.of(tensor if tensor.is_contiguous() else tensor.contiguous()).reshape(
-                        -1
-                    )
+                    flat = part.window.of(local[part.name].contiguous()).reshape(-1)
                     sums[part.served] = combine((sums.get(part.served, 0), _of(flat, row, bucket.dtype)))
                 row += -(-part.elements // _ROW)
     return sums

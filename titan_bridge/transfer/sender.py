@@ -106,7 +106,7 @@ class Sender:
             buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
         message = buffer[: bucket.nbytes].view(bucket.dtype)
         for part, tensor in zip(bucket.slices, tensors, strict=True):
-            window = part.window.of(tensor if tensor.is_contiguous() else tensor.contiguous())
+            window = part.window.of(tensor.contiguous())
             message[part.at : part.at + part.elements].view(part.window.size).copy_(window)
         return buffer
 
