@@ -2,6 +2,7 @@
 
     python scripts/bench_updates.py            a table
     python scripts/bench_updates.py --json     for machines
+    python scripts/bench_updates.py --pause keep_cache    requests in flight keep what they have cached
     python scripts/bench_updates.py --family qwen3_moe --serve "--dp 2 --ep 2" --updates 50    ranks in lockstep
 
 A server of a random model on this machine, a steady load of streaming requests, and a trainer that sends all weights
@@ -25,7 +26,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import torch
@@ -36,6 +37,7 @@ from safetensors.torch import load_file
 from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 from titan_bridge.transfer import Options, Trainer
+from titan_bridge.transfer.options import PauseMode
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 8192}
 
@@ -110,14 +112,16 @@ def server(model: Path, folder: Path, options: list[str]) -> Iterator[str]:
         process.wait()
 
 
-def measure(family: Any, options: list[str], users: int, updates: int, seconds: float) -> dict[str, Any]:
+def measure(
+    family: Any, options: list[str], users: int, updates: int, seconds: float, pause: PauseMode
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="titan-", dir="/dev/shm") as name:
         folder = Path(name)
         model = make_checkpoint(folder / "m", family, dtype=torch.bfloat16, **SIZES)
         held = load_file(model / "model.safetensors")
         with (
             server(model, folder, options) as url,
-            Trainer(held, url, options=Options(delta=False)) as trainer,
+            Trainer(held, url, options=Options(delta=False, pause=pause)) as trainer,
         ):
             trainer.send()  # connects
             load = Load(url, users)
@@ -135,7 +139,7 @@ def measure(family: Any, options: list[str], users: int, updates: int, seconds: 
             spans: dict[str, list[tuple[float, float]]] = {what: [] for what in actions}
             for _ in range(updates):
                 for what, action in actions.items():  # in turn, since a machine's other work comes and goes
-                    time.sleep(0.3)
+                    time.sleep(2)  # what the one before has left behind: requests that compute anew
                     started = time.monotonic()
                     action()
                     spans[what].append((started, time.monotonic()))
@@ -165,10 +169,11 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=1.5, help="how long nothing is watched, each time")
+    parser.add_argument("--pause", choices=get_args(PauseMode), default="keep", help="see Options.pause")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(given.family, given.serve.split(), given.users, given.updates, given.seconds)
+    rows = measure(given.family, given.serve.split(), given.users, given.updates, given.seconds, given.pause)
     if given.json:
         print(json.dumps(rows, indent=1))
         return

@@ -149,7 +149,7 @@ class PlainClient:
             except (OSError, EOFError) as error:
                 answers[at] = (None, f"worker {at} is gone: {error!r}")
 
-        at_once(ask, ((at,) for at in range(len(self.addresses))))
+        at_once(ask, range(len(self.addresses)))
         for good, answer in answers:
             if not good:
                 raise (ConnectionError if good is None else RuntimeError)(answer)

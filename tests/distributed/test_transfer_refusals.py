@@ -152,7 +152,12 @@ WITHOUT = object()
         ("init", "link", "l", "no trainer at 127.0.0.1:1"),
         ("update", "link", WITHOUT, "update_info lacks the key link"),
         ("update", "version", 3, "update_info.version is 3; it must be a valid string"),
-        ("update", "pause", "never", "update_info.pause is 'never'; it must be 'abort', 'wait' or 'keep'"),
+        (
+            "update",
+            "pause",
+            "never",
+            "update_info.pause is 'never'; it must be 'abort', 'wait', 'keep' or 'keep_cache'",
+        ),
         ("update", "number", 0, "update_info.number is 0; it must be greater than or equal to 1"),
         ("update", "link", "l", "weight transfer not initialized: worker 0 is not connected"),
     ],

@@ -161,7 +161,7 @@ class TitanTrainerInitInfo(TrainerInitInfo):
     delta: bool = True
     """Keep a copy of what the engine has, and send only what differs where that is less."""
     pause: PauseMode = "keep"
-    """vLLM's pause mode for requests in flight while an update becomes live."""
+    """What requests in flight do while an update becomes live; see `Options.pause`."""
     transport: Transport = "auto"
     """What tensors travel over; see `Options.transport`."""
     adapter: str | None = None

@@ -10,13 +10,12 @@ from typing import Any
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.plan import Plan
-from titan_bridge.transfer.engines import Engine, Engines, together
+from titan_bridge.transfer.engines import Engine, Engines
 from titan_bridge.transfer.errors import PeerLost, TransferError
-from titan_bridge.transfer.fingerprints import differing
 from titan_bridge.transfer.layouts import Sides, join_sides, views_from_json
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.protocol import Update, base_of, token_of
-from titan_bridge.transfer.wire import Deadline, Listener
+from titan_bridge.transfer.wire import Deadline, Listener, at_once
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class Coordinator:
             for engine in self.engines.all()
             if engine.link not in known or not all(worker.alive() for worker in engine.workers)
         ]
-        self._settle(together(anew, lambda engine: self._connect(engine, terms, limit)))
+        self._settle(at_once(lambda engine: self._connect(engine, terms, limit), anew))
         base = None if given[0]["base"] is None else base_of(self._run, given[0]["base"])
         delta: dict[Engine, bool] = {}
 
@@ -82,7 +81,7 @@ class Coordinator:
             answers = engine.ask({"do": "check", "base": base}, limit)
             delta[engine] = all(answer["delta"] for answer in answers)
 
-        self._settle(together(self.engines.all(), check))
+        self._settle(at_once(check, self.engines.all()))
         self._number += 1
         return {
             "number": self._number,
@@ -150,7 +149,7 @@ class Coordinator:
             engine.ask([{"do": "prepare", "base": base, "whole": ranks} for ranks in whole], limit)
             engine.request({"do": "receive", "number": number}, limit)
 
-        self._settle(together(self.engines.all(), one))
+        self._settle(at_once(one, self.engines.all()))
         self._phases = {"prepared": time.monotonic() - self._started}
         return {"links": [engine.link for engine in self.engines.all()]}
 
@@ -182,7 +181,7 @@ class Coordinator:
             for rank, worker, count in said:
                 sent[rank][worker] = count
 
-        self._settle(together(self.engines.all(), vote))
+        self._settle(at_once(vote, self.engines.all()))
         self._phases["received"] = time.monotonic() - self._started
         before, pauses = {engine.name: engine.version for engine in self.engines.all()}, {}
 
@@ -204,7 +203,7 @@ class Coordinator:
                 raise failed or TransferError(f"{engine.name} did not take the update")
             engine.version = version
 
-        self._settle(together(self.engines.all(), take))
+        self._settle(at_once(take, self.engines.all()))
         self._phases["live"] = time.monotonic() - self._started
         engines = self.engines.all()
         plans = [engine.plan for engine in engines if engine.plan is not None]
@@ -235,7 +234,8 @@ class Coordinator:
                     for name, value in said["fingerprints"].get(engine.link, {}).get(str(at), {}).items():
                         ours[name] = (ours.get(name, 0) + value) % 2**64
                 compared += len(answer["fingerprints"])
-                if names := differing(ours, answer["fingerprints"]):
+                theirs = answer["fingerprints"]
+                if names := sorted(name for name in theirs if ours.get(name, theirs[name]) != theirs[name]):
                     differ[f"{engine.name}/{at}"] = names
         return {"differ": differ, "compared": compared}
 

@@ -16,7 +16,7 @@ from titan_bridge.transfer.errors import PeerLost, TransferError
 from titan_bridge.transfer.layouts import Sides
 from titan_bridge.transfer.options import Client
 from titan_bridge.transfer.protocol import MARGIN, Terms, Update
-from titan_bridge.transfer.wire import Connection, Deadline, at_once
+from titan_bridge.transfer.wire import Connection, Deadline
 
 
 @dataclass(eq=False)
@@ -161,17 +161,3 @@ class Engines:
 
     def __len__(self) -> int:
         return len(self._engines)
-
-
-def together(engines: Sequence[Engine], do: Callable[[Engine], Any]) -> dict[Engine, Exception]:
-    """Do something with each, all at once; what it raised."""
-    failed: dict[Engine, Exception] = {}
-
-    def one(engine: Engine) -> None:
-        try:
-            do(engine)
-        except Exception as error:
-            failed[engine] = error
-
-    at_once(one, ((engine,) for engine in engines))
-    return failed

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from titan_bridge.errors import BridgeError
+
 
 class TransferError(RuntimeError):
     """An update did not happen: the engine serves what it served before, and takes the next good update.
 
     A user's mistake (a tensor that is missing, two sides that do not fit) is a BridgeError instead.
     """
+
+
+def described(error: Exception) -> str:
+    """What others are told of an error, whatever it is: they must hear of it now and not wait."""
+    known = isinstance(error, BridgeError | TransferError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 class PeerLost(TransferError):

@@ -34,8 +34,7 @@ def of_messages(messages: Mapping[int, Sequence[Bucket]], local: Local) -> dict[
         for bucket in buckets:
             for part in bucket.slices:
                 if part.name in local:
-                    tensor = local[part.name]
-                    flat = part.of(tensor if tensor.is_contiguous() else tensor.contiguous()).reshape(-1)
+                    flat = part.window.of(local[part.name].contiguous()).reshape(-1)
                     sums[part.served] = combine((sums.get(part.served, 0), _of(flat, row, bucket.dtype)))
                 row += -(-part.elements // _ROW)
     return sums
@@ -52,8 +51,3 @@ def _of(flat: torch.Tensor, row: int, dtype: torch.dtype) -> int:
         window = Window(size=(rest,), stride=(1,), offset=(row + rows) * _ROW)
         total.append(partial(flat[rows * _ROW :], window, shape, dtype))
     return combine(total)
-
-
-def differing(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
-    """Names that both have with another fingerprint."""
-    return sorted(name for name, value in theirs.items() if name in ours and ours[name] != value)

@@ -61,27 +61,19 @@ class Sides:
         Raises:
             BridgeError: A tensor of the engine that the trainer does not have, or another shape.
         """
-        made = plan(self.source, self.destination, self.all_views(), allow_missing=bool(self.unpadded))
+        views, params = [*self.views], self.destination.params
+        viewed = {(view.name, view.fqn) for view in views}
+        for name, unpadded in self.unpadded.items():  # by the same name, without the engine's padding rows
+            held = self.source.params.get(name)
+            if (name, name) not in viewed and held and held.shape == unpadded != params[name].shape:
+                views.append(View.first_rows(name, params[name].shape, unpadded[0]))
+        made = plan(self.source, self.destination, views, allow_missing=bool(self.unpadded))
         if lost := sorted(set(made.missing) - set(self.unpadded)):
             raise BridgeError(
                 f"the engine's {lost[0]} is in no tensor of the trainer ({len(lost)} such tensors); the trainer has "
                 f"{few(self.source.params)}"
             )
         return made
-
-    def padding_view(self, name: str) -> View:
-        """A trainer's tensor without padding rows as a slice of the engine's, which has the same name."""
-        return View.first_rows(name, self.destination.params[name].shape, self.unpadded[name][0])
-
-    def all_views(self) -> tuple[View, ...]:
-        """The engine's views, and padding views for those of the trainer's tensors that need one."""
-        viewed = {(view.name, view.fqn) for view in self.views}
-        pads = (name for name in self.unpadded if (name, name) not in viewed and self._pads(name))
-        return (*self.views, *map(self.padding_view, pads))
-
-    def _pads(self, name: str) -> bool:
-        held = self.source.params.get(name)
-        return held is not None and held.shape == self.unpadded[name] != self.destination.params[name].shape
 
 
 def views_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[View, ...]:

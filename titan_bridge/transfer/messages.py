@@ -35,10 +35,6 @@ class Slice:
     at: int
     elements: int
 
-    def of(self, local: torch.Tensor) -> torch.Tensor:
-        """The window of the (contiguous) local tensor."""
-        return self.window.of(local)
-
     def flat(self, positions: torch.Tensor) -> torch.Tensor:
         """int64: where row-major positions in the window lie in the flat local tensor."""
         rest = positions.long()

@@ -40,7 +40,9 @@ class Options:
     delta: bool = True
     """Keep a copy of what the engines have, in their dtypes, and send only what differs where that is less."""
     pause: PauseMode = "keep"
-    """vLLM's pause mode for requests in flight while an update becomes live."""
+    """What requests in flight do while an update becomes live: "abort", "wait" and "keep" as in vLLM, which computes
+    anew what those that go on have cached; with "keep_cache" they go on at once with what they have cached, of the
+    weights before, and later requests share none of it."""
     transport: Transport = "auto"
     """What tensors travel over; see `transports`. "auto": memory that trainer rank and worker share, where they do;
     from GPU to GPU nccl; else tcp."""

@@ -9,19 +9,16 @@ from __future__ import annotations
 import queue
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
-from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.errors import described
 from titan_bridge.transfer.messages import Bucket
 from titan_bridge.transfer.snapshot import Delta, Local
 from titan_bridge.transfer.transports import Tcp, offer, offered
-from titan_bridge.transfer.wire import Connection, Deadline, at_once
+from titan_bridge.transfer.wire import Connection, Deadline, Key, at_once
 
 BUFFERS = 2
-
-Key = TypeVar("Key")
 
 
 @dataclass(kw_only=True)
@@ -61,31 +58,22 @@ class Sender:
 
         Returns the bytes that each worker was sent, or why it was not sent all of them.
         """
-        outcome: dict[Key, int | str] = {}
+        sent: dict[Key, int | str] = {}
 
-        def one(key: Key, way: Way) -> None:
-            try:
-                if way.transport is None:
-                    device = local[way.buckets[0].slices[0].name].device
-                    names = offered(self._transport, device)
-                    way.transport = offer(way.connection, names, device, deadline)
-                delta = deltas.get(key)
-                way.connection.send(
-                    {"number": number, "kind": "whole" if delta is None else "delta"}, deadline
-                )
-                if delta is None:
-                    sent = self._whole(way, way.transport, local, deadline)
-                else:
-                    sent = self._delta(way.transport, delta, deadline)
-                way.transport.finish(deadline)
-                outcome[key] = sent
-            except TransferError as error:
-                outcome[key] = str(error)
-            except Exception as error:  # said on all ranks: nobody may wait for the rest
-                outcome[key] = f"{type(error).__name__}: {error}"
+        def one(key: Key) -> None:
+            way, delta = ways[key], deltas.get(key)
+            if way.transport is None:
+                device = local[way.buckets[0].slices[0].name].device
+                way.transport = offer(way.connection, offered(self._transport, device), device, deadline)
+            way.connection.send({"number": number, "kind": "whole" if delta is None else "delta"}, deadline)
+            if delta is None:
+                count = self._whole(way, way.transport, local, deadline)
+            else:
+                count = self._delta(way.transport, delta, deadline)
+            way.transport.finish(deadline)
+            sent[key] = count
 
-        at_once(one, ways.items())
-        return outcome
+        return sent | {key: described(error) for key, error in at_once(one, ways).items()}
 
     def _whole(self, way: Way, transport: Tcp, local: Local, deadline: Deadline) -> int:
         for bucket in way.buckets:
@@ -118,7 +106,7 @@ class Sender:
             buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
         message = buffer[: bucket.nbytes].view(bucket.dtype)
         for part, tensor in zip(bucket.slices, tensors, strict=True):
-            window = part.of(tensor if tensor.is_contiguous() else tensor.contiguous())
+            window = part.window.of(tensor.contiguous())
             message[part.at : part.at + part.elements].view(part.window.size).copy_(window)
         return buffer
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from titan_bridge.transfer.messages import Bucket, Slice
+from titan_bridge.transfer.wire import Key
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 BLOCK = 1 << 24
@@ -22,7 +22,6 @@ _SAMPLE = 1 << 12
 _POSITION = torch.int32
 _POSITION_BYTES = _COUNT_BYTES = 4
 
-Key = TypeVar("Key")
 Local = Mapping[str, torch.Tensor]
 
 
@@ -87,7 +86,7 @@ class Snapshot:
             for key, number, at, part in parts:
                 if left[key] <= 0:
                     continue
-                positions = part.of(mask.view(now.shape)).reshape(-1).nonzero().view(-1)
+                positions = part.window.of(mask.view(now.shape)).reshape(-1).nonzero().view(-1)
                 values = now.view(-1)[part.flat(positions)].to(dtype)
                 left[key] -= len(positions) * (_POSITION_BYTES + dtype.itemsize)
                 found[key][number][at] = (positions.to(_POSITION).cpu(), values.cpu())

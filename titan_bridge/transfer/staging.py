@@ -200,7 +200,9 @@ def _copy(staged: Staged, places: Local) -> set[str]:
 def _spread(bucket: Bucket, data: torch.Tensor, places: Local) -> None:
     """Write those parts of a message that belong to one of `places`."""
     for part in (part for part in bucket.slices if part.name in places):
-        part.of(places[part.name]).copy_(data[part.at : part.at + part.elements].view(part.window.size))
+        part.window.of(places[part.name]).copy_(
+            data[part.at : part.at + part.elements].view(part.window.size)
+        )
 
 
 def located(

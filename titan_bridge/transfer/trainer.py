@@ -21,7 +21,7 @@ from torch import nn
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.coordinator import Coordinator
 from titan_bridge.transfer.engines import Engines
-from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.errors import TransferError, described
 from titan_bridge.transfer.fingerprints import of_messages
 from titan_bridge.transfer.layouts import Sides
 from titan_bridge.transfer.messages import Bucket, messages
@@ -316,7 +316,7 @@ class Trainer:
         return {worker: way.buckets for link in links for worker, way in self._ways[link].items()}
 
     def _named(self, error: Exception) -> str:
-        text = str(error) if isinstance(error, BridgeError) else f"{type(error).__name__}: {error}"
+        text = described(error)
         return f"trainer rank {self.rank}: {text}" if self.world > 1 else text
 
     def _leave(self, link: str) -> None:

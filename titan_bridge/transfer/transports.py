@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from titan_bridge.cpu import variables
 from titan_bridge.transfer.errors import PeerLost, TransferError
 from titan_bridge.transfer.wire import Connection, Deadline, raw
 
@@ -175,18 +176,10 @@ class Group(Tcp):
 
 
 def _nccl(store: dist.Store, rank: int) -> Any:
-    before = {name: os.environ.get(name) for name in _SURVIVE}
-    os.environ.update(_SURVIVE)
-    try:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(days=1)  # ours are those of each `wait`
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(days=1)  # ours are those of each `wait`
+    with variables(_SURVIVE):
         return dist.ProcessGroupNCCL(store, rank, 2, options)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class _Store(dist.Store):

@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,8 @@ MESSAGE_BYTES = 256 * 2**20
 """Most bytes of one JSON message: both layouts of a model with a hundred thousand tensors."""
 _LENGTH = struct.Struct(">I")
 _BACKLOG = 1024
+
+Key = TypeVar("Key")
 
 
 class Deadline:
@@ -151,13 +153,22 @@ class Connection:
         return PeerLost(f"the connection with {self.peer} is gone{f' ({error})' if error else ''}")
 
 
-def at_once(do: Callable[..., object], arguments: Iterable[tuple]) -> None:
-    """`do(*each)` for each of `arguments`, in threads of their own, until all have returned; it must not raise."""
-    threads = [threading.Thread(target=do, args=each, daemon=True) for each in arguments]
+def at_once(do: Callable[[Key], object], keys: Iterable[Key]) -> dict[Key, Exception]:
+    """`do(key)` for each, in threads of their own, until all have ended; what was raised, in the order of time."""
+    raised: dict[Key, Exception] = {}
+
+    def one(key: Key) -> None:
+        try:
+            do(key)
+        except Exception as error:
+            raised[key] = error
+
+    threads = [threading.Thread(target=one, args=(key,), daemon=True) for key in keys]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return raised
 
 
 def raw(tensor: torch.Tensor) -> memoryview:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.errors import TransferError, described
 from titan_bridge.transfer.fingerprints import of_messages
 from titan_bridge.transfer.layouts import Sides
 from titan_bridge.transfer.messages import messages
@@ -230,8 +230,8 @@ class Worker:
                         )
                     answer = getattr(self, f"_{asked['do']}")(link, asked, Deadline(limit))
                 except Exception as error:
-                    answer = {"error": _text(error)}
-                    self._fail(answer["error"])
+                    answer = {"error": described(error)}
+                    self._fail(answer["error"], error)
                 link.control.send(answer, Deadline(limit))
         except TransferError as error:
             logger.info("weight transfer: %s", error)
@@ -311,22 +311,22 @@ class Worker:
         number, staging = asked["number"], link.staging
         assert staging is not None
         staged: dict[int, Staged] = {}
-        errors: list[str] = []
+        errors: list[Exception] = []
 
-        def one(rank: int, connection: Connection) -> None:
+        def one(rank: int) -> None:
             try:
                 if rank not in link.transports:
-                    link.transports[rank] = accept(connection, staging.device, limit)
+                    link.transports[rank] = accept(link.data[rank], staging.device, limit)
                 way = link.transports[rank]
                 staged[rank] = staging.receive(rank, way, number, rank in link.whole, limit)
             except Exception as error:
-                errors.append(_text(error))
+                errors.append(error)
                 for each in link.data.values():
                     each.close()  # whatever else arrives belongs to nothing
 
-        at_once(one, link.data.items())
+        at_once(one, link.data)
         if errors:
-            raise TransferError(f"worker {self.target.index}: {errors[0]}")
+            raise TransferError(f"worker {self.target.index}: {described(errors[0])}") from errors[0]
         link.staged = (number, list(staged.values()), staging.ahead())
         return {"bytes": sum(each.nbytes for each in staged.values())}
 
@@ -357,9 +357,10 @@ class Worker:
         """What is live, and whether a trainer is there, in plain types."""
         return {**self._state(), "connected": self.connected}
 
-    def _fail(self, text: str) -> None:
-        self.error = text
-        logger.error("weight transfer: %s", text)
+    def _fail(self, text: str, error: Exception | None = None) -> None:
+        self.error, cause = text, (error and error.__cause__) or error
+        unknown = cause is not None and not isinstance(cause, BridgeError | TransferError)
+        logger.error("weight transfer: %s", text, exc_info=cause if unknown else None)
 
 
 def _fits(target: Target, name: str, tensor: torch.Tensor) -> None:
@@ -370,11 +371,3 @@ def _fits(target: Target, name: str, tensor: torch.Tensor) -> None:
         )
     if not tensor.is_contiguous():
         raise TransferError(f"{name} is not contiguous on worker {target.index}")
-
-
-def _text(error: Exception) -> str:
-    """What is told of an error: whatever it is, the others must hear of it now and not wait for this worker."""
-    if isinstance(error, BridgeError | TransferError):
-        return str(error)
-    logger.exception("weight transfer")
-    return f"{type(error).__name__}: {error}"
