@@ -47,8 +47,8 @@ RULES = {
 NARROW = OURS | {"additional_config": {"titan": {"parallelism": RULES}}}
 NARROW_SHARD = OURS | {"additional_config": {"titan": {"parallelism": RULES, "dense": "shard"}}}
 EP = {"enable_expert_parallel": True}
-SLICE_BYTES = 16 << 10
-"""Of `verify`, in these tests: several slices for most parameters."""
+SLICE_BYTES = 64 << 10
+"""Of `verify`, in these tests: an expert's matrix, and several slices for an embedding."""
 TP, DP = {"tensor_parallel_size": 2}, {"data_parallel_size": 2}
 MODELS = {
     "moe": ("qwen3_moe", {"vocab_size": 777}),
@@ -234,7 +234,7 @@ def test_a_served_torchtitan_parameter_gathered_by_its_spec_is_the_checkpoints(a
 @pytest.mark.parametrize("case", TITAN)
 def test_verifying_takes_a_slice_at_a_time_and_no_other_rank(answers, case):
     embedding = answers[case][0]["layout"]["params"]["tok_embeddings.weight"]["shape"]
-    assert 4 * math.prod(embedding) > 8 * SLICE_BYTES
+    assert 4 * math.prod(embedding) > 4 * SLICE_BYTES
     for answer in answers[case]:
         assert 0 < answer["largest"] <= SLICE_BYTES
         assert answer["groups"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -199,3 +200,26 @@ def test_a_few_nested_dicts_do_not_stand_for_many_tensors(tmp_path):
     torch.save(nested, tmp_path / "c" / "model_0.pt")
     with pytest.raises(BridgeError, match="a dict in several places"):
         open_checkpoint(tmp_path / "c")
+
+
+def test_damaged_bytes_are_refused_or_change_nothing_but_values(described, tmp_path):
+    shutil.copytree(described, tmp_path / "copy")
+    rng, refused = random.Random(0), 0
+    with open_checkpoint(described) as checkpoint:
+        expected = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.tensors.items()}
+    for turn in range(200):
+        file = (METADATA, "model_0.pt")[turn % 2]
+        whole = (described / file).read_bytes()
+        data = bytearray(whole)
+        near = min(len(data), 20_000)  # the pickle is in front, the directory at the end
+        data[rng.choice((rng.randrange(near), -1 - rng.randrange(near)))] ^= 1 << rng.randrange(8)
+        (tmp_path / "copy" / file).write_bytes(data)
+        try:
+            with open_checkpoint(tmp_path / "copy") as checkpoint:
+                for name in checkpoint.tensors.keys() & expected.keys():
+                    found = checkpoint.read(name)
+                    assert (found.shape, found.dtype) == expected[name]
+        except BridgeError:
+            refused += 1
+        (tmp_path / "copy" / file).write_bytes(whole)
+    assert refused > 50

@@ -23,7 +23,7 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 from zlib_ng import zlib_ng
 
-from titan_bridge.checkpoint.pickles import loads
+from titan_bridge.checkpoint.pickles import is_shape, loads
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import contiguous_stride
 from titan_bridge.sharding.moves import row_major
@@ -169,15 +169,14 @@ class Tensor:
 def _storage(pid: Any) -> _Storage:
     if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage" or type(pid[1]) is not torch.dtype:
         raise BridgeError(f"an unknown kind of data {reprlib.repr(pid)}")
-    if not isinstance(pid[2], str) or not _is_count(pid[4]):
+    if not isinstance(pid[2], str) or not is_shape(pid[4:]):
         raise BridgeError(f"damaged reference to data {reprlib.repr(pid)}")
     return _Storage(pid[1], pid[2], pid[4])
 
 
 def _rebuild_tensor(args: tuple[Any, ...]) -> Tensor:
-    fine = len(args) >= 4 and isinstance(args[0], _Storage) and _is_count(args[1])
-    for value in args[2:4]:
-        fine = fine and type(value) is tuple and all(map(_is_count, value))
+    fine = len(args) >= 4 and isinstance(args[0], _Storage) and is_shape(args[1:2])
+    fine = fine and all(type(value) is tuple and is_shape(value) for value in args[2:4])
     if not fine or len(args[2]) != len(args[3]):
         raise BridgeError("damaged description of a tensor")
     return Tensor(*args[:4])
@@ -188,10 +187,6 @@ _ALLOWED: dict[str, Any] = {
     "torch._utils._rebuild_parameter": lambda args: args[0] if args else None,
     **{f"torch.{name}": dtype for dtype, name in _STORAGES.items()},
 }
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
 
 
 class _Within(io.RawIOBase):

@@ -18,7 +18,7 @@ import torch
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.execute import strip_workers
-from titan_bridge.checkpoint.mapping import check_source, make_mapping, same_names
+from titan_bridge.checkpoint.mapping import cast, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.target import Strip, Target, copies_of, hf_target
@@ -229,8 +229,7 @@ class _Reader:
         self._copies: dict[str, dict[Strip, list[Copy]]] = {}
 
     def dtype_of(self, tensor: TensorMetadata) -> torch.dtype:
-        own = self._side.tensors[tensor.name].dtype
-        return self._dtype if self._dtype is not None and own.is_floating_point else own
+        return cast(self._side.tensors[tensor.name].dtype, self._dtype)
 
     def box(self, strip: Strip) -> Box:
         return self._strips[strip[0]].chunks[strip[1]].box

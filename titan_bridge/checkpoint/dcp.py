@@ -19,7 +19,7 @@ from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.dcp_metadata import read_metadata
 from titan_bridge.checkpoint.files import inside, size_of
 from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.pickles import fields, kind_of
+from titan_bridge.checkpoint.pickles import MOST_DIMS, fields, is_shape, kind_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.run_folder import METADATA
 from titan_bridge.sharding.boxes import Box
@@ -28,7 +28,6 @@ from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 """Top-level entries of TorchTitan's full checkpoints that are not the model."""
 _MODEL = "model"
-_MOST_DIMS = 64
 _LONGEST_NAME = 4096
 
 _Place = tuple[Path, int, int]
@@ -128,7 +127,7 @@ def _paths(planner: Any) -> dict[str, tuple[Any, ...]]:
     """Where entries stand in the nested state dict."""
     paths: dict[str, tuple[Any, ...]] = {}
     for fqn, path in (planner if isinstance(planner, dict) else {}).items():
-        parts = path if isinstance(path, tuple) and len(path) <= _MOST_DIMS else ()
+        parts = path if isinstance(path, tuple) and len(path) <= MOST_DIMS else ()
         if parts and all(_is_name(part) or type(part) is int for part in parts):
             paths[fqn] = parts
     return paths
@@ -142,13 +141,13 @@ def _places(storage: dict[Any, Any], directory: Path) -> _Places:
         (fqn,) = fields(index, "MetadataIndex", "fqn")
         start, length, file = fields(info, "_StorageInfo", "offset", "length", "relative_path")
         offset = vars(index).get("offset")
-        if not _is_name(fqn) or not (offset is None or _is_shape(offset)):
+        if not _is_name(fqn) or not (offset is None or is_shape(offset)):
             raise BridgeError(f"damaged place of {reprlib.repr(fqn)}")
         if vars(info).get("transform_descriptors"):
             raise BridgeError(
                 f"{fqn} was transformed when it was written (compressed?); only plain files are read"
             )
-        if not _is_shape((start, length)) or not _is_name(file):
+        if not is_shape((start, length)) or not _is_name(file):
             raise BridgeError(
                 f"{fqn} lies in {reprlib.repr(file)} at {reprlib.repr(start)}, length {reprlib.repr(length)}"
             )
@@ -172,14 +171,14 @@ def _stored(
     shape, listed, properties = fields(entry, "TensorStorageMetadata", "size", "chunks", "properties")
     (state,) = fields(properties, "TensorProperties", "state")
     dtype = state[0] if isinstance(state, tuple) and state else None
-    if not _is_shape(shape) or not isinstance(dtype, torch.dtype) or not isinstance(listed, list):
+    if not is_shape(shape) or not isinstance(dtype, torch.dtype) or not isinstance(listed, list):
         raise BridgeError(f"damaged description of {fqn}")
     if len(listed) > most_chunks:  # one list may stand for many tensors
         raise BridgeError(f"more chunks than {METADATA} has room for")
     chunks = []
     for chunk in listed:
         start, size = fields(chunk, "ChunkStorageMetadata", "offsets", "sizes")
-        if not _is_shape(start) or not _is_shape(size) or len(start) != len(size):
+        if not is_shape(start) or not is_shape(size) or len(start) != len(size):
             raise BridgeError(f"damaged chunk of {fqn}")
         box = Box(start=start, stop=tuple(a + n for a, n in zip(start, size, strict=True)))
         file, first, length = _known(places, start, f"{fqn} at {start}")
@@ -194,14 +193,6 @@ def _known(
     if offset not in places:
         raise BridgeError(f"nothing says where {what} lies")
     return places[offset]
-
-
-def _is_shape(value: Any) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) <= _MOST_DIMS
-        and all(type(n) is int and 0 <= n < 2**62 for n in value)
-    )
 
 
 def _is_name(value: Any) -> bool:

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from titan_bridge.checkpoint.files import read_bytes, size_of
-from titan_bridge.checkpoint.pickles import StandIn, loads, size, stand_ins
-from titan_bridge.errors import BridgeError
+from titan_bridge.checkpoint.pickles import StandIn, load_file, size, stand_ins
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 _META = "torch.distributed.checkpoint.metadata"
@@ -41,10 +39,7 @@ def read_metadata(path: Path) -> tuple[Any, int]:
     Raises:
         BridgeError: A pickle that is damaged, too large, or names anything that DCP does not need.
     """
-    length = size_of(path)
-    if length > _MOST_BYTES:
-        raise BridgeError(f"{path} has {length} bytes; at most {_MOST_BYTES} are read")
-    return loads(read_bytes(path, 0, length), _ALLOWED, where=path), length
+    return load_file(path, _ALLOWED, _MOST_BYTES)
 
 
 def write_metadata(

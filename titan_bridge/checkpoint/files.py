@@ -76,8 +76,8 @@ class _Open:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # kept: `os` may be gone at exit
+        close(self.descriptor)
 
 
 class _Scratch:

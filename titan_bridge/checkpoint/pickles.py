@@ -13,10 +13,12 @@ import copyreg
 import io
 import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from titan_bridge.checkpoint.files import read_bytes, size_of
 from titan_bridge.errors import BridgeError
 
 
@@ -75,6 +77,7 @@ _OPCODES = {
 }
 """What torch.save and DCP write. Left out are, for instance, sets, and the opcodes that reserve memory."""
 
+MOST_DIMS = 64
 _MOST_KEY = 1 << 20
 """Numbers of ranks. Larger ones could be chosen such that they all fall into one place of the table."""
 
@@ -170,6 +173,23 @@ def _ordered_dict(args: tuple[Any, ...]) -> dict[str, Any]:
     if args:
         raise BridgeError("damaged pickle (an OrderedDict with arguments)")
     return {}
+
+
+def is_shape(value: Any) -> bool:
+    """Whether it is a tuple of a few whole numbers, as sizes and places are."""
+    return (
+        isinstance(value, tuple)
+        and len(value) <= MOST_DIMS
+        and all(type(n) is int and 0 <= n < 2**62 for n in value)
+    )
+
+
+def load_file(path: Path, allowed: Mapping[str, Any], most: int) -> tuple[Any, int]:
+    """What `loads` reads of a file of at most `most` bytes, and how many it has."""
+    length = size_of(path)
+    if length > most:
+        raise BridgeError(f"{path} has {length} bytes; at most {most} are read")
+    return loads(read_bytes(path, 0, length), allowed, where=path), length
 
 
 def loads(

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from titan_bridge.checkpoint.archive import Placed, Tensor, unpickled
 from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
-from titan_bridge.checkpoint.files import FilePool, inside, read_bytes, size_of
+from titan_bridge.checkpoint.files import FilePool, inside, size_of
 from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.pickles import loads, size, stand_ins
+from titan_bridge.checkpoint.pickles import MOST_DIMS, is_shape, load_file, size, stand_ins
 from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError, few
 from titan_bridge.sharding import dtensor
@@ -34,13 +34,12 @@ _MODEL = "model"
 _VERSION = "2.0"
 _MOST_BYTES = 1 << 28
 """Of a pickle."""
-_MOST_DIMS = 64
 _DTENSOR = "torch.distributed.tensor"
 _MESH = "torch.distributed._mesh_layout"
 
-Path_ = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
 """Where a tensor stands in the nested state dict of an item."""
-Find = Callable[[Path_], Placed]
+Find = Callable[[Keys], Placed]
 T = TypeVar("T")
 
 
@@ -86,10 +85,7 @@ def _described(
 ) -> tuple[dict[tuple[str, str], TensorMetadata], int]:
     """The tensors by item and name, and how many entries of other items were not looked up."""
     source = directory / METADATA
-    length = size_of(source)
-    if length > _MOST_BYTES:
-        raise BridgeError(f"{source} has {length} bytes; at most {_MOST_BYTES} are read")
-    root = loads(read_bytes(source, 0, length), {}, where=source)
+    root, _ = load_file(source, {}, _MOST_BYTES)
     tensors: dict[tuple[str, str], TensorMetadata] = {}
     left_out = 0
     try:
@@ -139,7 +135,7 @@ def _files(
     return of_rank
 
 
-def _tensor(name: str, path: Path_, groups: Any, files: Callable[[int], tuple[Path, Find]]) -> TensorMetadata:
+def _tensor(name: str, path: Keys, groups: Any, files: Callable[[int], tuple[Path, Find]]) -> TensorMetadata:
     """A tensor from what one or several groups of ranks (each on a mesh) have of it."""
     if not isinstance(groups, list) or not groups:
         raise BridgeError(f"{name} has no ranks")
@@ -256,12 +252,12 @@ def _of_one_rank(pool: FilePool, directory: Path) -> dict[tuple[str, str], Tenso
     return tensors
 
 
-def _leaves(value: Any, path: Path_, seen: set[int]) -> Iterator[tuple[Path_, Tensor]]:
+def _leaves(value: Any, path: Keys, seen: set[int]) -> Iterator[tuple[Keys, Tensor]]:
     """The tensors in nested dicts."""
     if isinstance(value, Tensor):
         yield path, value
     elif type(value) is dict:
-        if id(value) in seen or len(path) == _MOST_DIMS:  # two dicts could make up any number of tensors
+        if id(value) in seen or len(path) == MOST_DIMS:  # two dicts could make up any number of tensors
             raise BridgeError(f"damaged pickle (a dict in several places, at {path!r:.100})")
         seen.add(id(value))
         for key, inner in value.items():
@@ -271,7 +267,7 @@ def _leaves(value: Any, path: Path_, seen: set[int]) -> Iterator[tuple[Path_, Te
 def _in_safetensors(path: Path) -> Find:
     entries, _ = read_header(path)
 
-    def find(at: Path_) -> Placed:
+    def find(at: Keys) -> Placed:
         name = ".".join(map(str, at))
         if name not in entries:
             raise BridgeError(f"{path} has no {name}")
@@ -288,7 +284,7 @@ def _in_pickle(pool: FilePool, path: Path) -> tuple[Any, Find]:
         pool.part(path, 0, length, where), length, where, allowed=_ALLOWED, most=_MOST_BYTES
     )
 
-    def find(at: Path_) -> Placed:
+    def find(at: Keys) -> Placed:
         value = root
         for part in at:
             value = value.get(part) if type(value) is dict else None
@@ -302,13 +298,13 @@ def _in_pickle(pool: FilePool, path: Path) -> tuple[Any, Find]:
 
 def _dtensor(args: tuple[Any, ...]) -> Tensor:
     """The local tensor of a DTensor: (how it is made, DTensor, (DTensor, dtype, global shape, ...), (None, slots))."""
-    made, state = args[2:] if len(args) == 4 else ((), ())
+    made, state = args[2:] if len(args) == 4 else (None, None)
+    whole = made[2] if type(made) is tuple and len(made) > 2 else None
     slots = state[1] if type(state) is tuple and len(state) == 2 else None
     local = slots.get("_local_tensor") if type(slots) is dict else None
-    known = type(made) is tuple and len(made) > 2 and type(made[2]) is tuple
-    if not known or not isinstance(local, Tensor):
+    if type(whole) is not tuple or not isinstance(local, Tensor):
         raise BridgeError("a tensor of a class that is not DTensor")
-    return replace(local, whole=made[2])
+    return replace(local, whole=whole)
 
 
 _ALLOWED: dict[str, Any] = {
@@ -334,13 +330,13 @@ def _get(data: Any, key: str, *kinds: type[T]) -> T:
 
 
 def _shape(data: Any, key: str) -> tuple[int, ...]:
-    value = _get(data, key, list, tuple)
-    if len(value) > _MOST_DIMS or any(type(n) is not int or not 0 <= n < 2**62 for n in value):
+    value = tuple(_get(data, key, list, tuple))
+    if not is_shape(value):
         raise BridgeError(f"damaged metadata ({key})")
-    return tuple(value)
+    return value
 
 
-def _path(text: Any) -> Path_:
+def _path(text: Any) -> Keys:
     """`["layers.0.weight"]` as it stands in the metadata."""
     try:
         path = json.loads(text)
