@@ -27,7 +27,7 @@ from titan_bridge import cpu
 from titan_bridge.ports import free_port
 from titan_bridge.testing import make_checkpoint
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 SERVABLE = {"hidden_size": 256, "head_dim": 32}  # vLLM's CPU attention has no kernel for a head_dim of 16
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
