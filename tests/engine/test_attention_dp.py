@@ -172,8 +172,13 @@ def test_new_weights_reach_all_groups_at_once(server: Server) -> None:
 
 
 def test_weights_of_a_folder_reach_all_groups(server: Server) -> None:
+    """While ranks step in lockstep, with requests of their own or for the others' sake."""
     for model in (server.other, server.model):
-        server.post("collective_rpc", method="reload_weights", kwargs={"weights_path": str(model)})
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(server.ask, [at] * 9, 150, 0) for at in range(3)]
+            for each in (server.model, server.other, model):
+                server.post("collective_rpc", method="reload_weights", kwargs={"weights_path": str(each)})
+            assert all(len(each.result()["token_ids"]) == 150 for each in running)
         server.post("reset_prefix_cache")
         assert_serves(server, model)
 

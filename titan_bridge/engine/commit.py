@@ -3,6 +3,7 @@
 Runs in the process of vLLM's engine core (see `patches.upstream.commit_in_one_turn`), whoever calls
 `finish_weight_update`: no client can leave the engine paused, or with prefixes of the old weights, by dying or by not
 knowing better. vLLM's own pause does the waiting: for batches in flight, and for dp ranks that step in lockstep.
+`reload_weights` is vLLM's and does not drop prefixes, but pauses where dp ranks would wait for each other crosswise.
 """
 
 from __future__ import annotations
@@ -35,22 +36,39 @@ def call(core: Any, method: Any, kwargs: dict[str, Any] | None, rpc: Callable[[]
     update = getattr(core, _DECIDED, None)
     if method != "finish_weight_update" or update is None:
         return rpc()
-    paused = core.is_scheduler_paused()  # by somebody who will resume it, too
     keeping = update.get("pause") == KEEP_CACHE
+
+    def write() -> Any:
+        # First: where it cannot be done nothing is written, and the next `finish_weight_update` is this one again.
+        _set_apart(core) if keeping else core._reset_caches()
+        setattr(core, _DECIDED, None)
+        result = rpc()
+        core.set_weight_version(update["version"])
+        return result
+
+    return _paused(core, "keep" if keeping else update.get("pause", "keep"), write)
+
+
+def reload(core: Any, rpc: Callable[[], Any]) -> Any:
+    """`rpc` is `reload_weights`, in which all ranks compare what they have found before one writes.
+
+    Where dp ranks step in lockstep, one's workers could be in a step, and wait for those of another, which wait for
+    them in that comparison: all stop first.
+    """
+    return _paused(core, "keep", rpc) if hasattr(core, "dp_group") else rpc()
+
+
+def _paused(core: Any, mode: str, do: Callable[[], Any]) -> Any:
+    """What `do` returns, called in a pause; a future of it if batches are in flight."""
+    paused = core.is_scheduler_paused()  # by somebody who will resume it
 
     def turn() -> Any:
         try:
-            # First: where it cannot be done nothing is written, and the next `finish_weight_update` is this one again.
-            _set_apart(core) if keeping else core._reset_caches()
-            setattr(core, _DECIDED, None)
-            result = rpc()
-            core.set_weight_version(update["version"])
-            return result
+            return do()
         finally:
             if not paused:
                 core.resume_scheduler()
 
-    mode = "keep" if keeping else update.get("pause", "keep")
     idle = _idle(core) if paused else core.pause_scheduler(mode, clear_cache=False)
     if idle is None:
         return turn()

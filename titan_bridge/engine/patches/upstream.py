@@ -289,15 +289,19 @@ def commit_in_one_turn(
     What: wraps `EngineCore.collective_rpc`; `engine/commit.py` does it where `finish_weight_update` is called. Why:
     vLLM leaves pausing, dropping and resuming to the client, as calls of their own: one that dies in between leaves a
     server that stands still, one that does not know of them a server that answers from prefixes of old weights, and
-    without the pause dp ranks in lockstep deadlock. Version: vllm 0.32 (`vllm/v1/engine/core.py`; uses
-    `pause_scheduler`, `resume_scheduler`, `_reset_caches`). Only for weight transfer "titan". Delete when:
-    `finish_weight_update` is a method of the engine core that does all of it.
+    without the pause dp ranks in lockstep deadlock, in `reload_weights`, too. Version: vllm 0.32
+    (`vllm/v1/engine/core.py`; uses `pause_scheduler`, `resume_scheduler`, `_reset_caches`, and `dp_group` of
+    `DPEngineCoreProc`). Only for weight transfer "titan", and `reload_weights` of our models. Delete when:
+    `finish_weight_update` is a method of the engine core that does all of it, and `reload_weights` one that pauses.
     """
 
     def rpc() -> Any:
         return original(self, method, timeout, args, kwargs)
 
-    if getattr(self.vllm_config.weight_transfer_config, "backend", None) != TRANSFER_BACKEND:
+    config = self.vllm_config
+    if method == "reload_weights" and config.model_config.model_impl == "torchtitan":
+        return importlib.import_module("titan_bridge.engine.commit").reload(self, rpc)
+    if getattr(config.weight_transfer_config, "backend", None) != TRANSFER_BACKEND:
         return rpc()
     return importlib.import_module("titan_bridge.engine.commit").call(self, method, kwargs, rpc)
 
