@@ -12,9 +12,11 @@ new version; vLLM then leaves the session open, and a second `finish` ends it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hmac
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,6 +40,8 @@ UNKNOWN_VERSION = "default"
 """What vLLM, too, calls the weights that an engine was started with."""
 QUESTIONS = ("views", "join", "check", "prepare", "receive", "state", "fingerprints")
 """What trainer rank 0 asks; each is a method of `Worker`."""
+NICE = 10
+"""How far the threads that receive stand behind the engine's on a busy core."""
 BROKEN_VERSION = "broken"
 """After an update that a loader of vLLM's could not finish."""
 
@@ -219,6 +223,8 @@ class Worker:
 
     def _serve(self, link: Link) -> None:
         limit = link.terms.seconds
+        with contextlib.suppress(OSError):  # threads that this one starts are as it is
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             link.control.send(self._hello(), Deadline(limit))
             while True:
