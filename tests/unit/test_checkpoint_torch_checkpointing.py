@@ -143,6 +143,14 @@ def two_halves(metadata: dict[str, Any]) -> None:
     }
 
 
+def one_file(metadata: dict[str, Any]) -> None:
+    """The norm is twice as long, and both ranks have saved it in the file of the first."""
+    two_halves(metadata)
+    norm(metadata)["data"].update(global_shape=[64])
+    layouts = model_of(metadata, "rank_to_layout_info")
+    layouts |= {rank: {"file_path": "model_0.pt", "serialization_format": {}} for rank in (0, 1)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -157,6 +165,7 @@ def two_halves(metadata: dict[str, Any]) -> None:
         (lambda m: norm(m)["data"].update(placements=[{"type": "Shard", "dim": 1}]), "shards dim 1 of a tensor"),
         (strided, "read is one of dim 0"),
         (two_halves, r"model_0.pt: norm.weight is torch.float32 \(32,\); the metadata says"),
+        (one_file, "model_0.pt is the file of ranks 0 and 1"),
         (one_more, "has no tensor a"),
         (in_file("../x.pt", "TorchSerialization"), "outside"),
         (in_file("model_0.pt", "RawSerialization"), "is of 'RawSerialization'"),

@@ -121,9 +121,8 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
         known = params()
         before = {name: known[name].data for name in tensors}
         for name, tensor in tensors.items():
-            known[name].data = model.live[name].data = (
-                tensor  # the latter: what loads checkpoints writes there
-            )
+            known[name].data = tensor
+            model.live[name].data = tensor  # what loads checkpoints writes there
         return before
 
     # On a GPU a graph may hold addresses; under FSDP a parameter is not always the tensor that holds the weights.

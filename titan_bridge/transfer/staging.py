@@ -47,7 +47,7 @@ class Staging:
         self._pin = device.type == "cuda"
         self._senders: dict[str, set[int]] = {}
         arriving: Counter[str] = Counter()
-        for rank, bucket in self._numbered():
+        for rank, bucket in self._all():
             for part in bucket.slices:
                 self._senders.setdefault(part.name, set()).add(rank)
                 arriving[part.name] += part.elements
@@ -62,7 +62,7 @@ class Staging:
         self._use: Local = {}
         """Shadows that the update under way fills."""
 
-    def _numbered(self) -> Iterator[tuple[int, Bucket]]:
+    def _all(self) -> Iterator[tuple[int, Bucket]]:
         return ((rank, bucket) for rank, buckets in self._messages.items() for bucket in buckets)
 
     @property
@@ -80,7 +80,7 @@ class Staging:
                     self._shadows[name] = self._memory(self._shadowable[name])
             self._use = {name: self._shadows[name] for name in used}
             passing: dict[int, int] = {}
-            for rank, bucket in self._numbered():
+            for rank, bucket in self._all():
                 if rank not in whole:
                     continue
                 if not self._all_shadowed(bucket):
@@ -94,7 +94,7 @@ class Staging:
                     self._passing[rank] = self._memory(torch.empty(size, dtype=torch.uint8, device="meta"))
         except (RuntimeError, MemoryError, OSError) as error:
             self._buckets, self._passing, self._shadows, self._use = {}, {}, {}, {}
-            size = human(sum(bucket.nbytes for _, bucket in self._numbered()))
+            size = human(sum(bucket.nbytes for _, bucket in self._all()))
             raise TransferError(
                 f"no memory on the host for {size} of new weights beside the live ones: {error}"
             ) from None
@@ -199,10 +199,10 @@ def _copy(staged: Staged, places: Local) -> set[str]:
 
 def _spread(bucket: Bucket, data: torch.Tensor, places: Local) -> None:
     """Write those parts of a message that belong to one of `places`."""
-    for part in (part for part in bucket.slices if part.name in places):
-        part.window.of(places[part.name]).copy_(
-            data[part.at : part.at + part.elements].view(part.window.size)
-        )
+    for part in bucket.slices:
+        if part.name in places:
+            came = data[part.at : part.at + part.elements].view(part.window.size)
+            part.window.of(places[part.name]).copy_(came)
 
 
 def located(
