@@ -40,7 +40,7 @@ from titan_bridge.transfer import Trainer
 from titan_bridge.transfer.layouts import shifted
 from titan_bridge.transfer.messages import messages
 from titan_bridge.transfer.snapshot import Snapshot
-from titan_bridge.transfer.staging import Staged, Staging, located
+from titan_bridge.transfer.staging import Staging, located
 from titan_bridge.transfer.target import Target
 from titan_bridge.transfer.worker import Worker
 
@@ -115,13 +115,13 @@ def measure(fraction: float, repeats: int) -> dict[str, float]:
         (bucket, [next(counts) for _ in bucket.slices], *part)
         for bucket, part in zip(into[0], delta.parts, strict=True)
     ]
-    arrived = Staged(delta=[entry for each in came for entry in located("a worker", *each)])
-    ready = [(ours[name].view(-1), at, values) for name, at, values in arrived.delta]
+    arrived = [entry for each in came for entry in located("a worker", *each)]
+    ready = [(ours[name].view(-1), at, values) for name, at, values in arrived]
     old, new = (torch.ones(ROWS * TENSORS, COLUMNS, dtype=torch.bfloat16).view(torch.int16) for _ in "ab")
     seconds = best(
         {
             "find": lambda: snapshot.deltas(master, out),  # which leaves no element of `ours` in a cache
-            "apply": lambda: staging.write([arrived]),
+            "apply": lambda: staging.write(arrived),
             "compare": lambda: old != new,  # nor does this
             "floor": lambda: [flat.index_copy_(0, at, values) for flat, at, values in ready],
             "check": lambda: [located("a worker", *each) for each in came],

@@ -233,7 +233,7 @@ def trainer_rank(
         "received": [best.received[name] for name in names],
         "gather_received": received,
         "lower_bound": best.lower_bound,
-        "buffers": trainer.buffer_bytes,
+        "buffers": trainer._sender.buffer_bytes,
     }
 
 

@@ -120,11 +120,11 @@ def slopes(samples: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
 
 
 def cut(trainer: Trainer) -> None:
-    next(iter(next(iter(trainer._ways.values())).values())).connection.close()
+    next(iter(trainer._ways.values())).connection.close()
 
 
 def garbage(trainer: Trainer) -> None:
-    way = next(iter(next(iter(trainer._ways.values())).values()))
+    way = next(iter(trainer._ways.values()))
     way.connection._socket.send(b"\xff" * 64)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import ShardingSpec, attach, get
-from titan_bridge.transfer.source import layout_of
+from titan_bridge.transfer.source import TensorSource
 
 pytestmark = pytest.mark.distributed
 
@@ -123,9 +123,9 @@ def another_shard_order() -> None:
     )
     if dist.get_rank() in (1, 2):
         assert not torch.equal(turned.to_local(), plain.to_local())
-    layout_of({"w": plain}, dist.get_rank())
+    TensorSource({"w": plain}, rank=dist.get_rank()).layout()
     with pytest.raises(BridgeError, match=r"w: dim 0 is sharded over mesh axes \(1, 0\).*only left to right"):
-        layout_of({"w": turned}, dist.get_rank())
+        TensorSource({"w": turned}, rank=dist.get_rank()).layout()
     with pytest.raises(BridgeError, match="shard_order"):
         attach(turned, "mesh", turned.placements)
 

@@ -86,7 +86,7 @@ def three_updates(rank: int, world: int, layout: dict, client: PlainClient) -> N
         report = trainer.send()
         assert (report.version, report.kind) == (str(version), "whole")
         assert report.before == {"engine0": "default" if version == 1 else str(version - 1)}
-        assert trainer.buffer_bytes <= 2 * BUCKET
+        assert trainer._sender.buffer_bytes <= 2 * BUCKET
         # On every rank: what each trainer rank sent to each worker is what each worker received.
         for worker, received in report.received.items():
             assert received == sum(sent.get(worker, 0) for sent in report.sent)
@@ -102,7 +102,7 @@ def three_updates(rank: int, world: int, layout: dict, client: PlainClient) -> N
 
 def memory(worker: Worker) -> tuple[int, int]:
     live = sum(tensor.nbytes for tensor in worker.target.tensors().values())
-    return worker.staging_bytes, live
+    return worker._link.staging.nbytes, live
 
 
 LAYOUTS = [

@@ -58,8 +58,8 @@ def connections(party: Trainer | Worker) -> list[Any]:
         return [party._link.control, *party._link.data.values()]
     return [
         *party._ranks._others.values(),
-        *(connection for engine in party.engines.all() for connection in engine.workers),
-        *(way.connection for ways in party._ways.values() for way in ways.values()),
+        *(connection for engine in party.engines.values() for connection in engine.workers),
+        *(way.connection for way in party._ways.values()),
     ]
 
 
@@ -87,7 +87,7 @@ def arm_trainer(trainer: Trainer, step: str, act: str) -> None:
         trainer.source.act = lambda: ACTS[act](trainer)
         return
     if step == "commit":
-        trainer.engines.all()[0].client.act = lambda: ACTS[act](trainer)
+        trainer.engines["engine0"].client.act = lambda: ACTS[act](trainer)
         return
     exchange = trainer._ranks.exchange
 

@@ -148,7 +148,7 @@ WITHOUT = object()
         ("init", "trainers", [], "init_info.trainers is []; List should have at least 1 item"),
         ("init", "bucket_bytes", True, "init_info.bucket_bytes is True; it must be a valid integer"),
         ("init", "seconds", float("inf"), "init_info.seconds is inf; it must be a finite number"),
-        ("init", "version", 1, "the trainer speaks version 1 of this protocol, the engine version 3"),
+        ("init", "version", 1, "the trainer's protocol is 1, the engine's is 4"),
         ("init", "link", "l", "no trainer at 127.0.0.1:1"),
         ("update", "link", WITHOUT, "update_info lacks the key link"),
         ("update", "version", 3, "update_info.version is 3; it must be a valid string"),

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def used(trainer: Trainer) -> set[str]:
-    return {way.transport.name for ways in trainer._ways.values() for way in ways.values() if way.transport}
+    return {way.transport.name for way in trainer._ways.values() if way.transport}
 
 
 def used_by(worker: Worker) -> set[str]:
@@ -100,7 +100,7 @@ def test_a_rank_that_dies_or_stops_leaves_the_old_weights(mortal, trainers, work
 def ends() -> Iterator[tuple[Connection, Connection]]:
     listener = Listener("127.0.0.1", 0, b"s" * 32)
     here = connect("127.0.0.1", listener.port, b"s" * 32, {}, Deadline(60))
-    (there,) = listener.take(lambda hello: True, count=1, deadline=Deadline(60))
+    (there,) = listener.take(1, Deadline(60))
     yield there, here
     for each in (here, there, listener):
         each.close()
@@ -117,23 +117,22 @@ def ends() -> Iterator[tuple[Connection, Connection]]:
 )
 def test_without_shared_memory_the_connection_is_taken_and_the_log_says_why(ends, handle, reason, caplog):
     trainer, worker = ends
-    _, ring, descriptor = transports._shared(CPU)
-    trainer.send(
-        {"offer": ["memory", "tcp"], "device": "cpu", "memory": handle or {**ring, "key": "00" * 32}},
-        Deadline(60),
-    )
-    caplog.set_level("INFO", "vllm.titan_bridge.transfer.transports")
-    assert type(accept(worker, CPU, Deadline(60))) is Tcp
+    with transports._shared(CPU) as (_, ring):
+        trainer.send(
+            {"offer": ["memory", "tcp"], "device": "cpu", "memory": handle or {**ring, "key": "00" * 32}},
+            Deadline(60),
+        )
+        caplog.set_level("INFO", "vllm.titan_bridge.transfer.transports")
+        assert type(accept(worker, CPU, Deadline(60))) is Tcp
     assert trainer.receive(Deadline(60)) == {"take": "tcp"}
     assert re.search(f"come over tcp \\(memory: .*{reason}", caplog.text)
-    os.close(descriptor)
 
 
 def test_a_ring_carries_any_sizes_and_keeps_no_file_open(ends):
     taken: list[Tcp] = []
     thread = threading.Thread(target=lambda: taken.append(accept(ends[1], CPU, Deadline(60))))
     thread.start()
-    sender = offer(ends[0], ["memory"], CPU, Deadline(60))
+    sender = offer(ends[0], "memory", CPU, Deadline(60))
     thread.join()
     assert isinstance(sender, Memory)
     files = [os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd")]
@@ -156,6 +155,18 @@ def test_a_ring_carries_any_sizes_and_keeps_no_file_open(ends):
     for end in (sender, taken[0]):
         end.close()
     assert "memfd:titan-transfer" not in Path("/proc/self/maps").read_text()
+
+
+def test_who_makes_a_group_keeps_nobody_from_making_one(ends):
+    """Both ends in one process: else two trainer ranks and two workers can wait for each other crosswise."""
+    taken: list[Tcp] = []
+    thread = threading.Thread(target=lambda: taken.append(accept(ends[1], CPU, Deadline(60))))
+    thread.start()
+    sender = offer(ends[0], "gloo", CPU, Deadline(60))
+    thread.join()
+    assert [each.name for each in (sender, *taken)] == ["gloo", "gloo"]
+    for end in (sender, *taken):
+        end.close()
 
 
 def on_gpu(told: dict[str, Any], at: int) -> Target:

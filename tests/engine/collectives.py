@@ -84,3 +84,15 @@ def seen(worker: Any) -> tuple[list[dict[str, int]], int]:
     runner = worker.model_runner
     del runner.execute_model, runner.sample_tokens
     return [each for each in runner.collectives if each], len(_coordinators())
+
+
+def fail_resets(worker: Any, times: int) -> None:
+    """Let the next `times` resets of this worker's caches fail."""
+    runner, usual, left = worker.model_runner, worker.model_runner.reset_encoder_cache, iter(range(times))
+
+    def reset() -> None:
+        if next(left, None) is not None:
+            raise RuntimeError("made to fail")
+        usual()
+
+    runner.reset_encoder_cache = reset

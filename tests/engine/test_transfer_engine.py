@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
-from tests.engine.collectives import groups
+from tests.engine.collectives import fail_resets, groups
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing_processes import PlainClient, PlainRanks, door, plain_ranks
@@ -172,6 +172,31 @@ def test_a_delta_and_whole_weights_give_the_same_answers(engine, trainers):
     assert engine.answers() == delta
     trainers.run(send, engine.client, engine.folder, "back")
     assert engine.answers() == engine.fresh
+
+
+@pytest.mark.parametrize(("times", "served"), [(1, "b"), (3, "a")])
+def test_a_reset_of_caches_that_fails_inside_a_commit(engine, times, served):
+    """Nothing is written before it: the commit is tried again as it is, and what fails for good is not taken."""
+    weights = {name: load_file(engine.folder / name / "model.safetensors") for name in "ab"}
+    held = dict(weights["b"])
+    with Trainer(held, engine.llm, options=Options(seconds=60)) as trainer:
+        trainer.send("b")
+        answers = {"a": engine.fresh, "b": engine.answers()}
+        held |= weights["a"]
+        trainer.send("a")
+        engine.llm.collective_rpc(fail_resets, args=(times,))
+        held |= weights["b"]
+        if served == "b":
+            trainer.send("b")
+        else:
+            with pytest.raises(TransferError, match="made to fail"):
+                trainer.send("b")
+        assert engine.llm.get_weight_version() == served
+        assert engine.answers() == answers[served] != answers["ab".replace(served, "")]
+        held |= weights["a"]
+        trainer.send("a again")
+        assert engine.llm.get_weight_version() == "a again"
+        assert engine.answers() == engine.fresh
 
 
 def test_a_call_out_of_order_leaves_the_engine_in_step(engine):

@@ -30,7 +30,7 @@ def listener() -> Iterator[Listener]:
 
 def pair(listener: Listener) -> tuple[Connection, Connection]:
     here = connect("127.0.0.1", listener.port, SECRET, {"role": "data"}, Deadline(60))
-    (there,) = listener.take(lambda hello: hello["role"] == "data", count=1, deadline=Deadline(60))
+    (there,) = listener.take(1, Deadline(60), role="data")
     return here, there
 
 

@@ -98,7 +98,7 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
     unpadded = {}
     if padded != vocab:
         unpadded = {
-            name: (vocab, *param.shape[1:])
+            name: vocab
             for name, param in model.layout.params.items()
             if param.shape
             and param.shape[0] == padded

@@ -7,12 +7,5 @@ from titan_bridge.transfer.source import TensorSource
 from titan_bridge.transfer.trainer import Sending, Trainer
 
 __all__ = [
-    "HTTPClient",
-    "LLMClient",
-    "Options",
-    "Report",
-    "Sending",
-    "TensorSource",
-    "Trainer",
-    "TransferError",
-]
+    "HTTPClient", "LLMClient", "Options", "Report", "Sending", "TensorSource", "Trainer", "TransferError",
+]  # fmt: skip

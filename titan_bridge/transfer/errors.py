@@ -12,11 +12,11 @@ class TransferError(RuntimeError):
     """
 
 
+class PeerLost(TransferError):
+    """Somebody did not answer within the time, or the connection with it is gone."""
+
+
 def described(error: Exception) -> str:
     """What others are told of an error, whatever it is: they must hear of it now and not wait."""
     known = isinstance(error, BridgeError | TransferError)
     return str(error) if known else f"{type(error).__name__}: {error}"
-
-
-class PeerLost(TransferError):
-    """Somebody did not answer within the time, or the connection with it is gone."""

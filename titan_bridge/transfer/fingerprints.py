@@ -15,18 +15,14 @@ from titan_bridge.sharding.moves import Window
 from titan_bridge.transfer.messages import Bucket
 from titan_bridge.transfer.snapshot import Local
 
-_ROW = 1024
-"""Elements that are counted as one row: whole rows are quick to sum up."""
-_RANK = 1 << 40
-"""Rows of the messages of one trainer rank: elements of two ranks have different numbers."""
+_ROW = 1024  # elements that are counted as one row: whole rows are quick to sum up
+_RANK = 1 << 40  # rows of the messages of one trainer rank: elements of two ranks have different numbers
 
 
 def of_messages(messages: Mapping[int, Sequence[Bucket]], local: Local) -> dict[str, int]:
     """By name of the engine's tensor; the sum over all trainer ranks is that of the tensor on this worker.
 
-    Args:
-        messages: By trainer rank, of one worker.
-        local: Local tensors by name, of either end. Names that it lacks are left out.
+    `messages` of one worker, by trainer rank; `local` tensors of either end, those that it lacks are left out.
     """
     sums: dict[str, int] = {}
     for rank, buckets in messages.items():
@@ -43,11 +39,7 @@ def of_messages(messages: Mapping[int, Sequence[Bucket]], local: Local) -> dict[
 def _of(flat: torch.Tensor, row: int, dtype: torch.dtype) -> int:
     """Of elements that fill rows, from this one on."""
     rows, rest = divmod(len(flat), _ROW)
-    shape, total = (1 << 62, _ROW), []
-    if rows:
-        window = Window(size=(rows, _ROW), stride=(_ROW, 1), offset=row * _ROW)
-        total.append(partial(flat[: rows * _ROW].view(rows, _ROW), window, shape, dtype))
-    if rest:
-        window = Window(size=(rest,), stride=(1,), offset=(row + rows) * _ROW)
-        total.append(partial(flat[rows * _ROW :], window, shape, dtype))
-    return combine(total)
+    full = Window(size=(rows, _ROW), stride=(_ROW, 1), offset=row * _ROW)
+    last = Window(size=(rest,), stride=(1,), offset=(row + rows) * _ROW)
+    parts = ((flat[: rows * _ROW].view(rows, _ROW), full), (flat[rows * _ROW :], last))
+    return combine(partial(part, window, (1 << 62, _ROW), dtype) for part, window in parts if len(part))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch.distributed.tensor import Replicate
 
 from titan_bridge.errors import BridgeError, few
@@ -19,6 +20,8 @@ from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.plan import Plan, plan
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
+
+VIEWS = TypeAdapter(tuple[View, ...])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,112 +31,71 @@ class Sides:
     source: Layout
     destination: Layout
     trainers: int
-    workers: int
-    unpadded: Mapping[str, tuple[int, ...]]
-    """Shape without padding rows of the engine's tensors that have some."""
-    views: tuple[View, ...] = ()
-    """Only if the two sides name tensors differently."""
+    unpadded: Mapping[str, int]  # rows without padding of the engine's tensors that have some
+    views: tuple[View, ...] = ()  # only if the two sides name tensors differently
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Of the engine's tensors, by name: what travels."""
+        return {name: param.dtype for name, param in self.destination.params.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source.to_json(),
-            "destination": self.destination.to_json(),
-            "trainers": self.trainers,
-            "workers": self.workers,
-            "unpadded": {name: list(shape) for name, shape in self.unpadded.items()},
-            "views": [dataclasses.asdict(view) for view in self.views],
-        }
+        plain = {"source": self.source.to_json(), "destination": self.destination.to_json()}
+        return {**vars(self), **plain, "views": VIEWS.dump_python(self.views)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sides:
-        return cls(
-            source=Layout.from_json(data["source"]),
-            destination=Layout.from_json(data["destination"]),
-            trainers=data["trainers"],
-            workers=data["workers"],
-            unpadded={name: tuple(shape) for name, shape in data["unpadded"].items()},
-            views=views_from_json(data["views"]),
-        )
+        read: dict[str, Any] = {**data, "views": VIEWS.validate_python(data["views"])}
+        return cls(**read | {side: Layout.from_json(data[side]) for side in ("source", "destination")})
 
     def plan(self) -> Plan:
-        """The copies of a dense update.
-
-        Raises:
-            BridgeError: A tensor of the engine that the trainer does not have, or another shape.
-        """
+        """The copies of a dense update. Raises BridgeError for a tensor that the trainer lacks, or another shape."""
         views, params = [*self.views], self.destination.params
         viewed = {(view.name, view.fqn) for view in views}
-        for name, unpadded in self.unpadded.items():  # by the same name, without the engine's padding rows
-            held = self.source.params.get(name)
-            if (name, name) not in viewed and held and held.shape == unpadded != params[name].shape:
-                views.append(View.first_rows(name, params[name].shape, unpadded[0]))
+        for name, rows in self.unpadded.items():  # by the same name, without the engine's padding rows
+            shape, held = params[name].shape, self.source.params.get(name)
+            if (name, name) not in viewed and held and held.shape == (rows, *shape[1:]) != shape:
+                views.append(View.first_rows(name, shape, rows))
         made = plan(self.source, self.destination, views, allow_missing=bool(self.unpadded))
         if lost := sorted(set(made.missing) - set(self.unpadded)):
-            raise BridgeError(
-                f"the engine's {lost[0]} is in no tensor of the trainer ({len(lost)} such tensors); the trainer has "
-                f"{few(self.source.params)}"
-            )
+            there = f"({len(lost)} such tensors); the trainer has {few(self.source.params)}"
+            raise BridgeError(f"the engine's {lost[0]} is in no tensor of the trainer {there}")
         return made
 
 
-def views_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[View, ...]:
-    """The reverse of `dataclasses.asdict` for views."""
-    return tuple(View(**{key: _tuples(value) for key, value in view.items()}) for view in data)
-
-
 def merge(parts: Mapping[int, Layout], what: str) -> Layout:
-    """One layout of what several ranks hold, each having said what it knows.
+    """One layout of what several ranks hold: what each knows, by rank; all meshes have the same numbering.
 
     Tensors on different meshes with the same placements (replicas of an engine, copies in several pipeline
-    stages) become one tensor on a mesh with one more axis.
-
-    Args:
-        parts: By rank; the numbering of all meshes is the same.
-        what: In errors: "trainer" or "engine".
-
-    Raises:
-        BridgeError: Ranks that contradict each other, or a rank of a mesh that did not speak of the tensor.
+    stages) become one tensor on a mesh with one more axis. BridgeError for ranks that contradict each other, and for
+    one of a tensor's mesh that did not speak of it; `what` they are of: "trainer" or "engine".
     """
-    told: dict[str, dict[MeshLayout, tuple[ParamLayout, set[int]]]] = {}
+    first: dict[str, ParamLayout] = {}
+    told: dict[str, dict[MeshLayout, set[int]]] = {}
     for rank, layout in parts.items():
         for name, param in layout.params.items():
-            mesh = layout.meshes[param.spec.mesh]
-            known = told.setdefault(name, {})
-            first, ranks = known.setdefault(mesh, (param, set()))
-            ranks.add(rank)
-            for other, _ in known.values():
-                if (other.shape, other.dtype, other.spec.placements) != (
-                    param.shape,
-                    param.dtype,
-                    param.spec.placements,
-                ):
-                    raise BridgeError(f"{what} ranks contradict each other on {name}: {first} and {param}")
+            other = first.setdefault(name, param)
+            mine = (param.shape, param.dtype, param.spec.placements)
+            if mine != (other.shape, other.dtype, other.spec.placements):
+                raise BridgeError(f"{what} ranks contradict each other on {name}: {other} and {param}")
+            told.setdefault(name, {}).setdefault(layout.meshes[param.spec.mesh], set()).add(rank)
     meshes: dict[MeshLayout, str] = {}
     params: dict[str, ParamLayout] = {}
     for name, known in told.items():
-        for mesh, (_, ranks) in known.items():
-            if silent := sorted(set(mesh.ranks) - ranks):
-                raise BridgeError(
-                    f"{name} lies on {what} ranks {mesh.ranks}, but rank {silent[0]} does not have it"
-                )
-        mesh, param = _joined(name, known, what)
-        mesh_name = meshes.setdefault(mesh, f"{what}{len(meshes)}")
-        params[name] = dataclasses.replace(param, spec=dataclasses.replace(param.spec, mesh=mesh_name))
+        for mesh, spoke in known.items():
+            if silent := sorted(set(mesh.ranks) - spoke):
+                raise BridgeError(f"{name} lies on {what} ranks {mesh.ranks}, but rank {silent[0]} lacks it")
+        mesh, *others = sorted(known, key=lambda each: each.ranks)
+        placements = first[name].spec.placements
+        if others:
+            ranks = [rank for each in (mesh, *others) for rank in each.ranks]
+            if any(other.shape != mesh.shape for other in others) or len(set(ranks)) != len(ranks):
+                raise BridgeError(f"{name}: {what} meshes that differ or overlap: {mesh} and {others[0]}")
+            mesh = MeshLayout.make(("copy", *mesh.axes), (len(others) + 1, *mesh.shape), ranks)
+            placements = (Replicate(), *placements)
+        spec = ShardingSpec(mesh=meshes.setdefault(mesh, f"{what}{len(meshes)}"), placements=placements)
+        params[name] = dataclasses.replace(first[name], spec=spec)
     return Layout(meshes={name: mesh for mesh, name in meshes.items()}, params=params)
-
-
-def _joined(
-    name: str, known: Mapping[MeshLayout, tuple[ParamLayout, set[int]]], what: str
-) -> tuple[MeshLayout, ParamLayout]:
-    (mesh, (param, _)), *others = sorted(known.items(), key=lambda item: item[0].ranks)
-    if not others:
-        return mesh, param
-    ranks = [rank for each in (mesh, *(other for other, _ in others)) for rank in each.ranks]
-    if any(other.shape != mesh.shape for other, _ in others) or len(set(ranks)) != len(ranks):
-        raise BridgeError(f"{name} lies on {what} meshes that differ or overlap: {mesh} and {others[0][0]}")
-    joined = MeshLayout.make(("copy", *mesh.axes), (len(others) + 1, *mesh.shape), ranks)
-    spec = ShardingSpec(mesh=param.spec.mesh, placements=(Replicate(), *param.spec.placements))
-    return joined, dataclasses.replace(param, spec=spec)
 
 
 def shifted(layout: Layout, by: int) -> Layout:
@@ -147,30 +109,16 @@ def shifted(layout: Layout, by: int) -> Layout:
 
 def join_sides(trainers: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]) -> Sides:
     """Both sides from what all ranks told: layouts of the trainer's; of workers "rank" and "unpadded", too."""
-    first = len(trainers)
-    source = merge({rank: layout_from(told) for rank, told in enumerate(trainers)}, "trainer")
+    source = {rank: _parsed(json.dumps(told)) for rank, told in enumerate(trainers)}
     held, unpadded = {}, {}
-    for at, told in enumerate(workers, first):
-        held[at] = shifted(layout_from(told["layout"]), at - told["rank"])
-        unpadded |= {name: tuple(shape) for name, shape in told["unpadded"].items()}
-    return Sides(
-        source=source,
-        destination=merge(held, "engine"),
-        trainers=first,
-        workers=len(workers),
-        unpadded=unpadded,
-    )
-
-
-def layout_from(data: Mapping[str, Any]) -> Layout:
-    """`Layout.from_json`, once for the many ranks that say the same."""
-    return _parsed(json.dumps(data, sort_keys=False))
+    for at, told in enumerate(workers, len(trainers)):
+        held[at] = shifted(_parsed(json.dumps(told["layout"])), at - told["rank"])
+        unpadded |= told["unpadded"]
+    sides = {"source": merge(source, "trainer"), "destination": merge(held, "engine")}
+    return Sides(**sides, trainers=len(trainers), unpadded=unpadded)
 
 
 @functools.lru_cache(maxsize=64)
 def _parsed(text: str) -> Layout:
+    """Once for the many ranks that say the same."""
     return Layout.from_json(json.loads(text))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

@@ -7,9 +7,10 @@ their outer dims. A delta sends, for each slice of each bucket, the positions th
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,8 +30,7 @@ class Slice:
     """A window of this rank's local tensor `name`, laid flat at `[at, at + elements)` of its bucket."""
 
     name: str
-    served: str
-    """Name of the engine's tensor: the same at both ends."""
+    served: str  # name of the engine's tensor: the same at both ends
     window: Window
     at: int
     elements: int
@@ -83,31 +83,26 @@ def messages(
 ) -> dict[int, tuple[Bucket, ...]]:
     """The messages out of `sender`, or into `receiver` (give one), in order, by the rank at the other end.
 
-    Args:
-        plan: Its ranks are those of `layouts.Sides`; no rank is on both sides.
-        dtypes: Wire dtype by destination name.
-        bucket_bytes: Most bytes of one message; at least one element travels in each.
+    No rank of the plan is on both sides, as in `layouts.Sides`. `dtypes`: on the wire, by destination name. A message
+    has at most `bucket_bytes`, or one element.
     """
     assert (sender is None) != (receiver is None), "one end"
-    found: dict[int, dict[str, list[_Part]]] = {}
+    found: dict[int, dict[str, list[Slice]]] = {}
     for copy in plan.copies(source=sender, destination=receiver):
-        dtype = dtypes[copy.destination_name]
-        most = max(1, bucket_bytes // itemsize(dtype))
+        served = copy.destination_name
         if receiver is None:
             peer, name, window = copy.destination, copy.source_name, copy.source_window
         else:
-            peer, name, window = copy.source, copy.destination_name, copy.destination_window
+            peer, name, window = copy.source, served, copy.destination_window
         assert isinstance(peer, int)
-        parts = found.setdefault(peer, {}).setdefault(dtype, [])
-        parts += [(name, copy.destination_name, part, math.prod(part.size)) for part in cut(window, most)]
-    return {
-        peer: tuple(
-            bucket
-            for dtype, parts in found[peer].items()
-            for bucket in _packed(parts, dtype, max(1, bucket_bytes // itemsize(dtype)))
+        found.setdefault(peer, {}).setdefault(dtypes[served], []).extend(
+            Slice(name=name, served=served, window=part, at=0, elements=math.prod(part.size))
+            for part in cut(window, max(1, bucket_bytes // itemsize(dtypes[served])))
         )
-        for peer in sorted(found)
+    packed = {
+        peer: [_packed(parts, dtype, bucket_bytes) for dtype, parts in found[peer].items()] for peer in found
     }
+    return {peer: tuple(itertools.chain(*packed[peer])) for peer in sorted(found)}
 
 
 def cut(window: Window, most: int) -> Iterator[Window]:
@@ -121,32 +116,24 @@ def cut(window: Window, most: int) -> Iterator[Window]:
     inner = elements // window.size[dim]
     rows = max(1, most // inner)
     for first in range(0, window.size[dim], rows):
-        count = min(rows, window.size[dim] - first)
-        part = Window(
-            size=(*window.size[:dim], count, *window.size[dim + 1 :]),
-            stride=window.stride,
-            offset=window.offset + first * window.stride[dim],
-        )
-        yield from cut(part, most)
+        size = (*window.size[:dim], min(rows, window.size[dim] - first), *window.size[dim + 1 :])
+        yield from cut(replace(window, size=size, offset=window.offset + first * window.stride[dim]), most)
 
 
-_Part = tuple[str, str, Window, int]
-
-
-def _packed(parts: list[_Part], dtype: str, most: int) -> Iterator[Bucket]:
-    torch_dtype = getattr(torch, dtype)
-    alone = max(1, min(ALONE_BYTES // torch_dtype.itemsize, most // 4))
+def _packed(parts: Sequence[Slice], name: str, bucket_bytes: int) -> Iterator[Bucket]:
+    dtype = getattr(torch, name)
+    most = max(1, bucket_bytes // dtype.itemsize)
+    alone = max(1, min(ALONE_BYTES // dtype.itemsize, most // 4))
     slices: list[Slice] = []
     at = 0
-    for name, served, window, elements in parts:
-        if elements >= alone:
-            only = Slice(name=name, served=served, window=window, at=0, elements=elements)
-            yield Bucket(dtype=torch_dtype, slices=(only,))
+    for part in parts:
+        if part.elements >= alone:
+            yield Bucket(dtype=dtype, slices=(part,))
             continue
-        if slices and at + elements > most:
-            yield Bucket(dtype=torch_dtype, slices=tuple(slices))
+        if slices and at + part.elements > most:
+            yield Bucket(dtype=dtype, slices=tuple(slices))
             slices, at = [], 0
-        slices.append(Slice(name=name, served=served, window=window, at=at, elements=elements))
-        at += elements
+        slices.append(replace(part, at=at))
+        at += part.elements
     if slices:
-        yield Bucket(dtype=torch_dtype, slices=tuple(slices))
+        yield Bucket(dtype=dtype, slices=tuple(slices))

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.protocol import BUCKET_BYTES, PauseMode
 
+OnDead = Literal["raise", "drop"]
 Transport = Literal["auto", "tcp", "memory", "gloo", "nccl"]
-
-
-class Client(Protocol):
-    """vLLM's `VLLMWeightSyncClient`: any object with these methods reaches an engine.
-
-    `address`, the host at which the engine is, is used if it is there.
-    """
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
-    def start_weight_update(self) -> None: ...
-    def update_weights(self, update_info: dict[str, Any]) -> None: ...
-    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +35,13 @@ class Options:
     transport: Transport = "auto"
     """What tensors travel over; see `transports`. "auto": memory that trainer rank and worker share, where they do;
     from GPU to GPU nccl; else tcp."""
-    on_dead: Literal["raise", "drop"] = "raise"
+    on_dead: OnDead = "raise"
     """What an engine that is lost in an update does: fail the update for all, or leave `Trainer.engines`."""
 
     def __post_init__(self) -> None:
-        checked = (
-            ("pause", get_args(PauseMode)),
-            ("on_dead", ("raise", "drop")),
-            ("transport", get_args(Transport)),
-        )
-        for name, allowed in checked:
-            if (value := getattr(self, name)) not in allowed:
-                raise BridgeError(f"Options.{name} is {value!r}; allowed: {', '.join(allowed)}")
+        for name, kind in (("pause", PauseMode), ("transport", Transport), ("on_dead", OnDead)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise BridgeError(f"Options.{name} is {value!r}; allowed: {', '.join(get_args(kind))}")
         for name in ("seconds", "bucket_bytes"):
             if not (value := getattr(self, name)) > 0:
                 raise BridgeError(f"Options.{name} is {value!r}; it must be more than 0")
@@ -85,7 +69,7 @@ class Report:
     """Seconds from the start of the update on rank 0 to the end of each phase: "prepared", "received", "live"."""
     pause: float
     """Longest that an engine took for its commit: generation stood still for less than this."""
-    unused: Sequence[str] = field(default=())
+    unused: Sequence[str]
     """Tensors of the trainer that no engine has, a value head for instance."""
-    dropped: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str]
     """Engines that were lost in this update and left out, and why."""

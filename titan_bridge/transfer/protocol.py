@@ -57,12 +57,9 @@ from pydantic.dataclasses import dataclass
 
 from titan_bridge.errors import BridgeError
 
-VERSION = 3
-"""Of the calls and messages."""
-MARGIN = 2.0
-"""Seconds that whoever waits for somebody else's answer waits longer, so that it hears the reason."""
-CONNECT_SECONDS = 10.0
-"""How long a worker tries to reach the trainer while its engine waits."""
+VERSION = 4  # of the calls and messages
+MARGIN = 2.0  # seconds that whoever waits for an answer waits longer, so that it hears the reason
+CONNECT_SECONDS = 10.0  # for a worker to reach the trainer while its engine waits
 BUCKET_BYTES = 64 * 2**20
 
 KEEP_CACHE = "keep_cache"
@@ -82,22 +79,14 @@ T = TypeVar("T")
 class Terms:
     """`init_info`: what a worker needs to meet a trainer."""
 
-    trainers: Annotated[list[_Address], Field(min_length=1)]
-    """"host:port" of every trainer rank, as the workers reach them."""
-    secret: _Hex
-    """Drawn by each start of a trainer; whoever does not know it is not heard."""
-    run: _Text
-    """Names this start of the trainer."""
-    link: _Text
-    """Names this connection: one is made anew after a fault."""
-    seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
-    """Time limit of connecting and of one update."""
-    adapter: _Text | None = None
-    """Name of the engine's LoRA adapter that is updated, instead of the weights."""
-    scaling: Annotated[float, Field(gt=0)] | None = None
-    """What the adapter's products are multiplied by; None: what the engine has loaded it with."""
-    bucket_bytes: _Count = BUCKET_BYTES
-    """Most bytes of one message."""
+    trainers: Annotated[list[_Address], Field(min_length=1)]  # "host:port" of each, as workers reach it
+    secret: _Hex  # drawn by each start of a trainer; whoever does not know it is not heard
+    run: _Text  # names this start of the trainer
+    link: _Text  # names this connection: one is made anew after a fault
+    seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0  # time limit of connecting and of one update
+    adapter: _Text | None = None  # name of the engine's LoRA adapter that is updated, instead of the weights
+    scaling: Annotated[float, Field(gt=0)] | None = None  # of its products; None: as the engine has loaded it
+    bucket_bytes: _Count = BUCKET_BYTES  # most bytes of one message
     version: int = VERSION
 
 
@@ -106,14 +95,10 @@ class Update:
     """`update_info`: the decision that an update which every worker has is to be taken."""
 
     link: _Text
-    number: _Count
-    """Counts the updates of this trainer."""
-    version: str
-    """Name of the weights after it."""
-    pause: PauseMode = "keep"
-    """What becomes of requests in flight while the weights are written."""
-    token: _Hex
-    """See `token_of`."""
+    number: _Count  # counts the updates of this trainer
+    version: str  # name of the weights after it
+    pause: PauseMode = "keep"  # what becomes of requests in flight while the weights are written
+    token: _Hex  # see `token_of`
 
 
 def token_of(secret: str, link: str, number: int, version: str) -> str:
@@ -127,11 +112,7 @@ def base_of(run: str, number: int) -> str:
 
 
 def parsed(kind: type[T], name: str, given: Any) -> T:
-    """A checked `Terms` or `Update` from what came in a call; `name` is the call's argument.
-
-    Raises:
-        BridgeError: Not a mapping, or its first key that is missing, unknown, or has a wrong value.
-    """
+    """A checked `Terms` or `Update` from a call's argument `name`. BridgeError names the first key that is wrong."""
     if not isinstance(given, Mapping):
         raise BridgeError(f"{name} is {reprlib.repr(given)}; it must be a table")
     try:
@@ -139,11 +120,11 @@ def parsed(kind: type[T], name: str, given: Any) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     key, value = reprlib.repr(str(first["loc"][0]))[1:-1], reprlib.repr(first["input"])
-    if first["loc"][0] == "secret":
-        value = "something else"  # errors are logged
-    known = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
     if first["type"] == "unexpected_keyword_argument":
+        known = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
         raise BridgeError(f"{name} has an unknown key {key}; allowed: {known}")
-    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+    if first["type"].startswith("missing"):
         raise BridgeError(f"{name} lacks the key {key}; it must have what a titan_bridge trainer sends")
+    if key == "secret":
+        value = "something else"  # errors are logged
     raise BridgeError(f"{name}.{key} is {value}; {first['msg'].replace('Input should', 'it must')}")

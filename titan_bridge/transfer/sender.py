@@ -15,8 +15,8 @@ import torch
 from titan_bridge.transfer.errors import described
 from titan_bridge.transfer.messages import Bucket
 from titan_bridge.transfer.snapshot import Delta, Local
-from titan_bridge.transfer.transports import Tcp, offer, offered
-from titan_bridge.transfer.wire import Connection, Deadline, Key, at_once
+from titan_bridge.transfer.transports import Tcp, offer
+from titan_bridge.transfer.wire import Connection, Deadline, at_once
 
 BUFFERS = 2
 
@@ -25,10 +25,10 @@ BUFFERS = 2
 class Way:
     """From this rank to one worker."""
 
+    link: str = ""  # of the worker's engine
     connection: Connection
     buckets: Sequence[Bucket]
-    transport: Tcp | None = None
-    """Agreed on in the first update."""
+    transport: Tcp | None = None  # agreed on in the first update
 
     def close(self) -> None:
         (self.transport or self.connection).close()
@@ -40,80 +40,54 @@ class Sender:
     def __init__(self, transport: str = "tcp") -> None:
         """`transport`: as `Options.transport`."""
         self._transport = transport
-        self._free: queue.Queue[torch.Tensor | None] = queue.Queue()
+        self._free: queue.Queue[torch.Tensor] = queue.Queue()
         for _ in range(BUFFERS):
-            self._free.put(None)
-        self.buffer_bytes = 0
-        """Memory held beside the tensors: at most two buckets."""
+            self._free.put(torch.empty(0, dtype=torch.uint8))
+        self.buffer_bytes = 0  # memory held beside the tensors: at most two buckets
 
     def send(
-        self,
-        ways: Mapping[Key, Way],
-        local: Local,
-        deltas: Mapping[Key, Delta],
-        number: int,
-        deadline: Deadline,
-    ) -> dict[Key, int | str]:
+        self, ways: Mapping[str, Way], local: Local, deltas: Mapping[str, Delta], number: int, limit: Deadline
+    ) -> dict[str, int | str]:
         """Send update `number` of `local` (local tensors by name) to every worker: its delta if there is one, else all.
 
         Returns the bytes that each worker was sent, or why it was not sent all of them.
         """
-        sent: dict[Key, int | str] = {}
+        sent: dict[str, int | str] = {}
 
-        def one(key: Key) -> None:
-            way, delta = ways[key], deltas.get(key)
+        def one(to: str) -> None:
+            way, delta = ways[to], deltas.get(to)
             if way.transport is None:
                 device = local[way.buckets[0].slices[0].name].device
-                way.transport = offer(way.connection, offered(self._transport, device), device, deadline)
-            way.connection.send({"number": number, "kind": "whole" if delta is None else "delta"}, deadline)
+                way.transport = offer(way.connection, self._transport, device, limit)
+            way.connection.send({"number": number, "kind": "whole" if delta is None else "delta"}, limit)
             if delta is None:
-                count = self._whole(way, way.transport, local, deadline)
+                for bucket in way.buckets:
+                    self._send(bucket, way.transport, local, limit)
             else:
-                count = self._delta(way.transport, delta, deadline)
-            way.transport.finish(deadline)
-            sent[key] = count
+                for tensor in delta.tensors():
+                    way.transport.send(tensor, limit)
+            way.transport.finish(limit)
+            sent[to] = sum(bucket.nbytes for bucket in way.buckets) if delta is None else delta.nbytes
 
-        return sent | {key: described(error) for key, error in at_once(one, ways).items()}
+        return sent | {to: described(error) for to, error in at_once(one, ways).items()}
 
-    def _whole(self, way: Way, transport: Tcp, local: Local, deadline: Deadline) -> int:
-        for bucket in way.buckets:
-            if (data := _as_it_lies(bucket, local, transport.device)) is not None:
-                transport.send(data, deadline)
-                continue
-            buffer = self._free.get()
-            try:
-                buffer = self._packed(bucket, local, buffer, transport.device)
-                transport.send(buffer[: bucket.nbytes], deadline)
-            finally:
-                self._free.put(buffer)
-        return sum(bucket.nbytes for bucket in way.buckets)
-
-    def _delta(self, transport: Tcp, delta: Delta, deadline: Deadline) -> int:
-        transport.send(delta.counts, deadline)
-        for positions, values in delta.parts:
-            if len(positions):
-                transport.send(positions, deadline)
-                transport.send(values, deadline)
-        return delta.nbytes
-
-    def _packed(
-        self, bucket: Bucket, local: Local, buffer: torch.Tensor | None, device: torch.device
-    ) -> torch.Tensor:
-        tensors = [local[part.name] for part in bucket.slices]
-        if buffer is None or buffer.nbytes < bucket.nbytes or buffer.device != device:
-            self.buffer_bytes += bucket.nbytes - (0 if buffer is None else buffer.nbytes)
-            pin = tensors[0].device.type == "cuda" != device.type
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
-        message = buffer[: bucket.nbytes].view(bucket.dtype)
-        for part, tensor in zip(bucket.slices, tensors, strict=True):
-            window = part.window.of(tensor.contiguous())
-            message[part.at : part.at + part.elements].view(part.window.size).copy_(window)
-        return buffer
-
-
-def _as_it_lies(bucket: Bucket, local: Local, device: torch.device) -> torch.Tensor | None:
-    """The message without a copy, where the bytes of a local tensor are the message."""
-    tensor = local[bucket.slices[0].name]
-    if bucket.run is None or tensor.dtype != bucket.dtype or tensor.device != device:
-        return None
-    return tensor.view(-1)[bucket.run] if tensor.is_contiguous() else None
+    def _send(self, bucket: Bucket, transport: Tcp, local: Local, limit: Deadline) -> None:
+        tensors, device = [local[part.name] for part in bucket.slices], transport.device
+        first = tensors[0]
+        as_is = bucket.run is not None and (first.dtype, first.device) == (bucket.dtype, device)
+        if as_is and first.is_contiguous():
+            transport.send(first.view(-1)[bucket.run], limit)
+            return
+        buffer = self._free.get()
+        try:
+            if buffer.nbytes < bucket.nbytes or buffer.device != device:
+                self.buffer_bytes += bucket.nbytes - buffer.nbytes
+                pin = first.device.type == "cuda" != device.type
+                buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
+            message = buffer[: bucket.nbytes].view(bucket.dtype)
+            for part, tensor in zip(bucket.slices, tensors, strict=True):
+                window = part.window.of(tensor.contiguous())
+                message[part.at : part.at + part.elements].view(part.window.size).copy_(window)
+            transport.send(message, limit)
+        finally:
+            self._free.put(buffer)

@@ -6,7 +6,7 @@ float32 master of a bfloat16 weight exactly those changes are sent that the engi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,8 @@ from titan_bridge.transfer.messages import Bucket, Slice
 from titan_bridge.transfer.wire import Key
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-BLOCK = 1 << 24
-"""Elements compared at a time: bounds the memory of the comparison."""
-_SAMPLE = 1 << 12
-"""Elements of each tensor that are looked at before all are compared."""
+BLOCK = 1 << 24  # elements compared at a time: bounds the memory of the comparison
+_SAMPLE = 1 << 12  # elements of each tensor that are looked at before all are compared
 _POSITION = torch.int32
 _POSITION_BYTES = _COUNT_BYTES = 4
 
@@ -29,67 +27,64 @@ Local = Mapping[str, torch.Tensor]
 class Delta:
     """What changed in the messages to one worker."""
 
-    counts: torch.Tensor
-    """int32 `[slices of all messages, in order]`: elements that changed in each."""
+    counts: torch.Tensor  # int32 `[slices of all messages, in order]`: elements that changed in each
     parts: Sequence[tuple[torch.Tensor, torch.Tensor]]
     """For each message: int32 row-major positions in the windows of its slices, one after the other, and the values."""
 
+    def tensors(self) -> list[torch.Tensor]:
+        """In the order in which they travel."""
+        return [self.counts, *(tensor for part in self.parts if len(part[0]) for tensor in part)]
+
     @property
     def nbytes(self) -> int:
-        return self.counts.nbytes + sum(positions.nbytes + values.nbytes for positions, values in self.parts)
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 class Snapshot:
     """This rank's local tensors as the engines have them, in each dtype that an engine keeps them in."""
 
     def __init__(self) -> None:
+        self.base: str | None = None  # `protocol.base_of` the update that left them so, if that is known
         self._kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._kept.values())
-
-    def take(self, local: Local, messages: Iterable[Sequence[Bucket]]) -> None:
+    def take(self, local: Local, messages: Iterable[Sequence[Bucket]], base: str | None = None) -> None:
         """Take what these messages are made of as it is now, in the memory that is there."""
-        wanted = {
-            (part.name, bucket.dtype) for buckets in messages for bucket in buckets for part in bucket.slices
-        }
+        self.base, all_of = base, (bucket for buckets in messages for bucket in buckets)
+        wanted = {(part.name, bucket.dtype) for bucket in all_of for part in bucket.slices}
         self._kept = {key: kept for key, kept in self._kept.items() if key in wanted}
         for name, dtype in wanted:
             if (kept := self._kept.get((name, dtype))) is None:
-                self._kept[name, dtype] = local[name].to(
-                    dtype, copy=True, memory_format=torch.contiguous_format
-                )
+                contiguous = torch.contiguous_format
+                self._kept[name, dtype] = local[name].to(dtype, copy=True, memory_format=contiguous)
             else:
                 kept.copy_(local[name])
 
     def deltas(self, local: Local, messages: Mapping[Key, Sequence[Bucket]]) -> dict[Key, Delta]:
         """What has changed for each worker; without those for whom all of it takes no more bytes."""
-        left = {key: sum(bucket.nbytes for bucket in buckets) for key, buckets in messages.items()}
-        found: dict[Key, list[list[tuple[torch.Tensor, torch.Tensor]]]] = {}
-        uses: dict[tuple[str, torch.dtype], list[tuple[Key, int, int, Slice]]] = {}
+        left: dict[Key, int] = {}
+        found: dict[Key, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        uses: dict[tuple[str, torch.dtype], list[tuple[Key, int, Slice]]] = {}
         for key, buckets in messages.items():
-            found[key] = [[_NOTHING] * len(bucket.slices) for bucket in buckets]
-            left[key] -= _COUNT_BYTES * sum(len(bucket.slices) for bucket in buckets)
-            for number, bucket in enumerate(buckets):
-                for at, part in enumerate(bucket.slices):
-                    uses.setdefault((part.name, bucket.dtype), []).append((key, number, at, part))
+            slices = [(bucket.dtype, part) for bucket in buckets for part in bucket.slices]
+            left[key] = sum(bucket.nbytes for bucket in buckets) - _COUNT_BYTES * len(slices)
+            found[key] = [_NOTHING] * len(slices)
+            for at, (dtype, part) in enumerate(slices):
+                uses.setdefault((part.name, dtype), []).append((key, at, part))
         if not uses.keys() <= self._kept.keys() or self._most_changed(local, uses):
             return {}
-        for (name, dtype), parts in uses.items():
-            if not any(left[key] > 0 for key, *_ in parts):
+        for (name, dtype), users in uses.items():
+            if not any(left[key] > 0 for key, *_ in users):
                 continue
             now = local[name].contiguous()
-            mask = (
-                torch.cat([*_masks(self._kept[name, dtype], now)]) if now.numel() else now.new_empty(0).bool()
-            )
-            for key, number, at, part in parts:
+            blocks = (tensor.view(-1).split(BLOCK) for tensor in (self._kept[name, dtype], now))
+            mask = torch.cat([_differ(old, new.to(dtype)) for old, new in zip(*blocks, strict=True)])
+            for key, at, part in users:
                 if left[key] <= 0:
                     continue
                 positions = part.window.of(mask.view(now.shape)).reshape(-1).nonzero().view(-1)
                 values = now.view(-1)[part.flat(positions)].to(dtype)
                 left[key] -= len(positions) * (_POSITION_BYTES + dtype.itemsize)
-                found[key][number][at] = (positions.to(_POSITION).cpu(), values.cpu())
+                found[key][at] = (positions.to(_POSITION).cpu(), values.cpu())
         return {key: _joined(messages[key], found[key]) for key in messages if left[key] > 0}
 
     def _most_changed(self, local: Local, uses: Iterable[tuple[str, torch.dtype]]) -> bool:
@@ -105,13 +100,6 @@ class Snapshot:
         return delta > 1.2 * whole
 
 
-def _masks(old: torch.Tensor, new: torch.Tensor) -> Iterator[torch.Tensor]:
-    old, new = old.view(-1), new.view(-1)
-    for first in range(0, len(new), BLOCK):
-        part = old[first : first + BLOCK]
-        yield _differ(part, new[first : first + BLOCK].to(part.dtype))
-
-
 def _differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     bits = BITS[a.element_size()]
     return a.contiguous().view(bits) != b.contiguous().view(bits)
@@ -120,10 +108,11 @@ def _differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 _NOTHING = (torch.zeros(0, dtype=_POSITION), torch.zeros(0))
 
 
-def _joined(buckets: Sequence[Bucket], found: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> Delta:
-    parts = []
-    for bucket, slices in zip(buckets, found, strict=True):
+def _joined(buckets: Sequence[Bucket], found: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Delta:
+    parts, left = [], iter(found)
+    for bucket in buckets:
+        slices = [next(left) for _ in bucket.slices]
         positions = torch.cat([positions for positions, _ in slices])
         parts.append((positions, torch.cat([values.to(bucket.dtype) for _, values in slices])))
-    counts = [len(positions) for slices in found for positions, _ in slices]
+    counts = [len(positions) for positions, _ in found]
     return Delta(counts=torch.tensor(counts, dtype=torch.int32), parts=parts)

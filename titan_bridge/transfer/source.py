@@ -7,6 +7,7 @@ whole by this rank. Ranks may hold different tensors (pipeline stages).
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from titan_bridge.sharding.boxes import axes_of, fsdp_is_exact
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
 from titan_bridge.sharding.spec import ShardingSpec, placements_of
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -60,32 +61,25 @@ class TensorSource:
         modules = self._tensors.modules() if isinstance(self._tensors, nn.Module) else ()
         found: set[Any] = {module._lora_scaling for module in modules if hasattr(module, "_lora_scaling")}
         if len(found) > 1:
-            raise BridgeError(
-                f"the model's adapters are scaled by {sorted(found)}; an engine's has one scale"
-            )
+            raise BridgeError(f"the model's adapters are scaled by {sorted(found)}; an engine has one scale")
         return found.pop() if found else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """DTensors and tensors by name, as they are now; wrappers of torch.compile and checkpointing leave no trace.
 
-        Raises:
-            BridgeError: Two names of one tensor but for the wrappers.
+        BridgeError for two tensors whose names are one without the wrappers.
         """
         if isinstance(self._tensors, nn.Module):
-            given = module_tensors(self._tensors)
+            given = _tensors_of(self._tensors)
         else:
             given = self._tensors() if callable(self._tensors) else self._tensors
         result: dict[str, torch.Tensor] = {}
         for name, tensor in given.items():
-            if self._filter is not None and not self._filter(name):
-                continue
-            clean = _clean(name)
-            if not clean.endswith(self._endings):
+            clean = _WRAPPERS.sub("", name)
+            if (self._filter and not self._filter(name)) or not clean.endswith(self._endings):
                 continue
             if result.setdefault(self._rename(clean) if self._rename else clean, tensor) is not tensor:
-                raise BridgeError(
-                    f"{name} is given a second time, without its wrapper or under another name; give each tensor once"
-                )
+                raise BridgeError(f"{name} is given a second time, without its wrapper or with a new name")
         return result
 
     def local(self) -> dict[str, torch.Tensor]:
@@ -94,19 +88,30 @@ class TensorSource:
 
     def signature(self) -> dict[str, tuple]:
         """What the layout depends on, quickly: equal as long as `layout()` says the same."""
-        return {
-            name: (tensor.shape, tensor.dtype)
-            + ((tensor.placements, tensor.device_mesh) if isinstance(tensor, DTensor) else ())
-            for name, tensor in self.tensors().items()
-        }
+        named, more = self.tensors().items(), ("placements", "device_mesh")
+        return {name: (t.shape, t.dtype, *(getattr(t, each, None) for each in more)) for name, t in named}
 
     def layout(self) -> Layout:
-        """What this rank knows of the layout: the tensors that it holds.
-
-        Raises:
-            BridgeError: A placement that is no shard, or a local tensor that is not what its placements say.
-        """
-        return layout_of(self.tensors(), self.rank)
+        """Of the tensors that this rank holds. BridgeError for a local tensor that is not what its placements say."""
+        meshes: dict[str, MeshLayout] = {}
+        params: dict[str, ParamLayout] = {}
+        for name, tensor in self.tensors().items():
+            if isinstance(tensor, DTensor):
+                on = tensor.device_mesh
+                axes = on.mesh_dim_names or tuple(f"axis{i}" for i in range(on.ndim))
+                mesh = MeshLayout.make(axes, tuple(on.mesh.shape), on.mesh.numpy())
+            else:
+                mesh = MeshLayout.make(("rank",), (1,), [self.rank])
+            key = f"{'.'.join(mesh.axes)}@{','.join(map(str, mesh.ranks))}"
+            meshes[key] = mesh
+            try:
+                placements = placements_of(tensor) if isinstance(tensor, DTensor) else (Replicate(),)
+                spec = ShardingSpec(mesh=key, placements=placements)
+                _check_local(tensor, spec, mesh, self.rank)
+            except BridgeError as error:
+                raise BridgeError(f"{name}: {error}") from None
+            params[name] = ParamLayout(spec=spec, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
+        return Layout(meshes=meshes, params=params)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,43 +121,15 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def module_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name."""
-    result: dict[str, torch.Tensor] = dict(model.named_parameters())
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                result[f"{prefix}.{name}" if prefix else name] = buffer
-    return result
-
-
-def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def layout_of(tensors: Tensors, rank: int) -> Layout:
-    """The layout of the tensors of one rank; see `TensorSource.layout`."""
-    meshes: dict[str, MeshLayout] = {}
-    params: dict[str, ParamLayout] = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            mesh = tensor.device_mesh
-            axes = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(mesh.ndim))
-            described = MeshLayout.make(axes, tuple(mesh.mesh.shape), mesh.mesh.numpy())
-        else:
-            described = MeshLayout.make(("rank",), (1,), [rank])
-        key = f"{'.'.join(described.axes)}@{','.join(map(str, described.ranks))}"
-        meshes[key] = described
-        try:
-            placements = placements_of(tensor) if isinstance(tensor, DTensor) else (Replicate(),)
-            spec = ShardingSpec(mesh=key, placements=placements)
-            _check_local(tensor, spec, described, rank)
-        except BridgeError as error:
-            raise BridgeError(f"{name}: {error}") from None
-        params[name] = ParamLayout(spec=spec, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
-    return Layout(meshes=meshes, params=params)
+    buffers = {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return dict(model.named_parameters()) | buffers
 
 
 def _check_local(tensor: torch.Tensor, spec: ShardingSpec, mesh: MeshLayout, rank: int) -> None:
@@ -168,7 +145,5 @@ def _check_local(tensor: torch.Tensor, spec: ShardingSpec, mesh: MeshLayout, ran
         size = tensor.shape[placement.dim]
         inner = [mesh.shape[other] for other in axes_of(spec.placements, placement.dim) if other > axis]
         if len(inner) == 1 and not fsdp_is_exact(size, inner[0], mesh.shape[axis]):
-            raise BridgeError(
-                f"{size} rows on fsdp={mesh.shape[axis]} over {inner[0]} shards: its placements do not say which rows "
-                "lie where; choose sizes that divide the rows"
-            )
+            why = "its placements do not say which rows lie where; choose sizes that divide the rows"
+            raise BridgeError(f"{size} rows on fsdp={mesh.shape[axis]} over {inner[0]} shards: {why}")

@@ -34,15 +34,14 @@ class Target:
     """Called with the names of the live tensors that were written, and with what `ahead` returned."""
     views: Callable[[], Sequence[View]] = lambda: ()
     """Hugging Face names as slices of the tensors, or the reverse."""
-    unpadded: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    """Shape without padding rows, of tensors that have some."""
+    unpadded: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Rows without padding, of tensors that have some."""
     whole: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
     """Tensors of the layout that have no live tensor here: all of them arrive whole and go to `load`."""
     load: Callable[[Mapping[str, torch.Tensor]], None] = lambda tensors: None
     """Makes live what the whole tensors say; called with all of them. A target with some takes no deltas."""
     swap: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None
-    """Gives live tensors other memory, of the same shape and dtype, and returns what they had: saves a copy where
-    nobody holds on to addresses."""
+    """Gives live tensors other memory of their shape and dtype, where nobody holds addresses; returns what they had."""
     ahead: Callable[[Mapping[str, torch.Tensor]], Any] = lambda tensors: None
     """Called while the engine goes on, with what `swap` is going to be given: makes what a commit need not wait for."""
     memory: Callable[..., torch.Tensor] = torch.empty_like

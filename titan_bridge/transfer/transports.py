@@ -11,11 +11,12 @@ send afterwards is not authenticated, as with any use of NCCL and gloo. Nothing 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -30,10 +31,9 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without impor
 
 SLOT_BYTES, SLOTS = 2**20, 4
 """Of a ring: small, so that what one process writes is still in the processor's cache when the other reads it."""
-KEY_BYTES = 32
-"""At the ring's beginning until it is used: that both ends have mapped one memory."""
-_CPU = torch.device("cpu")
-_GROUPS = threading.Lock()
+RING_BYTES = SLOTS * SLOT_BYTES
+KEY_BYTES = 32  # at the ring's beginning until it is used: that both ends have mapped one memory
+_ENVIRONMENT = threading.Lock()
 _SURVIVE = {
     "TORCH_NCCL_BLOCKING_WAIT": "1",  # `wait` raises after its time, in the thread that waits
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # nobody ends the process for a peer that is gone
@@ -49,8 +49,7 @@ class Tcp:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.device = _CPU
-        """Where what is sent should lie."""
+        self.device = torch.device("cpu")  # where what is sent should lie
 
     def send(self, data: torch.Tensor, deadline: Deadline) -> None:
         self.connection.send_raw(raw(data), deadline)
@@ -81,15 +80,14 @@ class Memory(Tcp):
         super().__init__(connection)
         self.device = ring.device
         self._slots: torch.Tensor | None = ring.view(SLOTS, SLOT_BYTES)
-        self._next, self._free, self._told, self._heard = 0, SLOTS, 0, 0
+        self._told = self._heard = 0
+        """Slots that this end has filled or emptied, and that the other end has, modulo 256."""
 
     def send(self, data: torch.Tensor, deadline: Deadline) -> None:
         for part in data.view(-1).view(torch.uint8).split(SLOT_BYTES):
-            if not self._free:
+            if (self._told - self._heard) % 256 == SLOTS:
                 self._hear(deadline)
-                self._free += 1
             self._slot(len(part)).copy_(part)
-            self._free -= 1
             self._tell(deadline)
 
     def receive(self, into: torch.Tensor, deadline: Deadline) -> None:
@@ -99,9 +97,8 @@ class Memory(Tcp):
             self._tell(deadline)
 
     def finish(self, deadline: Deadline) -> None:
-        for _ in range(SLOTS - self._free):
+        while self._heard != self._told:
             self._hear(deadline)
-        self._free = SLOTS
 
     def close(self) -> None:
         super().close()
@@ -110,8 +107,7 @@ class Memory(Tcp):
     def _slot(self, size: int) -> torch.Tensor:
         if (slots := self._slots) is None:
             raise PeerLost(f"the connection with {self.connection.peer} is gone")
-        slot, self._next = slots[self._next], (self._next + 1) % SLOTS
-        return slot[:size]
+        return slots[self._told % SLOTS, :size]
 
     def _tell(self, deadline: Deadline) -> None:
         if self.device.type == "cuda":
@@ -134,14 +130,16 @@ class Group(Tcp):
         self.name, self.device, self._other = name, device, 1 - rank  # type: ignore[misc]
         self._store = store = _Store(connection, limit)
         try:
-            with _GROUPS:
-                if name == "nccl":
-                    self._group: Any = _nccl(store, rank)
-                else:
-                    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-                    options._devices = [dist.ProcessGroupGloo.create_device(hostname=connection.host)]  # type: ignore[attr-defined]
-                    options._timeout = timedelta(seconds=limit.left)
-                    self._group = dist.ProcessGroupGloo(store, rank, 2, options)
+            if name == "nccl":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = timedelta(days=1)  # ours are those of each `wait`
+                with _ENVIRONMENT, variables(_SURVIVE):
+                    self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
+            else:  # waits for the other end, so under no lock: two and two could wait for each other
+                options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+                options._devices = [dist.ProcessGroupGloo.create_device(hostname=connection.host)]  # type: ignore[attr-defined]
+                options._timeout = timedelta(seconds=limit.left)
+                self._group = dist.ProcessGroupGloo(store, rank, 2, options)
         except RuntimeError as error:
             raise PeerLost(f"no {name} group with {connection.peer}: {error}") from None
         # NCCL connects only now: where that cannot be, no weight was sent yet.
@@ -175,13 +173,6 @@ class Group(Tcp):
         self._group.abort()
 
 
-def _nccl(store: dist.Store, rank: int) -> Any:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(days=1)  # ours are those of each `wait`
-    with variables(_SURVIVE):
-        return dist.ProcessGroupNCCL(store, rank, 2, options)
-
-
 class _Store(dist.Store):
     """What two processes tell each other while they make a group, over their connection."""
 
@@ -210,25 +201,14 @@ class _Store(dist.Store):
         return all(key in self._known for key in keys)
 
 
-def offered(transport: str, device: torch.device) -> list[str]:
-    """What is offered, best first, for `Options.transport` and tensors on `device`."""
-    if transport != "auto":
-        return [transport]
-    return ["memory", "nccl", "tcp"] if device.type == "cuda" else ["memory", "tcp"]
-
-
-def offer(connection: Connection, names: Sequence[str], device: torch.device, limit: Deadline) -> Tcp:
-    """The trainer rank's end. Raises TransferError where the worker takes none of them, PeerLost as always."""
-    ring, handle, descriptor = None, {}, -1
-    try:
-        if "memory" in names:
-            ring, handle, descriptor = _shared(device)
-        told = {"offer": list(names), "device": _name_of(device), "memory": handle}
-        connection.send(told, limit)
+def offer(connection: Connection, transport: str, device: torch.device, limit: Deadline) -> Tcp:
+    """The trainer rank's end, for `Options.transport` and tensors on `device`. TransferError where it takes none."""
+    names = [transport]
+    if transport == "auto":
+        names = ["memory", "nccl", "tcp"] if device.type == "cuda" else ["memory", "tcp"]
+    with _shared(device) if "memory" in names else contextlib.nullcontext((None, {})) as (ring, handle):
+        connection.send({"offer": names, "device": _name_of(device), "memory": handle}, limit)
         answer = connection.receive(limit)
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
     if answer.get("error"):
         raise TransferError(answer["error"])
     if answer["take"] == "memory" and ring is not None:
@@ -239,54 +219,50 @@ def offer(connection: Connection, names: Sequence[str], device: torch.device, li
 def accept(connection: Connection, device: torch.device, limit: Deadline) -> Tcp:
     """The worker's end. Raises TransferError where it can take none of what is offered."""
     told = connection.receive(limit)
-    refused = {}
+    theirs, ring, refused = told["device"], None, []
     for name in told["offer"]:
-        ring = None
         try:
             if name == "memory":
-                ring = _opened(told["memory"], told["device"], device)
-            elif name == "nccl" and {told["device"].split()[0], device.type} != {"cuda"}:
-                raise ValueError(f"the trainer's tensors are on {told['device']}, the engine's on {device}")
-            elif name == "nccl" and told["device"] == _name_of(device):
+                ring = _opened(told["memory"], theirs, device)
+            elif name == "nccl" and {theirs.split()[0], device.type} != {"cuda"}:
+                raise ValueError(f"the trainer's tensors are on {theirs}, the engine's on {device}")
+            elif name == "nccl" and theirs == _name_of(device):
                 raise ValueError("both use one GPU")
-            elif name == "gloo" and told["device"] != "cpu":
+            elif name == "gloo" and theirs != "cpu":
                 raise ValueError("the trainer's tensors are not on a CPU")
         except (OSError, ValueError, RuntimeError) as error:
-            refused[name] = f"{name}: {error}"
+            refused.append(f"{name}: {error}")
             continue
         connection.send({"take": name}, limit)
-        why = f" ({'; '.join(refused.values())})" if refused else ""
+        why = f" ({'; '.join(refused)})" if refused else ""
         logger.info("weight transfer: tensors of %s come over %s%s", connection.peer, name, why)
         if ring is not None:
             return Memory(connection, ring)
         return Tcp(connection) if name == "tcp" else Group(connection, name, 1, device, limit)
-    text = (
-        f"no transport to {connection.peer}: {'; '.join(refused.values())}; Options.transport may be 'auto'"
-    )
+    text = f"no transport to {connection.peer}: {'; '.join(refused)}; Options.transport may be 'auto'"
     connection.send({"error": text}, limit)
     raise TransferError(text)
 
 
 def _name_of(device: torch.device) -> str:
-    return (
-        f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else str(device.type)
-    )
+    return f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else device.type
 
 
-def _shared(device: torch.device) -> tuple[torch.Tensor, dict[str, Any], int]:
-    """A new ring, how another process finds it, and a descriptor to close when it has."""
-    size = SLOTS * SLOT_BYTES
+@contextlib.contextmanager
+def _shared(device: torch.device) -> Generator[tuple[torch.Tensor, dict[str, Any]]]:
+    """A new ring, and how another process finds it meanwhile."""
     if device.type == "cuda":
-        ring = torch.empty(size, dtype=torch.uint8, device=device)
+        ring = torch.empty(RING_BYTES, dtype=torch.uint8, device=device)
         parts = ring.untyped_storage()._share_cuda_()
-        told = [part.hex() if isinstance(part, bytes) else part for part in parts]
-        return ring, {"cuda": told}, -1
+        yield ring, {"cuda": [part.hex() if isinstance(part, bytes) else part for part in parts]}
+        return
     # Memory without a name: whoever is killed at whatever moment leaves none behind.
-    descriptor = os.memfd_create("titan-transfer", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, size)
-    ring, key = _mapped(descriptor), secrets.token_bytes(KEY_BYTES)
-    ring[:KEY_BYTES] = torch.tensor(list(key), dtype=torch.uint8)
-    return ring, {"path": f"/proc/{os.getpid()}/fd/{descriptor}", "key": key.hex()}, descriptor
+    with open(os.memfd_create("titan-transfer", os.MFD_CLOEXEC), "r+b") as file:
+        file.truncate(RING_BYTES)
+        path, key = f"/proc/{os.getpid()}/fd/{file.fileno()}", secrets.token_bytes(KEY_BYTES)
+        ring = _mapped(path)
+        ring[:KEY_BYTES] = torch.tensor(list(key), dtype=torch.uint8)
+        yield ring, {"path": path, "key": key.hex()}
 
 
 def _opened(handle: Mapping[str, Any], theirs: str, device: torch.device) -> torch.Tensor:
@@ -299,20 +275,15 @@ def _opened(handle: Mapping[str, Any], theirs: str, device: torch.device) -> tor
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     if device.type != "cpu":
         raise ValueError("the trainer's tensors are on CPUs, the engine's are not")
-    descriptor = os.open(handle["path"], os.O_RDWR | os.O_CLOEXEC)
-    try:
-        if os.fstat(descriptor).st_size != SLOTS * SLOT_BYTES:
-            raise ValueError("not on one host")
-        ring = _mapped(descriptor)
-    finally:
-        os.close(descriptor)
-    if bytes(ring[:KEY_BYTES].tolist()) != bytes.fromhex(handle["key"]):
+    # The size first: to map a file makes it as large as that.
+    if os.stat(handle["path"]).st_size != RING_BYTES:
+        raise ValueError("not on one host")
+    ring = _mapped(handle["path"])
+    if bytes(ring[:KEY_BYTES].tolist()).hex() != handle["key"]:
         raise ValueError("not on one host")
     return ring
 
 
-def _mapped(descriptor: int) -> torch.Tensor:
+def _mapped(path: str) -> torch.Tensor:
     # Not mmap.mmap, which keeps a descriptor open for each mapping.
-    return torch.from_file(
-        f"/proc/self/fd/{descriptor}", shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8
-    )
+    return torch.from_file(path, shared=True, size=RING_BYTES, dtype=torch.uint8)

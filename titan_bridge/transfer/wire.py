@@ -30,7 +30,6 @@ HELLO_SECONDS = 5.0
 MESSAGE_BYTES = 256 * 2**20
 """Most bytes of one JSON message: both layouts of a model with a hundred thousand tensors."""
 _LENGTH = struct.Struct(">I")
-_BACKLOG = 1024
 
 Key = TypeVar("Key")
 
@@ -82,9 +81,7 @@ class Connection:
         (size,) = _LENGTH.unpack(head)
         if size > MESSAGE_BYTES:
             self.close()
-            raise TransferError(
-                f"{self.peer} sent a message of {size} bytes; at most {MESSAGE_BYTES} are read"
-            )
+            raise TransferError(f"{self.peer} sent a message of {size} bytes; at most {MESSAGE_BYTES} go")
         body = bytearray()
         while len(body) < size:  # in pieces: memory is taken as bytes arrive, whatever the length said
             piece = bytearray(min(size - len(body), 2**20))
@@ -103,28 +100,32 @@ class Connection:
         """Send all bytes of a buffer."""
         view = memoryview(data).cast("B")
         while view:
-            self._limit(socket.SO_SNDTIMEO, deadline)
-            try:
-                view = view[self._socket.send(view) :]
-            except BlockingIOError:
-                raise PeerLost(f"{self.peer} takes no more: no answer within the time limit") from None
-            except OSError as error:
-                raise self._gone(error) from None
+            sent = self._wait(socket.SO_SNDTIMEO, "takes no more", deadline, self._socket.send, view)
+            view = view[sent:]
 
     def receive_raw(self, into: Any, deadline: Deadline | None) -> None:
         """Fill a buffer."""
         view = memoryview(into).cast("B")
+        take, every = self._socket.recv_into, socket.MSG_WAITALL
         while view:
-            self._limit(socket.SO_RCVTIMEO, deadline)
-            try:
-                count = self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
-            except BlockingIOError:
-                raise PeerLost(f"{self.peer} is silent: no answer within the time limit") from None
-            except OSError as error:
-                raise self._gone(error) from None
-            if not count:
-                raise self._gone(None)
-            view = view[count:]
+            came = self._wait(socket.SO_RCVTIMEO, "is silent", deadline, take, view, len(view), every)
+            view = view[came:]
+
+    def _wait(
+        self, option: int, late: str, limit: Deadline | None, call: Callable[..., int], *given: Any
+    ) -> int:
+        """The bytes that a call of the socket's has moved within the time."""
+        left, reason = 0.0 if limit is None else limit.left, ""
+        try:
+            seconds = struct.pack("ll", int(left), int(left % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, option, seconds)
+            if count := call(*given):
+                return count
+        except BlockingIOError:
+            raise PeerLost(f"{self.peer} {late}: no answer within the time limit") from None
+        except OSError as error:
+            reason = f" ({error})"
+        raise PeerLost(f"the connection with {self.peer} is gone{reason}")
 
     def alive(self) -> bool:
         """Whether the other end has not closed the connection, as far as this host has heard."""
@@ -140,17 +141,6 @@ class Connection:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-
-    def _limit(self, option: int, deadline: Deadline | None) -> None:
-        left = 0.0 if deadline is None else deadline.left
-        seconds, rest = int(left), int(left % 1 * 1e6)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, rest))
-        except OSError as error:
-            raise self._gone(error) from None
-
-    def _gone(self, error: OSError | None) -> PeerLost:
-        return PeerLost(f"the connection with {self.peer} is gone{f' ({error})' if error else ''}")
 
 
 def at_once(do: Callable[[Key], object], keys: Iterable[Key]) -> dict[Key, Exception]:
@@ -179,9 +169,7 @@ def raw(tensor: torch.Tensor) -> memoryview:
 def connect(host: str, port: int, secret: bytes, hello: Mapping[str, Any], deadline: Deadline) -> Connection:
     """Connect to a listener and prove to each other that both know the secret.
 
-    Raises:
-        PeerLost: Nobody there, or no answer within the time.
-        TransferError: The other end knows another secret.
+    Raises PeerLost where nobody is there or answers in time, TransferError where the other end has another secret.
     """
     peer = f"the trainer at {host}:{port}"
     try:
@@ -217,31 +205,28 @@ class Listener:
         self._secret = secret
         try:
             family = socket.getaddrinfo(host, None)[0][0]
-            self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+            self._socket = socket.create_server((host, port), family=family, backlog=1024)
         except OSError as error:
             raise TransferError(f"cannot listen at {host}:{port} ({error})") from None
         self._socket.setblocking(False)
         self.host, self.port = host, self._socket.getsockname()[1]
         self._changed = threading.Condition()
         self._arrived: list[Connection] = []
-        self._greeted = 0
-        """Connections whose proof was right and whose answer is on its way."""
         self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(self._accept())
         self._thread = threading.Thread(target=self._run, name="titan-listener", daemon=True)
         self._thread.start()
 
-    def take(
-        self, want: Callable[[Mapping[str, Any]], bool], *, count: int, deadline: Deadline
-    ) -> list[Connection]:
-        """Connections whose hello is wanted, once `count` of them are there, and all that wait by then.
+    def take(self, count: int, deadline: Deadline, **wanted: Any) -> list[Connection]:
+        """Connections whose hello says what is wanted, once `count` of them are there, and all that wait by then.
 
         Raises PeerLost after the deadline.
         """
         with self._changed:
             while True:
-                found = [each for each in self._arrived if want(each.hello)]
-                if len(found) >= count and not self._greeted:
-                    rest = [each for each in self._arrived if not want(each.hello)]
+                found = [each for each in self._arrived if wanted.items() <= each.hello.items()]
+                if len(found) >= count:
+                    rest = [each for each in self._arrived if each not in found]
                     self._arrived = [each for each in rest if each.alive()]
                     for each in rest:
                         if each not in self._arrived:
@@ -254,55 +239,37 @@ class Listener:
     def close(self) -> None:
         """Stop listening and close what nobody took."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join()
         self._socket.close()
         for each in self._arrived:
             each.close()
 
     def _run(self) -> None:
-        self._loop.create_task(self._accept())
-        self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._task)
         self._loop.close()
 
     async def _accept(self) -> None:
-        pending: set[asyncio.Task] = set()
-        while True:
-            try:
-                sock, (host, port, *_) = await self._loop.sock_accept(self._socket)
-            except OSError:  # out of file descriptors, or the caller has hung up already
-                await asyncio.sleep(0.01)
-                continue
-            sock.setblocking(False)
-            task = self._loop.create_task(self._greet(sock, f"{host}:{port}"))
-            pending.add(task)
-            task.add_done_callback(pending.discard)
+        async with asyncio.TaskGroup() as greetings:
+            while True:
+                try:
+                    sock, address = await self._loop.sock_accept(self._socket)
+                except OSError:  # out of file descriptors, or the caller has hung up already
+                    await asyncio.sleep(0.01)
+                    continue
+                greetings.create_task(self._greet(sock, "{}:{}".format(*address)))
 
     async def _greet(self, sock: socket.socket, peer: str) -> None:
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 hello, answer = await self._identify(sock)
+            with self._changed:  # whoever knows that it is let in is there to be taken
+                sock.send(answer)
+                self._arrived.append(Connection(sock, f"{hello.get('who', 'a peer')} ({peer})", hello))
+                self._changed.notify_all()
         except Exception:  # whoever it was does not belong here, and gets no reason
             sock.close()
-            return
-        with self._changed:
-            self._greeted += 1
-        connection: Connection | None = None
-        try:
-            async with asyncio.timeout(HELLO_SECONDS):
-                await self._loop.sock_sendall(sock, answer)
-            connection = Connection(sock, f"{hello.get('who', 'a peer')} ({peer})", hello)
-        except OSError:  # TimeoutError is one
-            sock.close()
-        finally:
-            with self._changed:
-                self._greeted -= 1
-                if connection is not None:
-                    self._arrived.append(connection)
-                self._changed.notify_all()
 
     async def _identify(self, sock: socket.socket) -> tuple[dict[str, Any], bytes]:
         nonce = secrets.token_bytes(NONCE)

@@ -125,7 +125,7 @@ class _Builder:
         self.meshes: dict[str, MeshLayout] = {}
         self.params: dict[str, ParamLayout] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        self.unpadded: dict[str, tuple[int, ...]] = {}
+        self.unpadded: dict[str, int] = {}
         self.whole: dict[str, torch.dtype] = {}
 
     def take_whole(
@@ -163,7 +163,7 @@ class _Builder:
             own = f"{prefix.rpartition('.')[0]}.{part.name}.{name}" if part else fqn
             self._enter(own, piece, shape, native.spec, part.replicas if part else 1)
             if native.padding:
-                self.unpadded[own] = (shape[0] - native.padding, *shape[1:])
+                self.unpadded[own] = shape[0] - native.padding
 
     def _parts(self, tensor: torch.Tensor, native: Native) -> Iterator[tuple[Part | None, torch.Tensor, int]]:
         """(part, its piece of the local tensor, its global size along the fused dim)."""
