@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "deepseek_v3": ("deepseek_v3", {"first_k_dense_replace": 0}, False),
     "gpt_oss": ("gpt_oss", {}, False),
 }
+DENSE = ("llama3", "qwen3")
 EXPERTS, DIM, HIDDEN, TOP_K = 8, 64, 32, 3
 
 
@@ -105,7 +106,11 @@ def replay(cases: list[dict[str, Any]], folder: Path, ranks: int = 1) -> dict[st
 
 
 def cases_of(models: dict[str, str], names: Iterable[str]) -> list[dict[str, Any]]:
-    return [{"name": name, "model": models[CASES[name][0]], "captures": CASES[name][2]} for name in names]
+    return [
+        {"name": name, "model": models[family], "captures": captures, "experts": family not in DENSE}
+        for name in names
+        for family, _, captures in [CASES[name]]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +140,7 @@ def test_replayed_graphs_compute_what_eager_computes(runs: dict[str, dict[str, A
     assert run["moved"] == 0
     assert run["pulled_back"] == []
     # Two layers: attention stands between two graphs, and so do experts that are not captured.
-    splits = 2 if captured or family in ("llama3", "qwen3") else 4
+    splits = 2 if captured or family in DENSE else 4
     assert run["pieces"] == 2 * splits + 1
     worst = farthest(run["replayed"], run["eager"])
     print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
