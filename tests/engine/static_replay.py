@@ -1,4 +1,4 @@
-"""vLLM's GPU compiler on a CPU: `python -m tests.engine.static_replay '[{"name":, "model":, "captures":}, ...]'`.
+"""vLLM's GPU compiler on a CPU: `python -m tests.engine.static_replay '[{"name":, "model":, "captures":, "experts":}, ...]'`.
 
 On GPUs vLLM splits a model's graph at `splitting_ops`, compiles the pieces between them, and captures each as a CUDA
 graph, which reads and writes where its tensors lay at the capture. Here the compiler is the same, and a piece that was
@@ -135,7 +135,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"name": case["name"]}
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     launched = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
-    launched |= {"enable_expert_parallel": True}
+    launched |= {"enable_expert_parallel": case["experts"]}
     os.environ["MASTER_PORT"] = str(
         case.get("port")
     )  # a store of its own: the last case's groups are in the old one
