@@ -279,6 +279,45 @@ def test_what_waits_for_a_commit_lies_in_memory_that_the_target_makes(source):
     assert staging.nbytes == sum(tensor.nbytes for tensor in made) >= 8 * 6 * 4
 
 
+def test_a_delta_is_ready_before_the_commit():
+    """In a copy of what is live, from which the target makes what it can; the commit exchanges memory alone."""
+    _, out, into = between(*(layout_of((64,), (1,), [Replicate()], d) for d in ("float32", "bfloat16")))
+    local, old = {"w": torch.ones(64)}, torch.ones(64, dtype=torch.bfloat16)
+    live, snapshot, made = {"w": old}, Snapshot(), []
+
+    def swap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        before = {name: live[name] for name in tensors}
+        live.update(tensors)
+        return before
+
+    target = Target(
+        tensors=lambda: live,
+        layout=Layout(meshes={}, params={}),
+        rank=0,
+        index=0,
+        swap=swap,
+        ahead=lambda tensors: {name: tensor.clone() for name, tensor in tensors.items()},
+        on_change=lambda names, ahead: made.append((names, ahead)),
+    )
+    snapshot.take(local, out[0].values())
+    local["w"][5] = 3
+    staging = Staging(into[0], target, live)
+    staging.prepare([])
+    here, there = pair()
+    way = Way(connection=here, buckets=out[0][1], transport=Tcp(here))
+    Sender().send({"w": way}, local, {"w": snapshot.deltas(local, out[0])[1]}, 1, Deadline(60))
+    entries, _ = staging.receive(0, Tcp(there), 1, Deadline(60))
+    ready = staging.ahead(entries)
+    assert live["w"] is old
+    assert (old == 1).all()
+    staging.write(entries, ready)
+    assert live["w"] is not old
+    assert same_bits(live["w"], local["w"].bfloat16())
+    ((names, ahead),) = made
+    assert names == ["w"]
+    assert same_bits(ahead["w"], live["w"])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("changes", [7, 5000])
