@@ -43,8 +43,11 @@ DENSE = ("llama3", "qwen3")
 EXPERTS, DIM, HIDDEN, TOP_K = 8, 64, 32, 3
 
 
-TP2 = ("llama3", "qwen3_moe", "qwen3_moe, experts captured", "deepseek_v3", "gpt_oss")
-"""At tp=2, and ep=2 where there are experts: names of `CASES`."""
+TWO = {
+    "tp": ("llama3", "qwen3_moe", "qwen3_moe, experts captured", "deepseek_v3", "gpt_oss"),
+    "dp": ("qwen3_moe",),
+}
+"""By the axis that two ranks are on, with ep=2 where there are experts: names of `CASES`."""
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +108,10 @@ def replay(cases: list[dict[str, Any]], folder: Path, ranks: int = 1) -> dict[st
     }
 
 
-def cases_of(models: dict[str, str], names: Iterable[str]) -> list[dict[str, Any]]:
+def cases_of(models: dict[str, str], names: Iterable[str], axis: str = "tp") -> list[dict[str, Any]]:
     return [
-        {"name": name, "model": models[family], "captures": captures, "experts": family not in DENSE}
+        {"name": name, "model": models[family], "captures": captures}
+        | {"experts": family not in DENSE, "axis": axis}
         for name in names
         for family, _, captures in [CASES[name]]
     ]
@@ -120,7 +124,8 @@ def runs(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs_of_two(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
-    return replay(cases_of(models, TP2), folder, ranks=2)
+    cases = [case for axis, names in TWO.items() for case in cases_of(models, names, axis)]
+    return replay([case | {"name": f"{case['name']} {case['axis']}"} for case in cases], folder, ranks=2)
 
 
 def farthest(rows: list[Any], others: list[Any]) -> float:
@@ -147,17 +152,18 @@ def test_replayed_graphs_compute_what_eager_computes(runs: dict[str, dict[str, A
     assert worst <= 1e-4
 
 
-@pytest.mark.parametrize("name", TP2)
+@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, names in TWO.items() for name in names])
 def test_replayed_graphs_hold_the_collectives_of_two_ranks(
-    runs: dict[str, dict[str, Any]], runs_of_two: dict[str, dict[str, Any]], name: str
+    runs: dict[str, dict[str, Any]], runs_of_two: dict[str, dict[str, Any]], axis: str, name: str
 ) -> None:
-    """At tp=2, with ep=2: no collective stands between graphs, and what comes out is what one rank computes."""
-    run = runs_of_two[name]
+    """With ep=2: only an all-to-all stands between graphs, and what comes out is what one rank computes."""
+    run = runs_of_two[f"{name} {axis}"]
     assert run["inputs"] > 0
     assert run["moved"] == 0
     assert run["pulled_back"] == []
     assert run["pieces"] == runs[name]["pieces"]
-    assert (runs[name]["all_reduces"], run["all_reduces"]) == (0, 5)  # the embedding's, and two a layer
+    assert runs[name]["all_reduces"] == 0
+    assert run["all_reduces"] == {"tp": 5, "dp": 0}[axis]  # the embedding's, and two a layer
     worst = max(farthest(run["replayed"], each["eager"]) for each in (run, runs[name]))
     print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
     assert worst <= 1e-4
