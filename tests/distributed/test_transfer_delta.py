@@ -189,6 +189,41 @@ def test_a_stale_base_is_refused_and_everything_sent_instead(ranks, pair, how):
         assert kinds == ["whole", "delta", "whole", "delta"]
 
 
+class Reloading(PlainClient):
+    """Other weights are loaded when an update has arrived and is about to be taken."""
+
+    now = False
+
+    def start_weight_update(self) -> None:
+        if self.now:
+            self.call(reload)
+        super().start_weight_update()
+
+
+def overtaken(rank: int, world: int, client: PlainClient, told: dict) -> list[str]:
+    mine = Reloading(client.addresses)
+    trainer, held = make(rank, world, mine, told)
+    trainer.send()
+    held["wo"].to_local().view(-1)[:9] += 1
+    mine.now = rank == 0
+    with pytest.raises(TransferError) as error:
+        trainer.send()
+    if rank == 0:
+        assert {bytes(t) for live in client.call(live_bytes) for t in map(set, live.values())} == {b"\0"}
+    mine.now = False
+    kind = trainer.send().kind
+    trainer.verify()
+    trainer.close()
+    return [str(error.value), kind]
+
+
+def test_weights_that_are_loaded_before_a_delta_is_taken_end_it(ranks, pair):
+    engine_of(pair, "tp 2")
+    for error, kind in ranks.run(overtaken, pair, layout(*TRAINERS["fsdp 2"], "float32"), world=2):
+        assert "got other weights while a delta was on its way" in error
+        assert kind == "whole"
+
+
 def lost(rank: int, world: int, client: PlainClient, told: dict) -> list[str]:
     """Verify names what is not the trainer's, and one more update puts it right."""
     trainer, _ = make(rank, world, client, told)

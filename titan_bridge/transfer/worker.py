@@ -149,8 +149,8 @@ class Worker:
             return
         staged = link.staged if link is not None else None
         try:
-            there = self.target.tensors() is not None and self.connected
-        except BridgeError as error:
+            there = self._is_base(link) and self.connected
+        except (BridgeError, TransferError) as error:
             self._failed(error)
             there = False
         mine = opened and staged is not None and staged[0] == update.number and there
@@ -173,6 +173,14 @@ class Worker:
                 raise self._failed(TransferError(text)) from error
             self.version = update.version
             self._base = (base_of(link.terms.run, update.number), sample_digest(self.target.tensors()))
+
+    def _is_base(self, link: Link | None) -> bool:
+        """True; raises TransferError where a delta has arrived and what is live is not what it is a delta of."""
+        live, staging = self.target.tensors(), link.staging if link is not None else None
+        delta = staging is not None and staging.whole != staging.messages.keys()
+        if delta and (self._base is None or self._base[1] != sample_digest(live)):
+            raise TransferError(f"worker {self.target.index} got other weights while a delta was on its way")
+        return True
 
     def shutdown(self) -> None:
         """Leave the trainer; the weights stay."""
