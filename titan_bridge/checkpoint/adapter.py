@@ -43,8 +43,7 @@ def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: floa
         hf: config.json of the model.
         alpha: The converter's; the product is scaled by it over the rank.
 
-    Raises:
-        BridgeError: No adapter in the checkpoint, or one that does not fit the model.
+    Raises BridgeError: no adapter in the checkpoint, or one that does not fit the model.
     """
     with open_checkpoint(weights_directory(str(source)) or source) as checkpoint:
         found = {name: checkpoint.read(name) for name in adapter_names(checkpoint.tensors)}
@@ -68,10 +67,7 @@ def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: floa
 
 def write_dcp(source: Path, target: Path, *, hf: Mapping[str, Any]) -> int:
     """Write a PEFT folder's adapter as a DCP by TorchTitan's names; how many tensors. Arguments as above.
-
-    Raises:
-        BridgeError: Not a plain LoRA, or one that TorchTitan's cannot be.
-    """
+    Raises BridgeError: not a plain LoRA, or one that TorchTitan's cannot be."""
     tensors = from_peft(_read_adapter(source)[1], family_for(hf).views(hf))
     with _beside(target) as made:
         import torch.distributed.checkpoint as dcp  # noqa: PLC0415  brings DTensor, which reads do without
@@ -98,10 +94,7 @@ class MergedCheckpoint(ComputedCheckpoint):
 
 def merged(checkpoint: Checkpoint, adapter: Path) -> MergedCheckpoint:
     """A Hugging Face checkpoint with a PEFT folder's adapter in it.
-
-    Raises:
-        BridgeError: Another format, no plain LoRA, or matrices that fit no weight.
-    """
+    Raises BridgeError: another format, no plain LoRA, or matrices that fit no weight."""
     if checkpoint.format != "hf":
         raise BridgeError(
             f"--merge-lora: {checkpoint.path} is {checkpoint.format}; allowed: hf (convert it first with --to hf)"

@@ -68,10 +68,7 @@ Read = Callable[[int, int], bytes]
 
 def locate(read: Read, length: int, where: str) -> Placed:
     """Find the tensor in an archive of `length` bytes.
-
-    Raises:
-        BridgeError: Anything but one contiguous tensor, stored plainly and little-endian, in an intact archive.
-    """
+    Raises BridgeError: anything but one contiguous tensor, stored plainly and little-endian, in an intact archive."""
     tensor, place = unpickled(read, length, where)
     if not isinstance(tensor, Tensor):
         raise BridgeError(f"{where}: not a plain tensor")
@@ -128,10 +125,7 @@ def unpickled(
 
 def is_intact(read: Read, length: int, where: str) -> bool | None:
     """Whether every entry of an archive has its CRC-32; None for an archive without (`set_crc32_options(False)`).
-
-    Raises:
-        BridgeError: No archive of stored entries.
-    """
+    Raises BridgeError: no archive of stored entries."""
     entries = _directory(read, length, where).values()
     if not any(entry.CRC for entry in entries):
         return None

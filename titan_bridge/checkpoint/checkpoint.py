@@ -82,10 +82,7 @@ class Checkpoint:
 
     def locate(self, stored: TensorMetadata, chunk: Chunk) -> int:
         """The byte of the chunk's file at which its tensor starts. An archive is read (its headers) the first time.
-
-        Raises:
-            BridgeError: An archive that is damaged, or holds another tensor than the metadata says.
-        """
+        Raises BridgeError: an archive that is damaged, or holds another tensor than the metadata says."""
         if chunk.archive is None:
             return chunk.offset
         where = f"{chunk.path}: {stored.name} at {chunk.box.start}"
@@ -115,10 +112,7 @@ class Checkpoint:
 
     def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
         """Copy a box (global coordinates) of a tensor into `out` (the box's shape, any strides, any dtype).
-
-        Raises:
-            BridgeError: No such tensor, a box outside it, another shape, or a file that ended early.
-        """
+        Raises BridgeError: no such tensor, a box outside it, another shape, or a file that ended early."""
         stored = self.tensor(name)
         if not Box.whole(stored.shape).contains(box) or tuple(out.shape) != box.shape:
             raise BridgeError(f"{name}: box {box} into {tuple(out.shape)}; the tensor is {stored.shape}")

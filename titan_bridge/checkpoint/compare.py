@@ -78,8 +78,7 @@ def open_sides(
         common: Use Hugging Face's names wherever the model is known, even between checkpoints of one format.
         names: For each of `paths`, as for `open_checkpoint`.
 
-    Raises:
-        BridgeError: No checkpoint, a damaged one, different formats without a config.json, or one that does not fit.
+    Raises BridgeError: no checkpoint, a damaged one, different formats without a config.json, or one that does not fit.
     """
     hf_config = None if config is None else hf.read_config(Path(config))
     if config is not None and hf_config is None:

@@ -47,9 +47,8 @@ def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
     Args:
         extra: Look up optimizer state and other entries that are no model tensors, too.
 
-    Raises:
-        BridgeError: Metadata that is damaged, hostile or of another version; files that are missing, too short or
-            outside the directory; chunks that do not cover their tensor.
+    Raises BridgeError: metadata that is damaged, hostile or of another version; files that are missing, too short or
+    outside the directory; chunks that do not cover their tensor.
     """
     source, collects = directory / METADATA, gc.isenabled()
     gc.disable()  # none of a million objects is garbage, and looking through them takes a third of the time

@@ -35,10 +35,7 @@ _MOST_BYTES = 1 << 31
 
 def read_metadata(path: Path) -> tuple[Any, int]:
     """The stand-in of the `Metadata` object, and the bytes of the file.
-
-    Raises:
-        BridgeError: A pickle that is damaged, too large, or names anything that DCP does not need.
-    """
+    Raises BridgeError: a pickle that is damaged, too large, or names anything that DCP does not need."""
     return load_file(path, _ALLOWED, _MOST_BYTES)
 
 

@@ -71,10 +71,7 @@ class Executor:
 
     def run(self) -> list[FileResult]:
         """Write everything; returns what is known of each file.
-
-        Raises:
-            BridgeError: The disk is full, a source file ends early, or anything else that the user can put right.
-        """
+        Raises BridgeError: the disk is full, a source file ends early, or anything else that the user can put right."""
         try:
             with strip_workers(self._job.options.workers) as pool:
                 return [self._write_file(file, pool) for file in self._files]

@@ -35,10 +35,7 @@ _OPEN_FILES = 64
 
 def inside(directory: Path, name: object, what: str) -> Path:
     """`directory / name`, refused unless it is a plain relative path that stays in the directory.
-
-    Raises:
-        BridgeError: Not a string, empty, absolute, with `..`, with a NUL, or with a backslash.
-    """
+    Raises BridgeError: not a string, empty, absolute, with `..`, with a NUL, or with a backslash."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         raise BridgeError(f"{what} names the file {name!r}; it must be a relative path inside {directory}")
     path = PurePosixPath(name)

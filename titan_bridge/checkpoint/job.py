@@ -132,8 +132,7 @@ class Job:
         Args:
             advance: Told of progress: ("check", "write" or "verify", bytes), from any thread.
 
-        Raises:
-            BridgeError: A full disk, a source that changes under the run, or whatever another process met.
+        Raises BridgeError: a full disk, a source that changes under the run, or whatever another process met.
         """
         options, team = self.options, self.team
         staging = Staging(options.target)

@@ -70,9 +70,8 @@ def load_into(
             padding is in no checkpoint). May replace the memory of `live[fqn]`.
         arrived: Told each FQN of which something is read, once all of it is in its place.
 
-    Raises:
-        BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, and damaged
-            archives, before anything is written; a file that ends early.
+    Raises BridgeError: missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, and damaged
+    archives, before anything is written; a file that ends early.
     """
     check_source(checkpoint, family, hf, buffers)
     views = live_views(checkpoint.format, family, hf, padded_vocab)

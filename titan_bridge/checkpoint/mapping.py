@@ -79,11 +79,8 @@ def check_source(
     source: Checkpoint, family: Family, hf: Mapping[str, Any], buffers: Mapping[str, Any]
 ) -> list[str]:
     """Hold a checkpoint against the model that its config describes; returns the tensors that are not needed.
-
-    Raises:
-        BridgeError: Every missing, unexpected or mis-shaped tensor and every dtype that is no floating point, in
-            one line.
-    """
+    Raises BridgeError: every missing, unexpected or mis-shaped tensor and every dtype that is no floating point, in one
+    line."""
     wanted = expected(family, hf, source.format)
     problems, left = [], []
     if missing := [name for name in wanted if name not in source.tensors]:
@@ -175,10 +172,7 @@ def cast(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
 
 def compose(plain: View, live: View) -> View:
     """`plain`'s whole TorchTitan tensor as a view of `live`'s, given that both are views of one external tensor.
-
-    Raises:
-        BridgeError: `plain` is a slice only, or the two do not cut the external tensor in a common way.
-    """
+    Raises BridgeError: `plain` is a slice only, or the two do not cut the external tensor in a common way."""
     if plain.index_shape != plain.flat_factors:
         raise BridgeError(
             f"{plain.fqn} holds more than {plain.name}; it cannot be seen as a view of {live.fqn}"

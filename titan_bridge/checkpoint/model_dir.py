@@ -35,8 +35,7 @@ def weights_directory(model: str, step: int | None = None) -> Path | None:
     Returns:
         None when there is nothing that we read (weights in another format, or a name on a hub).
 
-    Raises:
-        BridgeError: `step` is not there, or not whole.
+    Raises BridgeError: `step` is not there, or not whole.
     """
     if not Path(model).is_dir():
         return None
@@ -53,8 +52,7 @@ def has_expert_bias(model: str, step: int | None = None, names: str | None = Non
         model, step: As for `weights_directory`.
         names: As for `open_checkpoint`.
 
-    Raises:
-        BridgeError: A checkpoint that is damaged, or `step` is not there.
+    Raises BridgeError: a checkpoint that is damaged, or `step` is not there.
     """
     directory = weights_directory(model, step)
     if directory is None or is_hf(directory):
@@ -71,9 +69,7 @@ def open_named_either_way(
     """Open a checkpoint of one model whose names the pattern fits, or which has our names already.
 
     The pattern comes first: where live weights lie beside averaged ones, it says which are meant.
-
-    Raises:
-        BridgeError: As `open_checkpoint`; of a checkpoint that fits neither way, what the pattern finds in it.
+    Raises BridgeError: as `open_checkpoint`; of a checkpoint that fits neither way, what the pattern finds in it.
     """
     if names is not None:
         with open_checkpoint(directory, extra=True) as found:
@@ -99,8 +95,7 @@ def check_weights(
         buffers: FQNs that the model has besides Hugging Face's tensors (expert bias).
         names: As for `open_checkpoint`.
 
-    Raises:
-        BridgeError: A damaged file, or every missing, unexpected or mis-shaped tensor in one line.
+    Raises BridgeError: a damaged file, or every missing, unexpected or mis-shaped tensor in one line.
     """
     with open_checkpoint(directory, names=names) as checkpoint:
         check_source(checkpoint, family, hf, buffers)

@@ -31,10 +31,7 @@ def named(name: str, pattern: str) -> str | None:
 
 def renamed(checkpoint: Checkpoint, pattern: str) -> Checkpoint:
     """The tensors that a pattern fits, under our names; what does not fit is left out.
-
-    Raises:
-        BridgeError: No tensor fits it.
-    """
+    Raises BridgeError: no tensor fits it."""
     own = [*checkpoint.tensors.values(), *checkpoint.extra_tensors.values()]
     found = {new: replace(one, name=new) for one in own if (new := named(one.name, pattern)) is not None}
     if not found:

@@ -41,8 +41,7 @@ def open_checkpoint(
         extra: Look up optimizer state and other entries that are no model tensors, too (not in Hugging Face's files).
         names: How the files call the tensor NAME, with `{}` in place of NAME; what does not fit is left out.
 
-    Raises:
-        BridgeError: No such directory, no checkpoint in it, or one that is damaged; the message names the file.
+    Raises BridgeError: no such directory, no checkpoint in it, or one that is damaged; the message names the file.
     """
     if names is not None:
         check_pattern(names)

@@ -201,8 +201,7 @@ def loads(
         allowed: What stands for "module.name": a class of stand-ins, a function of a tuple of arguments, or a value.
         persistent: What stands for data outside of the pickle, by its id.
 
-    Raises:
-        BridgeError: Any other name, and any pickle that is damaged; the message starts with `where`.
+    Raises BridgeError: any other name, and any pickle that is damaged; the message starts with `where`.
     """
     try:
         return _Unpickler(data, allowed, persistent).load()

@@ -130,10 +130,7 @@ class DequantizedCheckpoint(ComputedCheckpoint):
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """A Hugging Face checkpoint with full weights: itself, unless its config.json says that it is quantized.
-
-    Raises:
-        BridgeError: A quantization that is not read, or values and scales that do not belong together.
-    """
+    Raises BridgeError: a quantization that is not read, or values and scales that do not belong together."""
     config = checkpoint.config or {}
     how = quantization.read(config, str(checkpoint.path / "config.json"))
     if how is None:

@@ -36,10 +36,7 @@ __all__ = ["Job", "Options", "Outcome", "prepare"]
 
 def prepare(options: Options, team: Team | None = None) -> Job:
     """Read headers and configs, check everything that can be checked, and plan.
-
-    Raises:
-        BridgeError: The first thing that is wrong; all tensors that do not fit the model are in one line.
-    """
+    Raises BridgeError: the first thing that is wrong; all tensors that do not fit the model are in one line."""
     team = team or Team()
     refuse_remote(options.source)
     refuse_remote(options.target)
@@ -127,10 +124,7 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
 
 def stated_config(given: Path) -> Mapping[str, Any]:
     """config.json that `--config` names: a directory with it, the file, or FAMILY:FLAVOR.
-
-    Raises:
-        BridgeError: There is none.
-    """
+    Raises BridgeError: there is none."""
     if not given.exists():
         if flavor := re.fullmatch(r"(\w+):([\w.-]+)", str(given)):
             return _flavor(*flavor.groups())

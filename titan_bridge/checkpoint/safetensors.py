@@ -47,11 +47,8 @@ METADATA = "__metadata__"
 
 def read_header(path: Path) -> tuple[dict[str, TensorMetadata], dict[str, str]]:
     """Tensors by name, and the file's own metadata.
-
-    Raises:
-        BridgeError: A file that is cut short or too long, a header that is not JSON of the right form, an unknown
-            dtype, sizes that do not fit together, gaps, overlaps, or a name that appears twice.
-    """
+    Raises BridgeError: a file that is cut short or too long, a header that is not JSON of the right form, an unknown
+    dtype, sizes that do not fit together, gaps, overlaps, or a name that appears twice."""
     total = size_of(path)
     if total < 8:
         raise BridgeError(f"{path} has {total} bytes; a safetensors file has at least 8")

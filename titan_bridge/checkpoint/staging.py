@@ -75,10 +75,7 @@ class Staging:
 
     def begin(self, digest: str, *, resume: bool, fsync: bool = False) -> None:
         """Make the directory, or take over that of a run with the same digest.
-
-        Raises:
-            BridgeError: Another process is at it; or with `resume`, it belongs to a different run.
-        """
+        Raises BridgeError: another process is at it; or with `resume`, it belongs to a different run."""
         made = [parent for parent in self.target.parents if not parent.exists()]
         self.target.parent.mkdir(parents=True, exist_ok=True)
         for parent in made if fsync else ():

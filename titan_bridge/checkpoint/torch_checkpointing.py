@@ -54,9 +54,8 @@ def open_torch_checkpointing(directory: Path, *, extra: bool = False) -> Checkpo
     Args:
         extra: Look up the tensors of other items, too; they are called ITEM.NAME.
 
-    Raises:
-        BridgeError: Metadata that is damaged, hostile or of another version; several ranks without metadata; tensors
-            that are missing, are not what the metadata says, or do not make up the whole.
+    Raises BridgeError: metadata that is damaged, hostile or of another version; several ranks without metadata; tensors
+    that are missing, are not what the metadata says, or do not make up the whole.
     """
     pool = FilePool()
     if (directory / METADATA).is_file():

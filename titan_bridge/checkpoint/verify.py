@@ -22,8 +22,7 @@ def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] 
     Returns:
         False where any has none: safetensors, or DCP that was written without.
 
-    Raises:
-        BridgeError: The first archive that is damaged.
+    Raises BridgeError: the first archive that is damaged.
     """
     archives = {
         (chunk.path, chunk.offset, entry.nbytes if name in source.blobs else chunk.archive): name
@@ -47,10 +46,7 @@ def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] 
 
 def is_as_written(path: Path, crc: int, advance: Callable[[int], None] = lambda count: None) -> bool:
     """Read a file again from the disk and compare it with the CRC-32 of what was written.
-
-    Raises:
-        BridgeError: It cannot be read.
-    """
+    Raises BridgeError: it cannot be read."""
     buffer, found = memoryview(bytearray(_BUFFER_BYTES)), 0
     try:
         with path.open("rb", buffering=0) as file:

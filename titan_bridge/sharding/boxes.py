@@ -13,11 +13,19 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import dtensor
+
+Sizes = Sequence[int]
+Placements: TypeAlias = "Sequence[dtensor.Placement]"
+Segment = tuple[int, int, int]
+"""(global start, global stop, local start) along one dim."""
+_BLOCK = 4_000_000
+"""Pairs of boxes that are looked at together."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -31,15 +39,14 @@ class Box:
     stop: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.start) != len(self.stop) or any(
-            not 0 <= a <= b for a, b in zip(self.start, self.stop, strict=True)
-        ):
+        ends = zip(self.start, self.stop, strict=False)
+        if len(self.start) != len(self.stop) or any(not 0 <= a <= b for a, b in ends):
             raise BridgeError(
-                f"a box needs 0 <= start <= stop in every dim, got {self.start} and {self.stop}"
+                f"a box needs 0 <= start <= stop in every dim, not {self.start} and {self.stop}"
             )
 
     @classmethod
-    def whole(cls, shape: Sequence[int]) -> Box:
+    def whole(cls, shape: Sizes) -> Box:
         """The box of a whole tensor of this (global) shape."""
         return cls(start=(0,) * len(shape), stop=tuple(shape))
 
@@ -63,10 +70,7 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common part, or None when there is not one element in it."""
-        if self.ndim != other.ndim:
-            raise BridgeError(f"boxes of {self.ndim} and {other.ndim} dims cannot be intersected")
-        start = tuple(map(max, self.start, other.start))
-        stop = tuple(map(min, self.stop, other.stop))
+        start, stop = tuple(map(max, self.start, other.start)), tuple(map(min, self.stop, other.stop))
         return Box(start=start, stop=stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
 
     def contains(self, other: Box) -> bool:
@@ -75,16 +79,12 @@ class Box:
             d <= b for b, d in zip(self.stop, other.stop, strict=True)
         )
 
-    def shift(self, offset: Sequence[int]) -> Box:
-        """The same box with its start moved by `offset` (one number a dim, may be negative)."""
-        return Box(
-            start=tuple(a + o for a, o in zip(self.start, offset, strict=True)),
-            stop=tuple(b + o for b, o in zip(self.stop, offset, strict=True)),
-        )
-
-    def relative_to(self, origin: Sequence[int]) -> Box:
+    def relative_to(self, origin: Sizes) -> Box:
         """The same box seen from `origin`: coordinates inside a tensor that starts there."""
-        return self.shift([-o for o in origin])
+        start, stop = (
+            tuple(at - o for at, o in zip(end, origin, strict=True)) for end in (self.start, self.stop)
+        )
+        return Box(start=start, stop=stop)
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
@@ -100,15 +100,8 @@ class Piece:
     """In the local tensor, which is contiguous in torch's sense and as large as all pieces together."""
 
 
-_BLOCK = 4_000_000
-"""Pairs of boxes that are looked at together."""
-Segment = tuple[int, int, int]
-"""(global start, global stop, local start) along one dim."""
-
-
 def chunk(size: int, chunks: int, index: int) -> tuple[int, int]:
-    """Half-open interval of chunk `index` as torch.chunk cuts `size` into `chunks`; the last ones may be
-    short or empty."""
+    """Half-open interval of chunk `index` as torch.chunk cuts `size` into `chunks` (the last may be short or empty)."""
     width = -(-size // chunks)
     return min(width * index, size), min(width * (index + 1), size)
 
@@ -116,16 +109,13 @@ def chunk(size: int, chunks: int, index: int) -> tuple[int, int]:
 def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -> tuple[Segment, ...]:
     """What remains of a dim of `size` elements after `cuts`, in the order in which it lies in the local tensor.
 
-    Args:
-        cuts: (placement, size of the mesh axis, coordinate on the mesh axis) of each axis that shards this dim, in
-            the order of the mesh axes (DTensor reads placements from left to right).
+    `cuts`: (placement, size of the mesh axis, coordinate on it) of each axis that shards this dim, from left to right.
     """
     held = [(0, size)]
     for placement, chunks, index in cuts:
         local = sum(b - a for a, b in held)
         if isinstance(placement, dtensor._StridedShard):
-            factor = int(placement.split_factor)
-            outer = [chunk(local, factor, part) for part in range(factor)]
+            outer = [chunk(local, placement.split_factor, part) for part in range(placement.split_factor)]
             inner = [(a, chunk(b - a, chunks, index)) for a, b in outer]
             taken = [(a + c, a + d) for a, (c, d) in inner if c < d]
         else:
@@ -178,85 +168,68 @@ def shard_dim(placement: dtensor.Placement) -> int | None:
     return placement.dim if isinstance(placement, (dtensor.Shard, dtensor._StridedShard)) else None
 
 
-def axes_of(placements: Sequence[dtensor.Placement], dim: int) -> list[int]:
+def axes_of(placements: Placements, dim: int) -> list[int]:
     """The mesh axes that shard a tensor dim, from left to right."""
     return [axis for axis, placement in enumerate(placements) if shard_dim(placement) == dim]
 
 
-def check(placements: Sequence[dtensor.Placement], shape: Sequence[int], mesh_shape: Sequence[int]) -> None:
+def check(placements: Placements, shape: Sizes, mesh_shape: Sizes) -> None:
     """Raise BridgeError unless `placements` fit the tensor (global `shape`) and the mesh."""
     if len(placements) != len(mesh_shape):
         raise BridgeError(
             f"{len(placements)} placements for a mesh with {len(mesh_shape)} axes; give one for each axis"
         )
     for axis, placement in enumerate(placements):
-        if isinstance(placement, dtensor.Replicate):
-            continue
-        if not isinstance(placement, (dtensor.Shard, dtensor._StridedShard)):
+        dim, what = shard_dim(placement), f"placement {placement} on mesh axis {axis}"
+        if dim is None and not isinstance(placement, dtensor.Replicate):
+            raise BridgeError(f"{what}; a parameter can be R, S(d) or SS(d,f)")
+        if dim is not None and not 0 <= dim < len(shape):
             raise BridgeError(
-                f"placement {placement} on mesh axis {axis}; a parameter can be R, S(d) or SS(d,f)"
-            )
-        if not 0 <= placement.dim < len(shape):
-            raise BridgeError(
-                f"placement {placement} on mesh axis {axis} shards dim {placement.dim} of a tensor of shape "
-                f"{tuple(shape)}; allowed: 0 to {len(shape) - 1}"
+                f"{what} shards dim {dim} of a tensor of shape {tuple(shape)}; allowed: 0 to {len(shape) - 1}"
             )
 
 
 def dim_segments(
-    placements: Sequence[dtensor.Placement],
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
+    placements: Placements, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes
 ) -> tuple[tuple[Segment, ...], ...]:
     """The segments of every dim of a tensor (global `shape`) for the rank at `coordinate`; see `segments_of`."""
     check(placements, shape, mesh_shape)
-    if len(coordinate) != len(mesh_shape) or any(
-        not 0 <= c < n for c, n in zip(coordinate, mesh_shape, strict=True)
-    ):
+    places = zip(coordinate, mesh_shape, strict=False)
+    if len(coordinate) != len(mesh_shape) or any(not 0 <= at < n for at, n in places):
         raise BridgeError(f"coordinate {tuple(coordinate)} is not on a mesh of shape {tuple(mesh_shape)}")
     cuts: list[list[tuple[dtensor.Placement, int, int]]] = [[] for _ in shape]
     for placement, chunks, index in zip(placements, mesh_shape, coordinate, strict=True):
-        dim = shard_dim(placement)
-        if dim is not None:
+        if (dim := shard_dim(placement)) is not None:
             cuts[dim].append((placement, chunks, index))
     return tuple(segments_of(size, cut) for size, cut in zip(shape, cuts, strict=True))
 
 
 def pieces_of(
-    placements: Sequence[dtensor.Placement],
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
+    placements: Placements, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes
 ) -> tuple[Piece, ...]:
-    """The boxes that the rank at `coordinate` holds of a tensor of global `shape`, with their places in its
-    local tensor.
+    """The boxes that the rank at `coordinate` holds of a tensor of global `shape`, and where in its local tensor.
 
-    Equal to what `distribute_tensor` puts there. Empty when the rank holds nothing (more ranks than rows).
-    Raises BridgeError when placements, shape, mesh and coordinate do not fit together.
+    Equal to what `distribute_tensor` puts there; empty where there are more ranks than rows.
+    Raises BridgeError when the arguments do not fit together.
     """
-    dims = dim_segments(placements, shape, mesh_shape, coordinate)
     return tuple(
         Piece(
             box=Box(start=tuple(a for a, _, _ in part), stop=tuple(b for _, b, _ in part)),
             local=Box(start=tuple(at for _, _, at in part), stop=tuple(at + b - a for a, b, at in part)),
         )
-        for part in itertools.product(*dims)
+        for part in itertools.product(*dim_segments(placements, shape, mesh_shape, coordinate))
     )
 
 
 def local_shape_of(
-    placements: Sequence[dtensor.Placement],
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
+    placements: Placements, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes
 ) -> tuple[int, ...]:
     """The shape of the local tensor of the rank at `coordinate`, for a tensor of global `shape`."""
     dims = dim_segments(placements, shape, mesh_shape, coordinate)
     return tuple(sum(b - a for a, b, _ in segments) for segments in dims)
 
 
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+def contiguous_stride(shape: Sizes) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous tensor."""
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
@@ -271,20 +244,17 @@ def meeting(
     """
     (a_start, a_stop), (b_start, b_stop) = a, b
     dims = a_start.shape[1]
+    if not dims:  # scalars
+        i, j = np.indices((len(a_start), len(b_start))).reshape(2, -1)
+        return i, j
     sweeps = []
     for d in range(dims):
         order = np.argsort(a_start[:, d], kind="stable")
         reached = np.maximum.accumulate(a_stop[order, d])
         first = np.searchsorted(reached, b_start[:, d], side="right")
         count = np.maximum(np.searchsorted(a_start[order, d], b_stop[:, d], side="left") - first, 0)
-        sweeps.append((int(count.sum()), order, first, count))
-    everything = (
-        0,
-        np.arange(len(a_start)),
-        np.zeros(len(b_start), np.int64),
-        np.full(len(b_start), len(a_start)),
-    )
-    _, order, first, count = min(sweeps, key=lambda sweep: sweep[0], default=everything)
+        sweeps.append((order, first, count))
+    order, first, count = min(sweeps, key=lambda sweep: sweep[2].sum())
     ends = np.cumsum(count)
     found = [np.zeros((2, 0), dtype=np.int64)]
     at = 0
@@ -303,24 +273,21 @@ def meeting(
     return i, j
 
 
-def factored(start: int, stop: int, factors: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+def factored(start: int, stop: int, factors: Sizes) -> Iterator[tuple[tuple[int, int], ...]]:
     """The interval `[start, stop)` of a dim as boxes of its row-major factors: one half-open interval a factor."""
-    if len(factors) == 1:
-        if start < stop:
-            yield ((start, stop),)
+    if start >= stop:
         return
     inner = math.prod(factors[1:])
     first, last = -(-start // inner), stop // inner
-    if first > last:  # inside one row of the outermost factor
-        row = start // inner
-        for rest in factored(start - row * inner, stop - row * inner, factors[1:]):
+
+    def in_row(row: int, a: int, b: int) -> Iterator[tuple[tuple[int, int], ...]]:
+        for rest in factored(a - row * inner, b - row * inner, factors[1:]):
             yield ((row, row + 1), *rest)
+
+    if first > last:  # all of it is inside one row of the outermost factor
+        yield from in_row(last, start, stop)
         return
-    if start < first * inner:
-        for rest in factored(start - (first - 1) * inner, inner, factors[1:]):
-            yield ((first - 1, first), *rest)
+    yield from in_row(first - 1, start, first * inner)
     if first < last:
         yield ((first, last), *((0, size) for size in factors[1:]))
-    if last * inner < stop:
-        for rest in factored(0, stop - last * inner, factors[1:]):
-            yield ((last, last + 1), *rest)
+    yield from in_row(last, last * inner, stop)

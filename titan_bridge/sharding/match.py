@@ -35,9 +35,9 @@ def match(
 ) -> tuple[list[Item], tuple[str, ...], dict[str, int]]:
     """The items that fill every destination, the source names nobody asked for, and the uncovered elements.
 
-    A destination is filled by the views whose TorchTitan name it has and whose external names are sources;
-    else by one view the other way round; else by the source of the same name. Raises BridgeError when that is
-    not enough.
+    A destination is filled by the views whose TorchTitan name it has and whose external names are sources; else by one
+    view the other way round; else by the source of the same name.
+    Raises BridgeError when that is not enough.
     """
     by_fqn: dict[str, list[View]] = {}
     by_name: dict[str, list[View]] = {}

@@ -60,11 +60,8 @@ def placement_from_str(text: str) -> dtensor.Placement:
 
 
 def placements_of(tensor: DTensor) -> tuple[dtensor.Placement, ...]:
-    """The placements of a live DTensor, which are read from left to right.
-
-    Raises:
-        BridgeError: Its mesh axes cut a dim in another order (torch's `shard_order`), which placements do not say.
-    """
+    """The placements of a live DTensor, which are read from left to right. Raises BridgeError: its mesh axes cut a dim
+    in another order (torch's `shard_order`), which placements do not say."""
     for entry in tensor._spec.shard_order or ():
         if list(entry.mesh_dims) != sorted(entry.mesh_dims):
             raise BridgeError(
@@ -124,9 +121,7 @@ class ShardingSpec:
 
 def attach(param: torch.Tensor, mesh: str, placements: Sequence[dtensor.Placement]) -> None:
     """Write the layout of `param` (a local tensor or a DTensor) down on it; `get` reads it back.
-
-    Raises BridgeError for a DTensor whose `shard_order` is not left to right.
-    """
+    Raises BridgeError for a DTensor whose `shard_order` is not left to right."""
     if hasattr(param, "placements"):
         placements_of(cast("DTensor", param))
     setattr(param, _ATTRIBUTE, ShardingSpec(mesh=mesh, placements=tuple(placements)))
@@ -134,9 +129,7 @@ def attach(param: torch.Tensor, mesh: str, placements: Sequence[dtensor.Placemen
 
 def attach_module(module: nn.Module, name: str, mesh: str, placements: Sequence[dtensor.Placement]) -> None:
     """Write the layout down on the parameter or buffer `module.<name>` and on `module`, so that it outlives the tensor.
-
-    Raises BridgeError when the module has no parameter or buffer of its own with this name.
-    """
+    Raises BridgeError when the module has no parameter or buffer of its own with this name."""
     tensor = _tensor(module, name)
     attach(tensor, mesh, placements)
     module.__dict__.setdefault(_MODULE_ATTRIBUTE, {})[name] = getattr(tensor, _ATTRIBUTE)
