@@ -14,7 +14,7 @@ import torch
 
 from titan_bridge.checkpoint.archive import Placed, locate
 from titan_bridge.checkpoint.files import FilePool
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, about
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy, Window
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
@@ -85,15 +85,15 @@ class Checkpoint:
         Raises BridgeError: an archive that is damaged, or holds another tensor than the metadata says."""
         if chunk.archive is None:
             return chunk.offset
-        where = f"{chunk.path}: {stored.name} at {chunk.box.start}"
-        key = chunk.path, chunk.offset
-        if key not in self._located:
-            self._located[key] = locate(self.pool.part(*key, chunk.archive, where), chunk.archive, where)
-        found = self._located[key]
-        if (found.dtype, found.shape) != (stored.dtype, chunk.box.shape):
-            raise BridgeError(
-                f"{where}: the file has {found.dtype} {found.shape}, the metadata says {stored.dtype} {chunk.box.shape}"
-            )
+        key, held = (chunk.path, chunk.offset), (stored.dtype, chunk.box.shape)
+        with about(f"{chunk.path}: {stored.name} at {chunk.box.start}"):
+            if key not in self._located:
+                self._located[key] = locate(self.pool.part(*key, chunk.archive), chunk.archive)
+            found = self._located[key]
+            if (found.dtype, found.shape) != held:
+                raise BridgeError(
+                    f"the file has {found.dtype} {found.shape}, the metadata says {held[0]} {held[1]}"
+                )
         return chunk.offset + found.offset
 
     def fetch(self, copy: Copy, out: torch.Tensor) -> None:

@@ -131,8 +131,8 @@ class Executor:
             first = start + archive.head_bytes
             last = first + archive.data_bytes
             crc = _combined(weights[bisect.bisect_left(starts, first) : bisect.bisect_left(starts, last)])
-            spans.append(self._write(opened, start, memoryview(archive.head(crc))))
-            spans.append(self._write(opened, last, memoryview(archive.tail(crc))))
+            for offset, data in zip((start, last), archive.frame(crc), strict=True):
+                spans.append(self._write(opened, offset, memoryview(data)))
         return spans
 
     def _write(self, opened: _Open, offset: int, data: memoryview) -> _Span:

@@ -129,12 +129,12 @@ class FilePool:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
         self._read_each(path, [offset], out, out.nbytes if counted else 0)
 
-    def part(self, path: Path, start: int, length: int, what: str) -> Callable[[int, int], bytes]:
-        """Reads (offset, bytes) inside a part of a file, which are not counted. Errors begin with `what`."""
+    def part(self, path: Path, start: int, length: int) -> Callable[[int, int], bytes]:
+        """Reads (offset, bytes) inside a part of a file, which are not counted."""
 
         def read(offset: int, count: int) -> bytes:
             if offset < 0 or count < 0 or offset + count > length:
-                raise BridgeError(f"{what}: damaged archive")
+                raise BridgeError("damaged archive")
             buffer = bytearray(count)
             self.read_into(path, start + offset, memoryview(buffer), counted=False)
             return bytes(buffer)

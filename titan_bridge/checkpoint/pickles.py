@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from titan_bridge.checkpoint.files import read_bytes, size_of
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, about
 
 
 class StandIn:
@@ -115,14 +115,10 @@ class _Unpickler(_InPython):
             return _ordered_dict
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
+        what = f"the pickle names {full!r:.100}, which no checkpoint needs; refused, nothing was run"
         if module.split(".")[0] == "torchao":
-            raise BridgeError(
-                f"a quantized tensor of torchao ({full!r:.100}); only plain ones are read: save the model in "
-                "bfloat16 or float32"
-            )
-        raise BridgeError(
-            f"the pickle names {full!r:.100}, which no checkpoint needs; refused, nothing was run"
-        )
+            what = f"a quantized tensor of torchao ({full!r:.100}) is not read; save the model in bfloat16 or float32"
+        raise BridgeError(what)
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
@@ -151,10 +147,8 @@ class _Unpickler(_InPython):
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
         for key in items[::2]:
-            known = (
-                type(key) is str or isinstance(key, StandIn) or (type(key) is int and 0 <= key < _MOST_KEY)
-            )
-            if type(target) is not dict or not known:
+            small = type(key) is int and 0 <= key < _MOST_KEY
+            if type(target) is not dict or not (small or type(key) is str or isinstance(key, StandIn)):
                 raise BridgeError("damaged pickle (a dict with keys that are no text)")
         target.update(zip(items[::2], items[1::2], strict=True))
 
@@ -177,11 +171,8 @@ def _ordered_dict(args: tuple[Any, ...]) -> dict[str, Any]:
 
 def is_shape(value: Any) -> bool:
     """Whether it is a tuple of a few whole numbers, as sizes and places are."""
-    return (
-        isinstance(value, tuple)
-        and len(value) <= MOST_DIMS
-        and all(type(n) is int and 0 <= n < 2**62 for n in value)
-    )
+    fits = isinstance(value, tuple) and len(value) <= MOST_DIMS
+    return fits and all(type(n) is int and 0 <= n < 2**62 for n in value)
 
 
 def load_file(path: Path, allowed: Mapping[str, Any], most: int) -> tuple[Any, int]:
@@ -189,24 +180,23 @@ def load_file(path: Path, allowed: Mapping[str, Any], most: int) -> tuple[Any, i
     length = size_of(path)
     if length > most:
         raise BridgeError(f"{path} has {length} bytes; at most {most} are read")
-    return loads(read_bytes(path, 0, length), allowed, where=path), length
+    with about(path):
+        return loads(read_bytes(path, 0, length), allowed), length
 
 
-def loads(
-    data: bytes, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None, *, where: object
-) -> Any:
+def loads(data: bytes, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> Any:
     """Read a pickle that names nothing but `allowed` and torch dtypes.
 
     Args:
         allowed: What stands for "module.name": a class of stand-ins, a function of a tuple of arguments, or a value.
         persistent: What stands for data outside of the pickle, by its id.
 
-    Raises BridgeError: any other name, and any pickle that is damaged; the message starts with `where`.
+    Raises BridgeError: any other name, and any pickle that is damaged.
     """
     try:
         return _Unpickler(data, allowed, persistent).load()
-    except BridgeError as error:
-        raise BridgeError(f"{where}: {error}") from None
+    except BridgeError:
+        raise
     # A damaged pickle can make its opcodes fail in any way at all.
     except Exception as error:
-        raise BridgeError(f"{where}: damaged pickle ({type(error).__name__}: {error})") from None
+        raise BridgeError(f"damaged pickle ({type(error).__name__}: {error})") from None

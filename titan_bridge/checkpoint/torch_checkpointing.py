@@ -17,13 +17,15 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from titan_bridge.checkpoint.archive import Placed, Tensor, unpickled
+import numpy as np
+
+from titan_bridge.checkpoint.archive import Placed, Saved, Tensor
 from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.files import FilePool, inside, size_of
 from titan_bridge.checkpoint.hf import read_config
 from titan_bridge.checkpoint.pickles import MOST_DIMS, is_shape, load_file, size, stand_ins
 from titan_bridge.checkpoint.safetensors import read_header
-from titan_bridge.errors import BridgeError, few
+from titan_bridge.errors import BridgeError, about, few
 from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, Piece, fsdp_is_exact, local_shape_of, pieces_of
 from titan_bridge.sharding.layout import MeshLayout, torch_dtype
@@ -40,6 +42,8 @@ _MESH = "torch.distributed._mesh_layout"
 Keys = tuple[str | int, ...]
 """Where a tensor stands in the nested state dict of an item."""
 Find = Callable[[Keys], Placed]
+Files = Callable[[int], tuple[Path, Find]]
+"""Rank to the file of an item, and what finds tensors in it."""
 T = TypeVar("T")
 
 
@@ -59,20 +63,19 @@ def open_torch_checkpointing(directory: Path, *, extra: bool = False) -> Checkpo
     """
     pool = FilePool()
     if (directory / METADATA).is_file():
-        found, left_out = _described(pool, directory, extra=extra)
+        items, left_out = _described(pool, directory, extra=extra)
     else:
-        found, left_out = _of_one_rank(pool, directory), 0
-    model = {name: tensor for (item, name), tensor in found.items() if item == _MODEL}
+        items, left_out = {_MODEL: _of_one_rank(pool, directory)}, 0
+    model = items.pop(_MODEL, None)
     if not model:
         raise BridgeError(
             f"{directory} has no item {_MODEL!r} with tensors, whose files are {_MODEL}_RANK.pt"
         )
-    others = {tensor.name: tensor for (item, _), tensor in found.items() if item != _MODEL}
     return Checkpoint(
         path=directory,
         format="dcp",  # its names and its conventions
         tensors=model,
-        extra_tensors=others,
+        extra_tensors={tensor.name: tensor for item in items.values() for tensor in item.values()},
         left_out=left_out,
         config=read_config(directory),
         pool=pool,
@@ -81,13 +84,12 @@ def open_torch_checkpointing(directory: Path, *, extra: bool = False) -> Checkpo
 
 def _described(
     pool: FilePool, directory: Path, *, extra: bool
-) -> tuple[dict[tuple[str, str], TensorMetadata], int]:
+) -> tuple[dict[str, dict[str, TensorMetadata]], int]:
     """The tensors by item and name, and how many entries of other items were not looked up."""
-    source = directory / METADATA
-    root, _ = load_file(source, {}, _MOST_BYTES)
-    tensors: dict[tuple[str, str], TensorMetadata] = {}
+    root, _ = load_file(directory / METADATA, {}, _MOST_BYTES)
+    items: dict[str, dict[str, TensorMetadata]] = {}
     left_out = 0
-    try:
+    with about(directory / METADATA):
         if (version := _get(root, "version", str)) != _VERSION:
             raise BridgeError(f"version {version!r:.20}; read is {_VERSION!r}")
         for item, described in _get(root, "metadata", dict).items():
@@ -96,22 +98,16 @@ def _described(
                 left_out += len(paths)
                 continue
             files = _files(pool, directory, item, _get(described, "rank_to_layout_info", dict))
+            found = items.setdefault(item, {})
             for text, groups in paths.items():
-                path = _path(text)
-                name = ".".join(map(str, path))
-                if (item, name) in tensors:
+                if (name := _dotted(path := _path(text))) in found:
                     raise BridgeError(f"{name} appears twice in {item}")
-                full = name if item == _MODEL else f"{item}.{name}"
-                tensors[item, name] = _tensor(full, path, groups, files)
-    except BridgeError as error:
-        raise BridgeError(f"{source}: {error}") from None
-    return tensors, left_out
+                found[name] = _tensor(name if item == _MODEL else f"{item}.{name}", path, groups, files)
+    return items, left_out
 
 
-def _files(
-    pool: FilePool, directory: Path, item: str, layouts: dict[int, Any]
-) -> Callable[[int], tuple[Path, Find]]:
-    """Rank to the file of an item, and what finds tensors in it. Files are opened when they are asked for."""
+def _files(pool: FilePool, directory: Path, item: str, layouts: dict[int, Any]) -> Files:
+    """The files of an item, which are opened when they are asked for."""
     ranks: dict[Path, int] = {}
 
     @cache
@@ -134,7 +130,7 @@ def _files(
     return of_rank
 
 
-def _tensor(name: str, path: Keys, groups: Any, files: Callable[[int], tuple[Path, Find]]) -> TensorMetadata:
+def _tensor(name: str, path: Keys, groups: Any, files: Files) -> TensorMetadata:
     """A tensor from what one or several groups of ranks (each on a mesh) have of it."""
     if not isinstance(groups, list) or not groups:
         raise BridgeError(f"{name} has no ranks")
@@ -147,17 +143,14 @@ def _tensor(name: str, path: Keys, groups: Any, files: Callable[[int], tuple[Pat
                 f"{name} is described as {kind!r:.40}; only DTensors and plain tensors are read"
             )
         data = _get(packed, "data", dict)
-        shape, dtype = (
-            _shape(data, "global_shape"),
-            torch_dtype(_get(data, "dtype", str).removeprefix("torch.")),
-        )
+        shape = _shape(data, "global_shape")
+        dtype = torch_dtype(_get(data, "dtype", str).removeprefix("torch."))
         kinds.add((shape, dtype))
         mesh, placements = _mesh(data, name, shape)
         for position, local, pieces in _held(placements, shape, mesh.shape):
             if all(piece.box in chunks for piece in pieces):
                 continue  # a replica
-            rank = mesh.ranks[position]
-            file, find = files(rank)
+            file, find = files(mesh.ranks[position])
             placed = find(path)
             if (placed.shape, placed.dtype) != (local, dtype):
                 raise BridgeError(
@@ -177,21 +170,15 @@ def _tensor(name: str, path: Keys, groups: Any, files: Callable[[int], tuple[Pat
 @lru_cache(maxsize=1024)
 def _held(
     placements: tuple[dtensor.Placement, ...], shape: tuple[int, ...], mesh: tuple[int, ...]
-) -> tuple[tuple[int, tuple[int, ...], tuple[Piece, ...]], ...]:
+) -> list[tuple[int, tuple[int, ...], tuple[Piece, ...]]]:
     """Position on the mesh, shape of the local tensor and pieces, for the first of each set of replicas."""
-    kept = [
-        range(1 if isinstance(placement, dtensor.Replicate) else n)
-        for placement, n in zip(placements, mesh, strict=True)
-    ]
+    first = [isinstance(placement, dtensor.Replicate) for placement in placements]
     found = []
-    for coordinate in itertools.product(*kept):
-        position = 0
-        for at, n in zip(coordinate, mesh, strict=True):
-            position = position * n + at
-        local = local_shape_of(placements, shape, mesh, coordinate)
+    for coordinate in itertools.product(*(range(1 if r else n) for r, n in zip(first, mesh, strict=True))):
         if pieces := pieces_of(placements, shape, mesh, coordinate):
-            found.append((position, local, pieces))
-    return tuple(found)
+            position = int(np.ravel_multi_index(coordinate, mesh))
+            found.append((position, local_shape_of(placements, shape, mesh, coordinate), pieces))
+    return found
 
 
 def _mesh(
@@ -226,30 +213,29 @@ def _mesh(
     return mesh, tuple(placements)
 
 
-def _of_one_rank(pool: FilePool, directory: Path) -> dict[tuple[str, str], TensorMetadata]:
+def _of_one_rank(pool: FilePool, directory: Path) -> dict[str, TensorMetadata]:
     """The tensors of `model_0.pt`, which must be all there is."""
-    files = sorted(path.name for path in directory.glob(f"{_MODEL}_*.pt"))
+    files = sorted(directory.glob(f"{_MODEL}_*.pt"))
     if len(files) > 1:
         raise BridgeError(
-            f"{directory} has {few(files)} and no {METADATA}, which says how they belong together; have the item "
-            f"{_MODEL!r} saved with a resharder"
+            f"{directory} has {few([path.name for path in files])} and no {METADATA}, which says how they belong "
+            f"together; have the item {_MODEL!r} saved with a resharder"
         )
-    path = directory / files[0]
+    (path,) = files
     root, find = _in_pickle(pool, path)
-    tensors = {}
+    tensors: dict[str, TensorMetadata] = {}
     for at, tensor in _leaves(root, (), set()):
+        name = _dotted(at)
         if tensor.whole is not None and tensor.whole != tensor.shape:
             raise BridgeError(
-                f"{path} has {tensor.shape} of {'.'.join(map(str, at))}, which is {tensor.whole}; the files of other "
-                f"ranks and {METADATA} are not there"
+                f"{path} has {tensor.shape} of {name}, which is {tensor.whole}; the files of other ranks and "
+                f"{METADATA} are not there"
             )
-        name, placed = ".".join(map(str, at)), find(at)
-        if (_MODEL, name) in tensors:
+        if name in tensors:
             raise BridgeError(f"{path}: {name} appears twice")
+        placed = find(at)
         chunk = Chunk(owner=path, offset=placed.offset, box=Box.whole(placed.shape))
-        tensors[_MODEL, name] = TensorMetadata(
-            name=name, shape=placed.shape, dtype=placed.dtype, chunks=(chunk,)
-        )
+        tensors[name] = TensorMetadata(name=name, shape=placed.shape, dtype=placed.dtype, chunks=(chunk,))
     return tensors
 
 
@@ -269,10 +255,8 @@ def _in_safetensors(path: Path) -> Find:
     entries, _ = read_header(path)
 
     def find(at: Keys) -> Placed:
-        name = ".".join(map(str, at))
-        if name not in entries:
-            raise BridgeError(f"{path} has no {name}")
-        entry = entries[name]
+        if (entry := entries.get(_dotted(at))) is None:
+            raise BridgeError(f"{path} has no {_dotted(at)}")
         return Placed(offset=entry.chunks[0].offset, shape=entry.shape, dtype=entry.dtype)
 
     return find
@@ -280,21 +264,20 @@ def _in_safetensors(path: Path) -> Find:
 
 def _in_pickle(pool: FilePool, path: Path) -> tuple[Any, Find]:
     """What torch.save wrote, with a `Tensor` for each tensor, and what finds one."""
-    length, where = size_of(path), str(path)
-    root, place = unpickled(
-        pool.part(path, 0, length, where), length, where, allowed=_ALLOWED, most=_MOST_BYTES
-    )
+    length = size_of(path)
+    with about(path):
+        saved = Saved(pool.part(path, 0, length), length, allowed=_ALLOWED, most=_MOST_BYTES)
 
     def find(at: Keys) -> Placed:
-        value = root
+        value = saved.root
         for part in at:
             value = value.get(part) if type(value) is dict else None
-        name = ".".join(map(str, at))
         if not isinstance(value, Tensor):
-            raise BridgeError(f"{path} has no tensor {name}")
-        return place(value, f"{path}: {name}")
+            raise BridgeError(f"{path} has no tensor {_dotted(at)}")
+        with about(f"{path}: {_dotted(at)}"):
+            return saved.place(value)
 
-    return root, find
+    return saved.root, find
 
 
 def _dtensor(args: tuple[Any, ...]) -> Tensor:
@@ -335,6 +318,10 @@ def _shape(data: Any, key: str) -> tuple[int, ...]:
     if not is_shape(value):
         raise BridgeError(f"damaged metadata ({key})")
     return value
+
+
+def _dotted(path: Keys) -> str:
+    return ".".join(map(str, path))
 
 
 def _path(text: Any) -> Keys:

@@ -11,7 +11,7 @@ from zlib_ng import zlib_ng
 from titan_bridge.checkpoint.archive import is_intact
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.team import Team
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, about
 
 _BUFFER_BYTES = 16 << 20
 
@@ -33,12 +33,12 @@ def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] 
     for (path, offset, length), name in list(archives.items())[team.rank :: team.size]:
         if length is None:
             return False
-        what = f"{path}: {name}"
-        intact = is_intact(source.pool.part(path, offset, length, what), length, what)
-        if intact is False:
-            raise BridgeError(
-                f"{what}: the bytes from {offset} on do not have their CRC-32; the file is damaged, restore it"
-            )
+        with about(f"{path}: {name}"):
+            intact = is_intact(source.pool.part(path, offset, length), length)
+            if intact is False:
+                raise BridgeError(
+                    f"the bytes from {offset} on do not have their CRC-32; the file is damaged, restore it"
+                )
         checked = checked and intact is not None
         advance(length)
     return checked
