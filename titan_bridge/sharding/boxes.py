@@ -115,7 +115,8 @@ def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -
     for placement, chunks, index in cuts:
         local = sum(b - a for a, b in held)
         if isinstance(placement, dtensor._StridedShard):
-            outer = [chunk(local, placement.split_factor, part) for part in range(placement.split_factor)]
+            factor = int(placement.split_factor)
+            outer = [chunk(local, factor, part) for part in range(factor)]
             inner = [(a, chunk(b - a, chunks, index)) for a, b in outer]
             taken = [(a + c, a + d) for a, (c, d) in inner if c < d]
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,12 +68,12 @@ def match(
                 uncovered[name] = lacking
             for view in parts:
                 _check_shape(sources[view.name], view.shape, view)
-                items.append(_item(sources[view.name], held, view, external_source=True))
+                items.append(Item(sources[view.name], held, None if view.is_identity else view, True))
         elif whole:
             view = whole[0]
             _check_shape(held, view.shape, view)
             _check_shape(sources[view.fqn], view.titan_shape, view)
-            items.append(_item(sources[view.fqn], held, view, external_source=False))
+            items.append(Item(sources[view.fqn], held, None if view.is_identity else view, False))
         elif name in sources:
             if sources[name].shape != held.shape:
                 raise BridgeError(
@@ -91,10 +92,6 @@ def match(
     return items, tuple(name for name in sources if name not in used), uncovered
 
 
-def _item(source: TensorMetadata, destination: TensorMetadata, view: View, *, external_source: bool) -> Item:
-    return Item(source, destination, None if view.is_identity else view, external_source)
-
-
 def _check_shape(held: TensorMetadata, shape: tuple[int, ...], view: View) -> None:
     if held.shape != shape:
         raise BridgeError(
@@ -109,8 +106,7 @@ def _check_cover(name: str, held: TensorMetadata, views: list[View], disjoint: s
     # Layers look alike, and experts are many: look at each pattern once.
     pattern = tuple((view.factors, view.index) for view in views)
     if pattern not in disjoint:
-        clash = _clash(views)
-        if clash:
+        if clash := _clash(views):
             raise BridgeError(f"{name}: views {clash[0].name} and {clash[1].name} write the same elements")
         disjoint.add(pattern)
     return math.prod(held.shape) - sum(math.prod(view.shape) for view in views)
@@ -127,15 +123,10 @@ def _clash(views: list[View]) -> tuple[View, View] | None:
             if i < j:
                 return alike[i], alike[j]
     # Factored in different ways (q with rotary halves, v without): compare the positions in each dim.
-    groups = list(by_factors.values())
-    for g, group in enumerate(groups):
-        for other in groups[g + 1 :]:
-            for a in group:
-                for b in other:
-                    if all(
-                        np.intersect1d(x, y).size for x, y in zip(_positions(a), _positions(b), strict=True)
-                    ):
-                        return a, b
+    for group, other in itertools.combinations(by_factors.values(), 2):
+        for a, b in itertools.product(group, other):
+            if all(np.intersect1d(*dim).size for dim in zip(_positions(a), _positions(b), strict=True)):
+                return a, b
     return None
 
 

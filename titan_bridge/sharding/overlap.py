@@ -25,7 +25,7 @@ class Geometry:
     def __init__(self, source: Side, destination: Side) -> None:
         self.source, self.destination = source, destination
         self.need = np.zeros(len(destination.slots), dtype=np.int64)
-        np.add.at(self.need, destination.shard, destination.volume)
+        np.add.at(self.need, destination.shard, (destination.stop - destination.start).prod(axis=1))
         i, j = meeting((source.start, source.stop), (destination.start, destination.stop))
         shards = np.column_stack([destination.shard[j], source.shard[i]])
         key, self.start, self.stop = _merged(

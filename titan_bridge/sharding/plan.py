@@ -7,9 +7,8 @@ The invariants, which `plan` checks before it returns:
   already holds is copied on the spot;
 - among replicas the sender is chosen so that the loads are equal (see `balance`), the same way every time.
 
-It is arithmetic on shapes. Tensors that look alike (the layers of a model) are planned once, and replicas are
-never looked at one by one, so a model of 1 T parameters takes about a second. A plan stays compact:
-`copies()` writes out the copies of one rank, or of all, when they are asked for.
+Tensors that look alike (the layers of a model) are planned once, and replicas are never looked at one by one, so a
+model of 1 T parameters takes about a second. A plan stays compact: `copies()` writes copies out when asked to.
 """
 
 from __future__ import annotations
@@ -76,9 +75,8 @@ class Plan:
         """How many copies `copies()` yields."""
         total = 0
         for group in self.groups:
-            rows = np.diff(group.geometry.pair_first)
-            slots = (group.geometry.destination.slots >= 0).sum(axis=1)
-            total += int((rows * slots[group.geometry.pair_destination]).sum()) * len(group.items)
+            slots = (group.geometry.destination.slots >= 0).sum(axis=1)[group.geometry.pair_destination]
+            total += int((np.diff(group.geometry.pair_first) * slots).sum()) * len(group.items)
         return total
 
     def _blocks(self) -> Iterator[tuple[Group, slice]]:
@@ -145,32 +143,27 @@ def plan(
         source: A layout, or tensors with their owners (ranks of a mesh, files, chunks).
         destination: The same. It decides: what it does not name is not copied (see `Plan.unused`).
         views: For tensors with different names or shapes on the two sides, in either direction.
-        colocated: Rank r of the source and rank r of the destination are one process, so what it holds
-            already does not travel. Otherwise the two sides are different machines, whatever their ranks
-            are called.
+        colocated: Rank r of both sides is one process, so what it holds already does not travel. Otherwise the two
+            sides are different machines, whatever their ranks are called.
         allow_missing: Accept destination elements that no source has (padding); `Plan.missing` counts them.
 
     Raises BridgeError when a tensor is missing, has another shape, or is not covered.
     """
     sources, destinations = by_name(source), by_name(destination)
     items, unused, missing = match(sources, destinations, views, allow_missing=allow_missing)
-    ledger = Ledger()
-    batches: dict[tuple, list[Item]] = {}
+    batches: dict[tuple[int, tuple], list[Item]] = {}
     for item in items:
-        batches.setdefault((item.destination.dtype.itemsize, *_alike(item)), []).append(item)
+        batches.setdefault((item.destination.dtype.itemsize, _alike(item)), []).append(item)
     geometries: dict[tuple, Geometry] = {}
     work = []
-    for (width, *key), batch in batches.items():
-        if tuple(key) not in geometries:
-            geometries[tuple(key)] = _geometry(batch[0])
-        geometry = geometries[tuple(key)]
-        _check_missing(geometry, batch, missing, allow_missing)
-        work.append((geometry, width, batch))
-    for tensor in [*sources.values(), *destinations.values()]:
-        ledger.numbers(tensor)
+    for (width, alike), batch in batches.items():
+        if alike not in geometries:
+            geometries[alike] = _geometry(batch[0])
+        _check_missing(geometries[alike], batch, missing, allow_missing)
+        work.append((geometries[alike], width, batch))
     # Tensors that only one owner can send come first: replicas then make up for what those weigh.
     work.sort(key=lambda w: (w[0].source.slots.shape[1], -w[0].pair_elements.max(initial=0) * w[1]))
-    ledger.open()
+    ledger = Ledger([*sources.values(), *destinations.values()])
     groups = tuple(choose(geometry, width, batch, ledger, colocated) for geometry, width, batch in work)
     owners = tuple(ledger.index)
     result = Plan(
@@ -190,17 +183,13 @@ def plan(
 def _alike(item: Item) -> tuple:
     """Equal for items with the same geometry."""
     view = item.view
-    return (
-        _side_key(item.source),
-        _side_key(item.destination),
-        view and (item.external_source, view.shape, view.factors, view.index, view.permute),
-    )
-
-
-def _side_key(tensor: TensorMetadata) -> tuple:
-    if tensor.on is not None:
-        return tensor.shape, tensor.on.mesh.shape, tensor.on.placements
-    return tensor.shape, tuple(chunk.box for chunk in tensor.chunks)
+    key: tuple[object, ...] = ()
+    if view is not None:
+        key = (item.external_source, view.shape, view.factors, view.index, view.permute)
+    for tensor in (item.source, item.destination):
+        where = (tensor.on.mesh.shape, tensor.on.placements) if tensor.on else [c.box for c in tensor.chunks]
+        key = (key, tensor.shape, *where)
+    return key
 
 
 def _geometry(item: Item) -> Geometry:
@@ -219,11 +208,8 @@ def _geometry(item: Item) -> Geometry:
 def _check_missing(geometry: Geometry, items: list[Item], missing: dict[str, int], allowed: bool) -> None:
     """Only chunks can leave holes: placements always cover."""
     holes = int(geometry.missing.sum())
-    if not holes:
-        return
-    name = items[0].destination.name
-    if not allowed:
-        raise BridgeError(f"{name}: {holes} elements of {items[0].source.name} are in no source chunk")
-    for item in items:
+    for item in items if holes else ():
         name = item.destination.name
+        if not allowed:
+            raise BridgeError(f"{name}: {holes} elements of {item.source.name} are in no source chunk")
         missing[name] = missing.get(name, 0) + holes

@@ -30,7 +30,7 @@ from titan_bridge.sharding.boxes import (
     meeting,
     segments_of,
 )
-from titan_bridge.sharding.tensors import OnMesh, TensorMetadata
+from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
 
@@ -86,9 +86,8 @@ def titan_frame(view: View) -> Frame:
 def external_frame(view: View) -> Frame:
     """The external tensor of a view; cells of size 1 need no place in it."""
     sizes = [tuple(view.index_shape[c] for c in group) for group in view.groups]
-    return tuple(
-        DimFrame(group, size, (0,) * len(group), size) for group, size in zip(view.groups, sizes, strict=True)
-    )
+    dims = zip(view.groups, sizes, strict=True)
+    return tuple(DimFrame(group, size, (0,) * len(group), size) for group, size in dims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +106,6 @@ class Side:
     """[shards, replicas]: positions on the mesh, or indices of chunks, -1 where a shard has fewer replicas."""
     tensor: TensorMetadata
 
-    @property
-    def volume(self) -> np.ndarray:
-        """[boxes] elements."""
-        return (self.stop - self.start).prod(axis=1)
-
     def local(self, slot: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape of the local tensor in a slot, and what to subtract from positions beside the delta of the box."""
         tensor = self.tensor
@@ -124,18 +118,16 @@ class Side:
 
 
 def side_of(tensor: TensorMetadata, frame: Frame, sizes: Sequence[int], *, source: bool) -> Side:
-    """A tensor in the cells of `frame`, which have these sizes. The shards of a source are disjoint."""
-    if tensor.on is not None:
-        return _mesh_side(tensor, tensor.on, frame, sizes)
-    return _chunk_side(tensor, frame, sizes, disjoint=source)
+    """A tensor in the cells of `frame`, which have these sizes. The shards of a source are disjoint.
 
-
-def _mesh_side(tensor: TensorMetadata, on: OnMesh, frame: Frame, sizes: Sequence[int]) -> Side:
-    """Shards are a product over the dims, because a mesh axis shards one dim at most."""
+    On a mesh, shards are a product over the dims, because a mesh axis shards one dim at most.
+    """
+    if (on := tensor.on) is None:
+        return _chunk_side(tensor, frame, sizes, disjoint=source)
     mesh, axes = on.mesh.shape, [axes_of(on.placements, d) for d in range(len(tensor.shape))]
     cuts = [tuple((on.placements[a], mesh[a]) for a in own) for own in axes]
-    parts = [_dim_parts(*dim) for dim in zip(tensor.shape, cuts, frame, strict=True)]
-    counts = [len(part.shard) for part in parts]
+    parts = [_dim_boxes(*dim) for dim in zip(tensor.shape, cuts, frame, strict=True)]
+    counts = [len(own) for own, *_ in parts]
     rows = np.indices(counts).reshape(len(parts), math.prod(counts))
     shard = np.zeros(rows.shape[1], dtype=np.int64)
     # Cell dims of size 1 that this side does not have keep [0, size).
@@ -143,9 +135,9 @@ def _mesh_side(tensor: TensorMetadata, on: OnMesh, frame: Frame, sizes: Sequence
     stop = np.broadcast_to(np.asarray(sizes, dtype=np.int64), start.shape).copy()
     delta = np.zeros((len(shard), len(parts)), dtype=np.int64)
     for d, (part, row) in enumerate(zip(parts, rows, strict=True)):
-        shard = shard * math.prod(mesh[a] for a in axes[d]) + part.shard[row]
-        start[:, frame[d].cells], stop[:, frame[d].cells] = part.start[row], part.stop[row]
-        delta[:, d] = part.delta[row]
+        own, first, last, delta[:, d] = (array[row] for array in part)
+        shard = shard * math.prod(mesh[a] for a in axes[d]) + own
+        start[:, frame[d].cells], stop[:, frame[d].cells] = first, last
     order = [a for own in axes for a in own]
     shards = math.prod(mesh[a] for a in order)
     order += [a for a in range(len(mesh)) if a not in order]
@@ -195,18 +187,11 @@ def _chunk_side(tensor: TensorMetadata, frame: Frame, sizes: Sequence[int], *, d
     )
 
 
-@dataclass(frozen=True)
-class _DimParts:
-    """The boxes of one tensor dim, over all shards of it: `Side`, for one dim."""
-
-    shard: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    delta: np.ndarray
-
-
 @lru_cache(maxsize=4096)
-def _dim_parts(size: int, cuts: tuple[tuple[dtensor.Placement, int], ...], frame: DimFrame) -> _DimParts:
+def _dim_boxes(
+    size: int, cuts: tuple[tuple[dtensor.Placement, int], ...], frame: DimFrame
+) -> tuple[np.ndarray, ...]:
+    """The boxes of one tensor dim over all its shards: `shard`, `start`, `stop` and `delta` of a `Side`."""
     shard, start, stop, delta = [], [], [], []
     for index, coordinate in enumerate(itertools.product(*(range(chunks) for _, chunks in cuts))):
         for a, b, local in segments_of(size, [(*cut, at) for cut, at in zip(cuts, coordinate, strict=True)]):
@@ -216,12 +201,8 @@ def _dim_parts(size: int, cuts: tuple[tuple[dtensor.Placement, int], ...], frame
                 stop.append([last for _, last in box])
                 delta.append(local - a)
     shape = (len(shard), len(frame.cells))
-    return _DimParts(
-        np.array(shard, dtype=np.int64),
-        np.array(start, dtype=np.int64).reshape(shape),
-        np.array(stop, dtype=np.int64).reshape(shape),
-        np.array(delta, dtype=np.int64),
-    )
+    start, stop = (np.array(ends, dtype=np.int64).reshape(shape) for ends in (start, stop))
+    return np.array(shard, dtype=np.int64), start, stop, np.array(delta, dtype=np.int64)
 
 
 def _atoms(shards: list[tuple[list[Box], list[int]]]) -> list[tuple[list[Box], list[int]]]:
