@@ -121,22 +121,23 @@ def copies_of(
     if not wanted.any():
         return
     windows = _windows(geometry)
-    source_in_chunks = group.items[0].source.on is None
-    destination_in_chunks = group.items[0].destination.on is None
+    in_chunks = [side.on is None for side in (group.items[0].source, group.items[0].destination)]
     for tensor, pair, replica in zip(*np.nonzero(wanted.transpose(2, 0, 1)), strict=True):
         item = group.items[tensor]
         chosen = group.choice[pair, replica, tensor]
-        source_slot = int(geometry.source.slots[geometry.pair_source[pair], chosen])
-        destination_slot = int(geometry.destination.slots[geometry.pair_destination[pair], replica])
+        slots = (
+            int(geometry.source.slots[geometry.pair_source[pair], chosen]),
+            int(geometry.destination.slots[geometry.pair_destination[pair], replica]),
+        )
         for row in range(geometry.pair_first[pair], geometry.pair_first[pair + 1]):
-            box, source_window, destination_window = windows(row, source_slot, destination_slot)
+            box, source_window, destination_window = windows(row, *slots)
             yield Copy(
                 source=owners[senders[pair, replica, tensor]],
                 destination=owners[receivers[pair, replica, tensor]],
                 source_name=item.source.name,
                 destination_name=item.destination.name,
-                source_chunk=source_slot if source_in_chunks else None,
-                destination_chunk=destination_slot if destination_in_chunks else None,
+                source_chunk=slots[0] if in_chunks[0] else None,
+                destination_chunk=slots[1] if in_chunks[1] else None,
                 box=box,
                 source_window=source_window,
                 destination_window=destination_window,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -24,11 +23,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 def human(nbytes: float) -> str:
     """Bytes with a decimal unit: "1.50 GB"."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(nbytes) < 1000 or unit == "TB":
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
+    if abs(nbytes) < 1000:
+        return f"{nbytes:.0f} B"
+    power = next((n for n in (1, 2, 3) if abs(nbytes) < 1000 ** (n + 1)), 4)
+    return f"{nbytes / 1000**power:.2f} {' kMGT'[power]}B"
 
 
 def pattern_of(fqn: str) -> str:
@@ -41,16 +39,11 @@ def local_numel(param: ParamLayout, mesh: MeshLayout) -> np.ndarray:
     total = np.ones(mesh.shape, dtype=np.int64)
     for d, size in enumerate(param.shape):
         axes = axes_of(param.spec.placements, d)
-        if not axes:
-            total *= size
-            continue
-        chunks = [mesh.shape[axis] for axis in axes]
-        placements = [param.spec.placements[axis] for axis in axes]
-        held = [
-            sum(b - a for a, b, _ in segments_of(size, list(zip(placements, chunks, at, strict=True))))
-            for at in itertools.product(*map(range, chunks))
-        ]
-        shape = [mesh.shape[axis] if axis in axes else 1 for axis in range(len(mesh.shape))]
+        shape = [n if axis in axes else 1 for axis, n in enumerate(mesh.shape)]
+        held = []
+        for at in np.ndindex(*shape):
+            cuts = [(param.spec.placements[axis], mesh.shape[axis], at[axis]) for axis in axes]
+            held.append(sum(b - a for a, b, _ in segments_of(size, cuts)))
         total *= np.asarray(held, dtype=np.int64).reshape(shape)
     return total
 
@@ -70,33 +63,28 @@ def rows_of(layout: Layout, rank: int | None = None, *, collapse: bool = False) 
     """One row for each parameter, as plain data.
 
     Args:
-        layout: What to show.
         rank: Whose local shapes to give; by default those of the first rank of each mesh.
         collapse: One row for all layers that look alike; `count` says how many parameters it stands for.
 
-    Returns:
-        Dicts with name, count, shape (global), dtype, mesh, placements, local_shape (None when the rank is not on
-        the mesh), rank_bytes (of this rank) and max_rank_bytes; bytes are those of one parameter.
-
-    Raises BridgeError when the layout does not have the rank.
+    Returns dicts with name, count, shape (global), dtype, mesh, placements, local_shape (None when the rank is not on
+    the mesh), rank_bytes (of this rank) and max_rank_bytes; bytes are those of one parameter. Raises BridgeError when
+    the layout does not have the rank.
     """
-    if rank is not None and rank not in layout.ranks:
-        raise BridgeError(
-            f"rank {rank} is not in the layout; it has ranks {layout.ranks[0]} to {layout.ranks[-1]}"
-        )
+    ranks = layout.ranks
+    if rank is not None and rank not in ranks:
+        raise BridgeError(f"rank {rank} is not in the layout; it has ranks {ranks[0]} to {ranks[-1]}")
     rows: dict[tuple, dict[str, Any]] = {}
     largest: dict[ParamLayout, int] = {}
     for fqn, param in layout.params.items():
         mesh = layout.meshes[param.spec.mesh]
         name = pattern_of(fqn) if collapse else fqn
-        key = (name, param)
-        if key in rows:
-            rows[key]["count"] += 1
+        if (row := rows.get((name, param))) is not None:
+            row["count"] += 1
             continue
         if param not in largest:
             largest[param] = int(local_numel(param, mesh).max()) * itemsize(param.dtype)
         local = layout.local_shape(fqn, mesh.ranks[0] if rank is None else rank)
-        rows[key] = {
+        rows[name, param] = {
             "name": name,
             "count": 1,
             "shape": list(param.shape),
@@ -171,7 +159,7 @@ def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
         groups[pattern_of(name)] = groups.get(pattern_of(name), 0) + nbytes
     owners = [owner if isinstance(owner, int) else str(owner) for owner in plan.owners]
     traffic = plan.traffic()
-    order = np.argsort(-traffic, axis=None, kind="stable")[:pairs]
+    largest = np.argsort(-traffic, axis=None, kind="stable")[:pairs]
     return {
         "bytes": plan.bytes,
         "lower_bound": plan.lower_bound,
@@ -183,12 +171,8 @@ def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
         "received": {str(owner): nbytes for owner, nbytes in plan.received.items()},
         "pairs": int((traffic > 0).sum()),
         "largest_pairs": [
-            {
-                "source": owners[a],
-                "destination": owners[b],
-                "bytes": int(traffic[a, b]),
-            }
-            for a, b in zip(*np.unravel_index(order, traffic.shape), strict=True)
+            {"source": owners[a], "destination": owners[b], "bytes": int(traffic[a, b])}
+            for a, b in zip(*np.unravel_index(largest, traffic.shape), strict=True)
             if traffic[a, b]
         ],
         "unused": list(plan.unused),
@@ -210,8 +194,8 @@ def plan_tables(plan: Plan, *, pairs: int = 10) -> Sequence[Table]:
         caption_justify="left",
     )
     groups.add_column("tensors", overflow="fold")
-    groups.add_column("bytes", justify="right")
-    groups.add_column("share", justify="right")
+    for column in ("bytes", "share"):
+        groups.add_column(column, justify="right")
     for name, nbytes in sorted(summary["by_group"].items(), key=lambda item: -item[1]):
         groups.add_row(Text(name), human(nbytes), f"{nbytes / max(plan.bytes, 1):.1%}")
     largest = Table(title=f"largest of {summary['pairs']:,} pairs", title_justify="left")

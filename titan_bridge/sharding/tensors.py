@@ -91,17 +91,13 @@ class TensorMetadata:
 
 def by_name(tensors: Layout | Iterable[TensorMetadata]) -> dict[str, TensorMetadata]:
     """The tensors of one side. Raises BridgeError when a name appears twice, and for a tensor that nobody owns."""
-    if isinstance(tensors, Layout):
-        return {
-            fqn: TensorMetadata(
-                name=fqn,
-                shape=param.shape,
-                dtype=torch_dtype(param.dtype),
-                on=OnMesh(mesh=tensors.meshes[param.spec.mesh], placements=param.spec.placements),
-            )
-            for fqn, param in tensors.params.items()
-        }
     result: dict[str, TensorMetadata] = {}
+    if isinstance(tensors, Layout):
+        for fqn, param in tensors.params.items():
+            on = OnMesh(mesh=tensors.meshes[param.spec.mesh], placements=param.spec.placements)
+            dtype = torch_dtype(param.dtype)
+            result[fqn] = TensorMetadata(name=fqn, shape=param.shape, dtype=dtype, on=on)
+        return result
     for tensor in tensors:
         if not tensor.owners:
             raise BridgeError(f"{tensor.name}: no owner given; name at least one rank or file")

@@ -44,50 +44,32 @@ class View:
         flat = self.flat_factors
         if not self.permute:
             object.__setattr__(self, "permute", tuple(range(len(flat))))
+        wrong = None
         if any(not dim for dim in self.factors) or any(size < 1 for size in flat):
-            raise BridgeError(
-                f"{self.name}: factors {self.factors} must name at least one size >= 1 for each dim"
-            )
-        if len(self.index) != len(flat):
-            raise BridgeError(
-                f"{self.name}: {len(self.index)} intervals in index for {len(flat)} factored dims"
-            )
-        for (start, stop), size in zip(self.index, flat, strict=True):
-            if not 0 <= start < stop <= size:
-                raise BridgeError(
-                    f"{self.name}: index [{start}, {stop}) is not inside a factored dim of size {size}"
-                )
-        if sorted(self.permute) != list(range(len(flat))):
-            raise BridgeError(
-                f"{self.name}: permute {self.permute} is not an order of {len(flat)} factored dims"
-            )
-        if math.prod(self.shape) != math.prod(self.index_shape):
-            raise BridgeError(
-                f"{self.name}: shape {self.shape} does not hold the {self.index_shape} that index selects"
-            )
+            wrong = f"factors {self.factors} must name at least one size >= 1 for each dim"
+        elif len(self.index) != len(flat):
+            wrong = f"{len(self.index)} intervals in index for {len(flat)} factored dims"
+        elif any(not 0 <= a < b <= size for (a, b), size in zip(self.index, flat, strict=True)):
+            wrong = f"index {self.index} is not inside the factored dims of sizes {flat}"
+        elif sorted(self.permute) != list(range(len(flat))):
+            wrong = f"permute {self.permute} is not an order of {len(flat)} factored dims"
+        elif math.prod(self.shape) != math.prod(self.index_shape):
+            wrong = f"shape {self.shape} does not hold the {self.index_shape} that index selects"
+        if wrong:
+            raise BridgeError(f"{self.name}: {wrong}")
         _ = self.groups  # raises where the dims do not fit
 
     @classmethod
     def identity(cls, name: str, fqn: str, shape: tuple[int, ...]) -> View:
         """The view of a tensor that is the same on both sides, apart from its name."""
-        return cls(
-            name=name,
-            fqn=fqn,
-            shape=tuple(shape),
-            factors=tuple((size,) for size in shape),
-            index=tuple((0, size) for size in shape),
-        )
+        factors, index = tuple((size,) for size in shape), tuple((0, size) for size in shape)
+        return cls(name=name, fqn=fqn, shape=tuple(shape), factors=factors, index=index)
 
     @classmethod
     def first_rows(cls, name: str, shape: tuple[int, ...], rows: int) -> View:
         """The first `rows` of a tensor of `shape` under the same name: the rest pads the vocabulary."""
-        return cls(
-            name=name,
-            fqn=name,
-            shape=(rows, *shape[1:]),
-            factors=tuple((size,) for size in shape),
-            index=((0, rows), *((0, size) for size in shape[1:])),
-        )
+        factors, index = tuple((size,) for size in shape), ((0, rows), *((0, size) for size in shape[1:]))
+        return cls(name=name, fqn=name, shape=(rows, *shape[1:]), factors=factors, index=index)
 
     @property
     def flat_factors(self) -> tuple[int, ...]:
