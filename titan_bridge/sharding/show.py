@@ -115,20 +115,24 @@ def totals_of(layout: Layout) -> dict[str, Any]:
     }
 
 
+def in_words(totals: dict[str, Any]) -> str:
+    """What `totals_of` says of bytes, as one line."""
+    most, least = totals["most_loaded"], totals["least_loaded"]
+    return (
+        f"{human(totals['global_bytes'])} in {totals['tensors']:,} tensors of {', '.join(totals['dtypes'])}; "
+        f"{human(totals['all_ranks_bytes'])} over all ranks; most: rank {most['rank']} with {human(most['bytes'])}; "
+        f"least: rank {least['rank']} with {human(least['bytes'])}"
+    )
+
+
 def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = True) -> Table:
     """`rows_of` and `totals_of` as a table to print."""
     totals = totals_of(layout)
     meshes = ", ".join(f"{name} {mesh}" for name, mesh in list(layout.meshes.items())[:6])
     more = f" and {len(layout.meshes) - 6} more" if len(layout.meshes) > 6 else ""
-    most, least = totals["most_loaded"], totals["least_loaded"]
     table = Table(
         title=f"{totals['parameters']:,} parameters on {totals['ranks']} ranks: {meshes}{more}",
-        caption=(
-            f"{human(totals['global_bytes'])} in {totals['tensors']} tensors of {', '.join(totals['dtypes'])}; "
-            f"{human(totals['all_ranks_bytes'])} over all ranks; "
-            f"most: rank {most['rank']} with {human(most['bytes'])}; "
-            f"least: rank {least['rank']} with {human(least['bytes'])}"
-        ),
+        caption=in_words(totals),
         caption_justify="left",
         title_justify="left",
     )
