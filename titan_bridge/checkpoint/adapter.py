@@ -37,12 +37,7 @@ def is_adapter(folder: Path) -> bool:
 def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: float) -> int:
     """Write the adapter in a checkpoint by TorchTitan's names as a PEFT folder; how many tensors.
 
-    Args:
-        source: A DCP, or a training run.
-        target: Is made.
-        hf: config.json of the model.
-        alpha: The converter's; the product is scaled by it over the rank.
-
+    `source` is a DCP, or a training run; `hf` the model's config.json; by `alpha` over the rank products are scaled.
     Raises BridgeError: no adapter in the checkpoint, or one that does not fit the model.
     """
     with open_checkpoint(weights_directory(str(source)) or source) as checkpoint:
@@ -111,11 +106,7 @@ def merged(checkpoint: Checkpoint, adapter: Path) -> MergedCheckpoint:
     left = sorted([*held, *(name for name, shape in shapes.items() if stored.get(name) != shape)])
     if left:
         raise BridgeError(f"--merge-lora {adapter}: {', '.join(left[:3])} fit no weight of {checkpoint.path}")
-    stated = {
-        field.name: getattr(checkpoint, field.name)
-        for field in fields(Checkpoint)
-        if field.name != "_located"
-    }
+    stated = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     return MergedCheckpoint(**stated, raw=checkpoint, products=products)
 
 
@@ -138,11 +129,8 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A hidden folder that takes the target's place in the end; see `staging`."""
-    staging = Staging(target)
-    staging.check(overwrite=False)
-    staging.begin("adapter", resume=False)
-    try:
+    with contextlib.closing(Staging(target)) as staging:
+        staging.check(overwrite=False)
+        staging.begin("adapter", resume=False)
         yield staging.path
         staging.publish((), overwrite=False, fsync=False)
-    finally:
-        staging.release()

@@ -82,7 +82,7 @@ class Executor:
         with (self._staging.path / (file.name + PART)).open("wb", buffering=0) as part:
             if file.size:
                 os.posix_fallocate(part.fileno(), 0, file.size)  # a full disk shows now, not after hours
-            opened = _Open(file=file, descriptor=part.fileno(), copies=copies_of(self._job.plan, file))
+            opened = _Open(file=file, descriptor=part.fileno(), copies=copies_of(self._job.plan, file.name))
             written = list(pool.map(functools.partial(self._write_strip, opened), file.strips))
             spans = self._frame(opened, [span for span, _ in written])
         counts: dict[str, dict[str, int]] = {"nan": {}, "inf": {}, "overflow": {}}

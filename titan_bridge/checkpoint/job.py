@@ -29,6 +29,8 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import dtype_name
 from titan_bridge.sharding.plan import Plan
 
+Progress = Callable[[int], None]
+"""Told of bytes, from any thread."""
 _SMALL = 64 << 20
 """Bytes allowed for plans and headers when the memory is estimated."""
 
@@ -157,7 +159,7 @@ class Job:
         except OSError as error:
             raise disk_error(error, staging.path) from None
         finally:
-            staging.release()
+            staging.close()
         return Outcome(
             files=self.files,
             bytes_read=read,
@@ -169,12 +171,9 @@ class Job:
         )
 
     def _begin(self, staging: Staging) -> None:
-        needed, free = self.target.nbytes, self.free()
         # What an interrupted run left is either reused or removed first.
-        needed -= (
-            sum(f.stat().st_blocks * 512 for f in staging.path.glob("*")) if staging.path.is_dir() else 0
-        )
-        if needed > free:
+        needed = self.target.nbytes - sum(f.stat().st_blocks * 512 for f in staging.path.glob("*"))
+        if needed > (free := self.free()):
             raise BridgeError(
                 f"the disk of {self.options.target} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
                 "free some space or choose another disk"
@@ -183,21 +182,18 @@ class Job:
         staging.check(overwrite=self.options.overwrite)  # `begin` may have put back what was being replaced
 
     def _kept(
-        self, staging: Staging, found: Mapping[str, FileResult], advance: Callable[[int], None]
+        self, staging: Staging, found: Mapping[str, FileResult], advance: Progress
     ) -> dict[str, FileResult]:
         """Of the files that an earlier run finished, those of this process that are as they were written."""
         kept = {}
         for file in self._share():
             path, result = staging.path / file.name, found.get(file.name)
-            if result is None or not path.is_file() or path.stat().st_size != file.size:
-                continue
-            if is_as_written(path, result.crc, advance):
+            there = result is not None and path.is_file() and path.stat().st_size == file.size
+            if result is not None and there and is_as_written(path, result.crc, advance):
                 kept[file.name] = result
         return kept
 
-    def _verify(
-        self, staging: Staging, results: Sequence[FileResult], advance: Callable[[int], None]
-    ) -> None:
+    def _verify(self, staging: Staging, results: Sequence[FileResult], advance: Progress) -> None:
         files = {staging.path / result.file: result.crc for result in results}
         bad = [path for path, crc in files.items() if not is_as_written(path, crc, advance)]
         for path in bad:
@@ -210,14 +206,11 @@ class Job:
 
     def _share(self) -> list[OutFile]:
         """The files of this process: the largest first to whoever has least, the same on all of them."""
-        loads = [0] * self.team.size
-        mine = set()
+        loads, owner = [0] * self.team.size, {}
         for file in sorted(self.target.files, key=lambda file: -file.size):
-            rank = loads.index(min(loads))
+            owner[file.name] = rank = loads.index(min(loads))
             loads[rank] += file.size
-            if rank == self.team.rank:
-                mine.add(file.name)
-        return [file for file in self.target.files if file.name in mine]
+        return [file for file in self.target.files if owner[file.name] == self.team.rank]
 
     def _sums(self, results: Iterable[FileResult], what: str) -> dict[str, int]:
         """Counts of all files together, in the order of the tensors."""
@@ -233,9 +226,8 @@ class Job:
 
     def _small_files(self) -> dict[str, Callable[[Path], object]]:
         """Name to what writes it."""
-        options = self.options
         writers: dict[str, Callable[[Path], object]] = {}
-        if options.to == "hf":
+        if self.options.to == "hf":
             index = {
                 "metadata": {"total_size": sum(tensor.nbytes for tensor in self.tensors.tensors)},
                 "weight_map": dict(sorted(self.target.weight_map.items())),
@@ -251,7 +243,7 @@ class Job:
             writers["config.json"] = lambda path: path.write_text(json.dumps(config, indent=2) + "\n")
         for carried in self.carried:
             writers[carried.name] = lambda path, carried=carried: shutil.copyfile(carried, path)
-        if options.to == "dcp":
+        if self.options.to == "dcp":
             target, paths = self.target, self.source.paths
             writers[METADATA] = lambda path: write_metadata(path, target.archives, paths)
         return writers
@@ -263,10 +255,8 @@ class Job:
             if (found := size_of(staging.path / file.name)) != file.size:
                 raise BridgeError(f"{staging.path / file.name} has {found} bytes, {file.size} were written")
         with open_checkpoint(staging.path, extra=True) as written:
-            expected = {t.name: (t.shape, t.dtype) for t in self.tensors.tensors}
-            for name, stated in expected.items():
-                found = written.tensor(name)
-                assert (found.shape, found.dtype) == stated, (
-                    f"{name} was written as {found.dtype} {found.shape}"
-                )
+            for stated in self.tensors.tensors:
+                found = written.tensor(stated.name)
+                same = (found.shape, found.dtype) == (stated.shape, stated.dtype)
+                assert same, f"{stated.name} was written as {found.dtype} {found.shape}"
         staging.publish(self.files, overwrite=self.options.overwrite, fsync=self.options.fsync)

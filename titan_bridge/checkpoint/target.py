@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from titan_bridge.checkpoint.archive import Archive
+from titan_bridge.checkpoint.archive import ALIGNMENT, Archive
 from titan_bridge.checkpoint.safetensors import header_bytes
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy
@@ -23,7 +23,6 @@ CHUNK_BYTES = 256 << 20
 """Larger tensors are written to DCP in several chunks: who loads a part of one reads less of the rest."""
 STRIP_BYTES = 8 << 20
 """Most bytes of a strip, of the destination's dtype."""
-_ALIGNMENT = 64
 T = TypeVar("T")
 Strip = tuple[str, int]
 """Tensor, and number of the strip."""
@@ -75,10 +74,10 @@ class Target:
             offset += strip.numel * tensor.dtype.itemsize
 
 
-def copies_of(plan: Plan, file: OutFile) -> dict[Strip, list[Copy]]:
+def copies_of(plan: Plan, file: str) -> dict[Strip, list[Copy]]:
     """What fills each strip of a file."""
     found: dict[Strip, list[Copy]] = {}
-    for copy in plan.copies(destination=file.name):
+    for copy in plan.copies(destination=file):
         assert copy.destination_chunk is not None
         found.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
     return found
@@ -127,7 +126,6 @@ def dcp_target(
     *,
     aliases: Mapping[str, str],
     blobs: Mapping[str, TensorMetadata],
-    chunk_bytes: int = CHUNK_BYTES,
 ) -> Target:
     """Files of at most `most` bytes of chunks.
 
@@ -139,28 +137,24 @@ def dcp_target(
     boxes: list[tuple[str, Box]] = [(name, Box.whole(blob.shape)) for name, blob in blobs.items()]
     for tensor in tensors:
         whole = Box.whole(tensor.shape)
-        cut = list(rows_of(whole, tensor.dtype.itemsize, chunk_bytes))
+        cut = list(rows_of(whole, tensor.dtype.itemsize, CHUNK_BYTES))
         boxes += [(tensor.name, box) for box in cut or [whole]]
     chunks: dict[str, list[Chunk]] = {name: [] for name in target.shapes}
-
-    def nbytes(entry: tuple[str, Box]) -> int:
-        return entry[1].numel * target.shapes[entry[0]].dtype.itemsize
-
-    for number, group in enumerate(_grouped(boxes, most, nbytes)):
+    sizes = {name: entry.dtype.itemsize for name, entry in target.shapes.items()}
+    for number, group in enumerate(_grouped(boxes, most, lambda part: part[1].numel * sizes[part[0]])):
         file = OutFile(name=f"__0_{number}.distcp")
         for name, box in group:
-            if pad := -file.size % _ALIGNMENT:
+            if pad := -file.size % ALIGNMENT:
                 file.fixed.append((file.size, bytes(pad)))
                 file.size += pad
-            entry, start, length, inside = target.shapes[name], file.size, nbytes((name, box)), None
+            entry, start, length = target.shapes[name], file.size, None
             if name not in blobs:
                 archive = Archive(box.shape, entry.dtype)
-                file.archives.append((file.size, archive))
-                start, length = file.size + archive.head_bytes, archive.total_bytes
-                inside = length
+                file.archives.append((start, archive))
+                start, length = start + archive.head_bytes, archive.total_bytes
             target._place(entry, file, start, box)
-            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=inside, box=box))
-            file.size += length
+            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=length, box=box))
+            file.size += box.numel * sizes[name] if length is None else length
         target.files.append(file)
     for name, fqn in [*((name, name) for name in chunks), *aliases.items()]:
         target.archives[name] = replace(target.shapes[fqn], name=name, chunks=tuple(chunks[fqn]))
