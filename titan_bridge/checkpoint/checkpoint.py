@@ -106,9 +106,8 @@ class Checkpoint:
 
     def source_of(self, copy: Copy) -> tuple[TensorMetadata, Chunk]:
         """What a copy reads."""
-        stored = self.tensor(copy.source_name)
         assert copy.source_chunk is not None
-        return stored, stored.chunks[copy.source_chunk]
+        return (stored := self.tensor(copy.source_name)), stored.chunks[copy.source_chunk]
 
     def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
         """Copy a box (global coordinates) of a tensor into `out` (the box's shape, any strides, any dtype).
@@ -135,9 +134,8 @@ def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box], where: 
     """Raise BridgeError unless the distinct boxes tile a tensor of global `shape` exactly."""
     whole = Box.whole(shape)
     distinct = list(dict.fromkeys(box for box in boxes if box.numel))
-    for box in distinct:
-        if box.ndim != len(shape) or not whole.contains(box):
-            raise BridgeError(f"{where}: {name} has a part {box} outside its shape {shape}")
+    if outside := [box for box in distinct if box.ndim != len(shape) or not whole.contains(box)]:
+        raise BridgeError(f"{where}: {name} has a part {outside[0]} outside its shape {shape}")
     cut = [d for d in range(len(shape)) if any(b.start[d] or b.stop[d] != shape[d] for b in distinct)]
     if len(cut) > _MOST_CUT:
         raise BridgeError(f"{where}: {name} is cut along {len(cut)} dims; at most {_MOST_CUT} are read")

@@ -16,9 +16,8 @@ _SAMPLE_BYTES = 512
 def digest(checkpoint: Checkpoint) -> str:
     """A digest of names, shapes, dtypes, file sizes and samples of every file.
 
-    Copies of a checkpoint in other folders, or on other machines, have the same one. Two steps of a run, or two models
-    of one size, have different ones, unless they differ in a few places only.
-    Raises BridgeError: a file that cannot be read.
+    It is the same for copies in other folders or on other machines. It differs between two steps of a run, or two
+    models of one size, unless they differ in a few places only. Raises BridgeError: a file that cannot be read.
     """
     hashed = hashlib.sha256(checkpoint.format.encode())
     files = set()

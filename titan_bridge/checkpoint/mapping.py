@@ -87,18 +87,19 @@ def check_source(
         problems.append(f"missing: {few(missing, _MOST)}")
         if source.elsewhere:
             problems.append(f"{METADATA} has tensors under other names: {few(source.elsewhere, _MOST)}")
-    known = (
-        set(family.tied_names(hf)) if source.format != "hf" else {v.name for v in family.optional_views(hf)}
-    )
+    known = {v.name for v in family.optional_views(hf)} if source.format == "hf" else family.tied_names(hf)
     unexpected = []
     for name, stored in source.tensors.items():
         if name in wanted:
             if stored.shape != wanted[name]:
                 problems.append(f"{name} has shape {stored.shape}, config.json says {wanted[name]}")
-            if not stored.dtype.is_floating_point:
-                problems.append(f"{name} has dtype {stored.dtype}; weights are floating-point")
-            elif stored.dtype.itemsize == 1:
-                problems.append(f"{name} has dtype {stored.dtype}; quantized weights are not read")
+            if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
+                why = (
+                    "quantized weights are not read"
+                    if stored.dtype.is_floating_point
+                    else "weights are floating-point"
+                )
+                problems.append(f"{name} has dtype {stored.dtype}; {why}")
         elif name in known or name in buffers or (source.format == "hf" and family.ignores(name, hf)):
             left.append(name)
         else:
@@ -113,10 +114,8 @@ def check_source(
 def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
     """The destination has what the source has (Hugging Face to Hugging Face, DCP to DCP)."""
     buffers = frozenset(name for name in source.tensors if name.endswith(_BIASES))
-    tensors = (
-        replace(s, chunks=(), dtype=s.dtype if s.name in buffers else cast(s.dtype, dtype))
-        for s in source.tensors.values()
-    )
+    dtypes = {s.name: None if s.name in buffers else dtype for s in source.tensors.values()}
+    tensors = (replace(s, chunks=(), dtype=cast(s.dtype, dtypes[s.name])) for s in source.tensors.values())
     return TensorMap(tensors=tuple(tensors), buffers=buffers)
 
 
@@ -139,13 +138,13 @@ def make_mapping(
     views = _dcp_views(family, hf)
     mapped = {view.name if to == "hf" else view.fqn for view in views if view.fqn in buffers}
     unmapped = {fqn: shape for fqn, shape in buffers.items() if fqn not in {view.fqn for view in views}}
-    fillers: dict[str, list[View]] = {}
+    fillers: dict[str, list[str]] = {}
     for view in views:
-        fillers.setdefault(view.name if to == "hf" else view.fqn, []).append(view)
+        name, filler = (view.name, view.fqn) if to == "hf" else (view.fqn, view.name)
+        fillers.setdefault(name, []).append(filler)
     tensors = []
     for name, shape in expected(family, hf, to).items():
-        sources = [view.fqn if to == "hf" else view.name for view in fillers[name]]
-        dtypes = {cast(source.tensor(filler).dtype, dtype) for filler in sources}
+        dtypes = {cast(source.tensor(filler).dtype, dtype) for filler in fillers[name]}
         if name in mapped:
             dtypes = {torch.float32}
         if len(dtypes) > 1:
@@ -155,12 +154,13 @@ def make_mapping(
         tensors.append(TensorMetadata(name=name, shape=shape, dtype=dtypes.pop()))
     if to == "dcp":
         tensors += [TensorMetadata(name=n, shape=shape, dtype=torch.float32) for n, shape in unmapped.items()]
+    zero = frozenset(unmapped if to == "dcp" else ())
     return TensorMap(
         tensors=tuple(tensors),
         views=views,
-        zero=frozenset(unmapped if to == "dcp" else ()),
+        zero=zero,
         aliases=dict(family.tied_names(hf)) if to == "dcp" else {},
-        buffers=frozenset(mapped) | frozenset(unmapped if to == "dcp" else ()),
+        buffers=zero | mapped,
         dropped=tuple(name for name in source.tensors if name in unmapped),
     )
 

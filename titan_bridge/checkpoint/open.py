@@ -76,23 +76,23 @@ def refuse_remote(path: str | Path) -> None:
 def refuse_folder(directory: Path) -> NoReturn:
     """Raise BridgeError for a folder in which no checkpoint that we read was found."""
     found = few(sorted(path.name for path in directory.iterdir()))
-    if binary := sorted(directory.glob("*.bin")):
-        raise BridgeError(
-            f"{directory} holds pickles ({few([path.name for path in binary])}), which are not read, since a pickle "
-            "can run code; convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR)"
-            ".save_pretrained(NEW) writes safetensors"
+    what = (
+        f"holds no checkpoint (found: {found}); looked for .metadata (DCP), model.safetensors and "
+        "model.safetensors.index.json (Hugging Face)"
+    )
+    if binary := sorted(path.name for path in directory.glob("*.bin")):
+        what = (
+            f"holds pickles ({few(binary)}), which are not read, since a pickle can run code; convert them where you "
+            "trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) writes safetensors"
         )
-    if any(directory.glob("*.pt")) or any(directory.glob("rank_*/*.pt")):
-        raise BridgeError(
-            f"{directory} was written by torch.save ({found}), which is not read but for the item 'model' of "
-            "torch_checkpointing (model_0.pt); have TorchTitan write DCP (its default checkpointer)"
+    elif any(directory.glob("*.pt")) or any(directory.glob("rank_*/*.pt")):
+        what = (
+            f"was written by torch.save ({found}), which is not read but for the item 'model' of torch_checkpointing "
+            "(model_0.pt); have TorchTitan write DCP (its default checkpointer)"
         )
-    if any(directory.glob("shard-*.safetensors")):
-        raise BridgeError(
-            f"{directory} holds the parts that each rank saved ({found}), which are not read; put them together with "
+    elif any(directory.glob("shard-*.safetensors")):
+        what = (
+            f"holds the parts that each rank saved ({found}), which are not read; put them together with "
             "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files"
         )
-    raise BridgeError(
-        f"{directory} holds no checkpoint (found: {found}); looked for .metadata (DCP), "
-        "model.safetensors and model.safetensors.index.json (Hugging Face)"
-    )
+    raise BridgeError(f"{directory} {what}")

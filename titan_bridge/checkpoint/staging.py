@@ -117,16 +117,15 @@ class Staging:
 
     def finish(self, result: FileResult, rank: int, *, fsync: bool) -> None:
         """Give a file its name and write it down."""
-        part = self.path / (result.file + PART)
+        part, journal = self.path / (result.file + PART), self.path / _DONE.format(rank)
         if fsync:
             sync(part)
         part.rename(self.path / result.file)
         text = json.dumps(asdict(result)).encode()
-        with (self.path / _DONE.format(rank)).open("ab") as journal:
-            journal.write(b"\n" + _crc(text) + b" " + text + b"\n")  # the line before may be cut off
-            journal.flush()
-            if fsync:
-                os.fsync(journal.fileno())
+        with journal.open("ab") as file:
+            file.write(b"\n" + _crc(text) + b" " + text + b"\n")  # the line before may be cut off
+        if fsync:
+            sync(journal)
 
     def publish(self, files: Iterable[str], *, overwrite: bool, fsync: bool) -> None:
         """Check that all files are there, give the directory its name, and remove what is ours alone."""
@@ -165,9 +164,8 @@ class Staging:
         if self._old.exists() and not self.target.exists():
             self._old.rename(self.target)
         elif self._old.exists():
-            with about(
-                f"{self._old} is left from a run that was replacing a target that is not whole; remove one of them"
-            ):
+            replaced = f"{self._old} is left from a run that was replacing {self.target}"
+            with about(f"{replaced}, which is not whole (remove one of the two)"):
                 open_checkpoint(self.target).close()
             shutil.rmtree(self._old)
 
