@@ -118,9 +118,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     plain = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
     for key, allowed in plain.items():
         if config.get(key, allowed) not in (allowed, None):
-            raise BridgeError(
-                f"{folder / CONFIG}: {key}={config[key]!r} is not supported; allowed: {allowed!r}"
-            )
+            raise BridgeError(f"{folder / CONFIG}: {key}={config[key]!r} is not read; allowed: {allowed!r}")
     if not (folder / TENSORS).is_file():
         raise BridgeError(f"{folder} has no {TENSORS}")
     return config, load_file(folder / TENSORS)

@@ -92,7 +92,7 @@ class Checkpoint:
             found = self._located[key]
             if (found.dtype, found.shape) != held:
                 raise BridgeError(
-                    f"the file has {found.dtype} {found.shape}, the metadata says {held[0]} {held[1]}"
+                    f"it has {found.dtype} {found.shape}, the metadata says {held[0]} {held[1]}"
                 )
         return chunk.offset + found.offset
 

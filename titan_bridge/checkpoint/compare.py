@@ -93,9 +93,7 @@ def open_sides(
                 "model's config.json, which none of them has; give one with --config"
             )
         plain = hf_config is None or (not common and len(formats) == 1)
-        sides = tuple(
-            _side(source, None if plain and source.format != "hf" else hf_config) for source in opened
-        )
+        sides = tuple(_side(one, None if plain and one.format != "hf" else hf_config) for one in opened)
         closed_on_error.pop_all()
         return sides
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import reprlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from titan_bridge.checkpoint.dcp_metadata import read_metadata
 from titan_bridge.checkpoint.files import inside, size_of
 from titan_bridge.checkpoint.hf import read_config
 from titan_bridge.checkpoint.pickles import MOST_DIMS, fields, is_shape, kind_of
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, about
 from titan_bridge.run_folder import METADATA
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
@@ -32,8 +31,8 @@ _LONGEST_NAME = 4096
 
 _Place = tuple[Path, int, int]
 """File, first byte, bytes."""
-_Places = dict[str, dict[tuple[int, ...] | None, _Place]]
-"""By entry, then by offset in the tensor (None: no tensor)."""
+_Own = dict[tuple[int, ...] | None, _Place]
+"""The places of one entry by offset in the tensor (None: no tensor)."""
 
 
 def is_dcp(directory: Path) -> bool:
@@ -54,10 +53,8 @@ def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
     gc.disable()  # none of a million objects is garbage, and looking through them takes a third of the time
     try:
         root, size = read_metadata(source)
-        try:
+        with about(source):
             return _open(root, directory, extra=extra, most_chunks=size)
-        except BridgeError as error:
-            raise BridgeError(f"{source}: {error}") from None
     finally:
         if collects:
             gc.enable()
@@ -132,10 +129,9 @@ def _paths(planner: Any) -> dict[str, tuple[Any, ...]]:
     return paths
 
 
-def _places(storage: dict[Any, Any], directory: Path) -> _Places:
-    places: _Places = {}
-    files: dict[str, Path] = {}
-    sizes: dict[str, int] = {}
+def _places(storage: dict[Any, Any], directory: Path) -> dict[str, _Own]:
+    places: dict[str, _Own] = {}
+    files: dict[str, tuple[Path, int]] = {}
     for index, info in storage.items():
         (fqn,) = fields(index, "MetadataIndex", "fqn")
         start, length, file = fields(info, "_StorageInfo", "offset", "length", "relative_path")
@@ -143,30 +139,23 @@ def _places(storage: dict[Any, Any], directory: Path) -> _Places:
         if not _is_name(fqn) or not (offset is None or is_shape(offset)):
             raise BridgeError(f"damaged place of {reprlib.repr(fqn)}")
         if vars(info).get("transform_descriptors"):
-            raise BridgeError(
-                f"{fqn} was transformed when it was written (compressed?); only plain files are read"
-            )
+            raise BridgeError(f"{fqn} was transformed when written (compressed?); only plain files are read")
         if not is_shape((start, length)) or not _is_name(file):
-            raise BridgeError(
-                f"{fqn} lies in {reprlib.repr(file)} at {reprlib.repr(start)}, length {reprlib.repr(length)}"
-            )
+            raise BridgeError(f"{fqn} lies in (file, offset, length) {reprlib.repr((file, start, length))}")
         if file not in files:
-            files[file] = inside(directory, file, f"the place of {fqn}")
-            sizes[file] = size_of(files[file])
-        if start + length > sizes[file]:
-            raise BridgeError(
-                f"{files[file]} has {sizes[file]} bytes; {fqn} ends at {start + length}: truncated?"
-            )
+            path = inside(directory, file, f"the place of {fqn}")
+            files[file] = path, size_of(path)
+        path, size = files[file]
+        if start + length > size:
+            raise BridgeError(f"{path} has {size} bytes; {fqn} ends at {start + length}: truncated?")
         own = places.setdefault(fqn, {})
         if offset in own:
             raise BridgeError(f"{fqn} at {offset} has two places")
-        own[offset] = files[file], start, length
+        own[offset] = path, start, length
     return places
 
 
-def _stored(
-    name: str, fqn: str, entry: Any, places: Mapping[tuple[int, ...] | None, _Place], most_chunks: int
-) -> TensorMetadata:
+def _stored(name: str, fqn: str, entry: Any, places: _Own, most_chunks: int) -> TensorMetadata:
     shape, listed, properties = fields(entry, "TensorStorageMetadata", "size", "chunks", "properties")
     (state,) = fields(properties, "TensorProperties", "state")
     dtype = state[0] if isinstance(state, tuple) and state else None
@@ -186,9 +175,7 @@ def _stored(
     return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 
-def _known(
-    places: Mapping[tuple[int, ...] | None, _Place], offset: tuple[int, ...] | None, what: str
-) -> _Place:
+def _known(places: _Own, offset: tuple[int, ...] | None, what: str) -> _Place:
     if offset not in places:
         raise BridgeError(f"nothing says where {what} lies")
     return places[offset]

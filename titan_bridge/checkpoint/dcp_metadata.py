@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from titan_bridge.checkpoint.pickles import StandIn, load_file, size, stand_ins
+from titan_bridge.checkpoint.pickles import StandIn, load_file, size_from, stand_ins
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 _META = "torch.distributed.checkpoint.metadata"
@@ -28,7 +28,7 @@ _ALLOWED = {
     **_CLASSES,
     **stand_ins("torch.serialization", "_get_layout"),
     **stand_ins("pathlib", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
-    "torch.Size": size,
+    "torch.Size": size_from,
 }
 _MOST_BYTES = 1 << 31
 
@@ -39,9 +39,7 @@ def read_metadata(path: Path) -> tuple[Any, int]:
     return load_file(path, _ALLOWED, _MOST_BYTES)
 
 
-def write_metadata(
-    path: Path, tensors: Mapping[str, TensorMetadata], paths: Mapping[str, tuple[Any, ...]]
-) -> None:
+def write_metadata(path: Path, tensors: Mapping[str, TensorMetadata], paths: Mapping[str, tuple]) -> None:
     """Write the `.metadata` file at `path`, in the classes that DCP's own reader unpickles.
 
     Args:
@@ -60,15 +58,14 @@ def write_metadata(
             continue
         chunks = []
         for index, chunk in enumerate(tensor.chunks):
-            start, shape = torch.Size(chunk.box.start), torch.Size(chunk.box.shape)
-            chunks.append(_make("ChunkStorageMetadata", offsets=start, sizes=shape))
+            start, size = torch.Size(chunk.box.start), torch.Size(chunk.box.shape)
+            chunks.append(_make("ChunkStorageMetadata", offsets=start, sizes=size))
             at = _make("MetadataIndex", fqn=fqn, index=index, offset=start)
             places[at] = _place(chunk, chunk.archive)
         # dtype, layout, requires_grad, memory format, pin_memory
         properties = _make("TensorProperties", state=(tensor.dtype, torch.strided, False, contiguous, False))
-        entries[fqn] = _make(
-            "TensorStorageMetadata", properties=properties, size=torch.Size(tensor.shape), chunks=chunks
-        )
+        shape = torch.Size(tensor.shape)
+        entries[fqn] = _make("TensorStorageMetadata", properties=properties, size=shape, chunks=chunks)
     metadata = _make(
         "Metadata",
         state_dict_metadata=entries,

@@ -53,9 +53,7 @@ def read_bytes(path: Path, offset: int, length: int) -> bytes:
     except (OSError, OverflowError, ValueError) as error:
         raise BridgeError(f"{path} cannot be read: {error}") from None
     if len(data) != length:
-        raise BridgeError(
-            f"{path} ends at byte {offset + len(data)}; {offset + length} were expected: truncated?"
-        )
+        raise _too_short(path, offset + len(data), offset + length)
     return data
 
 
@@ -65,6 +63,10 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except (OSError, ValueError) as error:
         raise BridgeError(f"{path} cannot be read: {error}") from None
+
+
+def _too_short(path: Path, end: int, wanted: int) -> BridgeError:
+    return BridgeError(f"{path} ends at byte {end}; {wanted} were expected: truncated?")
 
 
 class _Open:
@@ -231,9 +233,7 @@ def _read(descriptor: int, path: Path, offset: int, out: memoryview) -> None:
     while done < length:
         count = os.preadv(descriptor, [out[done:]], offset + done)
         if count == 0:
-            raise BridgeError(
-                f"{path} ends at byte {offset + done}; {offset + length} were expected: truncated?"
-            )
+            raise _too_short(path, offset + done, offset + length)
         done += count
 
 

@@ -61,9 +61,8 @@ def open_hf(directory: Path) -> Checkpoint:
             raise BridgeError(f"{path} and {INDEX} disagree: {'; '.join(what)}")
         for entry in entries.values():
             if entry.name in stored:
-                raise BridgeError(
-                    f"{entry.name} is in {stored[entry.name].chunks[0].path.name} and in {path.name}"
-                )
+                first = stored[entry.name].chunks[0].path.name
+                raise BridgeError(f"{entry.name} is in {first} and in {path.name}")
             stored[entry.name] = entry
     return Checkpoint(path=directory, format="hf", tensors=stored, config=read_config(directory))
 
@@ -92,14 +91,10 @@ def _all_numbered(directory: Path) -> list[Path]:
     found = _numbered(directory)
     counts = {count for _, count in found.values()}
     if len(counts) > 1:
-        raise BridgeError(
-            f"{directory} has files of {sorted(counts)} parts and no {INDEX}; which belong together?"
-        )
+        raise BridgeError(f"{directory} has files of {sorted(counts)} parts and no {INDEX}: which are meant?")
     missing = set(range(1, max(counts) + 1)) - {number for number, _ in found.values()}
     if missing:
-        raise BridgeError(
-            f"{directory} lacks part {min(missing)} of {max(counts)}, and {INDEX}; copy it, too"
-        )
+        raise BridgeError(f"{directory} lacks part {min(missing)} of {max(counts)}, and {INDEX}; copy it too")
     return list(found)
 
 

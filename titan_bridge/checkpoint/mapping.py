@@ -22,6 +22,8 @@ from titan_bridge.sharding.view import View
 if TYPE_CHECKING:
     from titan_bridge.models import Family
 
+Config = Mapping[str, Any]
+"""A parsed config.json."""
 _MOST = 8
 """Names in one message."""
 _BIASES = (".expert_bias_E", ".e_score_correction_bias")
@@ -45,7 +47,7 @@ class TensorMap:
     """Source tensors that the destination has no place for."""
 
 
-def live_views(form: Format, family: Family, hf: Mapping[str, Any], padded_vocab: int) -> tuple[View, ...]:
+def live_views(form: Format, family: Family, hf: Config, padded_vocab: int) -> tuple[View, ...]:
     """The tensors of a checkpoint as views of the live model's, whose embedding has `padded_vocab` rows."""
     live = family.views(hf, padded_vocab=padded_vocab)
     if form == "hf":
@@ -59,25 +61,23 @@ def live_views(form: Format, family: Family, hf: Mapping[str, Any], padded_vocab
     return tuple(compose(*pair) for pair in composed.values())
 
 
-def separate_qkv_views(family: Family, hf: Mapping[str, Any], padded_vocab: int) -> tuple[View, ...]:
+def separate_qkv_views(family: Family, hf: Config, padded_vocab: int) -> tuple[View, ...]:
     """wq, wk and wv, as state dicts and models without a fused projection have them, as views of the live wqkv."""
     return tuple(view for view in live_views("dcp", family, hf, padded_vocab) if view.name != view.fqn)
 
 
-def _dcp_views(family: Family, hf: Mapping[str, Any]) -> tuple[View, ...]:
+def _dcp_views(family: Family, hf: Config) -> tuple[View, ...]:
     return family.views(hf, fused_qkv=False)
 
 
-def expected(family: Family, hf: Mapping[str, Any], form: Format) -> dict[str, tuple[int, ...]]:
+def expected(family: Family, hf: Config, form: Format) -> dict[str, tuple[int, ...]]:
     """Names and global shapes of the tensors that a checkpoint of this format must have."""
     if form == "hf":
         return {view.name: view.shape for view in family.views(hf)}
     return {view.fqn: view.titan_shape for view in _dcp_views(family, hf)}
 
 
-def check_source(
-    source: Checkpoint, family: Family, hf: Mapping[str, Any], buffers: Mapping[str, Any]
-) -> list[str]:
+def check_source(source: Checkpoint, family: Family, hf: Config, buffers: Mapping[str, Any]) -> list[str]:
     """Hold a checkpoint against the model that its config describes; returns the tensors that are not needed.
     Raises BridgeError: every missing, unexpected or mis-shaped tensor and every dtype that is no floating point, in one
     line."""
@@ -122,7 +122,7 @@ def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
 def make_mapping(
     source: Checkpoint,
     family: Family,
-    hf: Mapping[str, Any],
+    hf: Config,
     *,
     dtype: torch.dtype | None,
     buffers: Mapping[str, tuple[int, ...]],
@@ -148,9 +148,8 @@ def make_mapping(
         if name in mapped:
             dtypes = {torch.float32}
         if len(dtypes) > 1:
-            raise BridgeError(
-                f"{name} is put together from {', '.join(sorted(map(str, dtypes)))}; choose one with --dtype"
-            )
+            found = ", ".join(sorted(map(str, dtypes)))
+            raise BridgeError(f"{name} is put together from {found}; choose one with --dtype")
         tensors.append(TensorMetadata(name=name, shape=shape, dtype=dtypes.pop()))
     if to == "dcp":
         tensors += [TensorMetadata(name=n, shape=shape, dtype=torch.float32) for n, shape in unmapped.items()]
@@ -174,9 +173,7 @@ def compose(plain: View, live: View) -> View:
     """`plain`'s whole TorchTitan tensor as a view of `live`'s, given that both are views of one external tensor.
     Raises BridgeError: `plain` is a slice only, or the two do not cut the external tensor in a common way."""
     if plain.index_shape != plain.flat_factors:
-        raise BridgeError(
-            f"{plain.fqn} holds more than {plain.name}; it cannot be seen as a view of {live.fqn}"
-        )
+        raise BridgeError(f"{plain.fqn} holds more than {plain.name}; it is no view of {live.fqn}")
     sizes = live.index_shape
     cells = [dim for dim in live.permute if sizes[dim] > 1]
     # In the order of the external tensor, each factor of `plain` is a run of cells of `live`.

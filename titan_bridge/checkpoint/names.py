@@ -36,7 +36,7 @@ def renamed(checkpoint: Checkpoint, pattern: str) -> Checkpoint:
     found = {new: replace(one, name=new) for one in own if (new := named(one.name, pattern)) is not None}
     if not found:
         raise BridgeError(
-            f"--names {pattern!r} fits no tensor of {checkpoint.path}; it has {few([one.name for one in own])}"
+            f"--names {pattern!r} fits no tensor of {checkpoint.path}; it has {few([t.name for t in own])}"
         )
     left_out = checkpoint.left_out + len(checkpoint.blobs) + len(own) - len(found)
     return replace(

@@ -58,7 +58,7 @@ def kind_of(value: Any) -> str:
     return type(value).__name__ if isinstance(value, StandIn) else ""
 
 
-def size(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def size_from(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Makes the tuple that stands for a `torch.Size`."""
     if len(args) != 1 or type(args[0]) is not tuple:
         raise BridgeError("damaged pickle (a torch.Size of no tuple)")

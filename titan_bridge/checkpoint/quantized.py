@@ -174,9 +174,8 @@ def without_quantization(config: Mapping[str, object]) -> dict[str, object]:
 def _result_shape(
     checkpoint: Checkpoint, how: Quantization, values: TensorMetadata, scales: TensorMetadata
 ) -> tuple[int, ...]:
-    given = (
-        f"{checkpoint.path}: {values.name} {values.dtype} {values.shape} with {scales.dtype} {scales.shape}"
-    )
+    found = f"{values.name} {values.dtype} {values.shape} with {scales.dtype} {scales.shape}"
+    given = f"{checkpoint.path}: {found}"
     if how.method == "fp8":
         wanted = tuple(-(-size // n) for size, n in zip(values.shape, how.block, strict=False))
         if values.dtype != torch.float8_e4m3fn or len(values.shape) != 2 or scales.shape != wanted:
@@ -186,9 +185,7 @@ def _result_shape(
         return values.shape
     fits = len(values.shape) == 4 and values.shape[3] == MXFP4_GROUP // 2 and scales.shape == values.shape[:3]
     if not fits or {values.dtype, scales.dtype} != {torch.uint8}:
-        raise BridgeError(
-            f"{given}; mxfp4 needs uint8, values of shape (E, R, G, 16) and scales of shape (E, R, G)"
-        )
+        raise BridgeError(f"{given}; mxfp4 needs uint8, values (E, R, G, 16) and scales (E, R, G)")
     experts, rows, groups, _ = values.shape
     return experts, groups * MXFP4_GROUP, rows
 

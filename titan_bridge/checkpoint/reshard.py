@@ -100,7 +100,7 @@ def _check_paths(options: Options, found: Path) -> None:
         raise BridgeError(f"SRC and DST are both {source}; give another directory for DST")
     if source.is_relative_to(target):
         raise BridgeError(
-            f"SRC lies inside DST ({target}), which would be replaced; give another directory for DST"
+            f"SRC lies inside DST ({target}), which is replaced; give another directory for DST"
         )
     if options.workers < 1:
         raise BridgeError(f"--workers {options.workers}; give at least 1")
@@ -145,9 +145,8 @@ def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
         raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
     flavors = known[name].flavors()
     if flavor not in flavors:
-        raise BridgeError(
-            f"--config {name}:{flavor}: there is no such flavor; allowed: {', '.join(flavors) or 'none'}"
-        )
+        allowed = ", ".join(flavors) or "none"
+        raise BridgeError(f"--config {name}:{flavor}: there is no such flavor; allowed: {allowed}")
     return known[name].hf_config(known[name].model_spec(flavor).model)
 
 

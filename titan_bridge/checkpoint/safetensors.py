@@ -54,9 +54,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorMetadata], dict[str, str]]:
         raise BridgeError(f"{path} has {total} bytes; a safetensors file has at least 8")
     length = int.from_bytes(read_bytes(path, 0, 8), "little")
     if length > _MOST_HEADER or 8 + length > total:
-        raise BridgeError(
-            f"{path}: header of {length} bytes in a file of {total}: truncated, or not safetensors"
-        )
+        raise BridgeError(f"{path}: header of {length} bytes in {total}: truncated, or not safetensors")
     header = json_object(read_bytes(path, 8, length), f"{path}: the header")
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -76,9 +74,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorMetadata], dict[str, str]]:
     at = 0
     for first, last, name in sorted(spans):
         if first != at:
-            raise BridgeError(
-                f"{path}: {name} starts at byte {first} of the data; the tensors before it end at {at}"
-            )
+            raise BridgeError(f"{path}: {name} starts at byte {first} of the data; those before end at {at}")
         at = last
     if start + at != total:
         what = "truncated" if start + at > total else "something follows the last tensor"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from titan_bridge.checkpoint.archive import Placed, Saved, Tensor
 from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.files import FilePool, inside, size_of
 from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.pickles import MOST_DIMS, is_shape, load_file, size, stand_ins
+from titan_bridge.checkpoint.pickles import MOST_DIMS, is_shape, load_file, size_from, stand_ins
 from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError, about, few
 from titan_bridge.sharding import dtensor
@@ -44,6 +44,9 @@ Keys = tuple[str | int, ...]
 Find = Callable[[Keys], Placed]
 Files = Callable[[int], tuple[Path, Find]]
 """Rank to the file of an item, and what finds tensors in it."""
+Tensors = dict[str, TensorMetadata]
+Shape = tuple[int, ...]
+Placements: TypeAlias = "tuple[dtensor.Placement, ...]"
 T = TypeVar("T")
 
 
@@ -68,9 +71,7 @@ def open_torch_checkpointing(directory: Path, *, extra: bool = False) -> Checkpo
         items, left_out = {_MODEL: _of_one_rank(pool, directory)}, 0
     model = items.pop(_MODEL, None)
     if not model:
-        raise BridgeError(
-            f"{directory} has no item {_MODEL!r} with tensors, whose files are {_MODEL}_RANK.pt"
-        )
+        raise BridgeError(f"{directory} has no item {_MODEL!r} with tensors (in {_MODEL}_RANK.pt)")
     return Checkpoint(
         path=directory,
         format="dcp",  # its names and its conventions
@@ -82,12 +83,10 @@ def open_torch_checkpointing(directory: Path, *, extra: bool = False) -> Checkpo
     )
 
 
-def _described(
-    pool: FilePool, directory: Path, *, extra: bool
-) -> tuple[dict[str, dict[str, TensorMetadata]], int]:
+def _described(pool: FilePool, directory: Path, *, extra: bool) -> tuple[dict[str, Tensors], int]:
     """The tensors by item and name, and how many entries of other items were not looked up."""
     root, _ = load_file(directory / METADATA, {}, _MOST_BYTES)
-    items: dict[str, dict[str, TensorMetadata]] = {}
+    items: dict[str, Tensors] = {}
     left_out = 0
     with about(directory / METADATA):
         if (version := _get(root, "version", str)) != _VERSION:
@@ -123,7 +122,7 @@ def _files(pool: FilePool, directory: Path, item: str, layouts: dict[int, Any]) 
             return path, _in_safetensors(path)
         if form != "TorchSerialization":
             raise BridgeError(
-                f"{path} is of {form!r:.40}; read are TorchSerialization and SafetensorsSerialization"
+                f"{path} is of {form!r:.40}; allowed: TorchSerialization, SafetensorsSerialization"
             )
         return path, _in_pickle(pool, path)[1]
 
@@ -139,9 +138,7 @@ def _tensor(name: str, path: Keys, groups: Any, files: Files) -> TensorMetadata:
     for group in groups:
         packed = _get(group, "sharding_metadata", dict)
         if (kind := _get(packed, "type", str)) != "DTensorShardingMetadata":
-            raise BridgeError(
-                f"{name} is described as {kind!r:.40}; only DTensors and plain tensors are read"
-            )
+            raise BridgeError(f"{name} is {kind!r:.40}; only DTensors and plain tensors are read")
         data = _get(packed, "data", dict)
         shape = _shape(data, "global_shape")
         dtype = torch_dtype(_get(data, "dtype", str).removeprefix("torch."))
@@ -153,9 +150,8 @@ def _tensor(name: str, path: Keys, groups: Any, files: Files) -> TensorMetadata:
             file, find = files(mesh.ranks[position])
             placed = find(path)
             if (placed.shape, placed.dtype) != (local, dtype):
-                raise BridgeError(
-                    f"{file}: {name} is {placed.dtype} {placed.shape}; the metadata says {dtype} {local}"
-                )
+                held = f"{file}: {name} is {placed.dtype} {placed.shape}"
+                raise BridgeError(f"{held}; the metadata says {dtype} {local}")
             for piece in pieces:
                 first = piece.local.start[0] * math.prod(local[1:]) if local else 0
                 offset = placed.offset + first * dtype.itemsize
@@ -168,9 +164,7 @@ def _tensor(name: str, path: Keys, groups: Any, files: Files) -> TensorMetadata:
 
 
 @lru_cache(maxsize=1024)
-def _held(
-    placements: tuple[dtensor.Placement, ...], shape: tuple[int, ...], mesh: tuple[int, ...]
-) -> list[tuple[int, tuple[int, ...], tuple[Piece, ...]]]:
+def _held(placements: Placements, shape: Shape, mesh: Shape) -> list[tuple[int, Shape, tuple[Piece, ...]]]:
     """Position on the mesh, shape of the local tensor and pieces, for the first of each set of replicas."""
     first = [isinstance(placement, dtensor.Replicate) for placement in placements]
     found = []
@@ -181,9 +175,7 @@ def _held(
     return found
 
 
-def _mesh(
-    data: dict[str, Any], name: str, shape: tuple[int, ...]
-) -> tuple[MeshLayout, tuple[dtensor.Placement, ...]]:
+def _mesh(data: dict[str, Any], name: str, shape: Shape) -> tuple[MeshLayout, Placements]:
     stated = _get(data, "mesh_spec", dict)
     sizes, ranks = _shape(stated, "mesh_shape"), _get(stated, "mesh_data", list, tuple)
     mesh = MeshLayout(axes=tuple(map(str, range(len(sizes)))), shape=sizes, ranks=tuple(ranks))
@@ -208,12 +200,12 @@ def _mesh(
             placements.append(dtensor._StridedShard(dim, split_factor=factor))
         else:
             raise BridgeError(
-                f"{name} has the placement {kind!r:.40}; read are Replicate, Shard and StridedShard"
+                f"{name} has the placement {kind!r:.40}; allowed: Replicate, Shard, StridedShard"
             )
     return mesh, tuple(placements)
 
 
-def _of_one_rank(pool: FilePool, directory: Path) -> dict[str, TensorMetadata]:
+def _of_one_rank(pool: FilePool, directory: Path) -> Tensors:
     """The tensors of `model_0.pt`, which must be all there is."""
     files = sorted(directory.glob(f"{_MODEL}_*.pt"))
     if len(files) > 1:
@@ -223,7 +215,7 @@ def _of_one_rank(pool: FilePool, directory: Path) -> dict[str, TensorMetadata]:
         )
     (path,) = files
     root, find = _in_pickle(pool, path)
-    tensors: dict[str, TensorMetadata] = {}
+    tensors: Tensors = {}
     for at, tensor in _leaves(root, (), set()):
         name = _dotted(at)
         if tensor.whole is not None and tensor.whole != tensor.shape:
@@ -294,7 +286,7 @@ def _dtensor(args: tuple[Any, ...]) -> Tensor:
 _ALLOWED: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _dtensor,
     "torch._utils._rebuild_wrapper_subclass": None,
-    "torch.Size": size,
+    "torch.Size": size_from,
     **stand_ins("torch", "device"),
     **stand_ins("torch.serialization", "_get_layout"),
     **stand_ins(_DTENSOR, "DTensor"),

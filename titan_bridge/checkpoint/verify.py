@@ -36,9 +36,7 @@ def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] 
         with about(f"{path}: {name}"):
             intact = is_intact(source.pool.part(path, offset, length), length)
             if intact is False:
-                raise BridgeError(
-                    f"the bytes from {offset} on do not have their CRC-32; the file is damaged, restore it"
-                )
+                raise BridgeError(f"the bytes from {offset} on do not have their CRC-32: the file is damaged")
         checked = checked and intact is not None
         advance(length)
     return checked

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,6 +23,8 @@ from titan_bridge.sharding import dtensor
 
 Sizes = Sequence[int]
 Placements: TypeAlias = "Sequence[dtensor.Placement]"
+Ends = tuple[np.ndarray, np.ndarray]
+"""(start, stop) of boxes, int64 [boxes, dims]."""
 Segment = tuple[int, int, int]
 """(global start, global stop, local start) along one dim."""
 _BLOCK = 4_000_000
@@ -41,9 +44,7 @@ class Box:
     def __post_init__(self) -> None:
         ends = zip(self.start, self.stop, strict=False)
         if len(self.start) != len(self.stop) or any(not 0 <= a <= b for a, b in ends):
-            raise BridgeError(
-                f"a box needs 0 <= start <= stop in every dim, not {self.start} and {self.stop}"
-            )
+            raise BridgeError(f"a box needs 0 <= start <= stop in every dim, not {self.start}, {self.stop}")
 
     @classmethod
     def whole(cls, shape: Sizes) -> Box:
@@ -81,9 +82,7 @@ class Box:
 
     def relative_to(self, origin: Sizes) -> Box:
         """The same box seen from `origin`: coordinates inside a tensor that starts there."""
-        start, stop = (
-            tuple(at - o for at, o in zip(end, origin, strict=True)) for end in (self.start, self.stop)
-        )
+        start, stop = (tuple(map(operator.sub, end, origin)) for end in (self.start, self.stop))
         return Box(start=start, stop=stop)
 
     def __str__(self) -> str:
@@ -177,37 +176,30 @@ def axes_of(placements: Placements, dim: int) -> list[int]:
 def check(placements: Placements, shape: Sizes, mesh_shape: Sizes) -> None:
     """Raise BridgeError unless `placements` fit the tensor (global `shape`) and the mesh."""
     if len(placements) != len(mesh_shape):
-        raise BridgeError(
-            f"{len(placements)} placements for a mesh with {len(mesh_shape)} axes; give one for each axis"
-        )
+        given = f"{len(placements)} placements for a mesh with {len(mesh_shape)} axes"
+        raise BridgeError(f"{given}; give one for each axis")
     for axis, placement in enumerate(placements):
         dim, what = shard_dim(placement), f"placement {placement} on mesh axis {axis}"
         if dim is None and not isinstance(placement, dtensor.Replicate):
             raise BridgeError(f"{what}; a parameter can be R, S(d) or SS(d,f)")
         if dim is not None and not 0 <= dim < len(shape):
-            raise BridgeError(
-                f"{what} shards dim {dim} of a tensor of shape {tuple(shape)}; allowed: 0 to {len(shape) - 1}"
-            )
+            what += f" shards dim {dim} of a tensor of shape {tuple(shape)}"
+            raise BridgeError(f"{what}; allowed: 0 to {len(shape) - 1}")
 
 
-def dim_segments(
-    placements: Placements, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes
-) -> tuple[tuple[Segment, ...], ...]:
-    """The segments of every dim of a tensor (global `shape`) for the rank at `coordinate`; see `segments_of`."""
-    check(placements, shape, mesh_shape)
-    places = zip(coordinate, mesh_shape, strict=False)
-    if len(coordinate) != len(mesh_shape) or any(not 0 <= at < n for at, n in places):
-        raise BridgeError(f"coordinate {tuple(coordinate)} is not on a mesh of shape {tuple(mesh_shape)}")
+def dim_segments(placements: Placements, shape: Sizes, mesh: Sizes, at: Sizes) -> list[tuple[Segment, ...]]:
+    """The segments of every dim of a tensor (global `shape`) for the rank at a coordinate; see `segments_of`."""
+    check(placements, shape, mesh)
+    if len(at) != len(mesh) or any(not 0 <= i < n for i, n in zip(at, mesh, strict=True)):
+        raise BridgeError(f"coordinate {tuple(at)} is not on a mesh of shape {tuple(mesh)}")
     cuts: list[list[tuple[dtensor.Placement, int, int]]] = [[] for _ in shape]
-    for placement, chunks, index in zip(placements, mesh_shape, coordinate, strict=True):
+    for placement, chunks, index in zip(placements, mesh, at, strict=True):
         if (dim := shard_dim(placement)) is not None:
             cuts[dim].append((placement, chunks, index))
-    return tuple(segments_of(size, cut) for size, cut in zip(shape, cuts, strict=True))
+    return [segments_of(size, cut) for size, cut in zip(shape, cuts, strict=True)]
 
 
-def pieces_of(
-    placements: Placements, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes
-) -> tuple[Piece, ...]:
+def pieces_of(placements: Placements, shape: Sizes, mesh: Sizes, coordinate: Sizes) -> tuple[Piece, ...]:
     """The boxes that the rank at `coordinate` holds of a tensor of global `shape`, and where in its local tensor.
 
     Equal to what `distribute_tensor` puts there; empty where there are more ranks than rows.
@@ -218,15 +210,13 @@ def pieces_of(
             box=Box(start=tuple(a for a, _, _ in part), stop=tuple(b for _, b, _ in part)),
             local=Box(start=tuple(at for _, _, at in part), stop=tuple(at + b - a for a, b, at in part)),
         )
-        for part in itertools.product(*dim_segments(placements, shape, mesh_shape, coordinate))
+        for part in itertools.product(*dim_segments(placements, shape, mesh, coordinate))
     )
 
 
-def local_shape_of(
-    placements: Placements, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes
-) -> tuple[int, ...]:
+def local_shape_of(placements: Placements, shape: Sizes, mesh: Sizes, coordinate: Sizes) -> tuple[int, ...]:
     """The shape of the local tensor of the rank at `coordinate`, for a tensor of global `shape`."""
-    dims = dim_segments(placements, shape, mesh_shape, coordinate)
+    dims = dim_segments(placements, shape, mesh, coordinate)
     return tuple(sum(b - a for a, b, _ in segments) for segments in dims)
 
 
@@ -235,13 +225,11 @@ def contiguous_stride(shape: Sizes) -> tuple[int, ...]:
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
-def meeting(
-    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def meeting(a: Ends, b: Ends) -> tuple[np.ndarray, np.ndarray]:
     """Indices (into a, into b) of the pairs of boxes that have an element in common.
 
-    Each side is (start, stop), int64 [boxes, dims]. Boxes are swept along the dim that separates them best, so that
-    the cost follows the pairs that meet there; 32 bytes of memory for each of at most `_BLOCK` of these.
+    Boxes are swept along the dim that separates them best, so that the cost follows the pairs that meet there; 32 bytes
+    of memory for each of at most `_BLOCK` of these.
     """
     (a_start, a_stop), (b_start, b_stop) = a, b
     dims = a_start.shape[1]

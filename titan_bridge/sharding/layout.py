@@ -64,14 +64,13 @@ class MeshLayout:
     def __post_init__(self) -> None:
         if not self.axes or len(set(self.axes)) != len(self.axes) or len(self.axes) != len(self.shape):
             raise BridgeError(
-                f"mesh axes {self.axes} with shape {self.shape}; give one size for each of distinct axes"
+                f"mesh axes {self.axes} of sizes {self.shape}; give one for each of distinct axes"
             )
         if not _are_ints(self.shape, least=1):
             raise BridgeError(f"mesh shape {self.shape}; every axis has at least size 1")
         if len(self.ranks) != math.prod(self.shape):
-            raise BridgeError(
-                f"{len(self.ranks)} ranks on a mesh of shape {self.shape}; it needs {math.prod(self.shape)}"
-            )
+            size = math.prod(self.shape)
+            raise BridgeError(f"{len(self.ranks)} ranks on a mesh of shape {self.shape}; it needs {size}")
         if len(set(self.ranks)) != len(self.ranks) or not _are_ints(self.ranks):
             raise BridgeError(f"the ranks of mesh {self.axes} must be distinct and not negative")
 

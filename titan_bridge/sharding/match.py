@@ -94,9 +94,7 @@ def match(
 
 def _check_shape(held: TensorMetadata, shape: tuple[int, ...], view: View) -> None:
     if held.shape != shape:
-        raise BridgeError(
-            f"{held.name} has shape {held.shape}; the view {view.name} -> {view.fqn} needs {shape}"
-        )
+        raise BridgeError(f"{held.name} has shape {held.shape}; view {view.name} -> {view.fqn} needs {shape}")
 
 
 def _check_cover(name: str, held: TensorMetadata, views: list[View], disjoint: set[tuple]) -> int:

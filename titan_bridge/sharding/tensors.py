@@ -67,9 +67,8 @@ class TensorMetadata:
         whole = Box.whole(self.shape)
         for chunk in self.chunks:
             if chunk.box.ndim != len(self.shape) or not whole.contains(chunk.box):
-                raise BridgeError(
-                    f"{self.name}: chunk {chunk.box} of {chunk.owner} is not inside shape {self.shape}"
-                )
+                where = f"{self.name}: chunk {chunk.box} of {chunk.owner}"
+                raise BridgeError(f"{where} is not inside shape {self.shape}")
 
     @classmethod
     def whole(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, *owners: Owner) -> TensorMetadata:
