@@ -43,9 +43,7 @@ def is_dcp(directory: Path) -> bool:
 def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
     """Open a DCP directory. Tensors under a top-level `model` entry lose that prefix.
 
-    Args:
-        extra: Look up optimizer state and other entries that are no model tensors, too.
-
+    `extra`: look up optimizer state and other entries that are no model tensors, too.
     Raises BridgeError: metadata that is damaged, hostile or of another version; files that are missing, too short or
     outside the directory; chunks that do not cover their tensor.
     """
@@ -68,44 +66,41 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
     tensors: dict[str, TensorMetadata] = {}
     others: dict[str, TensorMetadata] = {}
     blobs: dict[str, TensorMetadata] = {}
-    other: dict[str, tuple[Any, ...]] = {}
+    stands: dict[str, tuple[Any, ...]] = {}
     left_out, elsewhere = 0, []
     for fqn, entry in entries.items():
         if not _is_name(fqn):
             raise BridgeError(f"the name of an entry is {reprlib.repr(fqn)}")
-        kind, path = kind_of(entry), paths.get(fqn, (fqn,))
+        kind, path, own = kind_of(entry), paths.get(fqn, (fqn,)), places.get(fqn, {})
         if kind not in ("BytesStorageMetadata", "TensorStorageMetadata"):
             raise BridgeError(f"{fqn} is neither a tensor nor bytes")
-        name = _model_name(path) if kind == "TensorStorageMetadata" else None
+        is_tensor = kind == "TensorStorageMetadata"
+        name = _model_name(path) if is_tensor else None
         if name is None and not extra:
             left_out += 1
-            if kind == "TensorStorageMetadata" and path[0] not in TRAINING_STATE:
+            if is_tensor and path[0] not in TRAINING_STATE and fqn.split(".")[0] not in TRAINING_STATE:
                 elsewhere.append(fqn)
-            continue
-        own = places.get(fqn, {})
-        if kind == "BytesStorageMetadata":
+        elif is_tensor:
+            into = others if name is None else tensors
+            if (name or fqn) in into:
+                raise BridgeError(f"{name} appears twice")
+            into[name or fqn] = stored = _stored(name or fqn, fqn, entry, own, most_chunks)
+            most_chunks -= len(stored.chunks)
+        else:
             file, start, length = _known(own, None, fqn)
             chunk = Chunk(owner=file, offset=start, box=Box.whole((length,)))
             blobs[fqn] = TensorMetadata(name=fqn, shape=(length,), dtype=torch.uint8, chunks=(chunk,))
-            other[fqn] = path
-            continue
-        if name in tensors:
-            raise BridgeError(f"{name} appears twice")
-        stored = _stored(name or fqn, fqn, entry, own, most_chunks)
-        most_chunks -= len(stored.chunks)
-        if name is None:
-            others[fqn], other[fqn] = stored, path
-        else:
-            tensors[name] = stored
+        if name is None and extra:
+            stands[fqn] = path
     return Checkpoint(
         path=directory,
         format="dcp",
         tensors=tensors,
         extra_tensors=others,
         blobs=blobs,
-        paths=other,
+        paths=stands,
         left_out=left_out,
-        elsewhere=tuple(name for name in elsewhere if name.split(".")[0] not in TRAINING_STATE),
+        elsewhere=tuple(elsewhere),
         config=read_config(directory),
     )
 

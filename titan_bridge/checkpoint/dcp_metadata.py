@@ -43,8 +43,8 @@ def write_metadata(path: Path, tensors: Mapping[str, TensorMetadata], paths: Map
     """Write the `.metadata` file at `path`, in the classes that DCP's own reader unpickles.
 
     Args:
-        tensors: By FQN, with chunks in archives; several names may have the same chunks. Files are relative to `path`.
-            A chunk without an archive is an entry of bytes.
+        tensors: By FQN, with chunks in archives (one without is an entry of bytes); several names may have the same
+            chunks. Files are relative to `path`.
         paths: Where entries stand in the nested state dict, if not at the top.
     """
     entries: dict[str, Any] = {}

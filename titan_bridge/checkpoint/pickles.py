@@ -187,10 +187,8 @@ def load_file(path: Path, allowed: Mapping[str, Any], most: int) -> tuple[Any, i
 def loads(data: bytes, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> Any:
     """Read a pickle that names nothing but `allowed` and torch dtypes.
 
-    Args:
-        allowed: What stands for "module.name": a class of stand-ins, a function of a tuple of arguments, or a value.
-        persistent: What stands for data outside of the pickle, by its id.
-
+    `allowed` says what stands for "module.name": a class of stand-ins, a function of a tuple of arguments, or a value;
+    `persistent` what stands for data outside of the pickle, by its id.
     Raises BridgeError: any other name, and any pickle that is damaged.
     """
     try:

@@ -34,14 +34,6 @@ _PAIRS = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Packed:
-    """Names in the files of one tensor's values and scales."""
-
-    values: str
-    scales: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class ComputedCheckpoint(Checkpoint):
     """`raw`, a Hugging Face checkpoint, with some tensors computed where they are read."""
 
@@ -93,7 +85,8 @@ class ComputedCheckpoint(Checkpoint):
 class DequantizedCheckpoint(ComputedCheckpoint):
     """`raw` with the tensors in `packed` multiplied out; `tensors` and `config` are those of the result."""
 
-    packed: Mapping[str, _Packed]
+    packed: Mapping[str, tuple[str, str]]
+    """By tensor, the names of its values and scales in the files."""
     quantization: Quantization
 
     def computes(self, name: str) -> bool:
@@ -103,25 +96,25 @@ class DequantizedCheckpoint(ComputedCheckpoint):
         return (0, 1) if self.quantization.method == "fp8" else (0, 2, 1)
 
     def values(self, name: str, box: Box) -> torch.Tensor:
-        return (self._fp8 if self.quantization.method == "fp8" else self._mxfp4)(self.packed[name], box)
+        return (self._fp8 if self.quantization.method == "fp8" else self._mxfp4)(*self.packed[name], box)
 
-    def _fp8(self, packed: _Packed, box: Box) -> torch.Tensor:
-        values = self._read(packed.values, box).float()
+    def _fp8(self, values_name: str, scales_name: str, box: Box) -> torch.Tensor:
+        values = self._read(values_name, box).float()
         blocks = self.quantization.block
         start = tuple(a // n for a, n in zip(box.start, blocks, strict=True))
         stop = tuple(-(-b // n) for b, n in zip(box.stop, blocks, strict=True))
-        scales = self._read(packed.scales, Box(start=start, stop=stop)).float()
+        scales = self._read(scales_name, Box(start=start, stop=stop)).float()
         for dim, n in enumerate(blocks):
             skipped = box.start[dim] - start[dim] * n
             scales = scales.repeat_interleave(n, dim).narrow(dim, skipped, box.shape[dim])
         return values.mul_(scales)
 
-    def _mxfp4(self, packed: _Packed, box: Box) -> torch.Tensor:
+    def _mxfp4(self, values_name: str, scales_name: str, box: Box) -> torch.Tensor:
         (expert, column, row), (last_expert, last_column, last_row) = box.start, box.stop
         group, last_group = column // MXFP4_GROUP, -(-last_column // MXFP4_GROUP)
         start, stop = (expert, row, group), (last_expert, last_row, last_group)
-        bytes_ = self._read(packed.values, Box(start=(*start, 0), stop=(*stop, MXFP4_GROUP // 2)))
-        exponents = self._read(packed.scales, Box(start=start, stop=stop)).int() - 127
+        bytes_ = self._read(values_name, Box(start=(*start, 0), stop=(*stop, MXFP4_GROUP // 2)))
+        exponents = self._read(scales_name, Box(start=start, stop=stop)).int() - 127
         values = _PAIRS.index_select(0, bytes_.flatten().int()).view(*bytes_.shape[:3], MXFP4_GROUP)
         torch.ldexp(values, exponents.unsqueeze(-1), out=values)
         skipped = column - group * MXFP4_GROUP
@@ -149,7 +142,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             shape = _result_shape(checkpoint, how, stored, held[name + scales_end])
             chunks = tuple(replace(chunk, box=Box.whole(shape)) for chunk in stored.chunks)
             tensors[name] = TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=chunks)
-            packed[name] = _Packed(values=stored.name, scales=name + scales_end)
+            packed[name] = stored.name, name + scales_end
         elif stored.dtype.itemsize == 1:
             raise BridgeError(f"{checkpoint.path}: {stored.name} has dtype {stored.dtype} and no scales")
         else:

@@ -58,10 +58,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     source = under_hf_names(source, config)
     if options.dtype is not None:
         _check_not_quantized(source, config)
-    if source.format == options.to:
-        tensors = same_names(source, options.dtype)
-    else:
-        tensors = _between(options, source, config)
+    same = source.format == options.to
+    tensors = same_names(source, options.dtype) if same else _between(options, source, config)
     if extra:
         others = [replace(stored, chunks=()) for stored in source.extra_tensors.values()]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
@@ -163,11 +161,11 @@ def _between(options: Options, source: Checkpoint, config: Mapping[str, Any] | N
 
 
 def _target(options: Options, tensors: TensorMap, source: Checkpoint, team: Team) -> Target:
-    most = options.max_shard_size
-    if team.size > 1:
-        # A file belongs to one process, so there must be one for each at least.
-        total = sum(tensor.nbytes for tensor in tensors.tensors)
-        most = min(most, math.ceil(total / team.size))
+    # A file belongs to one process, so there must be one for each at least.
+    total = sum(tensor.nbytes for tensor in tensors.tensors)
+    most = (
+        min(options.max_shard_size, math.ceil(total / team.size)) if team.size > 1 else options.max_shard_size
+    )
     if options.to == "hf":
         return hf_target(tensors.tensors, most)
     return dcp_target(tensors.tensors, most, aliases=tensors.aliases, blobs=source.blobs)

@@ -58,9 +58,7 @@ def is_torch_checkpointing(directory: Path) -> bool:
 def open_torch_checkpointing(directory: Path, *, extra: bool = False) -> Checkpoint:
     """Open a folder: the tensors of the item `model` under their own names.
 
-    Args:
-        extra: Look up the tensors of other items, too; they are called ITEM.NAME.
-
+    `extra`: look up the tensors of other items, too; they are called ITEM.NAME.
     Raises BridgeError: metadata that is damaged, hostile or of another version; several ranks without metadata; tensors
     that are missing, are not what the metadata says, or do not make up the whole.
     """
