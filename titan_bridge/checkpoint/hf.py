@@ -16,16 +16,14 @@ from titan_bridge.sharding.tensors import TensorMetadata
 
 _NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 CARRIED = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template*",
-    "preprocessor_config.json",
+    *(
+        "generation_config.json",
+        "preprocessor_config.json",
+        "chat_template*",
+        "tokenizer*.json",
+        "tokenizer*.model",
+    ),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
 """Patterns of small files that go with the weights wherever they go."""
 
@@ -49,7 +47,10 @@ def open_hf(directory: Path) -> Checkpoint:
         files = dict.fromkeys(_all_numbered(directory))
     else:
         wanted: dict[Path, set[str]] = {}
-        for name, file in _weight_map(index).items():
+        named = read_json_object(index).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise BridgeError(f"{index} has no weight_map; it must name the file of each tensor")
+        for name, file in named.items():
             wanted.setdefault(inside(directory, file, str(index)), set()).add(name)
         files = dict(sorted(wanted.items()))
     for path, names in files.items():
@@ -70,9 +71,7 @@ def open_hf(directory: Path) -> Checkpoint:
 def read_config(directory: Path) -> dict[str, Any] | None:
     """Parsed config.json, or None where there is none. Raises BridgeError for one that is not a JSON object."""
     path = directory / "config.json"
-    if not path.is_file():
-        return None
-    return read_json_object(path)
+    return read_json_object(path) if path.is_file() else None
 
 
 def carried_files(directory: Path) -> list[Path]:
@@ -96,10 +95,3 @@ def _all_numbered(directory: Path) -> list[Path]:
     if missing:
         raise BridgeError(f"{directory} lacks part {min(missing)} of {max(counts)}, and {INDEX}; copy it too")
     return list(found)
-
-
-def _weight_map(index: Path) -> dict[str, Any]:
-    data = read_json_object(index).get("weight_map")
-    if not isinstance(data, dict) or not data:
-        raise BridgeError(f"{index} has no weight_map; it must name the file of each tensor")
-    return data

@@ -20,8 +20,7 @@ from titan_bridge.checkpoint.dcp import is_dcp
 from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
-from titan_bridge.checkpoint.names import under_hf_names
-from titan_bridge.checkpoint.open import open_checkpoint, refuse_remote
+from titan_bridge.checkpoint.open import open_checkpoint, refuse_remote, under_hf_names
 from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.checkpoint.target import Target, dcp_target, hf_target

@@ -1,7 +1,8 @@
-"""Checksums: those that a source has of its own, and those that were taken while a file was written."""
+"""Checksums: those of a source, those taken while a file was written, and a digest that tells checkpoints apart."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError, about
 
 _BUFFER_BYTES = 16 << 20
+_SAMPLES = 64
+"""Places in each file that are looked at; training changes nearly every weight."""
+_SAMPLE_BYTES = 512
 
 
 def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] = lambda count: None) -> bool:
@@ -56,3 +60,27 @@ def is_as_written(path: Path, crc: int, advance: Callable[[int], None] = lambda 
     except OSError as error:
         raise BridgeError(f"{path} cannot be read: {error.strerror}") from None
     return found == crc
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """A digest of names, shapes, dtypes, file sizes and samples of every file.
+
+    It is the same for copies in other folders or on other machines. It differs between two steps of a run, or two
+    models of one size, unless they differ in a few places only. Raises BridgeError: a file that cannot be read.
+    """
+    hashed = hashlib.sha256(checkpoint.format.encode())
+    files = set()
+    for name, stored in sorted(checkpoint.tensors.items()):
+        hashed.update(repr((name, stored.shape, stored.dtype)).encode())
+        files.update(chunk.path for chunk in stored.chunks)
+    for path in sorted(files):
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                hashed.update(repr((str(path.relative_to(checkpoint.path)), size)).encode())
+                for sample in range(_SAMPLES):
+                    offset = size * sample // _SAMPLES
+                    hashed.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
+        except OSError as error:
+            raise BridgeError(f"{path} cannot be read: {error.strerror}") from None
+    return hashed.hexdigest()
