@@ -12,7 +12,7 @@ import numpy as np
 
 from titan_bridge.sharding.match import Item
 from titan_bridge.sharding.moves import Group
-from titan_bridge.sharding.overlap import Geometry
+from titan_bridge.sharding.sides import Geometry
 from titan_bridge.sharding.tensors import Owner, TensorMetadata
 
 

@@ -11,8 +11,7 @@ import torch
 
 from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.match import Item
-from titan_bridge.sharding.overlap import Geometry
-from titan_bridge.sharding.sides import Side
+from titan_bridge.sharding.sides import Geometry, Side
 from titan_bridge.sharding.tensors import Owner
 
 

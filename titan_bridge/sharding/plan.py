@@ -24,8 +24,7 @@ from titan_bridge.sharding.balance import Ledger, choose
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.match import Item, match
 from titan_bridge.sharding.moves import Copy, Group, copies_of, ends
-from titan_bridge.sharding.overlap import Geometry
-from titan_bridge.sharding.sides import external_frame, identity_frame, side_of, titan_frame
+from titan_bridge.sharding.sides import Geometry, external_frame, identity_frame, side_of, titan_frame
 from titan_bridge.sharding.tensors import Owner, TensorMetadata, by_name
 from titan_bridge.sharding.view import View
 
