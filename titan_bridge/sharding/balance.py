@@ -1,11 +1,12 @@
-"""Which replica sends: equal loads, deterministically.
+"""Which replica sends: equal loads, the same way every time.
 
-Greedy in bulk. Copies of the same size that any replica of one shard can send are dealt out together, by
-filling the least loaded replicas up to a common level, as water does; large ones first.
+Copies of one size that any replica of a shard can send are dealt out together, by filling the least loaded replicas up
+to a common level, as water does; large ones first.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -96,7 +97,8 @@ class Ledger:
     def __init__(self, tensors: Iterable[TensorMetadata]) -> None:
         self.index: dict[Owner, int] = {}
         self._numbers: dict[tuple[Owner, ...], np.ndarray] = {}
-        self.lacking: dict[tuple[int, ...], int] = {}
+        self.lacking: Counter[tuple[int, ...]] = Counter()
+        """Bytes that one of several owners has to send, by their numbers."""
         for owners in dict.fromkeys(tensor.owners for tensor in tensors):
             numbers = [self.index.setdefault(owner, len(self.index)) for owner in owners]
             self._numbers[owners] = np.asarray(numbers, dtype=np.int32)
@@ -105,11 +107,6 @@ class Ledger:
     def numbers(self, tensor: TensorMetadata) -> np.ndarray:
         """The numbers of a tensor's owners, by slot; equal owners give the same array object."""
         return self._numbers[tensor.owners]
-
-    def lack(self, senders: np.ndarray, amount: int) -> None:
-        """Count bytes that one of `senders` (numbers, by slot) has to send."""
-        key = tuple(sorted(set(senders.tolist())))
-        self.lacking[key] = self.lacking.get(key, 0) + amount
 
     def floor(self) -> int:
         """See `Plan.load_floor`."""
@@ -128,9 +125,10 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
     pair_slots = geometry.destination.slots[geometry.pair_destination]
     size = geometry.pair_elements * width
     shape = (*pair_slots.shape, len(items))
+    local = np.zeros(shape, dtype=bool) if colocated else np.broadcast_to(False, shape)
     if geometry.source.slots.shape[1] <= 1 and not colocated:
         # Nothing to choose: look at all tensors at once, also where each lies in another file.
-        choice, local = np.broadcast_to(np.int16(0), shape), np.broadcast_to(False, shape)
+        choice = np.broadcast_to(np.int16(0), shape)
         copies = (pair_slots >= 0).sum(axis=1)
         if len(size):
             slot = geometry.source.slots[geometry.pair_source, 0]
@@ -138,10 +136,9 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
             pair, replica = np.nonzero(pair_slots >= 0)
             _add(ledger.received, destinations[:, pair_slots[pair, replica]], size[pair])
         for item in items:
-            ledger.lack(ledger.numbers(item.source), int((size * copies).sum()))
+            ledger.lacking[tuple(np.unique(ledger.numbers(item.source)))] += int((size * copies).sum())
         return Group(geometry, tuple(items), width, sources, destinations, choice, local)
     choice = np.zeros(shape, dtype=np.int16)
-    local = np.zeros(shape, dtype=bool) if colocated else np.broadcast_to(False, shape)
     same: dict[tuple[int, int], list[int]] = {}
     for tensor, item in enumerate(items):
         key = (id(ledger.numbers(item.source)), id(ledger.numbers(item.destination)))
@@ -166,7 +163,7 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
         there = (_at(destinations[first], geometry.destination.slots) >= 0).sum(axis=1)
         lacking = int(((geometry.need - geometry.missing) * there).sum()) * width
         lacking -= int((size * (own >= 0).sum(axis=1)).sum())
-        ledger.lack(sources[first], lacking * n)
+        ledger.lacking[tuple(np.unique(sources[first]))] += lacking * n
     return Group(geometry, tuple(items), width, sources, destinations, choice, local)
 
 

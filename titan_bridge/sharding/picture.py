@@ -294,26 +294,21 @@ def _ranges(ranks: list[int]) -> str:
 def _bars(axes: Axes, layout: Layout) -> None:
     """Bytes on each rank, stacked by module."""
     load = load_of(layout)
-    modules = _by_module(layout)
-    largest = sorted(modules, key=lambda module: -int(modules[module].sum()))
-    bottom = np.zeros(len(load), dtype=np.int64)
+    modules = sorted(_by_module(layout).items(), key=lambda item: -item[1].sum())
+    shown = [(module, size) for module, size in modules[:_MODULES] if size.any()]
+    if rest := [size for _, size in modules[_MODULES:]]:
+        shown.append(("others", np.sum(rest, axis=0)))
     edges = np.arange(len(load) + 1) - 0.5
-    for i, module in enumerate([*largest[:_MODULES], "others"]):
-        members = largest[_MODULES:] if module == "others" else [module]
-        size = sum((modules[member] for member in members), np.zeros_like(bottom))
-        if not size.any():
-            continue
-        colour, share = colormaps["tab20"](i), size.sum() / max(sum(load.values()), 1)
-        label = f"{module}  {human(int(size.max()))}" + (f"  {share:.0%}" if share >= 0.005 else "")
-        # One outline for each module: bars of their own take seconds at a thousand ranks.
-        axes.stairs(bottom + size, edges, baseline=bottom, fill=True, label=label, color=colour)
-        bottom = bottom + size
-    limit = float(bottom.max(initial=1)) or 1.0
+    total = max(sum(load.values()), 1)
+    labels = [f"{module}  {human(size.max())}  {size.sum() / total:.0%}" for module, size in shown]
+    # One outline for each module: bars of their own take seconds at a thousand ranks.
+    heights = [np.append(size, size[-1]) for _, size in shown]
+    axes.stackplot(edges, heights, labels=labels, step="post", colors=_HUES)
+    limit = float(max(load.values(), default=1)) or 1.0
     axes.set_title("bytes on each rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK)
     if len(load) <= 64:
         axes.vlines(edges, 0, limit, color="white", linewidth=2)
-    axes.set_ylim(0, limit * 1.05)
-    axes.set_xlim(-0.5, len(load) - 0.5)
+    axes.set(ylim=(0, limit * 1.05), xlim=(-0.5, len(load) - 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=min(32, len(load)), integer=True))
     names = dict(enumerate(map(str, load)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(int(value), "")))

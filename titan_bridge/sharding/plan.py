@@ -13,6 +13,7 @@ model of 1 T parameters takes about a second. A plan stays compact: `copies()` w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,15 +99,15 @@ class Plan:
 
     def by_tensor(self) -> dict[str, int]:
         """Bytes that travel for each destination tensor."""
-        result: dict[str, int] = {}
+        result: Counter[str] = Counter()
         for group, tensors in self._blocks():
             geometry = group.geometry
             there = (geometry.destination.slots >= 0)[geometry.pair_destination][:, :, None]
             count = (there & ~group.local[:, :, tensors]).sum(axis=1)
             sums = (geometry.pair_elements * group.itemsize) @ count
             for item, total in zip(group.items[tensors], sums.tolist(), strict=True):
-                result[item.destination.name] = result.get(item.destination.name, 0) + total
-        return result
+                result[item.destination.name] += total
+        return dict(result)
 
     def copies(self, *, source: Owner | None = None, destination: Owner | None = None) -> Iterator[Copy]:
         """All copies, or those from one owner, or to one, or both; in the same order every time."""
@@ -182,13 +183,13 @@ def plan(
 def _alike(item: Item) -> tuple:
     """Equal for items with the same geometry."""
     view = item.view
-    key: tuple[object, ...] = ()
+    key: list[object] = []
     if view is not None:
-        key = (item.external_source, view.shape, view.factors, view.index, view.permute)
+        key += [item.external_source, view.shape, view.factors, view.index, view.permute]
     for tensor in (item.source, item.destination):
-        where = (tensor.on.mesh.shape, tensor.on.placements) if tensor.on else [c.box for c in tensor.chunks]
-        key = (key, tensor.shape, *where)
-    return key
+        key += [tensor.shape, tensor.on and (tensor.on.mesh.shape, tensor.on.placements)]
+        key += [chunk.box for chunk in tensor.chunks]
+    return tuple(key)
 
 
 def _geometry(item: Item) -> Geometry:

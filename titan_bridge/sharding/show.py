@@ -158,9 +158,9 @@ def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = Tr
 
 def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
     """Bytes by tensor group, the rank pairs with most traffic, lower bound and balance, as plain data."""
-    groups: dict[str, int] = {}
+    groups: Counter[str] = Counter()
     for name, nbytes in plan.by_tensor().items():
-        groups[pattern_of(name)] = groups.get(pattern_of(name), 0) + nbytes
+        groups[pattern_of(name)] += nbytes
     owners = [owner if isinstance(owner, int) else str(owner) for owner in plan.owners]
     traffic = plan.traffic()
     largest = np.argsort(-traffic, axis=None, kind="stable")[:pairs]
@@ -170,7 +170,7 @@ def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
         "copies": plan.copies_count,
         "balance": plan.balance,
         "balance_floor": plan.balance_floor,
-        "by_group": groups,
+        "by_group": dict(groups),
         "sent": {str(owner): nbytes for owner, nbytes in plan.sent.items()},
         "received": {str(owner): nbytes for owner, nbytes in plan.received.items()},
         "pairs": int((traffic > 0).sum()),
