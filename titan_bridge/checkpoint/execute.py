@@ -33,6 +33,8 @@ WORKER_BYTES = STRIP_BYTES + SCRATCH_BYTES + SPAN_BYTES
 _CALL_BYTES = 512 << 10
 """Most bytes of one write. Where a host takes free memory back, those of 2 MB and more were measured four to twelve
 times as slow: it seems that Linux fills pages of 2 MB for them, which are then new ones."""
+Progress = Callable[[int], None]
+"""Told of bytes, from any thread."""
 _Span = tuple[int, int, int]
 """What was written: (offset, length, CRC-32)."""
 
@@ -61,10 +63,8 @@ class _Open:
 class Executor:
     """Writes files of a job into a staging directory, one after the other."""
 
-    def __init__(
-        self, job: Job, staging: Staging, files: Sequence[OutFile], advance: Callable[[int], None]
-    ) -> None:
-        """`files`: those of this process that are not done yet. `advance` is told of bytes written, from any thread."""
+    def __init__(self, job: Job, staging: Staging, files: Sequence[OutFile], advance: Progress) -> None:
+        """`files`: those of this process that are not done yet. `advance` is told of bytes written."""
         self._job, self._staging, self._files, self._advance = job, staging, files, advance
         self._strips = {tensor.name: tensor for tensor in job.target.tensors()}
         self._buffers = threading.local()

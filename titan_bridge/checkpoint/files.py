@@ -34,8 +34,7 @@ _OPEN_FILES = 64
 
 
 def inside(directory: Path, name: object, what: str) -> Path:
-    """`directory / name`, refused unless it is a plain relative path that stays in the directory.
-    Raises BridgeError: not a string, empty, absolute, with `..`, with a NUL, or with a backslash."""
+    """`directory / name`. Raises BridgeError unless it is a plain relative path that stays in the directory."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         raise BridgeError(f"{what} names the file {name!r}; it must be a relative path inside {directory}")
     path = PurePosixPath(name)
@@ -148,21 +147,21 @@ class FilePool:
         length = out.nbytes // len(starts)
         file = self._open(path)
         try:
-            for at, start in enumerate(starts):
-                _read(file.descriptor, path, start, out[at * length : (at + 1) * length])
+            for first, start in enumerate(starts):
+                done, part = 0, out[first * length : (first + 1) * length]
+                while done < length:
+                    if not (count := os.preadv(file.descriptor, [part[done:]], start + done)):
+                        raise _too_short(path, start + done, start + length)
+                    done += count
         except OSError as error:
             raise BridgeError(f"{path} cannot be read: {error}") from None
         with self._lock:
             self.bytes_read += wanted
 
     def fetch(self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor) -> None:
-        """Copy a window of a contiguous tensor in a file into `out`, casting to its dtype.
+        """Copy a window of a contiguous tensor in a file into `out` (as large as the window, any strides, any dtype).
 
-        Args:
-            base: Byte where the tensor starts in the file; need not be aligned.
-            dtype: Of the tensor in the file.
-            window: What to read.
-            out: As large as the window (`window.size`), any strides.
+        `base`: byte where the tensor (of `dtype`) starts in the file; need not be aligned.
         """
         width = dtype.itemsize
         if not math.prod(window.size):
@@ -226,15 +225,6 @@ class FilePool:
             if len(self._files) > _OPEN_FILES:
                 del self._files[next(iter(self._files))]
             return self._files[path]
-
-
-def _read(descriptor: int, path: Path, offset: int, out: memoryview) -> None:
-    done, length = 0, out.nbytes
-    while done < length:
-        count = os.preadv(descriptor, [out[done:]], offset + done)
-        if count == 0:
-            raise _too_short(path, offset + done, offset + length)
-        done += count
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

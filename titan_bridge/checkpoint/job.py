@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.checkpoint.dcp_metadata import write_metadata
-from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor
+from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Progress
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
@@ -29,8 +30,6 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import dtype_name
 from titan_bridge.sharding.plan import Plan
 
-Progress = Callable[[int], None]
-"""Told of bytes, from any thread."""
 _SMALL = 64 << 20
 """Bytes allowed for plans and headers when the memory is estimated."""
 
@@ -129,30 +128,24 @@ class Job:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def run(self, advance: Callable[[str, int], None] = lambda what, count: None) -> Outcome:
-        """Write, verify if asked to, and publish.
-
-        Args:
-            advance: Told of progress: ("check", "write" or "verify", bytes), from any thread.
-
-        Raises BridgeError: a full disk, a source that changes under the run, or whatever another process met.
-        """
+        """Write, verify if asked to, and publish; `advance` is told ("check", "write" or "verify", bytes).
+        Raises BridgeError: a full disk, a source that changes under the run, or whatever another process met."""
         options, team = self.options, self.team
         staging = Staging(options.target)
         checked = [False]
         try:
             if options.verify:
-                checked = team.each(lambda: check_source(self.source, team, lambda n: advance("check", n)))
+                checked = team.each(lambda: check_source(self.source, team, partial(advance, "check")))
             team.first(lambda: self._begin(staging))
             found = team.first(staging.results)
-            kept = team.each(lambda: self._kept(staging, found, lambda n: advance("verify", n)))
+            kept = team.each(lambda: self._kept(staging, found, partial(advance, "verify")))
             done = {name: result for own in kept for name, result in own.items()}
             mine = [file for file in self._share() if file.name not in done]
-            executor = Executor(self, staging, mine, lambda count: advance("write", count))
-            new = team.each(executor.run)
+            new = team.each(Executor(self, staging, mine, partial(advance, "write")).run)
             found = done | {result.file: result for own in new for result in own}
             results = [found[file.name] for file in self.target.files]
             if options.verify:
-                team.each(lambda: self._verify(staging, new[team.rank], lambda n: advance("verify", n)))
+                team.each(lambda: self._verify(staging, new[team.rank], partial(advance, "verify")))
             read = sum(team.each(lambda: self.source.bytes_read))
             lost = self._lost() if team.rank == 0 else {}
             team.first(lambda: self._publish(staging, results))
@@ -182,14 +175,14 @@ class Job:
         staging.check(overwrite=self.options.overwrite)  # `begin` may have put back what was being replaced
 
     def _kept(
-        self, staging: Staging, found: Mapping[str, FileResult], advance: Progress
+        self, staging: Staging, found: dict[str, FileResult], advance: Progress
     ) -> dict[str, FileResult]:
         """Of the files that an earlier run finished, those of this process that are as they were written."""
         kept = {}
-        for file in self._share():
-            path, result = staging.path / file.name, found.get(file.name)
-            there = result is not None and path.is_file() and path.stat().st_size == file.size
-            if result is not None and there and is_as_written(path, result.crc, advance):
+        for file in [file for file in self._share() if file.name in found]:
+            path, result = staging.path / file.name, found[file.name]
+            there = path.is_file() and path.stat().st_size == file.size
+            if there and is_as_written(path, result.crc, advance):
                 kept[file.name] = result
         return kept
 
@@ -199,10 +192,8 @@ class Job:
         for path in bad:
             path.unlink()  # so that it is not taken for finished
         if bad:
-            raise BridgeError(
-                f"{bad[0]} is not what was written; the disk or the memory is at fault. "
-                "--resume writes again what is bad"
-            )
+            what = "is not what was written; the disk or the memory is at fault. --resume writes again what is bad"
+            raise BridgeError(f"{bad[0]} {what}")
 
     def _share(self) -> list[OutFile]:
         """The files of this process: the largest first to whoever has least, the same on all of them."""
