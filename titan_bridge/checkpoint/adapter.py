@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +72,7 @@ def write_dcp(source: Path, target: Path, *, hf: Mapping[str, Any]) -> int:
     return len(tensors)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergedCheckpoint(ComputedCheckpoint):
-    """`raw` with a LoRA adapter's products added to its weights; they are multiplied where they are read."""
-
-    products: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    """Scaled B `(out, rank)` and A `(rank, in)` by the weight's name, float32."""
-
-    def computes(self, name: str) -> bool:
-        return name in self.products
-
-    def values(self, name: str, box: Box) -> torch.Tensor:
-        b, a = self.products[name]
-        rows, columns = box.slices
-        return torch.addmm(self._read(name, box).float(), b[rows], a[:, columns])
-
-
-def merged(checkpoint: Checkpoint, adapter: Path) -> MergedCheckpoint:
+def merged(checkpoint: Checkpoint, adapter: Path) -> ComputedCheckpoint:
     """A Hugging Face checkpoint with a PEFT folder's adapter in it.
     Raises BridgeError: another format, no plain LoRA, or matrices that fit no weight."""
     if checkpoint.format != "hf":
@@ -96,18 +81,25 @@ def merged(checkpoint: Checkpoint, adapter: Path) -> MergedCheckpoint:
         )
     config, held = _read_adapter(adapter)
     scale = config["lora_alpha"] / config["r"]
-    products, shapes = {}, {}
+    compute, shapes = {}, {}
     for name in [name for name in held if name.endswith(f".lora_A{WEIGHT}")]:
         stem = name.removesuffix(f".lora_A{WEIGHT}")
         weight = stem.removeprefix(PREFIX) + WEIGHT
         a, b = held.pop(name).float(), held.pop(f"{stem}.lora_B{WEIGHT}", torch.zeros(0, 0)).float()
-        products[weight], shapes[weight] = (b * scale, a), (b.shape[0], a.shape[1])
+        compute[weight] = partial(_sum, checkpoint, weight, b * scale, a)
+        shapes[weight] = b.shape[0], a.shape[1]
     stored = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     left = sorted([*held, *(name for name, shape in shapes.items() if stored.get(name) != shape)])
     if left:
         raise BridgeError(f"--merge-lora {adapter}: {', '.join(left[:3])} fit no weight of {checkpoint.path}")
     stated = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    return MergedCheckpoint(**stated, raw=checkpoint, products=products)
+    return ComputedCheckpoint(**stated, raw=checkpoint, compute=compute)
+
+
+def _sum(raw: Checkpoint, name: str, b: torch.Tensor, a: torch.Tensor, box: Box) -> torch.Tensor:
+    """A box of a weight with the product of B `(out, rank)`, scaled, and A `(rank, in)`, both float32, added."""
+    rows, columns = box.slices
+    return torch.addmm(raw.read(name, box).float(), b[rows], a[:, columns])
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

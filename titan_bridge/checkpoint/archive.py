@@ -28,18 +28,14 @@ from titan_bridge.sharding.boxes import contiguous_stride
 from titan_bridge.sharding.moves import row_major
 
 _STORAGES = {
-    torch.float64: "DoubleStorage",
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.int64: "LongStorage",
-    torch.int32: "IntStorage",
-    torch.int16: "ShortStorage",
-    torch.int8: "CharStorage",
-    torch.uint8: "ByteStorage",
-    torch.bool: "BoolStorage",
-    torch.complex64: "ComplexFloatStorage",
-    torch.complex128: "ComplexDoubleStorage",
+    **{torch.float64: "DoubleStorage", torch.float32: "FloatStorage", torch.float16: "HalfStorage"},
+    **{torch.bfloat16: "BFloat16Storage", torch.int64: "LongStorage", torch.int32: "IntStorage"},
+    **{torch.int16: "ShortStorage", torch.int8: "CharStorage", torch.uint8: "ByteStorage"},
+    **{
+        torch.complex64: "ComplexFloatStorage",
+        torch.complex128: "ComplexDoubleStorage",
+        torch.bool: "BoolStorage",
+    },
 }
 _MOST_PICKLE = 1 << 20
 _PIECE_BYTES = 8 << 20

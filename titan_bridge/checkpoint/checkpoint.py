@@ -122,11 +122,12 @@ class Checkpoint:
                 target = out[common.relative_to(box.start).slices]
                 self.fetch_window(stored, chunk, window, target)
 
-    def read(self, name: str) -> torch.Tensor:
-        """A whole tensor, in its own dtype."""
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """A whole tensor, or a box of it (global coordinates), in its own dtype."""
         stored = self.tensor(name)
-        out = torch.empty(stored.shape, dtype=stored.dtype)
-        self.read_into(name, Box.whole(stored.shape), out)
+        box = box or Box.whole(stored.shape)
+        out = torch.empty(box.shape, dtype=stored.dtype)
+        self.read_into(name, box, out)
         return out
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,21 +39,13 @@ class ComputedCheckpoint(Checkpoint):
     """`raw`, a Hugging Face checkpoint, with some tensors computed where they are read."""
 
     raw: Checkpoint
-
-    def computes(self, name: str) -> bool:
-        """Whether a tensor is computed, and not what the file says."""
-        raise NotImplementedError
-
-    def values(self, name: str, box: Box) -> torch.Tensor:
-        """A box of a tensor that is computed, in float32, contiguous."""
-        raise NotImplementedError
-
-    def order(self) -> Sequence[int]:
-        """For each dim of such a tensor, how far out it stands in the file."""
-        return (0, 1)
+    compute: Mapping[str, Callable[[Box], torch.Tensor]]
+    """By name of such a tensor: what makes a box of it, in float32, contiguous."""
+    order: tuple[int, ...] = (0, 1)
+    """For each dim of such a tensor, how far out it stands in the file."""
 
     def fetch_window(self, stored: TensorMetadata, chunk: Chunk, window: Window, out: torch.Tensor) -> None:
-        if not self.computes(stored.name):
+        if stored.name not in self.compute:
             self.raw.fetch_window(stored, chunk, window, out)
             return
         if not math.prod(window.size):
@@ -64,7 +57,7 @@ class ComputedCheckpoint(Checkpoint):
         )
         steps = np.array([place - origin for place in ahead]).reshape(len(ahead), len(origin))
         # Along the outermost dim of the file first, so that a piece lies together there.
-        far_out = np.array(self.order())[steps.argmax(axis=1)]
+        far_out = np.array(self.order)[steps.argmax(axis=1)]
         order = sorted(range(len(ahead)), key=lambda i: (far_out[i], -window.stride[i]))
         for index in _cut(window.size, order, _PIECE):
             size = tuple(part.stop - part.start for part in index)
@@ -72,53 +65,31 @@ class ComputedCheckpoint(Checkpoint):
             last = first + (np.array(size) - 1) @ steps
             box = Box(start=tuple(first.tolist()), stop=tuple((last + 1).tolist()))
             stride = tuple((steps @ np.array(contiguous_stride(box.shape))).tolist())
-            values = self.values(stored.name, box)
+            values = self.compute[stored.name](box)
             out[index].copy_(Window(size=size, stride=stride, offset=0).of(values))
 
-    def _read(self, name: str, box: Box) -> torch.Tensor:
-        out = torch.empty(box.shape, dtype=self.raw.tensor(name).dtype)
-        self.raw.read_into(name, box, out)
-        return out
+
+def _fp8(raw: Checkpoint, how: Quantization, values_name: str, scales_name: str, box: Box) -> torch.Tensor:
+    values = raw.read(values_name, box).float()
+    start = tuple(a // n for a, n in zip(box.start, how.block, strict=True))
+    stop = tuple(-(-b // n) for b, n in zip(box.stop, how.block, strict=True))
+    scales = raw.read(scales_name, Box(start=start, stop=stop)).float()
+    for dim, n in enumerate(how.block):
+        skipped = box.start[dim] - start[dim] * n
+        scales = scales.repeat_interleave(n, dim).narrow(dim, skipped, box.shape[dim])
+    return values.mul_(scales)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DequantizedCheckpoint(ComputedCheckpoint):
-    """`raw` with the tensors in `packed` multiplied out; `tensors` and `config` are those of the result."""
-
-    packed: Mapping[str, tuple[str, str]]
-    """By tensor, the names of its values and scales in the files."""
-    quantization: Quantization
-
-    def computes(self, name: str) -> bool:
-        return name in self.packed
-
-    def order(self) -> Sequence[int]:
-        return (0, 1) if self.quantization.method == "fp8" else (0, 2, 1)
-
-    def values(self, name: str, box: Box) -> torch.Tensor:
-        return (self._fp8 if self.quantization.method == "fp8" else self._mxfp4)(*self.packed[name], box)
-
-    def _fp8(self, values_name: str, scales_name: str, box: Box) -> torch.Tensor:
-        values = self._read(values_name, box).float()
-        blocks = self.quantization.block
-        start = tuple(a // n for a, n in zip(box.start, blocks, strict=True))
-        stop = tuple(-(-b // n) for b, n in zip(box.stop, blocks, strict=True))
-        scales = self._read(scales_name, Box(start=start, stop=stop)).float()
-        for dim, n in enumerate(blocks):
-            skipped = box.start[dim] - start[dim] * n
-            scales = scales.repeat_interleave(n, dim).narrow(dim, skipped, box.shape[dim])
-        return values.mul_(scales)
-
-    def _mxfp4(self, values_name: str, scales_name: str, box: Box) -> torch.Tensor:
-        (expert, column, row), (last_expert, last_column, last_row) = box.start, box.stop
-        group, last_group = column // MXFP4_GROUP, -(-last_column // MXFP4_GROUP)
-        start, stop = (expert, row, group), (last_expert, last_row, last_group)
-        bytes_ = self._read(values_name, Box(start=(*start, 0), stop=(*stop, MXFP4_GROUP // 2)))
-        exponents = self._read(scales_name, Box(start=start, stop=stop)).int() - 127
-        values = _PAIRS.index_select(0, bytes_.flatten().int()).view(*bytes_.shape[:3], MXFP4_GROUP)
-        torch.ldexp(values, exponents.unsqueeze(-1), out=values)
-        skipped = column - group * MXFP4_GROUP
-        return values.flatten(2).narrow(2, skipped, last_column - column).transpose(1, 2).contiguous()
+def _mxfp4(raw: Checkpoint, how: Quantization, values_name: str, scales_name: str, box: Box) -> torch.Tensor:
+    (expert, column, row), (last_expert, last_column, last_row) = box.start, box.stop
+    group, last_group = column // MXFP4_GROUP, -(-last_column // MXFP4_GROUP)
+    start, stop = (expert, row, group), (last_expert, last_row, last_group)
+    bytes_ = raw.read(values_name, Box(start=(*start, 0), stop=(*stop, MXFP4_GROUP // 2)))
+    exponents = raw.read(scales_name, Box(start=start, stop=stop)).int() - 127
+    values = _PAIRS.index_select(0, bytes_.flatten().int()).view(*bytes_.shape[:3], MXFP4_GROUP)
+    torch.ldexp(values, exponents.unsqueeze(-1), out=values)
+    skipped = column - group * MXFP4_GROUP
+    return values.flatten(2).narrow(2, skipped, last_column - column).transpose(1, 2).contiguous()
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
@@ -131,8 +102,10 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
     if dtype is None:
         raise BridgeError(f"{checkpoint.path}/config.json: dtype is not one of {', '.join(_DTYPES)}")
-    held, tensors, packed = checkpoint.tensors, {}, {}
-    values_end, scales_end = ("", "_scale_inv") if how.method == "fp8" else ("_blocks", "_scales")
+    held, tensors, compute = checkpoint.tensors, {}, {}
+    values_end, scales_end, computed, order = "_blocks", "_scales", _mxfp4, (0, 2, 1)
+    if how.method == "fp8":
+        values_end, scales_end, computed, order = "", "_scale_inv", _fp8, (0, 1)
     for stored in held.values():
         name = stored.name.removesuffix(values_end)
         if stored.name.endswith(scales_end):
@@ -142,20 +115,20 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             shape = _result_shape(checkpoint, how, stored, held[name + scales_end])
             chunks = tuple(replace(chunk, box=Box.whole(shape)) for chunk in stored.chunks)
             tensors[name] = TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=chunks)
-            packed[name] = stored.name, name + scales_end
+            compute[name] = partial(computed, checkpoint, how, stored.name, name + scales_end)
         elif stored.dtype.itemsize == 1:
             raise BridgeError(f"{checkpoint.path}: {stored.name} has dtype {stored.dtype} and no scales")
         else:
             tensors[stored.name] = stored
-    return DequantizedCheckpoint(
+    return ComputedCheckpoint(
         path=checkpoint.path,
         format=checkpoint.format,
         tensors=tensors,
         config=without_quantization(config),
         pool=checkpoint.pool,
         raw=checkpoint,
-        packed=packed,
-        quantization=how,
+        compute=compute,
+        order=order,
     )
 
 
