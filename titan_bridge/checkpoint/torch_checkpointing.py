@@ -29,6 +29,7 @@ from titan_bridge.errors import BridgeError, about, few
 from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, Piece, fsdp_is_exact, local_shape_of, pieces_of
 from titan_bridge.sharding.layout import MeshLayout, torch_dtype
+from titan_bridge.sharding.spec import placement_from_str
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 METADATA = "metadata.pkl"
@@ -38,6 +39,8 @@ _MOST_BYTES = 1 << 28
 """Of a pickle."""
 _DTENSOR = "torch.distributed.tensor"
 _MESH = "torch.distributed._mesh_layout"
+
+_PLACEMENTS = {"Replicate": "R", "Shard": "S({dim})", "StridedShard": "SS({dim},{factor})"}
 
 Keys = tuple[str | int, ...]
 """Where a tensor stands in the nested state dict of an item."""
@@ -136,7 +139,7 @@ def _tensor(name: str, path: Keys, groups: Any, files: Files) -> TensorMetadata:
     for group in groups:
         packed = _get(group, "sharding_metadata", dict)
         if (kind := _get(packed, "type", str)) != "DTensorShardingMetadata":
-            raise BridgeError(f"{name} is {kind!r:.40}; only DTensors and plain tensors are read")
+            raise BridgeError(f"{name} is described as {kind!r:.40}; only DTensors and plain ones are read")
         data = _get(packed, "data", dict)
         shape = _shape(data, "global_shape")
         dtype = torch_dtype(_get(data, "dtype", str).removeprefix("torch."))
@@ -180,26 +183,20 @@ def _mesh(data: dict[str, Any], name: str, shape: Shape) -> tuple[MeshLayout, Pl
     listed = _get(data, "placements", list)
     if len(listed) != len(sizes):
         raise BridgeError(f"{name} has {len(listed)} placements on a mesh of {len(sizes)} axes")
-    placements: list[dtensor.Placement] = []
+    placements = []
     for chunks, placement in zip(sizes, listed, strict=True):
-        kind = _get(placement, "type", str)
-        if kind == "Replicate":
-            placements.append(dtensor.Replicate())
-        elif kind == "Shard":
-            placements.append(dtensor.Shard(_get(placement, "dim", int)))
-        elif kind == "StridedShard":
-            dim, factor = _get(placement, "dim", int), _get(placement, "split_factor", int)
-            exact = dim == 0 and len(shape) > 0 and 1 <= factor <= len(ranks)
+        if (kind := _get(placement, "type", str)) not in _PLACEMENTS:
+            raise BridgeError(f"{name} has the placement {kind!r:.40}; allowed: {', '.join(_PLACEMENTS)}")
+        stated = {"dim": placement.get("dim"), "factor": placement.get("split_factor")}
+        placements.append(made := placement_from_str(_PLACEMENTS[kind].format_map(stated)))
+        if isinstance(made, dtensor._StridedShard):
+            dim, factor = made.dim, int(made.split_factor)
+            exact = dim == 0 and len(shape) > 0 and factor <= len(ranks)
             if not exact or not fsdp_is_exact(shape[0], factor, chunks):
                 raise BridgeError(
                     f"{name} of shape {shape} is StridedShard({dim}, split_factor={factor}); read is one of dim 0 "
                     "that cuts it evenly"
                 )
-            placements.append(dtensor._StridedShard(dim, split_factor=factor))
-        else:
-            raise BridgeError(
-                f"{name} has the placement {kind!r:.40}; allowed: Replicate, Shard, StridedShard"
-            )
     return mesh, tuple(placements)
 
 

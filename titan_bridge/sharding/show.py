@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from titan_bridge.errors import BridgeError
@@ -130,16 +130,10 @@ def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = Tr
     totals = totals_of(layout)
     meshes = ", ".join(f"{name} {mesh}" for name, mesh in list(layout.meshes.items())[:6])
     more = f" and {len(layout.meshes) - 6} more" if len(layout.meshes) > 6 else ""
-    table = Table(
-        title=f"{totals['parameters']:,} parameters on {totals['ranks']} ranks: {meshes}{more}",
-        caption=in_words(totals),
-        caption_justify="left",
-        title_justify="left",
-    )
+    title = f"{totals['parameters']:,} parameters on {totals['ranks']} ranks: {meshes}{more}"
     of = "first rank" if rank is None else f"rank {rank}"
-    for column in ("parameter", "global shape", "mesh", "placements", f"local shape, {of}"):
-        table.add_column(column, overflow="fold")
-    table.add_column("bytes a rank", justify="right")
+    texts = ("parameter", "global shape", "mesh", "placements", f"local shape, {of}")
+    table = _table(title, texts, ("bytes a rank",), caption=in_words(totals))
     for row in rows_of(layout, rank, collapse=collapse):
         name = Text(row["name"])
         if row["count"] > 1:
@@ -187,28 +181,24 @@ def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
 def plan_tables(plan: Plan, *, pairs: int = 10) -> Sequence[Table]:
     """`plan_summary` as two tables to print: by tensor group, and the largest rank pairs."""
     summary = plan_summary(plan, pairs=pairs)
-    met = "the lower bound" if plan.bytes == plan.lower_bound else f"lower bound {human(plan.lower_bound)}"
-    groups = Table(
-        title=f"{human(plan.bytes)} travel ({met}) in {plan.copies_count:,} copies",
-        caption=(
-            f"most loaded sender over mean: {plan.balance:.3f} (no choice gets below {plan.balance_floor:.3f}); "
-            f"{len(plan.sent)} senders, {len(plan.received)} receivers, {summary['pairs']:,} pairs"
-        ),
-        title_justify="left",
-        caption_justify="left",
+    title = f"{human(plan.bytes)} travel (the lower bound) in {plan.copies_count:,} copies"
+    caption = (
+        f"most loaded sender over mean: {plan.balance:.3f} (no choice gets below {plan.balance_floor:.3f}); "
+        f"{len(plan.sent)} senders, {len(plan.received)} receivers, {summary['pairs']:,} pairs"
     )
-    groups.add_column("tensors", overflow="fold")
-    for column in ("bytes", "share"):
-        groups.add_column(column, justify="right")
+    groups = _table(title, ("tensors",), ("bytes", "share"), caption=caption)
     for name, nbytes in sorted(summary["by_group"].items(), key=lambda item: -item[1]):
         groups.add_row(Text(name), human(nbytes), f"{nbytes / max(plan.bytes, 1):.1%}")
-    largest = Table(title=f"largest of {summary['pairs']:,} pairs", title_justify="left")
-    for column in ("from", "to"):
-        largest.add_column(column)
-    largest.add_column("bytes", justify="right")
+    largest = _table(f"largest of {summary['pairs']:,} pairs", ("from", "to"), ("bytes",))
     for pair in summary["largest_pairs"]:
         largest.add_row(str(pair["source"]), str(pair["destination"]), human(pair["bytes"]))
     return groups, largest
+
+
+def _table(title: str, texts: Iterable[str], numbers: Iterable[str], caption: str | None = None) -> Table:
+    columns = [Column(text, overflow="fold") for text in texts]
+    columns += [Column(number, justify="right") for number in numbers]
+    return Table(*columns, title=title, caption=caption, title_justify="left", caption_justify="left")
 
 
 def _sizes(shape: Sequence[int]) -> str:
