@@ -79,8 +79,7 @@ def expected(family: Family, hf: Config, form: Format) -> dict[str, tuple[int, .
 
 def check_source(source: Checkpoint, family: Family, hf: Config, buffers: Mapping[str, Any]) -> list[str]:
     """Hold a checkpoint against the model that its config describes; returns the tensors that are not needed.
-    Raises BridgeError: every missing, unexpected or mis-shaped tensor and every dtype that is no floating point, in one
-    line."""
+    Raises BridgeError: every missing, unexpected or mis-shaped tensor and every dtype that no weight has, in one line."""
     wanted = expected(family, hf, source.format)
     problems, left = [], []
     if missing := [name for name in wanted if name not in source.tensors]:
@@ -93,13 +92,10 @@ def check_source(source: Checkpoint, family: Family, hf: Config, buffers: Mappin
         if name in wanted:
             if stored.shape != wanted[name]:
                 problems.append(f"{name} has shape {stored.shape}, config.json says {wanted[name]}")
-            if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
-                why = (
-                    "quantized weights are not read"
-                    if stored.dtype.is_floating_point
-                    else "weights are floating-point"
-                )
-                problems.append(f"{name} has dtype {stored.dtype}; {why}")
+            if not stored.dtype.is_floating_point:
+                problems.append(f"{name} has dtype {stored.dtype}; weights are floating-point")
+            elif stored.dtype.itemsize == 1:
+                problems.append(f"{name} has dtype {stored.dtype}; quantized weights are not read")
         elif name in known or name in buffers or (source.format == "hf" and family.ignores(name, hf)):
             left.append(name)
         else:
@@ -120,12 +116,7 @@ def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
 
 
 def make_mapping(
-    source: Checkpoint,
-    family: Family,
-    hf: Config,
-    *,
-    dtype: torch.dtype | None,
-    buffers: Mapping[str, tuple[int, ...]],
+    source: Checkpoint, family: Family, hf: Config, *, dtype: torch.dtype | None, buffers: Mapping[str, tuple]
 ) -> TensorMap:
     """From Hugging Face to DCP, or from DCP to Hugging Face.
 
@@ -174,25 +165,9 @@ def compose(plain: View, live: View) -> View:
     Raises BridgeError: `plain` is a slice only, or the two do not cut the external tensor in a common way."""
     if plain.index_shape != plain.flat_factors:
         raise BridgeError(f"{plain.fqn} holds more than {plain.name}; it is no view of {live.fqn}")
-    sizes = live.index_shape
-    cells = [dim for dim in live.permute if sizes[dim] > 1]
-    # In the order of the external tensor, each factor of `plain` is a run of cells of `live`.
-    runs: dict[int, list[int]] = {}
-    for dim in plain.permute:
-        run, product = [], 1
-        while cells and product < plain.flat_factors[dim]:
-            run.append(cells.pop(0))
-            product *= sizes[run[-1]]
-        if product != plain.flat_factors[dim]:
-            raise BridgeError(f"{plain.fqn} and {live.fqn} do not cut {plain.name} alike")
-        runs[dim] = run
-    order = [cell for dim in range(len(plain.flat_factors)) for cell in runs[dim]]
-    order += [dim for dim in range(len(sizes)) if dim not in order]  # cells of one element have no place
-    return View(
-        name=plain.fqn,
-        fqn=live.fqn,
-        shape=plain.titan_shape,
-        factors=live.factors,
-        index=live.index,
-        permute=tuple(order),
-    )
+    # In the order of the external tensor, each factor of `plain` is a run of factored dims of `live`.
+    cut = replace(live, shape=tuple(plain.flat_factors[dim] for dim in plain.permute))
+    runs = dict(zip(plain.permute, cut.groups, strict=True))
+    order = [own for dim in range(len(runs)) for own in runs[dim]]
+    order += [own for own in live.permute if own not in order]  # dims of one element have no place
+    return replace(live, name=plain.fqn, shape=plain.titan_shape, permute=tuple(order))
