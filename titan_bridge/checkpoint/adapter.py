@@ -37,10 +37,8 @@ def is_adapter(folder: Path) -> bool:
 
 def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: float) -> int:
     """Write the adapter in a checkpoint by TorchTitan's names as a PEFT folder; how many tensors.
-
     `source` is a DCP, or a training run; `hf` the model's config.json; by `alpha` over the rank products are scaled.
-    Raises BridgeError: no adapter in the checkpoint, or one that does not fit the model.
-    """
+    Raises BridgeError: no adapter in the checkpoint, or one that does not fit the model."""
     with open_checkpoint(weights_directory(str(source)) or source) as checkpoint:
         found = {name: checkpoint.read(name) for name in adapter_names(checkpoint.tensors)}
     if not found:

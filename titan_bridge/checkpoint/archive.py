@@ -87,12 +87,8 @@ class Saved:
     def __init__(
         self, read: Read, length: int, *, allowed: Mapping[str, Any] | None = None, most: int = _MOST_PICKLE
     ) -> None:
-        """Raises BridgeError: a damaged archive, or a pickle that is refused.
-
-        Args:
-            allowed: What the pickle may name beside tensors; see `pickles.loads`.
-            most: Bytes of the pickle, and of the archive's directory.
-        """
+        """`allowed`: what the pickle may name beside tensors; `most`: bytes of it, and of the archive's directory.
+        Raises BridgeError: a damaged archive, or a pickle that is refused."""
         self._zip = _Zip(read, length, most)
         pickled = [name for name in self._zip.entries if name.endswith("/data.pkl")]
         if len(pickled) != 1:
@@ -233,9 +229,7 @@ class _Zip:
 
 class Archive:
     """The archive of one tensor to be written: everything around the tensor's bytes.
-
-    Archives that start at multiples of 64 have their tensors there, too.
-    """
+    Archives that start at multiples of 64 have their tensors there, too."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Raises BridgeError for a dtype that it cannot write."""

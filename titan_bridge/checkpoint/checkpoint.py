@@ -148,10 +148,8 @@ def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box], where: 
 
 def _corners(boxes: Iterable[Box], dims: Sequence[int]) -> dict[tuple[int, ...], int]:
     """How often each corner occurs, negative for those with an odd number of ends in them; zeros left out.
-
     These are the differences along every dim of "how many boxes hold this element". So they are those of the whole
-    tensor where each element is held once, and nowhere else, and the time is in proportion to the boxes.
-    """
+    tensor where each element is held once, and nowhere else, and the time is in proportion to the boxes."""
     counts: Counter[tuple[int, ...]] = Counter()
     for box in boxes:
         ends = [((box.start[d], 1), (box.stop[d], -1)) for d in dims]

@@ -124,12 +124,8 @@ def _side(source: Checkpoint, config: Mapping[str, Any] | None) -> Side:
 def differences(
     one: Side, other: Side, *, dtype: torch.dtype | None = None, advance: Advance = lambda count: None
 ) -> Iterator[Difference]:
-    """Compare all tensors of the same name and shape; memory is a few strips of 8 MiB a thread.
-
-    Args:
-        dtype: Cast both to it first.
-        advance: Is told of bytes compared, from any thread.
-    """
+    """Compare all tensors of the same name and shape, both cast to `dtype` first, in a few strips of 8 MiB a thread.
+    `advance` is told of bytes compared, from any thread."""
     both = [(tensor, other.tensors.get(name)) for name, tensor in one.tensors.items()]
     same = [tensor for tensor, found in both if found is not None and found.shape == tensor.shape]
     reads = [_Reader(side, same, dtype) for side in (one, other)]
@@ -168,12 +164,8 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int, float
 def fingerprints(
     side: Side, *, dtype: torch.dtype | None = None, advance: Advance = lambda count: None
 ) -> Iterator[tuple[str, int]]:
-    """The fingerprint of every tensor, 0 to 2^64 - 1: see `titan_bridge.fingerprint`.
-
-    Args:
-        dtype: Cast floating-point tensors to it first; else each keeps its own.
-        advance: Is told of bytes read, from any thread.
-    """
+    """The fingerprint of every tensor, 0 to 2^64 - 1 (see `titan_bridge.fingerprint`), floats cast to `dtype`.
+    `advance` is told of bytes read, from any thread."""
     read = _Reader(side, list(side.tensors.values()), dtype)
 
     def count(strip: Strip) -> int:

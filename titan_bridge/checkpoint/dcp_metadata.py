@@ -42,10 +42,8 @@ def read_metadata(path: Path) -> tuple[Any, int]:
 def write_metadata(path: Path, tensors: Mapping[str, TensorMetadata], paths: Mapping[str, tuple]) -> None:
     """Write the `.metadata` file at `path`, in the classes that DCP's own reader unpickles.
 
-    Args:
-        tensors: By FQN, with chunks in archives (one without is an entry of bytes); several names may have the same
-            chunks. Files are relative to `path`.
-        paths: Where entries stand in the nested state dict, if not at the top.
+    `tensors`: by FQN, with chunks in archives (one without is an entry of bytes) of files relative to `path`; several
+    names may have the same chunks. `paths`: where entries stand in the nested state dict, if not at the top.
     """
     entries: dict[str, Any] = {}
     places: dict[Any, Any] = {}

@@ -80,10 +80,8 @@ class _Open:
 
 class _Scratch:
     """One thread's memory for bytes that cannot be read to where they go.
-
     For another device it is two buffers, pinned, so that one is filled while the other travels; dtype and strides are
-    changed over there, since a copy that changes them leaves pinned memory. This has never run on a GPU.
-    """
+    changed over there, since a copy that changes them leaves pinned memory. This has never run on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.staged, self.pinned = device, device.type != "cpu", device.type == "cuda"
@@ -160,9 +158,7 @@ class FilePool:
 
     def fetch(self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor) -> None:
         """Copy a window of a contiguous tensor in a file into `out` (as large as the window, any strides, any dtype).
-
-        `base`: byte where the tensor (of `dtype`) starts in the file; need not be aligned.
-        """
+        `base`: byte where the tensor (of `dtype`) starts in the file; need not be aligned."""
         width = dtype.itemsize
         if not math.prod(window.size):
             return

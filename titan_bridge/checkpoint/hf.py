@@ -35,10 +35,8 @@ def is_hf(directory: Path) -> bool:
 
 def open_hf(directory: Path) -> Checkpoint:
     """Open a directory with `model.safetensors`, or with the files that `model.safetensors.index.json` names.
-
     Without an index, all of `model-00001-of-0000N.safetensors` to the Nth.
-    Raises BridgeError: what is missing, unreadable, contradictory or outside the directory.
-    """
+    Raises BridgeError: what is missing, unreadable, contradictory or outside the directory."""
     index = directory / INDEX
     stored: dict[str, TensorMetadata] = {}
     if (directory / SINGLE).is_file():

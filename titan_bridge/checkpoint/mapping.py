@@ -79,7 +79,7 @@ def expected(family: Family, hf: Config, form: Format) -> dict[str, tuple[int, .
 
 def check_source(source: Checkpoint, family: Family, hf: Config, buffers: Mapping[str, Any]) -> list[str]:
     """Hold a checkpoint against the model that its config describes; returns the tensors that are not needed.
-    Raises BridgeError: every missing, unexpected or mis-shaped tensor and every dtype that no weight has, in one line."""
+    Raises BridgeError: every missing, unexpected or mis-shaped tensor and every dtype of no weight, in one line."""
     wanted = expected(family, hf, source.format)
     problems, left = [], []
     if missing := [name for name in wanted if name not in source.tensors]:
@@ -118,13 +118,8 @@ def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
 def make_mapping(
     source: Checkpoint, family: Family, hf: Config, *, dtype: torch.dtype | None, buffers: Mapping[str, tuple]
 ) -> TensorMap:
-    """From Hugging Face to DCP, or from DCP to Hugging Face.
-
-    Args:
-        source: What `check_source` accepted.
-        dtype: Of the destination's weights; else they keep their own.
-        buffers: FQN to shape of TorchTitan's float32 buffers. Those without a view are in TorchTitan checkpoints only.
-    """
+    """From Hugging Face to DCP, or from DCP to Hugging Face, of what `check_source` accepted; weights become `dtype`.
+    `buffers`: FQN to shape of TorchTitan's float32 buffers; those without a view are in its checkpoints only."""
     to: Format = "dcp" if source.format == "hf" else "hf"
     views = _dcp_views(family, hf)
     mapped = {view.name if to == "hf" else view.fqn for view in views if view.fqn in buffers}

@@ -43,9 +43,7 @@ def weights_directory(model: str, step: int | None = None) -> Path | None:
 
 def has_expert_bias(model: str, step: int | None = None, names: str | None = None) -> bool:
     """Whether the weights come with TorchTitan's load-balancing bias, which routes in serving, too.
-
-    Arguments are those of `weights_directory` and `open_checkpoint`, and so are errors.
-    """
+    Arguments are those of `weights_directory` and `open_checkpoint`, and so are errors."""
     directory = weights_directory(model, step)
     if directory is None or is_hf(directory):
         return False  # Hugging Face has no name for it
@@ -57,10 +55,8 @@ def has_expert_bias(model: str, step: int | None = None, names: str | None = Non
 
 def open_named_either_way(directory: Path, names: str | None, family: Family, hf: Config) -> Checkpoint:
     """Open a checkpoint of one model whose names the pattern fits, or which has our names already.
-
     The pattern comes first: where live weights lie beside averaged ones, it says which are meant.
-    Raises BridgeError: as `open_checkpoint`; of a checkpoint that fits neither way, what the pattern finds in it.
-    """
+    Raises BridgeError: as `open_checkpoint`; of a checkpoint that fits neither way, what the pattern finds in it."""
     if names is not None:
         with open_checkpoint(directory, extra=True) as found:
             own = {*found.tensors, *found.extra_tensors}
@@ -75,9 +71,7 @@ def check_weights(
     directory: Path, family: Family, hf: Config, buffers: Mapping[str, Any], names: str | None = None
 ) -> None:
     """Hold names, shapes, types and lengths in a checkpoint's headers against its config; reads no weight.
-
     `buffers`: FQNs that the model has besides Hugging Face's tensors (expert bias); `names` as for `open_checkpoint`.
-    Raises BridgeError: a damaged file, or every missing, unexpected or mis-shaped tensor in one line.
-    """
+    Raises BridgeError: a damaged file, or every missing, unexpected or mis-shaped tensor in one line."""
     with open_checkpoint(directory, names=names) as checkpoint:
         check_source(checkpoint, family, hf, buffers)

@@ -24,9 +24,7 @@ from titan_bridge.errors import BridgeError, about
 
 class StandIn:
     """An object of a class that a pickle names, without the class: its fields, or what it was made with (`args`).
-
-    A state that is no dict is the field `state`. Pickled, it is the object again.
-    """
+    A state that is no dict is the field `state`. Pickled, it is the object again."""
 
     def __init__(self, args: tuple[Any, ...] = (), **fields: Any) -> None:
         if args:

@@ -67,9 +67,7 @@ def header_bytes(
     tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[int]]:
     """The start of a file, and where in the file each tensor begins, in the order given.
-
-    The data starts at a multiple of 64 bytes. Raises BridgeError for a dtype that the format does not have.
-    """
+    The data starts at a multiple of 64 bytes. Raises BridgeError for a dtype that the format does not have."""
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     at, offsets = 0, []
     for name, shape, dtype in tensors:

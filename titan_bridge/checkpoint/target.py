@@ -85,9 +85,7 @@ def copies_of(plan: Plan, file: str) -> dict[Strip, list[Copy]]:
 
 def rows_of(box: Box, itemsize: int, most: int) -> Iterator[Box]:
     """A box cut into boxes of at most `most` bytes (but at least one element), each contiguous where the box is.
-
-    Rows of the first dim stay together; a row that is too large is cut further.
-    """
+    Rows of the first dim stay together; a row that is too large is cut further."""
     if not box.ndim or box.numel * itemsize <= most:
         if box.numel:
             yield box
@@ -127,12 +125,8 @@ def dcp_target(
     aliases: Mapping[str, str],
     blobs: Mapping[str, TensorMetadata],
 ) -> Target:
-    """Files of at most `most` bytes of chunks.
-
-    Args:
-        aliases: Further names of tensors; their chunks are the same bytes.
-        blobs: Entries that are no tensors, by name: written as they are, each in one chunk without an archive.
-    """
+    """Files of at most `most` bytes of chunks. `aliases`: further names of tensors, same bytes. `blobs`: entries
+    that are no tensors, by name, written as they are, each in one chunk without an archive."""
     target = Target(shapes={entry.name: entry for entry in (*blobs.values(), *tensors)})
     boxes: list[tuple[str, Box]] = [(name, Box.whole(blob.shape)) for name, blob in blobs.items()]
     for tensor in tensors:

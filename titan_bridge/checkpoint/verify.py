@@ -21,13 +21,8 @@ _SAMPLE_BYTES = 512
 
 
 def check_source(source: Checkpoint, team: Team, advance: Callable[[int], None] = lambda count: None) -> bool:
-    """Compare this process' share of a source's archives with their CRC-32.
-
-    Returns:
-        False where any has none: safetensors, or DCP that was written without.
-
-    Raises BridgeError: the first archive that is damaged.
-    """
+    """Compare this process' share of a source's archives with their CRC-32; False where any has none (safetensors, DCP
+    written without). Raises BridgeError: the first archive that is damaged."""
     archives = {
         (chunk.path, chunk.offset, entry.nbytes if name in source.blobs else chunk.archive): name
         for name, entry in source.entries.items()
@@ -64,10 +59,8 @@ def is_as_written(path: Path, crc: int, advance: Callable[[int], None] = lambda 
 
 def digest(checkpoint: Checkpoint) -> str:
     """A digest of names, shapes, dtypes, file sizes and samples of every file.
-
     It is the same for copies in other folders or on other machines. It differs between two steps of a run, or two
-    models of one size, unless they differ in a few places only. Raises BridgeError: a file that cannot be read.
-    """
+    models of one size, unless they differ in a few places only. Raises BridgeError: a file that cannot be read."""
     hashed = hashlib.sha256(checkpoint.format.encode())
     files = set()
     for name, stored in sorted(checkpoint.tensors.items()):

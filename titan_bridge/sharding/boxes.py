@@ -34,9 +34,7 @@ _BLOCK = 4_000_000
 @dataclass(frozen=True, kw_only=True, order=True)
 class Box:
     """A half-open n-d interval: the elements `i` with `start[d] <= i[d] < stop[d]` for every dim `d`.
-
-    A 0-d box holds one element (a scalar tensor).
-    """
+    A 0-d box holds one element (a scalar tensor)."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
@@ -107,7 +105,6 @@ def chunk(size: int, chunks: int, index: int) -> tuple[int, int]:
 
 def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -> tuple[Segment, ...]:
     """What remains of a dim of `size` elements after `cuts`, in the order in which it lies in the local tensor.
-
     `cuts`: (placement, size of the mesh axis, coordinate on it) of each axis that shards this dim, from left to right.
     """
     held = [(0, size)]
@@ -201,10 +198,8 @@ def dim_segments(placements: Placements, shape: Sizes, mesh: Sizes, at: Sizes) -
 
 def pieces_of(placements: Placements, shape: Sizes, mesh: Sizes, coordinate: Sizes) -> tuple[Piece, ...]:
     """The boxes that the rank at `coordinate` holds of a tensor of global `shape`, and where in its local tensor.
-
     Equal to what `distribute_tensor` puts there; empty where there are more ranks than rows.
-    Raises BridgeError when the arguments do not fit together.
-    """
+    Raises BridgeError when the arguments do not fit together."""
     return tuple(
         Piece(
             box=Box(start=tuple(a for a, _, _ in part), stop=tuple(b for _, b, _ in part)),
@@ -227,10 +222,8 @@ def contiguous_stride(shape: Sizes) -> tuple[int, ...]:
 
 def meeting(a: Ends, b: Ends) -> tuple[np.ndarray, np.ndarray]:
     """Indices (into a, into b) of the pairs of boxes that have an element in common.
-
     Boxes are swept along the dim that separates them best, so that the cost follows the pairs that meet there; 32 bytes
-    of memory for each of at most `_BLOCK` of these.
-    """
+    of memory for each of at most `_BLOCK` of these."""
     (a_start, a_stop), (b_start, b_stop) = a, b
     dims = a_start.shape[1]
     if not dims:  # scalars

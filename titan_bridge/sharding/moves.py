@@ -55,9 +55,7 @@ def row_major(size: Sequence[int], stride: Sequence[int]) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class Copy:
     """One copy: `destination_window.of(destination_local).copy_(source_window.of(source_local))`.
-
-    Both windows have the same size, dim for dim.
-    """
+    Both windows have the same size, dim for dim."""
 
     source: Owner
     destination: Owner
@@ -79,9 +77,7 @@ class Copy:
 @dataclass(frozen=True)
 class Group:
     """Tensors that differ in name and owners only.
-
-    `choice[pair, destination replica, tensor]` says which replica of the source sends.
-    """
+    `choice[pair, destination replica, tensor]` says which replica of the source sends."""
 
     geometry: Geometry
     items: tuple[Item, ...]
@@ -145,9 +141,7 @@ def copies_of(
 
 def _windows(geometry: Geometry) -> Callable[[int, int, int], tuple[Box, Window, Window]]:
     """(row, source slot, destination slot) -> a box in cells, and it as windows of both local tensors.
-
-    What several copies have in common is computed once.
-    """
+    What several copies have in common is computed once."""
 
     @cache
     def local(side: Side, slot: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

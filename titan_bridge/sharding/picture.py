@@ -56,10 +56,8 @@ def layout_picture(layout: Layout, path: str | Path, *, title: str = "") -> Path
 
 def layout_figure(layout: Layout, *, title: str = "") -> Figure:
     """One map for each kind of parameter, and the bytes on each rank by module.
-
     A map is the global tensor, dim 0 downwards and the dim that is cut most beside it across; a tensor of one dim is a
-    strip. Every box is what some ranks hold, and boxes of the same colour are on the same ranks.
-    """
+    strip. Every box is what some ranks hold, and boxes of the same colour are on the same ranks."""
     shown, totals = _maps(layout), totals_of(layout)
     lines = {heading: math.ceil(len(maps) / _COLUMNS) for heading, maps in shown.items()}
     bars = 3.0

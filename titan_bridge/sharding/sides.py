@@ -119,9 +119,7 @@ class Side:
 
 def side_of(tensor: TensorMetadata, frame: Frame, sizes: Sequence[int], *, source: bool) -> Side:
     """A tensor in the cells of `frame`, which have these sizes. The shards of a source are disjoint.
-
-    On a mesh, shards are a product over the dims, because a mesh axis shards one dim at most.
-    """
+    On a mesh, shards are a product over the dims, because a mesh axis shards one dim at most."""
     if (on := tensor.on) is None:
         return _chunk_side(tensor, frame, sizes, disjoint=source)
     mesh, axes = on.mesh.shape, [axes_of(on.placements, d) for d in range(len(tensor.shape))]
@@ -147,10 +145,8 @@ def side_of(tensor: TensorMetadata, frame: Frame, sizes: Sequence[int], *, sourc
 
 def _chunk_side(tensor: TensorMetadata, frame: Frame, sizes: Sequence[int], *, disjoint: bool) -> Side:
     """Every distinct box is a shard.
-
     As a source, chunks that overlap are cut so that shards are disjoint; a shard's slots are all chunks that contain
-    it. A destination has to be written in full, overlaps and all.
-    """
+    it. A destination has to be written in full, overlaps and all."""
     slots_of: dict[Box, list[int]] = {}
     for slot, chunk in enumerate(tensor.chunks):
         slots_of.setdefault(chunk.box, []).append(slot)

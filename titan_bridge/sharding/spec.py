@@ -69,10 +69,8 @@ def placements_of(tensor: DTensor) -> tuple[dtensor.Placement, ...]:
 @dataclass(frozen=True, kw_only=True)
 class ShardingSpec:
     """Where a parameter lives: a named mesh and one torch placement for each axis of it.
-
-    Example: `ShardingSpec(mesh="dense", placements=(Replicate(), _StridedShard(0, split_factor=2),
-    Shard(0)))` on the mesh `(dp_replicate, fsdp, tp)`.
-    """
+    Example: `ShardingSpec(mesh="dense", placements=(Replicate(), _StridedShard(0, split_factor=2), Shard(0)))` on the
+    mesh `(dp_replicate, fsdp, tp)`."""
 
     mesh: str
     """Name of the mesh, for example "dense" or "sparse"."""
@@ -131,9 +129,7 @@ def attached(param: torch.Tensor | nn.Module, name: str | None = None) -> Shardi
 
 def get(param: torch.Tensor | nn.Module, name: str | None = None) -> ShardingSpec | None:
     """The layout of a tensor, or of the parameter or buffer `name` of a module.
-
-    None means that every rank holds the whole tensor: nothing was attached, or only Replicate.
-    """
+    None means that every rank holds the whole tensor: nothing was attached, or only Replicate."""
     spec = attached(param, name)
     return None if spec is None or spec.is_replicated else spec
 

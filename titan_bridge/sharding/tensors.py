@@ -48,9 +48,7 @@ class OnMesh:
 @dataclass(frozen=True, kw_only=True)
 class TensorMetadata:
     """A tensor in files or on ranks: as a source, as a target, and in a checkpoint that is not yet written.
-
-    It is either on a mesh or in chunks. Several chunks may have the same box (replicas) or overlap.
-    """
+    It is either on a mesh or in chunks. Several chunks may have the same box (replicas) or overlap."""
 
     name: str
     shape: tuple[int, ...]

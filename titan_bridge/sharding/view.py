@@ -104,9 +104,7 @@ class View:
 
     def write(self, titan: torch.Tensor, external: torch.Tensor, *, first: int = 0) -> None:
         """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its dtype.
-
-        `titan` may be a part of its rows, from `first` on, both multiples of `rows`; the rest is left out.
-        """
+        `titan` may be a part of its rows, from `first` on, both multiples of `rows`; the rest is left out."""
         last = first + len(titan)
         if first % self.rows or last % self.rows or last > self.titan_shape[0]:
             raise BridgeError(
