@@ -20,7 +20,7 @@ import torch
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.execute import strip_workers
-from titan_bridge.checkpoint.mapping import cast, check_source, make_mapping, same_names
+from titan_bridge.checkpoint.mapping import cast, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.target import Strip, copies_of, hf_target
@@ -109,16 +109,9 @@ def _side(source: Checkpoint, config: Mapping[str, Any] | None) -> Side:
             repeated = {view.name for view in family_for(config).optional_views(config)} & own.keys()
         own = {name: tensor for name, tensor in own.items() if name not in repeated}
         return Side(source=source, tensors=own, left_out=tuple(sorted(repeated)))
-    family = family_for(config)
-    buffers = family.expert_biases(config)
-    left = check_source(source, family, config, buffers)
-    made = make_mapping(source, family, config, dtype=None, buffers=buffers)
-    return Side(
-        source=source,
-        tensors={tensor.name: tensor for tensor in made.tensors},
-        views=made.views,
-        left_out=tuple(sorted({*made.dropped, *left})),
-    )
+    made = make_mapping(source, config, None)
+    tensors = {tensor.name: tensor for tensor in made.tensors}
+    return Side(source=source, tensors=tensors, views=made.views, left_out=made.left_out)
 
 
 def differences(

@@ -88,8 +88,7 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
             most_chunks -= len(stored.chunks)
         else:
             file, start, length = _known(own, None, fqn)
-            chunk = Chunk(owner=file, offset=start, box=Box.whole((length,)))
-            blobs[fqn] = TensorMetadata(name=fqn, shape=(length,), dtype=torch.uint8, chunks=(chunk,))
+            blobs[fqn] = TensorMetadata.whole(fqn, (length,), torch.uint8, file, offset=start)
         if name is None and extra:
             stands[fqn] = path
     return Checkpoint(

@@ -16,6 +16,7 @@ import torch
 from titan_bridge.checkpoint.checkpoint import Checkpoint, Format
 from titan_bridge.checkpoint.dcp import METADATA
 from titan_bridge.errors import BridgeError, few
+from titan_bridge.models import family_for
 from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
@@ -45,6 +46,8 @@ class TensorMap:
     """Tensors of the destination that keep their own dtype whatever the weights have (expert biases)."""
     dropped: tuple[str, ...] = ()
     """Source tensors that the destination has no place for."""
+    left_out: tuple[str, ...] = ()
+    """Those, and others that are not needed: they repeat another tensor (a tied head), say."""
 
 
 def live_views(form: Format, family: Family, hf: Config, padded_vocab: int) -> tuple[View, ...]:
@@ -115,11 +118,11 @@ def same_names(source: Checkpoint, dtype: torch.dtype | None) -> TensorMap:
     return TensorMap(tensors=tuple(tensors), buffers=buffers)
 
 
-def make_mapping(
-    source: Checkpoint, family: Family, hf: Config, *, dtype: torch.dtype | None, buffers: Mapping[str, tuple]
-) -> TensorMap:
-    """From Hugging Face to DCP, or from DCP to Hugging Face, of what `check_source` accepted; weights become `dtype`.
-    `buffers`: FQN to shape of TorchTitan's float32 buffers; those without a view are in its checkpoints only."""
+def make_mapping(source: Checkpoint, hf: Config, dtype: torch.dtype | None) -> TensorMap:
+    """From Hugging Face to DCP, or from DCP to Hugging Face; weights become `dtype`. Raises as `check_source`."""
+    family = family_for(hf)
+    buffers = family.expert_biases(hf)  # those without a view are in TorchTitan's checkpoints only
+    left = check_source(source, family, hf, buffers)
     to: Format = "dcp" if source.format == "hf" else "hf"
     views = _dcp_views(family, hf)
     mapped = {view.name if to == "hf" else view.fqn for view in views if view.fqn in buffers}
@@ -140,13 +143,15 @@ def make_mapping(
     if to == "dcp":
         tensors += [TensorMetadata(name=n, shape=shape, dtype=torch.float32) for n, shape in unmapped.items()]
     zero = frozenset(unmapped if to == "dcp" else ())
+    dropped = tuple(name for name in source.tensors if name in unmapped)
     return TensorMap(
         tensors=tuple(tensors),
         views=views,
         zero=zero,
         aliases=dict(family.tied_names(hf)) if to == "dcp" else {},
         buffers=zero | mapped,
-        dropped=tuple(name for name in source.tensors if name in unmapped),
+        dropped=dropped,
+        left_out=tuple(sorted({*dropped, *left})),
     )
 
 

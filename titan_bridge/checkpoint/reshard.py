@@ -18,7 +18,7 @@ from titan_bridge.checkpoint.adapter import merged
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp
 from titan_bridge.checkpoint.job import Job, Options, Outcome
-from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
+from titan_bridge.checkpoint.mapping import TensorMap, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint, refuse_remote, under_hf_names
 from titan_bridge.checkpoint.quantized import without_quantization
@@ -27,7 +27,7 @@ from titan_bridge.checkpoint.target import Target, dcp_target, hf_target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.models import families, family_for
+from titan_bridge.models import families
 from titan_bridge.sharding.plan import plan
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
@@ -57,8 +57,15 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     source = under_hf_names(source, config)
     if options.dtype is not None:
         _check_not_quantized(source, config)
-    same = source.format == options.to
-    tensors = same_names(source, options.dtype) if same else _between(options, source, config)
+    if source.format == options.to:
+        tensors = same_names(source, options.dtype)
+    elif config is None:
+        raise BridgeError(
+            f"{source.path} has no config.json, which names the model; give one with --config (a directory with it, or "
+            "the file)"
+        )
+    else:
+        tensors = make_mapping(source, config, options.dtype)
     if extra:
         others = [replace(stored, chunks=()) for stored in source.extra_tensors.values()]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
@@ -145,18 +152,6 @@ def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
         allowed = ", ".join(flavors) or "none"
         raise BridgeError(f"--config {name}:{flavor}: there is no such flavor; allowed: {allowed}")
     return known[name].hf_config(known[name].model_spec(flavor).model)
-
-
-def _between(options: Options, source: Checkpoint, config: Mapping[str, Any] | None) -> TensorMap:
-    if config is None:
-        raise BridgeError(
-            f"{source.path} has no config.json, which names the model; give one with --config "
-            "(a directory with config.json, or the file)"
-        )
-    family = family_for(config)
-    buffers = family.expert_biases(config)
-    check_source(source, family, config, buffers)
-    return make_mapping(source, family, config, dtype=options.dtype, buffers=buffers)
 
 
 def _target(options: Options, tensors: TensorMap, source: Checkpoint, team: Team) -> Target:

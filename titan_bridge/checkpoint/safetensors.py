@@ -17,8 +17,7 @@ import torch
 from titan_bridge.checkpoint.files import read_bytes, size_of
 from titan_bridge.errors import BridgeError, about
 from titan_bridge.json_file import json_object
-from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.tensors import Chunk, TensorMetadata
+from titan_bridge.sharding.tensors import TensorMetadata
 
 _NAMES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
@@ -55,8 +54,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorMetadata], dict[str, str]]:
                 )
             if last - first != (wanted := math.prod(shape) * dtype.itemsize):
                 raise BridgeError(f"{name} has {last - first} bytes; {dtype} {list(shape)} needs {wanted}")
-            chunk, at = Chunk(owner=path, box=Box.whole(shape), offset=start + first), last
-            entries[name] = TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=(chunk,))
+            entries[name] = TensorMetadata.whole(name, shape, dtype, path, offset=start + first)
+            at = last
     if start + at != total:
         what = "truncated" if start + at > total else "something follows the last tensor"
         raise BridgeError(f"{path} has {total} bytes; its header describes {start + at}: {what}")

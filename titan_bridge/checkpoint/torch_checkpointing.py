@@ -221,8 +221,7 @@ def _of_one_rank(pool: FilePool, directory: Path) -> Tensors:
         if name in tensors:
             raise BridgeError(f"{path}: {name} appears twice")
         placed = find(at)
-        chunk = Chunk(owner=path, offset=placed.offset, box=Box.whole(placed.shape))
-        tensors[name] = TensorMetadata(name=name, shape=placed.shape, dtype=placed.dtype, chunks=(chunk,))
+        tensors[name] = TensorMetadata.whole(name, placed.shape, placed.dtype, path, offset=placed.offset)
     return tensors
 
 

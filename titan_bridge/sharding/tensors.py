@@ -69,10 +69,12 @@ class TensorMetadata:
                 raise BridgeError(f"{where} is not inside shape {self.shape}")
 
     @classmethod
-    def whole(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, *owners: Owner) -> TensorMetadata:
-        """A tensor that each of `owners` has in full, as a Hugging Face file has."""
+    def whole(
+        cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, *owners: Owner, offset: int = 0
+    ) -> TensorMetadata:
+        """A tensor that each of `owners` has in full, as a Hugging Face file has (from byte `offset` on)."""
         box = Box.whole(shape)
-        chunks = tuple(Chunk(owner=owner, box=box) for owner in owners)
+        chunks = tuple(Chunk(owner=owner, box=box, offset=offset) for owner in owners)
         return cls(name=name, shape=tuple(shape), dtype=dtype, chunks=chunks)
 
     @property
