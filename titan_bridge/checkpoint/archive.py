@@ -38,21 +38,17 @@ _STORAGES = {
     },
 }
 _MOST_PICKLE = 1 << 20
-_PIECE_BYTES = 8 << 20
-"""Read at once to be checked."""
+_PIECE_BYTES = 8 << 20  # read at once to be checked
 ALIGNMENT = 64
-_HEADER = 30
-"""Bytes of a zip entry's header before its name."""
-Read = Callable[[int, int], bytes]
-"""(offset in the archive, length) -> bytes."""
+_HEADER = 30  # bytes of a zip entry's header before its name
+Read = Callable[[int, int], bytes]  # (offset in the archive, length) -> bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
     """A tensor inside an archive."""
 
-    offset: int
-    """Bytes from the start of the archive to the tensor's first byte."""
+    offset: int  # bytes from the start of the archive to the tensor's first byte
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -130,8 +126,7 @@ class Tensor:
     first: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    whole: tuple[int, ...] | None = None
-    """Global shape of the DTensor whose local tensor it is."""
+    whole: tuple[int, ...] | None = None  # global shape of the DTensor whose local tensor it is
 
 
 def _storage(pid: Any) -> _Storage:
@@ -235,10 +230,8 @@ class Archive:
         """Raises BridgeError for a dtype that it cannot write."""
         self.data_bytes, self._pickle = math.prod(shape) * dtype.itemsize, _pickle(shape, dtype)
         head, tail = self.frame(0)
-        self.head_bytes = len(head)
-        """Bytes before the tensor; a multiple of 64."""
-        self.total_bytes = len(head) + self.data_bytes + len(tail)
-        """Bytes of the archive."""
+        self.head_bytes = len(head)  # bytes before the tensor; a multiple of 64
+        self.total_bytes = len(head) + self.data_bytes + len(tail)  # bytes of the archive
 
     def frame(self, crc: int) -> tuple[bytes, bytes]:
         """What comes before and after the tensor's bytes, which have this CRC-32."""

@@ -20,8 +20,7 @@ from titan_bridge.sharding.moves import Copy, Window
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 Format = Literal["hf", "dcp"]
-_MOST_CUT = 8
-"""Dims along which one tensor may be cut into chunks."""
+_MOST_CUT = 8  # dims along which one tensor may be cut into chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +31,14 @@ class Checkpoint:
     format: Format
     tensors: Mapping[str, TensorMetadata]
     """Model tensors by name: Hugging Face names, or TorchTitan FQNs (DCP)."""
-    config: Mapping[str, Any] | None = None
-    """Parsed config.json, where there is one."""
+    config: Mapping[str, Any] | None = None  # parsed config.json, where there is one
     extra_tensors: Mapping[str, TensorMetadata] = field(default_factory=dict)
     """DCP: optimizer state and whatever else is no model tensor."""
     blobs: Mapping[str, TensorMetadata] = field(default_factory=dict)
     """DCP: entries that are no tensors, as bytes (uint8, one chunk, which is not looked into)."""
     paths: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """DCP: where each of `extra_tensors` and `blobs` stands in the nested state dict."""
-    left_out: int = 0
-    """DCP: entries that are no model tensors and were not looked up."""
+    left_out: int = 0  # DCP: entries that are no model tensors and were not looked up
     elsewhere: tuple[str, ...] = ()
     """DCP: those of them that are tensors under a key that neither the model nor the training state has."""
     pool: FilePool = field(default_factory=FilePool)

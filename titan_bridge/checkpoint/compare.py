@@ -32,8 +32,7 @@ from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
-_PART_BYTES = 1 << 30
-"""Bytes of the tensors whose copies are listed at a time."""
+_PART_BYTES = 1 << 30  # bytes of the tensors whose copies are listed at a time
 Advance = Callable[[int], None]
 T = TypeVar("T")
 
@@ -43,8 +42,7 @@ class Side:
     """An open checkpoint with its tensors under the names that are compared."""
 
     source: Checkpoint
-    tensors: Mapping[str, TensorMetadata]
-    """By name: global shape and dtype; not in chunks."""
+    tensors: Mapping[str, TensorMetadata]  # by name: global shape and dtype; not in chunks
     views: tuple[View, ...] = ()
     left_out: tuple[str, ...] = ()
     """Tensors that are not compared: they have no Hugging Face name, or repeat another tensor (a tied head)."""
@@ -56,13 +54,10 @@ class Difference:
 
     name: str
     elements: int
-    different: int
-    """Elements with another value; NaN equals NaN, and 0.0 equals -0.0."""
-    not_finite: int
-    """Those of them that are NaN or infinite on one side; the figures below leave them out."""
+    different: int  # elements with another value; NaN equals NaN, and 0.0 equals -0.0
+    not_finite: int  # those of them that are NaN or infinite on one side; the figures below leave them out
     max: float
-    mean: float
-    """Over all elements."""
+    mean: float  # over all elements
 
 
 def open_sides(

@@ -29,8 +29,7 @@ TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 _MODEL = "model"
 _LONGEST_NAME = 4096
 
-_Place = tuple[Path, int, int]
-"""File, first byte, bytes."""
+_Place = tuple[Path, int, int]  # file, first byte, bytes
 _Own = dict[tuple[int, ...] | None, _Place]
 """The places of one entry by offset in the tensor (None: no tensor)."""
 

@@ -33,10 +33,8 @@ WORKER_BYTES = STRIP_BYTES + SCRATCH_BYTES + SPAN_BYTES
 _CALL_BYTES = 512 << 10
 """Most bytes of one write. Where a host takes free memory back, those of 2 MB and more were measured four to twelve
 times as slow: it seems that Linux fills pages of 2 MB for them, which are then new ones."""
-Progress = Callable[[int], None]
-"""Told of bytes, from any thread."""
-_Span = tuple[int, int, int]
-"""What was written: (offset, length, CRC-32)."""
+Progress = Callable[[int], None]  # told of bytes, from any thread
+_Span = tuple[int, int, int]  # what was written: (offset, length, CRC-32)
 
 
 @contextlib.contextmanager

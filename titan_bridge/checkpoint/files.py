@@ -26,8 +26,7 @@ out of it should still lie in a core's cache, and a large buffer's first use cos
 NEAR_BYTES = 16 << 10
 """Runs with no more between them, as the rows of a column slice, are mapped together: for runs of 1 to 6 KB this takes
 half the time of a read each, or of reading the gaps, too; from 64 KB on there is no difference."""
-SPAN_BYTES = 4 << 20
-"""Most bytes that are mapped at a time: they count as memory."""
+SPAN_BYTES = 4 << 20  # most bytes that are mapped at a time: they count as memory
 _POPULATE_READ = 22
 """MADV_POPULATE_READ (Linux 5.14): fails where a page cannot be had, instead of killing whoever touches it."""
 _OPEN_FILES = 64

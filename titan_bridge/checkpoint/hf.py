@@ -15,7 +15,7 @@ from titan_bridge.run_folder import INDEX, SINGLE
 from titan_bridge.sharding.tensors import TensorMetadata
 
 _NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-CARRIED = (
+CARRIED = (  # patterns of small files that go with the weights wherever they go
     *(
         "generation_config.json",
         "preprocessor_config.json",
@@ -25,7 +25,6 @@ CARRIED = (
     ),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
-"""Patterns of small files that go with the weights wherever they go."""
 
 
 def is_hf(directory: Path) -> bool:

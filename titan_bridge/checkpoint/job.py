@@ -30,8 +30,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import dtype_name
 from titan_bridge.sharding.plan import Plan
 
-_SMALL = 64 << 20
-"""Bytes allowed for plans and headers when the memory is estimated."""
+_SMALL = 64 << 20  # bytes allowed for plans and headers when the memory is estimated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +42,10 @@ class Options:
     to: Literal["hf", "dcp"]
     config: Path | None = None
     """A directory with config.json, the file, or "FAMILY:FLAVOR" of TorchTitan; else the source's own."""
-    dtype: torch.dtype | None = None
-    """Of floating-point weights; else they keep their own."""
-    names: str | None = None
-    """How the source calls tensor NAME, with `{}` in place of NAME; None: as we do."""
+    dtype: torch.dtype | None = None  # of floating-point weights; else they keep their own
+    names: str | None = None  # how the source calls tensor NAME, with `{}` in place of NAME; None: as we do
     max_shard_size: int = 5_000_000_000
-    merge_lora: Path | None = None
-    """A LoRA adapter in PEFT's format whose products are added to the weights."""
+    merge_lora: Path | None = None  # a LoRA adapter in PEFT's format whose products are added to the weights
     with_optimizer: bool = False
     workers: int = 2
     overwrite: bool = False
@@ -64,15 +60,12 @@ class Outcome:
 
     files: tuple[str, ...]
     bytes_read: int
-    bytes_written: int
-    """By this run; finished files of an earlier one (`--resume`) do not count."""
+    bytes_written: int  # by this run; finished files of an earlier one (`--resume`) do not count
     resumed_parts: int
     source_checked: bool
     """Whether all that was read was held against the source's own checksums: under `verify`, where DCP has some."""
-    nan: Mapping[str, int]
-    """NaNs by destination tensor, where there are any."""
-    inf: Mapping[str, int]
-    """Infinite elements."""
+    nan: Mapping[str, int]  # NaNs by destination tensor, where there are any
+    inf: Mapping[str, int]  # infinite elements
     overflow: Mapping[str, int]
     """Those of them that the cast to another dtype made infinite; all three in the order of the tensors."""
     lost: Mapping[str, int]

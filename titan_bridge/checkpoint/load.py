@@ -23,24 +23,18 @@ from titan_bridge.sharding.plan import plan
 if TYPE_CHECKING:
     from titan_bridge.models import Family
 
-_THREADS = 8
-"""Most weights that one rank reads at the same time."""
-_AHEAD = 2
-"""Weights a thread that may be done or under way before what was begun first is told."""
+_THREADS = 8  # most weights that one rank reads at the same time
+_AHEAD = 2  # weights a thread that may be done or under way before what was begun first is told
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """What one rank took."""
 
-    bytes_planned: int
-    """Bytes, in the checkpoint's dtypes, of the boxes that this rank holds."""
-    bytes_read: int
-    """Bytes that came from the files; equal to `bytes_planned`."""
-    bytes_total: int
-    """Bytes of the whole model in the checkpoint."""
-    dtypes: tuple[str, ...]
-    """Types of the checkpoint's tensors, in order of their names."""
+    bytes_planned: int  # bytes, in the checkpoint's dtypes, of the boxes that this rank holds
+    bytes_read: int  # bytes that came from the files; equal to `bytes_planned`
+    bytes_total: int  # bytes of the whole model in the checkpoint
+    dtypes: tuple[str, ...]  # types of the checkpoint's tensors, in order of their names
     nan: Mapping[str, int]
     """Elements that are NaN in live tensors of this rank, by FQN; those without any are left out."""
     inf: Mapping[str, int]

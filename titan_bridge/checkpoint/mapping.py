@@ -23,10 +23,8 @@ from titan_bridge.sharding.view import View
 if TYPE_CHECKING:
     from titan_bridge.models import Family
 
-Config = Mapping[str, Any]
-"""A parsed config.json."""
-_MOST = 8
-"""Names in one message."""
+Config = Mapping[str, Any]  # a parsed config.json
+_MOST = 8  # names in one message
 _BIASES = (".expert_bias_E", ".e_score_correction_bias")
 """Ends of the names of expert biases, which choose experts and stay float32 whatever the weights are."""
 
@@ -35,17 +33,14 @@ _BIASES = (".expert_bias_E", ".e_score_correction_bias")
 class TensorMap:
     """The destination's tensors and the views that fill them."""
 
-    tensors: tuple[TensorMetadata, ...]
-    """Not yet in chunks."""
+    tensors: tuple[TensorMetadata, ...]  # not yet in chunks
     views: tuple[View, ...] = ()
     zero: frozenset[str] = frozenset()
     """Destination tensors that no source has and that become zero: expert biases that Hugging Face does not know."""
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """DCP: further names of tied tensors."""
+    aliases: Mapping[str, str] = field(default_factory=dict)  # DCP: further names of tied tensors
     buffers: frozenset[str] = frozenset()
     """Tensors of the destination that keep their own dtype whatever the weights have (expert biases)."""
-    dropped: tuple[str, ...] = ()
-    """Source tensors that the destination has no place for."""
+    dropped: tuple[str, ...] = ()  # source tensors that the destination has no place for
     left_out: tuple[str, ...] = ()
     """Those, and others that are not needed: they repeat another tensor (a tied head), say."""
 

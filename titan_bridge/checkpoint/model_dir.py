@@ -18,10 +18,8 @@ from titan_bridge.run_folder import RECORD, Record, model_and_step, step_folder
 if TYPE_CHECKING:
     from titan_bridge.models import Family
 
-LOAD_FORMAT = "titan"
-"""vLLM's `load_format` for weights that we read."""
-_EXPERT_BIAS = ".expert_bias_E"
-"""TorchTitan's name of the buffer."""
+LOAD_FORMAT = "titan"  # vLLM's `load_format` for weights that we read
+_EXPERT_BIAS = ".expert_bias_E"  # TorchTitan's name of the buffer
 
 
 def weights_directory(model: str, step: int | None = None) -> Path | None:

@@ -17,13 +17,12 @@ from titan_bridge.checkpoint.torch_checkpointing import is_torch_checkpointing, 
 from titan_bridge.errors import BridgeError, few
 from titan_bridge.models import family_for
 
-_COPY = {
+_COPY = {  # by scheme: what brings a folder here
     "s3": "aws s3 cp --recursive {} DIR",
     "gs": "gcloud storage cp --recursive {} DIR",
     "hf": "hf download NAME --local-dir DIR",
     "az": "azcopy copy {} DIR --recursive",
 }
-"""By scheme: what brings a folder here."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}[^/]", re.IGNORECASE)  # Path() makes one slash of two
 
 

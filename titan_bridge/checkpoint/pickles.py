@@ -63,7 +63,7 @@ def size_from(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[0]
 
 
-_OPCODES = {
+_OPCODES = {  # what torch.save and DCP write; left out are sets, for instance, and those that reserve memory
     getattr(pickle, name)[0]
     for name in (
         *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -73,7 +73,6 @@ _OPCODES = {
         *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
     )
 }
-"""What torch.save and DCP write. Left out are, for instance, sets, and the opcodes that reserve memory."""
 
 MOST_DIMS = 64
 _MOST_KEY = 1 << 20

@@ -26,8 +26,7 @@ from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.moves import Window
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
-_PIECE = 1 << 20
-"""Most values multiplied out at a time."""
+_PIECE = 1 << 20  # most values multiplied out at a time
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _PAIRS = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)])
@@ -41,8 +40,7 @@ class ComputedCheckpoint(Checkpoint):
     raw: Checkpoint
     compute: Mapping[str, Callable[[Box], torch.Tensor]]
     """By name of such a tensor: what makes a box of it, in float32, contiguous."""
-    order: tuple[int, ...] = (0, 1)
-    """For each dim of such a tensor, how far out it stands in the file."""
+    order: tuple[int, ...] = (0, 1)  # for each dim of such a tensor, how far out it stands in the file
 
     def fetch_window(self, stored: TensorMetadata, chunk: Chunk, window: Window, out: torch.Tensor) -> None:
         if stored.name not in self.compute:

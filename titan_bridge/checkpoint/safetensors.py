@@ -26,8 +26,7 @@ _NAMES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 _CODES = {dtype: name for name, dtype in _NAMES.items()}
-_MOST_HEADER = 100_000_000
-"""Bytes; the limit of the reference implementation."""
+_MOST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _ALIGNMENT = 64
 METADATA = "__metadata__"
 

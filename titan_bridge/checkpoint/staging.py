@@ -38,8 +38,7 @@ class FileResult:
     """What is known of a finished file."""
 
     file: str
-    crc: int
-    """CRC-32 of what was written."""
+    crc: int  # CRC-32 of what was written
     counts: Mapping[str, Mapping[str, int]]
     """NaN ("nan") and infinite ("inf") elements, and those that the cast made infinite ("overflow"), by tensor."""
 

@@ -21,11 +21,9 @@ from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 CHUNK_BYTES = 256 << 20
 """Larger tensors are written to DCP in several chunks: who loads a part of one reads less of the rest."""
-STRIP_BYTES = 8 << 20
-"""Most bytes of a strip, of the destination's dtype."""
+STRIP_BYTES = 8 << 20  # most bytes of a strip, of the destination's dtype
 T = TypeVar("T")
-Strip = tuple[str, int]
-"""Tensor, and number of the strip."""
+Strip = tuple[str, int]  # tensor, and number of the strip
 
 
 @dataclass(kw_only=True)
@@ -34,12 +32,9 @@ class OutFile:
 
     name: str
     size: int = 0
-    fixed: list[tuple[int, bytes]] = field(default_factory=list)
-    """(offset, bytes)."""
-    archives: list[tuple[int, Archive]] = field(default_factory=list)
-    """(offset, archive)."""
-    strips: list[Strip] = field(default_factory=list)
-    """In the order of the bytes."""
+    fixed: list[tuple[int, bytes]] = field(default_factory=list)  # (offset, bytes)
+    archives: list[tuple[int, Archive]] = field(default_factory=list)  # (offset, archive)
+    strips: list[Strip] = field(default_factory=list)  # in the order of the bytes
 
 
 @dataclass(kw_only=True)
@@ -49,12 +44,10 @@ class Target:
     files: list[OutFile] = field(default_factory=list)
     strips: dict[str, list[Chunk]] = field(default_factory=dict)
     """By tensor, in the order of the planner's chunks; the owner is the name of a file."""
-    shapes: dict[str, TensorMetadata] = field(default_factory=dict)
-    """All tensors, without their chunks."""
+    shapes: dict[str, TensorMetadata] = field(default_factory=dict)  # all tensors, without their chunks
     archives: dict[str, TensorMetadata] = field(default_factory=dict)
     """DCP: what its metadata says of each entry, under all its names."""
-    weight_map: dict[str, str] = field(default_factory=dict)
-    """Hugging Face: the file of each tensor."""
+    weight_map: dict[str, str] = field(default_factory=dict)  # Hugging Face: the file of each tensor
 
     @property
     def nbytes(self) -> int:

@@ -35,18 +35,15 @@ from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 METADATA = "metadata.pkl"
 _MODEL = "model"
 _VERSION = "2.0"
-_MOST_BYTES = 1 << 28
-"""Of a pickle."""
+_MOST_BYTES = 1 << 28  # of a pickle
 _DTENSOR = "torch.distributed.tensor"
 _MESH = "torch.distributed._mesh_layout"
 
 _PLACEMENTS = {"Replicate": "R", "Shard": "S({dim})", "StridedShard": "SS({dim},{factor})"}
 
-Keys = tuple[str | int, ...]
-"""Where a tensor stands in the nested state dict of an item."""
+Keys = tuple[str | int, ...]  # where a tensor stands in the nested state dict of an item
 Find = Callable[[Keys], Placed]
-Files = Callable[[int], tuple[Path, Find]]
-"""Rank to the file of an item, and what finds tensors in it."""
+Files = Callable[[int], tuple[Path, Find]]  # rank to the file of an item, and what finds tensors in it
 Tensors = dict[str, TensorMetadata]
 Shape = tuple[int, ...]
 Placements: TypeAlias = "tuple[dtensor.Placement, ...]"

@@ -15,8 +15,7 @@ from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError, about
 
 _BUFFER_BYTES = 16 << 20
-_SAMPLES = 64
-"""Places in each file that are looked at; training changes nearly every weight."""
+_SAMPLES = 64  # places in each file that are looked at; training changes nearly every weight
 _SAMPLE_BYTES = 512
 
 

@@ -23,12 +23,9 @@ from titan_bridge.sharding import dtensor
 
 Sizes = Sequence[int]
 Placements: TypeAlias = "Sequence[dtensor.Placement]"
-Ends = tuple[np.ndarray, np.ndarray]
-"""(start, stop) of boxes, int64 [boxes, dims]."""
-Segment = tuple[int, int, int]
-"""(global start, global stop, local start) along one dim."""
-_BLOCK = 4_000_000
-"""Pairs of boxes that are looked at together."""
+Ends = tuple[np.ndarray, np.ndarray]  # (start, stop) of boxes, int64 [boxes, dims]
+Segment = tuple[int, int, int]  # (global start, global stop, local start) along one dim
+_BLOCK = 4_000_000  # pairs of boxes that are looked at together
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -91,8 +88,7 @@ class Box:
 class Piece:
     """One box of a rank and where it lies in the rank's local tensor; both have the same shape."""
 
-    box: Box
-    """In the global tensor."""
+    box: Box  # in the global tensor
     local: Box
     """In the local tensor, which is contiguous in torch's sense and as large as all pieces together."""
 

@@ -58,8 +58,7 @@ class MeshLayout:
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
-    ranks: tuple[int, ...]
-    """Global ranks, row-major; as many as the mesh is large."""
+    ranks: tuple[int, ...]  # global ranks, row-major; as many as the mesh is large
 
     def __post_init__(self) -> None:
         if not self.axes or len(set(self.axes)) != len(self.axes) or len(self.axes) != len(self.shape):
@@ -104,10 +103,8 @@ class ParamLayout:
     """One parameter: global shape, dtype, mesh and placements (also when it is replicated)."""
 
     spec: ShardingSpec
-    shape: tuple[int, ...]
-    """Global shape, as served or trained."""
-    dtype: str
-    """Name of the torch dtype in storage, for example "bfloat16"."""
+    shape: tuple[int, ...]  # global shape, as served or trained
+    dtype: str  # name of the torch dtype in storage, for example "bfloat16"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))

@@ -21,8 +21,7 @@ class Item:
 
     source: TensorMetadata
     destination: TensorMetadata
-    view: View | None
-    """None: same shape, same elements in the same places."""
+    view: View | None  # None: same shape, same elements in the same places
     external_source: bool
     """With a view: True when the source is the external tensor, False when it is the TorchTitan one."""
 

@@ -21,8 +21,7 @@ class Window:
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
-    """From the first element of the local tensor; add its own `storage_offset()` if it has one."""
+    offset: int  # from the first element of the local tensor; add its own `storage_offset()` if it has one
 
     @classmethod
     def of_box(cls, box: Box, shape: Sequence[int]) -> Window:
@@ -64,8 +63,7 @@ class Copy:
     source_chunk: int | None
     """Index into the tensor's `chunks`; None when it is a rank's local tensor on a mesh."""
     destination_chunk: int | None
-    box: Box
-    """In global coordinates: of the tensor itself, or of the view's factored and sliced dims."""
+    box: Box  # in global coordinates: of the tensor itself, or of the view's factored and sliced dims
     source_window: Window
     destination_window: Window
 
@@ -81,14 +79,11 @@ class Group:
 
     geometry: Geometry
     items: tuple[Item, ...]
-    itemsize: int
-    """Bytes an element on the wire."""
-    sources: np.ndarray
-    """[tensors, slots] -> index into the owners of the plan."""
+    itemsize: int  # bytes an element on the wire
+    sources: np.ndarray  # [tensors, slots] -> index into the owners of the plan
     destinations: np.ndarray
     choice: np.ndarray
-    local: np.ndarray
-    """Same shape; True where the destination has the data itself."""
+    local: np.ndarray  # same shape; True where the destination has the data itself
 
 
 def ends(group: Group, tensors: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:

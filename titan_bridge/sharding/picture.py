@@ -29,12 +29,9 @@ _COLUMNS = 7
 _WIDTH, _LINE, _MAP = 16.0, 2.75, 1.5
 """Inches: the figure, a line of maps with their titles, and a map's height."""
 _LEFT = 0.025
-_STRIP = 0.3
-"""Width of the map of a tensor of one dim, in widths of a map."""
-_VALUES = 12
-"""Senders and receivers at most whose bytes are written into the cells."""
-_LABELLED = 32
-"""Boxes in one map that still leave room for rank numbers."""
+_STRIP = 0.3  # width of the map of a tensor of one dim, in widths of a map
+_VALUES = 12  # senders and receivers at most whose bytes are written into the cells
+_LABELLED = 32  # boxes in one map that still leave room for rank numbers
 _MODULES = 7
 _INK, _FAINT, _CUT = "#1c2430", "#66707d", "#0b5cad"
 _HUES = ("#6fa8dc", "#f6b26b", "#8fc98b", "#e58b88", "#b39ddb", "#d7b98e", "#f2a7d0", "#7fd1c7")

@@ -29,8 +29,7 @@ from titan_bridge.sharding.sides import Geometry, external_frame, identity_frame
 from titan_bridge.sharding.tensors import Owner, TensorMetadata, by_name
 from titan_bridge.sharding.view import View
 
-_BLOCK = 4_000_000
-"""Copies looked at together in sums over a whole plan: bounds the memory."""
+_BLOCK = 4_000_000  # copies looked at together in sums over a whole plan: bounds the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +37,15 @@ class Plan:
     """What has to be copied from where to where. Bytes are those of the destination's dtype."""
 
     groups: tuple[Group, ...]
-    owners: tuple[Owner, ...]
-    """All ranks and files of both sides."""
+    owners: tuple[Owner, ...]  # all ranks and files of both sides
     sent: Mapping[Owner, int]
     """Bytes that each source sends, zero included; what stays where it is does not count."""
-    received: Mapping[Owner, int]
-    """Bytes that each destination receives."""
+    received: Mapping[Owner, int]  # bytes that each destination receives
     load_floor: int
     """Bytes that the most loaded sender has at least, whoever is chosen: what only the ranks of one mesh
     (a pipeline stage) can send, divided by how many they are."""
-    lower_bound: int
-    """Bytes that the destinations lack, computed from the two layouts alone."""
-    unused: tuple[str, ...]
-    """Source tensors that no destination asks for."""
+    lower_bound: int  # bytes that the destinations lack, computed from the two layouts alone
+    unused: tuple[str, ...]  # source tensors that no destination asks for
     missing: Mapping[str, int]
     """Elements of destination tensors that no source has (only with `allow_missing`)."""
 

@@ -39,12 +39,9 @@ class DimFrame:
     """How one tensor dim is made of cells, row-major."""
 
     cells: tuple[int, ...]
-    factors: tuple[int, ...]
-    """Full size of each cell dim in this tensor."""
-    offset: tuple[int, ...]
-    """Where cell 0 lies in each factor."""
-    limit: tuple[int, ...]
-    """Number of cells in each."""
+    factors: tuple[int, ...]  # full size of each cell dim in this tensor
+    offset: tuple[int, ...]  # where cell 0 lies in each factor
+    limit: tuple[int, ...]  # number of cells in each
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -95,13 +92,10 @@ class Side:
     """A tensor on one side, as boxes of cells. Arrays of int64; the first four have one row a box."""
 
     frame: Frame
-    shard: np.ndarray
-    """[boxes] the shard that has the box."""
+    shard: np.ndarray  # [boxes] the shard that has the box
     start: np.ndarray
-    stop: np.ndarray
-    """[boxes, cells]"""
-    delta: np.ndarray
-    """[boxes, tensor dims] (zero for chunks: theirs is minus the start of the chunk)."""
+    stop: np.ndarray  # [boxes, cells]
+    delta: np.ndarray  # [boxes, tensor dims] (zero for chunks: theirs is minus the start of the chunk)
     slots: np.ndarray
     """[shards, replicas]: positions on the mesh, or indices of chunks, -1 where a shard has fewer replicas."""
     tensor: TensorMetadata

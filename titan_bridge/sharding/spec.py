@@ -72,8 +72,7 @@ class ShardingSpec:
     Example: `ShardingSpec(mesh="dense", placements=(Replicate(), _StridedShard(0, split_factor=2), Shard(0)))` on the
     mesh `(dp_replicate, fsdp, tp)`."""
 
-    mesh: str
-    """Name of the mesh, for example "dense" or "sparse"."""
+    mesh: str  # name of the mesh, for example "dense" or "sparse"
     placements: tuple[dtensor.Placement, ...]
     """Replicate, Shard or _StridedShard; one for each mesh axis, read from left to right."""
 

@@ -14,8 +14,7 @@ from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, check
 from titan_bridge.sharding.layout import Layout, MeshLayout, torch_dtype
 
-Owner = int | str | Path
-"""A rank, or a file."""
+Owner = int | str | Path  # a rank, or a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +22,10 @@ class Chunk:
     """A part of a tensor that is a contiguous tensor of its own."""
 
     owner: Owner
-    box: Box
-    """In the global tensor."""
+    box: Box  # in the global tensor
     offset: int = 0
     """In a file: bytes from its start to the part, or to the `archive` that holds it; need not be aligned."""
-    archive: int | None = None
-    """DCP: bytes of the archive of `torch.save` that holds the part."""
+    archive: int | None = None  # DCP: bytes of the archive of `torch.save` that holds the part
 
     @property
     def path(self) -> Path:
@@ -51,10 +48,8 @@ class TensorMetadata:
     It is either on a mesh or in chunks. Several chunks may have the same box (replicas) or overlap."""
 
     name: str
-    shape: tuple[int, ...]
-    """Global shape."""
-    dtype: torch.dtype
-    """In storage."""
+    shape: tuple[int, ...]  # global shape
+    dtype: torch.dtype  # in storage
     chunks: tuple[Chunk, ...] = ()
     on: OnMesh | None = None
 

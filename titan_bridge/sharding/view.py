@@ -27,12 +27,9 @@ from titan_bridge.errors import BridgeError
 class View:
     """See the module's text. Shapes are global; all fields are tuples, so a view is hashable."""
 
-    name: str
-    """External name, for example "model.layers.0.self_attn.q_proj.weight"."""
-    fqn: str
-    """Name of the TorchTitan tensor, for example "layers.0.attention.qkv_linear.wqkv.weight"."""
-    shape: tuple[int, ...]
-    """Shape of the external tensor."""
+    name: str  # external name, for example "model.layers.0.self_attn.q_proj.weight"
+    fqn: str  # name of the TorchTitan tensor, for example "layers.0.attention.qkv_linear.wqkv.weight"
+    shape: tuple[int, ...]  # shape of the external tensor
     factors: tuple[tuple[int, ...], ...]
     """For each dim of the TorchTitan tensor its row-major factorisation; the product is the size of the dim."""
     index: tuple[tuple[int, int], ...]
