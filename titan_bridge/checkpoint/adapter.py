@@ -45,14 +45,9 @@ def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: floa
         raise BridgeError(f"{source} has no LoRA adapter: no tensor is called NAME.lora_a.weight")
     tensors = to_peft(found, family_for(hf).views(hf))
     (rank,) = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
-        "bias": "none",
-    }
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
+    config["target_modules"] = modules
     with _beside(target) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2))
         save_file(tensors, made / TENSORS, metadata={"format": "pt"})
@@ -75,7 +70,7 @@ def merged(checkpoint: Checkpoint, adapter: Path) -> ComputedCheckpoint:
     Raises BridgeError: another format, no plain LoRA, or matrices that fit no weight."""
     if checkpoint.format != "hf":
         raise BridgeError(
-            f"--merge-lora: {checkpoint.path} is {checkpoint.format}; allowed: hf (convert it first with --to hf)"
+            f"--merge-lora: {checkpoint.path} is {checkpoint.format}; convert it first with --to hf"
         )
     config, held = _read_adapter(adapter)
     scale = config["lora_alpha"] / config["r"]

@@ -82,15 +82,13 @@ class Checkpoint:
         Raises BridgeError: an archive that is damaged, or holds another tensor than the metadata says."""
         if chunk.archive is None:
             return chunk.offset
-        key, held = (chunk.path, chunk.offset), (stored.dtype, chunk.box.shape)
+        key, dtype, shape = (chunk.path, chunk.offset), stored.dtype, chunk.box.shape
         with about(f"{chunk.path}: {stored.name} at {chunk.box.start}"):
             if key not in self._located:
                 self._located[key] = locate(self.pool.part(*key, chunk.archive), chunk.archive)
             found = self._located[key]
-            if (found.dtype, found.shape) != held:
-                raise BridgeError(
-                    f"it has {found.dtype} {found.shape}, the metadata says {held[0]} {held[1]}"
-                )
+            if (found.dtype, found.shape) != (dtype, shape):
+                raise BridgeError(f"it has {found.dtype} {found.shape}, the metadata says {dtype} {shape}")
         return chunk.offset + found.offset
 
     def fetch(self, copy: Copy, out: torch.Tensor) -> None:

@@ -49,9 +49,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     if options.merge_lora is not None:
         source = merged(source, options.merge_lora)
     if extra and not (source.format == options.to == "dcp" and is_dcp(source.path)):
-        raise BridgeError(
-            f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
-        )
+        given = f"{source.format} to {options.to}"
+        raise BridgeError(f"--with-optimizer carries optimizer state from DCP to DCP only; this is {given}")
     config, small = _config(options, source)
     config = config and without_quantization(config)
     source = under_hf_names(source, config)
@@ -61,8 +60,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         tensors = same_names(source, options.dtype)
     elif config is None:
         raise BridgeError(
-            f"{source.path} has no config.json, which names the model; give one with --config (a directory with it, or "
-            "the file)"
+            f"{source.path} has no config.json, which names the model; give one with --config "
+            "(a directory with config.json, or the file)"
         )
     else:
         tensors = make_mapping(source, config, options.dtype)
@@ -103,9 +102,7 @@ def _check_paths(options: Options, found: Path) -> None:
     if source == target:
         raise BridgeError(f"SRC and DST are both {source}; give another directory for DST")
     if source.is_relative_to(target):
-        raise BridgeError(
-            f"SRC lies inside DST ({target}), which is replaced; give another directory for DST"
-        )
+        raise BridgeError(f"SRC lies inside DST ({target}), which is replaced; give another DST")
     if options.workers < 1:
         raise BridgeError(f"--workers {options.workers}; give at least 1")
     if options.max_shard_size < 1:
@@ -162,4 +159,4 @@ def _target(options: Options, tensors: TensorMap, source: Checkpoint, team: Team
     )
     if options.to == "hf":
         return hf_target(tensors.tensors, most)
-    return dcp_target(tensors.tensors, most, aliases=tensors.aliases, blobs=source.blobs)
+    return dcp_target(tensors.tensors, most, tensors.aliases, source.blobs)

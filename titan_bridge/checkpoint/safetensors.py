@@ -48,9 +48,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorMetadata], dict[str, str]]:
     with about(path):
         for (first, last), name, shape, dtype in sorted(_entry(name, data) for name, data in header.items()):
             if first != at:
-                raise BridgeError(
-                    f"{name} starts at byte {first} of the data; the tensors before it end at {at}"
-                )
+                raise BridgeError(f"{name} starts at byte {first} of the data; those before it end at {at}")
             if last - first != (wanted := math.prod(shape) * dtype.itemsize):
                 raise BridgeError(f"{name} has {last - first} bytes; {dtype} {list(shape)} needs {wanted}")
             entries[name] = TensorMetadata.whole(name, shape, dtype, path, offset=start + first)

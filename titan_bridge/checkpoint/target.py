@@ -6,7 +6,6 @@ as the planner sees them, each a run of bytes of one file. A strip is read, cast
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,16 +82,12 @@ def rows_of(box: Box, itemsize: int, most: int) -> Iterator[Box]:
         if box.numel:
             yield box
         return
-    row = math.prod(box.shape[1:]) * itemsize
-    if row > most and box.ndim > 1:
-        for i in range(box.start[0], box.stop[0]):
-            for rest in rows_of(Box(start=box.start[1:], stop=box.stop[1:]), itemsize, most):
-                yield Box(start=(i, *rest.start), stop=(i + 1, *rest.stop))
-        return
-    step = max(1, most // row)
+    row = Box(start=box.start[1:], stop=box.stop[1:])
+    step = max(1, most // (row.numel * itemsize))
     for first in range(box.start[0], box.stop[0], step):
         last = min(first + step, box.stop[0])
-        yield Box(start=(first, *box.start[1:]), stop=(last, *box.stop[1:]))
+        for part in rows_of(row, itemsize, most):
+            yield Box(start=(first, *part.start), stop=(last, *part.stop))
 
 
 def hf_target(tensors: Sequence[TensorMetadata], most: int) -> Target:
@@ -114,7 +109,6 @@ def hf_target(tensors: Sequence[TensorMetadata], most: int) -> Target:
 def dcp_target(
     tensors: Sequence[TensorMetadata],
     most: int,
-    *,
     aliases: Mapping[str, str],
     blobs: Mapping[str, TensorMetadata],
 ) -> Target:

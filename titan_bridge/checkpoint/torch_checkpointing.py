@@ -119,9 +119,7 @@ def _files(pool: FilePool, directory: Path, item: str, layouts: dict[int, Any]) 
         if form == "SafetensorsSerialization":
             return path, _in_safetensors(path)
         if form != "TorchSerialization":
-            raise BridgeError(
-                f"{path} is of {form!r:.40}; allowed: TorchSerialization, SafetensorsSerialization"
-            )
+            raise BridgeError(f"{path} is of {form!r:.40}; allowed: Torch- and SafetensorsSerialization")
         return path, _in_pickle(pool, path)[1]
 
     return of_rank

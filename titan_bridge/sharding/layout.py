@@ -63,7 +63,7 @@ class MeshLayout:
     def __post_init__(self) -> None:
         if not self.axes or len(set(self.axes)) != len(self.axes) or len(self.axes) != len(self.shape):
             raise BridgeError(
-                f"mesh axes {self.axes} of sizes {self.shape}; give one for each of distinct axes"
+                f"mesh axes {self.axes}, sizes {self.shape}; give one for each of distinct axes"
             )
         if not _are_ints(self.shape, least=1):
             raise BridgeError(f"mesh shape {self.shape}; every axis has at least size 1")

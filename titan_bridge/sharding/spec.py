@@ -136,7 +136,6 @@ def get(param: torch.Tensor | nn.Module, name: str | None = None) -> ShardingSpe
 def _tensor(module: nn.Module, name: str) -> torch.Tensor:
     own = {n: t for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
     if name not in own:
-        raise BridgeError(
-            f"{type(module).__name__} has no parameter or buffer {name!r} of its own; it has {sorted(own)}"
-        )
+        what = f"no parameter or buffer {name!r} of its own"
+        raise BridgeError(f"{type(module).__name__} has {what}; it has {sorted(own)}")
     return own[name]

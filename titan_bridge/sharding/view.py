@@ -104,9 +104,8 @@ class View:
         `titan` may be a part of its rows, from `first` on, both multiples of `rows`; the rest is left out."""
         last = first + len(titan)
         if first % self.rows or last % self.rows or last > self.titan_shape[0]:
-            raise BridgeError(
-                f"{self.fqn}: rows {first} to {last} of {self.titan_shape[0]}; this view needs multiples of {self.rows}"
-            )
+            what = f"rows {first} to {last} of {self.titan_shape[0]}"
+            raise BridgeError(f"{self.fqn}: {what}; this view needs multiples of {self.rows}")
         self._check(titan, (len(titan), *self.titan_shape[1:]), self.fqn)
         self._check(external, self.shape, self.name)
         begin, count = first // self.rows, len(titan) // self.rows
