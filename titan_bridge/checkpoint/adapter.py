@@ -46,8 +46,8 @@ def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: floa
     tensors = to_peft(found, family_for(hf).views(hf))
     (rank,) = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
     modules = sorted({name.split(".")[-3] for name in tensors})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
-    config["target_modules"] = modules
+    fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config = {**fixed, "r": rank, "lora_alpha": alpha, "target_modules": modules}
     with _beside(target) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2))
         save_file(tensors, made / TENSORS, metadata={"format": "pt"})

@@ -101,8 +101,7 @@ def chunk(size: int, chunks: int, index: int) -> tuple[int, int]:
 
 def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -> tuple[Segment, ...]:
     """What remains of a dim of `size` elements after `cuts`, in the order in which it lies in the local tensor.
-    `cuts`: (placement, size of the mesh axis, coordinate on it) of each axis that shards this dim, from left to right.
-    """
+    `cuts`: (placement, size of the mesh axis, coordinate on it) of each axis that shards this dim, left to right."""
     held = [(0, size)]
     for placement, chunks, index in cuts:
         local = sum(b - a for a, b in held)
@@ -114,28 +113,24 @@ def segments_of(size: int, cuts: Sequence[tuple[dtensor.Placement, int, int]]) -
         else:
             taken = [chunk(local, chunks, index)]
         held = _take(held, taken)
-    segments, at = [], 0
-    for a, b in held:
-        segments.append((a, b, at))
-        at += b - a
-    return tuple(segments)
+    starts = itertools.accumulate((b - a for a, b in held), initial=0)
+    return tuple((a, b, at) for (a, b), at in zip(held, starts, strict=False))
 
 
 def fsdp_is_exact(size: int, shards: int, fsdp: int) -> bool:
     """Whether `fully_shard` leaves what its placements say, on a dim of `size` that is cut into `shards` already.
 
-    It cuts each shard in `fsdp` chunks and calls the result `(_StridedShard(split_factor=shards), Shard)`. Where the
-    cuts are uneven these placements may describe other rows (9 rows on fsdp=4, tp=2 with torch 2.13: the rank at
-    (3, 1) holds one row, and DTensor says none), and neither DTensor nor a spec can put the tensor together again.
+    It cuts each shard in `fsdp` chunks and calls the result `(_StridedShard(split_factor=shards), Shard)`. Uneven cuts
+    may leave other rows than that (9 rows on fsdp=4, tp=2 with torch 2.13: the rank at (3, 1) holds one, and DTensor
+    says none), and neither DTensor nor a spec can put the tensor together again.
     """
     strided, shard = dtensor._StridedShard(0, split_factor=shards), dtensor.Shard(0)
-    for right in range(shards):
+    for right, left in itertools.product(range(shards), range(fsdp)):
         first, last = chunk(size, shards, right)
-        for left in range(fsdp):
-            a, b = chunk(last - first, fsdp, left)
-            real = ((first + a, first + b, 0),) if a < b else ()
-            if segments_of(size, [(strided, fsdp, left), (shard, shards, right)]) != real:
-                return False
+        a, b = chunk(last - first, fsdp, left)
+        real = ((first + a, first + b, 0),) if a < b else ()
+        if segments_of(size, [(strided, fsdp, left), (shard, shards, right)]) != real:
+            return False
     return True
 
 
@@ -172,11 +167,14 @@ def check(placements: Placements, shape: Sizes, mesh_shape: Sizes) -> None:
         given = f"{len(placements)} placements for a mesh with {len(mesh_shape)} axes"
         raise BridgeError(f"{given}; give one for each axis")
     for axis, placement in enumerate(placements):
-        dim, what = shard_dim(placement), f"placement {placement} on mesh axis {axis}"
-        if dim is None and not isinstance(placement, dtensor.Replicate):
-            raise BridgeError(f"{what}; a parameter can be R, S(d) or SS(d,f)")
-        if dim is not None and not 0 <= dim < len(shape):
-            what += f" shards dim {dim} of a tensor of shape {tuple(shape)}"
+        if isinstance(placement, dtensor.Replicate):
+            continue
+        if (dim := shard_dim(placement)) is None:
+            raise BridgeError(
+                f"placement {placement} on mesh axis {axis}; a parameter can be R, S(d) or SS(d,f)"
+            )
+        if not 0 <= dim < len(shape):
+            what = f"placement {placement} on mesh axis {axis} shards dim {dim} of a tensor of shape {tuple(shape)}"
             raise BridgeError(f"{what}; allowed: 0 to {len(shape) - 1}")
 
 

@@ -81,11 +81,15 @@ class ShardingSpec:
             raise BridgeError(f"mesh is {self.mesh!r}; give the name of a mesh, for example 'dense'")
         object.__setattr__(self, "placements", tuple(self.placements))
         for placement in self.placements:
-            dim, what = shard_dim(placement), f"placement {placement!r}"
-            if dim is None and not isinstance(placement, dtensor.Replicate):
-                raise BridgeError(f"{what}: a parameter can be Replicate, Shard or _StridedShard")
-            if dim is not None and dim < 0:
-                raise BridgeError(f"{what} counts dims from the end; give the dim from the front")
+            dim = 0 if isinstance(placement, dtensor.Replicate) else shard_dim(placement)
+            if dim is None:
+                raise BridgeError(
+                    f"placement {placement!r}: a parameter can be Replicate, Shard or _StridedShard"
+                )
+            if dim < 0:
+                raise BridgeError(
+                    f"placement {placement!r} counts dims from the end; give the dim from the front"
+                )
 
     @property
     def is_replicated(self) -> bool:
