@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from titan_bridge.checkpoint import load, open_checkpoint
-from titan_bridge.checkpoint.dcp_metadata import write_metadata
+from titan_bridge.checkpoint.dcp import write_metadata
 from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare

@@ -16,8 +16,7 @@ import torch
 
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.dcp import METADATA
-from titan_bridge.checkpoint.dcp_metadata import write_metadata
+from titan_bridge.checkpoint.dcp import METADATA, write_metadata
 from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Progress
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap

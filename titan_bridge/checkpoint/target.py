@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from titan_bridge.checkpoint.archive import ALIGNMENT, Archive
-from titan_bridge.checkpoint.safetensors import header_bytes
+from titan_bridge.checkpoint.hf import header_bytes
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan

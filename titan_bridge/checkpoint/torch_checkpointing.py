@@ -22,9 +22,8 @@ import numpy as np
 from titan_bridge.checkpoint.archive import Placed, Saved, Tensor
 from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.files import FilePool, inside, size_of
-from titan_bridge.checkpoint.hf import read_config
+from titan_bridge.checkpoint.hf import read_config, read_header
 from titan_bridge.checkpoint.pickles import MOST_DIMS, is_shape, load_file, size_from, stand_ins
-from titan_bridge.checkpoint.safetensors import read_header
 from titan_bridge.errors import BridgeError, about, few
 from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, Piece, fsdp_is_exact, local_shape_of, pieces_of

@@ -44,10 +44,15 @@ _FORMATS = (".svg", ".png", ".pdf")
 _BYTES = FuncFormatter(lambda value, _: human(value).replace(".00", ""))
 
 
-def layout_picture(layout: Layout, path: str | Path, *, title: str = "") -> Path:
-    """`layout_figure` as a file. Returns `path`. Raises BridgeError for another file type than svg, png or pdf."""
-    path = _checked(path)
-    layout_figure(layout, title=title).savefig(path, dpi=120)
+def picture(shown: Layout | Plan, path: str | Path, *, title: str = "") -> Path:
+    """Where the parameters of a layout live, or who sends how much to whom in a plan, as a file. Returns its path.
+    Raises BridgeError for another file type than svg, png or pdf."""
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise BridgeError(f"picture {path}: the name must end in one of {', '.join(_FORMATS)}")
+    is_layout = isinstance(shown, Layout)
+    figure = layout_figure(shown, title=title) if is_layout else traffic_figure(shown, title=title)
+    figure.savefig(path, dpi=120)
     return path
 
 
@@ -110,13 +115,6 @@ def _maps(layout: Layout) -> dict[str, list[tuple[list[str], ParamLayout]]]:
         texts = [_short(name) + (f" ×{count}" if count > 1 else "") for name, count in names.items()]
         shown.setdefault(heading, []).append((texts, param))
     return shown
-
-
-def traffic_picture(plan: Plan, path: str | Path, *, title: str = "") -> Path:
-    """`traffic_figure` as a file. Returns `path`; raises as `layout_picture`."""
-    path = _checked(path)
-    traffic_figure(plan, title=title).savefig(path, dpi=120)
-    return path
 
 
 def traffic_figure(plan: Plan, *, title: str = "") -> Figure:
@@ -190,13 +188,6 @@ def _names(owners: Sequence[object]) -> list[str]:
     shorter = (["/".join(text.split("/")[-count:]) for text in texts] for count in range(1, 10))
     short = next((some for some in shorter if len(set(some)) == len(set(texts))), texts)
     return [text if len(text) <= 32 else "…" + text[-31:] for text in short]
-
-
-def _checked(path: str | Path) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise BridgeError(f"picture {path}: the name must end in one of {', '.join(_FORMATS)}")
-    return path
 
 
 def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> None:
