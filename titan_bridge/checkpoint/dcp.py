@@ -10,7 +10,6 @@ difference in what is written (held by a test, object by object). Each chunk is 
 from __future__ import annotations
 
 import gc
-import os
 import pickle
 import reprlib
 from collections.abc import Mapping
@@ -19,19 +18,11 @@ from typing import Any
 
 import torch
 
+from titan_bridge.checkpoint import pickles
 from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.files import inside, size_of
 from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.pickles import (
-    MOST_DIMS,
-    StandIn,
-    fields,
-    is_shape,
-    kind_of,
-    load_file,
-    size_from,
-    stand_ins,
-)
+from titan_bridge.checkpoint.pickles import StandIn, fields, is_shape, kind_of, stand_ins
 from titan_bridge.errors import BridgeError, about
 from titan_bridge.run_folder import METADATA
 from titan_bridge.sharding.boxes import Box
@@ -53,7 +44,7 @@ _ALLOWED = {
     **_CLASSES,
     **stand_ins("torch.serialization", "_get_layout"),
     **stand_ins("pathlib", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
-    "torch.Size": size_from,
+    "torch.Size": pickles.size_from,
 }
 _MOST_METADATA = 1 << 31
 _Place = tuple[Path, int, int]  # file, first byte, bytes
@@ -76,7 +67,7 @@ def open_dcp(directory: Path, *, extra: bool = False) -> Checkpoint:
     source, collects = directory / METADATA, gc.isenabled()
     gc.disable()  # none of a million objects is garbage, and looking through them takes a third of the time
     try:
-        root, size = load_file(source, _ALLOWED, _MOST_METADATA)
+        root, size = pickles.load_file(source, _ALLOWED, _MOST_METADATA)
         with about(source):
             return _open(root, directory, extra=extra, most_chunks=size)
     finally:
@@ -90,17 +81,13 @@ def _open(root: Any, directory: Path, *, extra: bool, most_chunks: int) -> Check
         raise BridgeError("damaged metadata")
     paths, places = _paths(vars(root).get("planner_data")), _places(storage, directory)
     tensors: dict[str, TensorMetadata] = {}
-    others: dict[str, TensorMetadata] = {}
-    blobs: dict[str, TensorMetadata] = {}
-    stands: dict[str, tuple[Any, ...]] = {}
-    left_out, elsewhere = 0, []
+    others, blobs, stands, elsewhere, left_out = {}, {}, {}, [], 0
     for fqn, entry in entries.items():
         if not _is_name(fqn):
             raise BridgeError(f"the name of an entry is {reprlib.repr(fqn)}")
         kind, path, own = kind_of(entry), paths.get(fqn, (fqn,)), places.get(fqn, {})
-        if kind not in ("BytesStorageMetadata", "TensorStorageMetadata"):
+        if not (is_tensor := kind == "TensorStorageMetadata") and kind != "BytesStorageMetadata":
             raise BridgeError(f"{fqn} is neither a tensor nor bytes")
-        is_tensor = kind == "TensorStorageMetadata"
         name = _model_name(path) if is_tensor else None
         if name is None and not extra:
             left_out += 1
@@ -143,7 +130,7 @@ def _paths(planner: Any) -> dict[str, tuple[Any, ...]]:
     """Where entries stand in the nested state dict."""
     paths: dict[str, tuple[Any, ...]] = {}
     for fqn, path in (planner if isinstance(planner, dict) else {}).items():
-        parts = path if isinstance(path, tuple) and len(path) <= MOST_DIMS else ()
+        parts = path if isinstance(path, tuple) and len(path) <= pickles.MOST_DIMS else ()
         if parts and all(_is_name(part) or type(part) is int for part in parts):
             paths[fqn] = parts
     return paths
@@ -240,8 +227,6 @@ def write_metadata(path: Path, tensors: Mapping[str, TensorMetadata], paths: Map
     )
     with path.open("wb") as file:
         _Pickler(file).dump(metadata)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _make(kind: str, args: tuple[Any, ...] = (), **fields: Any) -> StandIn:

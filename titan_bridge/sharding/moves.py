@@ -148,7 +148,8 @@ def _windows(geometry: Geometry) -> Callable[[int, int, int], tuple[Box, Window,
         stride, offset = [0] * box.ndim, 0
         for d, frame in enumerate(side.frame):
             position = deltas[d] - origin[d]
-            for cell, low, step in zip(frame.cells, frame.offset, frame.strides, strict=True):
+            steps = contiguous_stride(frame.factors)
+            for cell, low, step in zip(frame.cells, frame.offset, steps, strict=True):
                 stride[cell] = step * dim_stride[d]
                 position += (box.start[cell] + low) * step
             offset += position * dim_stride[d]

@@ -21,15 +21,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from titan_bridge.sharding import dtensor
-from titan_bridge.sharding.boxes import (
-    Box,
-    axes_of,
-    contiguous_stride,
-    factored,
-    local_shape_of,
-    meeting,
-    segments_of,
-)
+from titan_bridge.sharding.boxes import Box, axes_of, factored, local_shape_of, meeting, segments_of
 from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
@@ -42,11 +34,6 @@ class DimFrame:
     factors: tuple[int, ...]  # full size of each cell dim in this tensor
     offset: tuple[int, ...]  # where cell 0 lies in each factor
     limit: tuple[int, ...]  # number of cells in each
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Step of each cell dim, in positions of the tensor dim."""
-        return contiguous_stride(self.factors)
 
     def boxes(self, start: int, stop: int) -> Iterator[tuple[tuple[int, int], ...]]:
         """The interval of the tensor dim as boxes of cells: one (first, last) for each cell dim."""
@@ -71,12 +58,11 @@ def identity_frame(shape: Sequence[int]) -> Frame:
 
 def titan_frame(view: View) -> Frame:
     """The TorchTitan tensor of a view."""
-    frame, at = [], 0
+    frame, count = [], itertools.count()
     for factors in view.factors:
-        cells = tuple(range(at, at + len(factors)))
-        limit = tuple(view.index_shape[c] for c in cells)
-        frame.append(DimFrame(cells, factors, tuple(view.index[c][0] for c in cells), limit))
-        at += len(factors)
+        cells = tuple(next(count) for _ in factors)
+        starts, limits = tuple(view.index[c][0] for c in cells), tuple(view.index_shape[c] for c in cells)
+        frame.append(DimFrame(cells, factors, starts, limits))
     return tuple(frame)
 
 
