@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -45,14 +45,13 @@ class Checkpoint:
     _located: dict[tuple[Path, int], Placed] = field(default_factory=dict, repr=False)
     """Archives that were looked into, by file and offset."""
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the files."""
         self.pool.close()
 
     @property
@@ -126,19 +125,19 @@ class Checkpoint:
         return out
 
 
-def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box], where: object) -> None:
+def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
     """Raise BridgeError unless the distinct boxes tile a tensor of global `shape` exactly."""
     whole = Box.whole(shape)
     distinct = list(dict.fromkeys(box for box in boxes if box.numel))
     if outside := [box for box in distinct if box.ndim != len(shape) or not whole.contains(box)]:
-        raise BridgeError(f"{where}: {name} has a part {outside[0]} outside its shape {shape}")
+        raise BridgeError(f"{name} has a part {outside[0]} outside its shape {shape}")
     cut = [d for d in range(len(shape)) if any(b.start[d] or b.stop[d] != shape[d] for b in distinct)]
     if len(cut) > _MOST_CUT:
-        raise BridgeError(f"{where}: {name} is cut along {len(cut)} dims; at most {_MOST_CUT} are read")
+        raise BridgeError(f"{name} is cut along {len(cut)} dims; at most {_MOST_CUT} are read")
     if _corners(distinct, cut) != _corners([whole] if whole.numel else [], cut):
         held = sum(box.numel for box in distinct)
         what = "overlap" if held >= whole.numel else f"hold {held} of {whole.numel} elements"
-        raise BridgeError(f"{where}: the parts of {name} {what}; they must cover {shape} once")
+        raise BridgeError(f"the parts of {name} {what}; they must cover {shape} once")
 
 
 def _corners(boxes: Iterable[Box], dims: Sequence[int]) -> dict[tuple[int, ...], int]:

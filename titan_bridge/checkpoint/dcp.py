@@ -178,7 +178,7 @@ def _stored(name: str, fqn: str, entry: Any, places: _Own, most_chunks: int) -> 
         box = Box(start=start, stop=tuple(a + n for a, n in zip(start, size, strict=True)))
         file, first, length = _known(places, start, f"{fqn} at {start}")
         chunks.append(Chunk(owner=file, offset=first, box=box, archive=length))
-    check_cover(fqn, shape, [chunk.box for chunk in chunks], METADATA)
+    check_cover(fqn, shape, [chunk.box for chunk in chunks])
     return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks))
 
 

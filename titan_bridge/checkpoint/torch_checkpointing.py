@@ -154,7 +154,7 @@ def _tensor(name: str, path: Keys, groups: Any, files: Files) -> TensorMetadata:
     if len(kinds) > 1:
         raise BridgeError(f"{name} has several shapes or dtypes: {few([f'{d} {s}' for s, d in kinds])}")
     ((shape, dtype),) = kinds
-    check_cover(name, shape, list(chunks), METADATA)
+    check_cover(name, shape, list(chunks))
     return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks.values()))
 
 
