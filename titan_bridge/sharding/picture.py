@@ -101,15 +101,14 @@ def _maps(layout: Layout) -> dict[str, list[tuple[list[str], ParamLayout]]]:
     """What to draw for each mesh: the names of parameters that look alike, and one of them."""
     headings = {name: f"{name.rstrip('0123456789')} mesh {mesh}" for name, mesh in layout.meshes.items()}
     stages = Counter(headings.values())
-    alike: dict[tuple, tuple[dict[str, int], ParamLayout]] = {}
+    alike: dict[tuple, tuple[Counter[str], ParamLayout]] = {}
     for fqn, param in layout.params.items():
         # Pipeline stages have a mesh each: one map stands for all, drawn for the first.
         heading = headings[param.spec.mesh]
         if stages[heading] == 1:
             heading = f"{param.spec.mesh} mesh {layout.meshes[param.spec.mesh]}"
         key = (heading, param.shape, param.spec.placements)
-        names, _ = alike.setdefault(key, ({}, param))
-        names[pattern_of(fqn)] = names.get(pattern_of(fqn), 0) + 1
+        alike.setdefault(key, (Counter(), param))[0][pattern_of(fqn)] += 1
     shown: dict[str, list[tuple[list[str], ParamLayout]]] = {}
     for (heading, *_), (names, param) in alike.items():
         texts = [_short(name) + (f" ×{count}" if count > 1 else "") for name, count in names.items()]
@@ -178,8 +177,7 @@ def _sums(axes: Axes, grid: Axes, sums: np.ndarray, title: str, *, values: bool)
     else:
         across.set_ticks([0, most], ["0 B", human(most)], fontsize=8, color=_INK)
     axes.set_title(title, fontsize=9, color=_FAINT, loc="left", pad=8 if beside else 3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _names(owners: Sequence[object]) -> list[str]:
@@ -200,12 +198,9 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
         for piece in pieces_of(placements, param.shape, mesh.shape, coordinate):
             holders.setdefault(piece.box, []).append(int(mesh.array[coordinate]))
             colours.setdefault(piece.box, _colour([(coordinate[i], mesh.shape[i]) for i in cuts]))
-    dims = {i: dim for i in cuts if (dim := shard_dim(placements[i])) is not None}
+    dims = [shard_dim(placements[i]) for i in cuts]
     # Across: the dim beside dim 0 that is cut into most parts.
-    across = max(
-        range(1, len(param.shape)), key=lambda d: sum(dim == d for dim in dims.values()), default=None
-    )
-    y, x = (0 if param.shape else None), across
+    y, x = (0 if param.shape else None), max(range(1, len(param.shape)), key=dims.count, default=None)
     height, width = (1 if d is None else param.shape[d] for d in (y, x))
     rectangles = []
     for box, ranks in holders.items():
@@ -215,33 +210,28 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
         if len(holders) <= _LABELLED:
             label = "every rank" if len(ranks) == len(mesh.ranks) > 1 else _ranges(ranks)
             label = label if len(label) < 18 else f"{len(ranks)} ranks"
-            look = {"fontsize": 6 if len(holders) > 8 else 9, "color": _INK, "ha": "center", "va": "center"}
-            look["rotation"] = 90 if len(param.shape) < 2 and len(label) > 5 else 0
+            turned, size = len(param.shape) < 2 and len(label) > 5, 6 if len(holders) > 8 else 9
+            look = {"fontsize": size, "rotation": 90 * turned, "color": _INK, "ha": "center", "va": "center"}
             axes.text((left + right) / 2, (top + bottom) / 2, label, **look)
     line = 1.2 if len(holders) <= 16 else 0.5 if len(holders) <= 64 else 0
-    edge = "white" if line else "face"
-    axes.add_collection(
-        PatchCollection(rectangles, facecolors=list(colours.values()), edgecolors=edge, linewidths=line)
-    )
+    look = {
+        "facecolors": list(colours.values()),
+        "edgecolors": "white" if line else "face",
+        "linewidths": line,
+    }
+    axes.add_collection(PatchCollection(rectangles, **look))
     axes.set(xlim=(0, max(width, 1e-9)), ylim=(max(height, 1e-9), 0), xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_color(_FAINT)
+    axes.spines[:].set_color(_FAINT)
     slices = len({tuple(ranks) for ranks in holders.values()})
     each = human(local_numel(param, mesh).max() * itemsize(param.dtype))
     whole = "whole on every rank" if slices == 1 else f"{slices:,} slices, {each} each"
     axes.set_ylabel("" if y is None else f"dim {y}: {height:,}", fontsize=7.5, color=_FAINT)
     below = f"{'' if x is None else f'dim {x}: {width:,}'}\n{whole}"
     axes.set_xlabel(below, fontsize=7.5, color=_FAINT, loc="left")
-    above = (
-        ("\n".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else ""), 27, _INK, "bold"),
-        (" × ".join(f"{size:,}" for size in param.shape) or "scalar", 16, _INK, "normal"),
-        (
-            ", ".join(f"{mesh.axes[i]} {placement_to_str(placements[i])}" for i in cuts) or "replicated",
-            5,
-            _CUT,
-            "normal",
-        ),
-    )
+    which = "\n".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    shape = " × ".join(f"{size:,}" for size in param.shape) or "scalar"
+    how = ", ".join(f"{mesh.axes[i]} {placement_to_str(placements[i])}" for i in cuts) or "replicated"
+    above = ((which, 27, _INK, "bold"), (shape, 16, _INK, "normal"), (how, 5, _CUT, "normal"))
     for text, points, ink, weight in above:
         at = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, points), "textcoords": "offset points"}
         axes.annotate(text, **at, annotation_clip=False, fontsize=8, fontweight=weight, color=ink)
@@ -251,16 +241,15 @@ def _colour(cuts: list[tuple[int, int]]) -> tuple[float, ...]:
     """Hue by the place on the outer axes that cut the tensor, lightness by that on the innermost of several."""
     if not cuts:
         return to_rgb("#e3e6ea")
-    outer, inner = (cuts[:-1], cuts[-1]) if len(cuts) > 1 else (cuts, None)
-    count = math.prod(size for _, size in outer)
-    place = 0
+    outer, (at, size) = (cuts[:-1], cuts[-1]) if len(cuts) > 1 else (cuts, (0, 1))
+    white = 0.6 * at / max(size - 1, 1)
+    count, place = math.prod(size for _, size in outer), 0
     for at, size in outer:
         place = place * size + at
     if count <= len(_HUES):
         hue = np.asarray(to_rgb(_HUES[place]))
     else:
         hue = np.asarray(colormaps["turbo"](0.08 + 0.84 * place / (count - 1))[:3]) * 0.75 + 0.25
-    white = 0.0 if inner is None else 0.6 * inner[0] / max(inner[1] - 1, 1)
     return tuple(hue * (1 - white) + white)
 
 
@@ -301,8 +290,7 @@ def _bars(axes: Axes, layout: Layout) -> None:
     axes.yaxis.set_major_formatter(_BYTES)
     axes.set_xlabel("rank", fontsize=8)
     axes.tick_params(labelsize=8, colors=_INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
