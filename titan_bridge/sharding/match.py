@@ -49,36 +49,25 @@ def match(
     disjoint: set[tuple] = set()
     for name, held in destinations.items():
         # A view of a tensor onto itself (its rows without padding) goes one way only: its shapes say which.
-        parts = [
-            view
-            for view in by_fqn.get(name, ())
-            if view.name in sources and (view.name != name or held.shape == view.titan_shape)
-        ]
+        parts = [view for view in by_fqn.get(name, ()) if view.name in sources]
+        parts = [view for view in parts if view.name != name or held.shape == view.titan_shape]
         whole = [view for view in by_name.get(name, ()) if view.fqn in sources]
         if parts:
+            items += [_item(sources[view.name], held, view, external_source=True) for view in parts]
             lacking = _check_cover(name, held, parts, disjoint)
             if lacking and not allow_missing:
                 absent = [view.name for view in by_fqn[name] if view.name not in sources]
-                raise BridgeError(
-                    f"{name}: {lacking} of {math.prod(held.shape)} elements come from no source tensor"
-                    + (f"; missing: {', '.join(absent[:3])}" if absent else "; its views do not cover it")
-                )
+                why = f"missing: {', '.join(absent[:3])}" if absent else "its views do not cover it"
+                total = math.prod(held.shape)
+                raise BridgeError(f"{name}: {lacking} of {total} elements come from no source tensor; {why}")
             if lacking:
                 uncovered[name] = lacking
-            for view in parts:
-                _check_shape(sources[view.name], view.shape, view)
-                items.append(Item(sources[view.name], held, None if view.is_identity else view, True))
         elif whole:
-            view = whole[0]
-            _check_shape(held, view.shape, view)
-            _check_shape(sources[view.fqn], view.titan_shape, view)
-            items.append(Item(sources[view.fqn], held, None if view.is_identity else view, False))
+            items.append(_item(sources[whole[0].fqn], held, whole[0], external_source=False))
         elif name in sources:
             if sources[name].shape != held.shape:
-                raise BridgeError(
-                    f"{name} has shape {sources[name].shape} in the source and {held.shape} in the destination; "
-                    "give a view that says which part is which"
-                )
+                shapes = f"shape {sources[name].shape} in the source and {held.shape} in the destination"
+                raise BridgeError(f"{name} has {shapes}; give a view that says which part is which")
             items.append(Item(sources[name], held, None, False))
         elif allow_missing:
             uncovered[name] = math.prod(held.shape)
@@ -91,15 +80,18 @@ def match(
     return items, tuple(name for name in sources if name not in used), uncovered
 
 
-def _check_shape(held: TensorMetadata, shape: tuple[int, ...], view: View) -> None:
-    if held.shape != shape:
-        raise BridgeError(f"{held.name} has shape {held.shape}; view {view.name} -> {view.fqn} needs {shape}")
+def _item(source: TensorMetadata, destination: TensorMetadata, view: View, *, external_source: bool) -> Item:
+    external, titan = (source, destination) if external_source else (destination, source)
+    for held, shape in ((external, view.shape), (titan, view.titan_shape)):
+        if held.shape != shape:
+            raise BridgeError(
+                f"{held.name} has shape {held.shape}; view {view.name} -> {view.fqn} needs {shape}"
+            )
+    return Item(source, destination, None if view.is_identity else view, external_source)
 
 
 def _check_cover(name: str, held: TensorMetadata, views: list[View], disjoint: set[tuple]) -> int:
     """Elements of a TorchTitan tensor that no view writes. Raises BridgeError when two views write the same one."""
-    for view in views:
-        _check_shape(held, view.titan_shape, view)
     # Layers look alike, and experts are many: look at each pattern once.
     pattern = tuple((view.factors, view.index) for view in views)
     if pattern not in disjoint:
