@@ -152,11 +152,9 @@ def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
 
 
 def _target(options: Options, tensors: TensorMap, source: Checkpoint, team: Team) -> Target:
-    # A file belongs to one process, so there must be one for each at least.
-    total = sum(tensor.nbytes for tensor in tensors.tensors)
-    most = (
-        min(options.max_shard_size, math.ceil(total / team.size)) if team.size > 1 else options.max_shard_size
-    )
+    most = options.max_shard_size
+    if team.size > 1:  # a file belongs to one process, so there must be one for each at least
+        most = min(most, math.ceil(sum(tensor.nbytes for tensor in tensors.tensors) / team.size))
     if options.to == "hf":
         return hf_target(tensors.tensors, most)
     return dcp_target(tensors.tensors, most, tensors.aliases, source.blobs)

@@ -84,9 +84,8 @@ def _item(source: TensorMetadata, destination: TensorMetadata, view: View, *, ex
     external, titan = (source, destination) if external_source else (destination, source)
     for held, shape in ((external, view.shape), (titan, view.titan_shape)):
         if held.shape != shape:
-            raise BridgeError(
-                f"{held.name} has shape {held.shape}; view {view.name} -> {view.fqn} needs {shape}"
-            )
+            needs = f"view {view.name} -> {view.fqn} needs {shape}"
+            raise BridgeError(f"{held.name} has shape {held.shape}; {needs}")
     return Item(source, destination, None if view.is_identity else view, external_source)
 
 
@@ -123,9 +122,7 @@ def _positions(view: View) -> list[np.ndarray]:
     """For each dim of the TorchTitan tensor, the positions that a view selects."""
     result, at = [], 0
     for factors in view.factors:
-        positions = np.zeros(1, dtype=np.int64)
-        for size, (start, stop) in zip(factors, view.index[at : at + len(factors)], strict=True):
-            positions = (positions[:, None] * size + np.arange(start, stop)).ravel()
-        result.append(positions)
+        place = tuple(slice(*ends) for ends in view.index[at : at + len(factors)])
+        result.append(np.arange(math.prod(factors)).reshape(factors)[place].ravel())
         at += len(factors)
     return result
