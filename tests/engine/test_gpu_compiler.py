@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 EXPERTS, DIM, HIDDEN, TOP_K = 8, 64, 32, 3
 
 
-TP2 = {"qwen3_moe": False, "qwen3_moe, experts captured": True}
-"""At tp=2 with ep=2; the same families as in `CASES`."""
+TP2 = ("llama3", "qwen3_moe", "qwen3_moe, experts captured", "deepseek_v3", "gpt_oss")
+"""At tp=2, and ep=2 where there are experts: names of `CASES`."""
 
 
 @pytest.fixture(scope="module")
@@ -104,21 +104,18 @@ def replay(cases: list[dict[str, Any]], folder: Path, ranks: int = 1) -> dict[st
     }
 
 
+def cases_of(models: dict[str, str], names: Iterable[str]) -> list[dict[str, Any]]:
+    return [{"name": name, "model": models[CASES[name][0]], "captures": CASES[name][2]} for name in names]
+
+
 @pytest.fixture(scope="module")
 def runs(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
-    cases = [
-        {"name": name, "model": models[family], "captures": captures}
-        for name, (family, _, captures) in CASES.items()
-    ]
-    return replay(cases, folder)
+    return replay(cases_of(models, CASES), folder)
 
 
 @pytest.fixture(scope="module")
 def runs_of_two(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
-    cases = [
-        {"name": name, "model": models["qwen3_moe"], "captures": captures} for name, captures in TP2.items()
-    ]
-    return replay(cases, folder, ranks=2)
+    return replay(cases_of(models, TP2), folder, ranks=2)
 
 
 def farthest(rows: list[Any], others: list[Any]) -> float:
@@ -149,7 +146,7 @@ def test_replayed_graphs_compute_what_eager_computes(runs: dict[str, dict[str, A
 def test_replayed_graphs_hold_the_collectives_of_two_ranks(
     runs: dict[str, dict[str, Any]], runs_of_two: dict[str, dict[str, Any]], name: str
 ) -> None:
-    """At tp=2 with ep=2: no collective stands between graphs, and what comes out is what one rank computes."""
+    """At tp=2, with ep=2: no collective stands between graphs, and what comes out is what one rank computes."""
     run = runs_of_two[name]
     assert run["inputs"] > 0
     assert run["moved"] == 0

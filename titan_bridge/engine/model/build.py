@@ -25,6 +25,7 @@ from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.device import use_cpu_if_no_accelerator
 from titan_bridge.device_meshes import get_device_meshes
 from titan_bridge.engine.attention_dp.stream import GroupRows, group_attention
+from titan_bridge.engine.cpu.eager import has_operators, norm_in_one
 from titan_bridge.engine.cpu.packed import use_packed_weights
 from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
@@ -203,6 +204,9 @@ def build(vllm_config: VllmConfig) -> Built:
         check_backend(backend, setup.split)
     _serve_experts(model, setup, vllm_config)
     adapters = vllm_config.lora_config is not None
+    operators = has_operators(vllm_config.model_config.dtype) and not setup.sharded
+    if operators:
+        norm_in_one(model)
     if setup.options.cpu_pack and not setup.sharded:
         dtype, once = vllm_config.model_config.dtype, setup.options.cpu_experts_once
         use_packed_weights(model, dtype, experts_once=once, apart=adapters)
@@ -216,7 +220,7 @@ def build(vllm_config: VllmConfig) -> Built:
     else:
         lower(model, sizes)
     pass_on(model, stage)
-    ropes = StepRopes(model)
+    ropes = StepRopes(model, operator=operators)
     device = torch.device(vllm_config.device_config.device)
     _materialise(model, device)
     ropes.fill(device)

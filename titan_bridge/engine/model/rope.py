@@ -16,9 +16,11 @@ from torch import nn
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.rope import ComplexRoPE, CosSinRoPE, RoPE
 
+from titan_bridge.engine.cpu.eager import rotate_in_one, table_for_operator
+
 Rows = tuple[torch.Tensor, ...]
 """One table's rows for the tokens of a step: (cos, sin) of half the head's width; before them the complex rows, if the
-table has such."""
+table has such. For a step in one operator: the table and which rows."""
 
 
 def rotate_by_halves(
@@ -76,23 +78,29 @@ class _Rotate(nn.Module):
     input, so every layer would get its slices from the first piece.
     """
 
-    def __init__(self, rope: RoPE, table: int) -> None:
+    def __init__(self, rope: RoPE, table: int, *, in_one: bool) -> None:
         super().__init__()
         self._apply_rotary = _ROTATIONS.get(type(rope), type(rope).apply_rotary_emb)
         self._table = table
+        self._in_one = in_one
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, rows: tuple[Rows, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._apply_rotary(query, key, *rows[self._table])
+        in_one = self._in_one and not torch.compiler.is_compiling()
+        return (rotate_in_one if in_one else self._apply_rotary)(query, key, *rows[self._table])
 
 
 class StepRopes(nn.Module):
     """The distinct rope tables of a model; buffers, which vLLM keeps while weights sleep."""
 
-    def __init__(self, model: Decoder) -> None:
-        """Moves every layer's rope out of `model`, which must still be on meta."""
+    def __init__(self, model: Decoder, *, operator: bool = False) -> None:
+        """Moves every layer's rope out of `model`, which must still be on meta.
+
+        `operator`: steps that are not compiled rotate with vLLM's operator, where it knows the table.
+        """
         super().__init__()
+        self._operator = operator
         ropes: list[RoPE] = []
         known: dict[str, int] = {}
         for layer in model.layers.values():
@@ -103,7 +111,7 @@ class StepRopes(nn.Module):
             if key not in known:
                 known[key] = len(ropes)
                 ropes.append(rope)
-            layer.attention.rope = _Rotate(rope, known[key])
+            layer.attention.rope = _Rotate(rope, known[key], in_one=self._in_one(rope))
         self._ropes = nn.ModuleList(ropes)
 
     def fill(self, device: torch.device) -> None:
@@ -121,16 +129,22 @@ class StepRopes(nn.Module):
 
         It takes the place of the positions that TorchTitan hands from layer to layer.
         """
-        tokens = positions_T.shape[0]
+        compiling = torch.compiler.is_compiling()
         return tuple(
-            cut_rows(
+            table_for_operator(rope.cache, positions_T)
+            if self._in_one(rope) and not compiling
+            else cut_rows(
                 rope,
                 rope._reshape_cache(
-                    rope.cache.new_empty((1, tokens, 1, rope.config.dim)), positions_T.unsqueeze(0)
+                    rope.cache.new_empty((1, positions_T.shape[0], 1, rope.config.dim)),
+                    positions_T.unsqueeze(0),
                 ),
             )
             for rope in self._tables()
         )
+
+    def _in_one(self, rope: RoPE) -> bool:
+        return self._operator and type(rope) is CosSinRoPE
 
     def _tables(self) -> Iterable[RoPE]:
         return cast("Iterable[RoPE]", self._ropes)

@@ -1,0 +1,59 @@
+"""Steps that are not compiled: one of vLLM's operators where torch has ten, for RMSNorm and rotary embeddings.
+
+Both compute in float32 and round once, as torch's do. Compiled steps have torch's, which the compiler joins with what
+is around them; float32 models have torch's always: they are the referee.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchtitan.models.common.nn_modules import RMSNorm
+from vllm.platforms import current_platform
+
+
+def has_operators(dtype: torch.dtype) -> bool:
+    """Whether a model of `dtype` takes vLLM's operators here."""
+    return current_platform.is_cpu() and dtype == torch.bfloat16 and hasattr(torch.ops._C, "rms_norm")
+
+
+class NormInOne(RMSNorm):
+    """TorchTitan's `RMSNorm`, a third of the time or less."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., D)` to `(..., D)`."""
+        if torch.compiler.is_compiling() or x.dtype != torch.bfloat16 or self.weight is None:
+            return super().forward(x)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        torch.ops._C.rms_norm(out, x.contiguous(), self.weight, self.eps)
+        return out
+
+
+def norm_in_one(model: nn.Module) -> None:
+    """Let every `RMSNorm` of `model` be `NormInOne`."""
+    for module in model.modules():
+        if type(module) is RMSNorm:
+            module.__class__ = NormInOne
+
+
+def table_for_operator(
+    cache_PW: torch.Tensor, positions_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `CosSinRoPE`'s table for `rotate_in_one`, without a copy, and the rows of it that `positions_T` have.
+
+    A position's row is (cos, cos, sin, sin), each half a head wide; the operator wants (cos, sin). That stands in the
+    middle of it, hence in every second row of a table of half the width that begins at the second cos.
+    """
+    half = cache_PW.shape[-1] // 4
+    return cache_PW.flatten()[half:-half].view(-1, 2 * half), positions_T * 2
+
+
+def rotate_in_one(
+    query_BLNH: torch.Tensor, key_BLNH: torch.Tensor, table_RH: torch.Tensor, rows_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`CosSinRoPE.apply_rotary_emb` with what `table_for_operator` returned."""
+    query, key = query_BLNH.float().contiguous(), key_BLNH.float().contiguous()
+    torch.ops._C.rotary_embedding(
+        rows_T, query.flatten(0, 1).flatten(1), key.flatten(0, 1).flatten(1), query.shape[-1], table_RH, True
+    )
+    return query.type_as(query_BLNH), key.type_as(key_BLNH)
