@@ -16,6 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -210,28 +211,43 @@ class Archive:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Raises BridgeError for a dtype that it cannot write."""
-        self.data_bytes, self._pickle = math.prod(shape) * dtype.itemsize, _pickle(shape, dtype)
+        self._shape, self._dtype = shape, dtype
         head, tail = self.frame(0)
-        self.head_bytes = len(head)  # bytes before the tensor; a multiple of 64
-        self.total_bytes = len(head) + self.data_bytes + len(tail)  # bytes of the archive
+        self.data_bytes = math.prod(shape) * dtype.itemsize
+        self.head_bytes = len(head)  # before the tensor; a multiple of 64
+        self.total_bytes = len(head) + self.data_bytes + len(tail)
 
     def frame(self, crc: int) -> tuple[bytes, bytes]:
         """What comes before and after the tensor's bytes, which have this CRC-32."""
-        with zipfile.ZipFile(out := io.BytesIO(), "w") as archive:
-            for name, content in (("data.pkl", self._pickle), ("byteorder", b"little"), ("version", b"3\n")):
-                archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
-            data = zipfile.ZipInfo("archive/data/0")
-            data.CRC, data.file_size, data.compress_size = crc, self.data_bytes, self.data_bytes
-            data.header_offset = out.tell()
-            pad = -(out.tell() + _HEADER + len(data.filename) + 4) % ALIGNMENT
-            # An extra field that readers skip; torch.save pads in the same way.
-            data.extra = b"FB" + struct.pack("<H", pad) + bytes(pad)
-            out.write(data.FileHeader())
-            archive.start_dir = out.tell()
-            archive.filelist.append(data)
-        head, tail = out.getvalue()[: archive.start_dir], out.getvalue()[archive.start_dir :]
-        # The last record says where the directory starts: behind the tensor, which zipfile was not given.
-        return head, tail[:-6] + struct.pack("<I", len(head) + self.data_bytes) + tail[-2:]
+        return _frame(self._shape, self._dtype, crc)
+
+
+@lru_cache(maxsize=1024)  # layers look alike
+def _frame(shape: tuple[int, ...], dtype: torch.dtype, crc: int) -> tuple[bytes, bytes]:
+    if dtype not in _STORAGES:
+        raise BridgeError(f"{dtype} cannot be written to DCP; allowed: {', '.join(map(str, _STORAGES))}")
+    pickled, out, count = io.BytesIO(), io.BytesIO(), math.prod(shape)
+    stride = tuple(max(1, step) for step in contiguous_stride(shape))
+    _Pickler(pickled, protocol=2).dump(Tensor(_Storage(dtype, "0", count), 0, shape, stride))
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in (
+            ("data.pkl", pickled.getvalue()),
+            ("byteorder", b"little"),
+            ("version", b"3\n"),
+        ):
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
+        data = zipfile.ZipInfo("archive/data/0")
+        data.CRC, data.file_size, data.compress_size = crc, count * dtype.itemsize, count * dtype.itemsize
+        data.header_offset = out.tell()
+        pad = -(out.tell() + _HEADER + len(data.filename) + 4) % ALIGNMENT
+        # An extra field that readers skip; torch.save pads in the same way.
+        data.extra = b"FB" + struct.pack("<H", pad) + bytes(pad)
+        out.write(data.FileHeader())
+        archive.start_dir = out.tell()
+        archive.filelist.append(data)
+    head, tail = out.getvalue()[: archive.start_dir], out.getvalue()[archive.start_dir :]
+    # The last record says where the directory starts: behind the tensor, which zipfile was not given.
+    return head, tail[:-6] + struct.pack("<I", len(head) + data.file_size) + tail[-2:]
 
 
 class _Pickler(pickle.Pickler):
@@ -247,13 +263,3 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         arguments = (value.storage, value.first, value.shape, value.stride, False, OrderedDict())
         return _rebuild_tensor_v2, arguments
-
-
-def _pickle(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
-    if dtype not in _STORAGES:
-        raise BridgeError(f"{dtype} cannot be written to DCP; allowed: {', '.join(map(str, _STORAGES))}")
-    out = io.BytesIO()
-    stride = tuple(max(1, step) for step in contiguous_stride(shape))
-    storage = _Storage(dtype, "0", math.prod(shape))
-    _Pickler(out, protocol=2).dump(Tensor(storage, 0, shape, stride))
-    return out.getvalue()
