@@ -103,12 +103,16 @@ def _numbered(directory: Path) -> dict[Path, tuple[int, int]]:
 
 def _all_numbered(directory: Path) -> list[Path]:
     found = _numbered(directory)
-    counts = {count for _, count in found.values()}
-    if len(counts) > 1:
-        raise BridgeError(f"{directory} has files of {sorted(counts)} parts and no {INDEX}: which are meant?")
-    missing = set(range(1, max(counts) + 1)) - {number for number, _ in found.values()}
-    if missing:
-        raise BridgeError(f"{directory} lacks part {min(missing)} of {max(counts)}, and {INDEX}; copy it too")
+    (count, *others), numbers = (
+        {count for _, count in found.values()},
+        {number for number, _ in found.values()},
+    )
+    if others:
+        raise BridgeError(
+            f"{directory} has files of {count} and {others[0]} parts and no {INDEX}: which are meant?"
+        )
+    if missing := set(range(1, count + 1)) - numbers:
+        raise BridgeError(f"{directory} lacks part {min(missing)} of {count}, and {INDEX}; copy it too")
     return list(found)
 
 

@@ -50,7 +50,7 @@ def live_views(form: Format, family: Family, hf: Config, padded_vocab: int) -> t
     live = family.views(hf, padded_vocab=padded_vocab)
     if form == "hf":
         return live
-    plain = {view.name: view for view in _dcp_views(family, hf)}
+    plain = {view.name: view for view in family.views(hf, fused_qkv=False)}
     composed = {}
     for view in live:
         own = plain[view.name]
@@ -64,15 +64,11 @@ def separate_qkv_views(family: Family, hf: Config, padded_vocab: int) -> tuple[V
     return tuple(view for view in live_views("dcp", family, hf, padded_vocab) if view.name != view.fqn)
 
 
-def _dcp_views(family: Family, hf: Config) -> tuple[View, ...]:
-    return family.views(hf, fused_qkv=False)
-
-
 def expected(family: Family, hf: Config, form: Format) -> dict[str, tuple[int, ...]]:
     """Names and global shapes of the tensors that a checkpoint of this format must have."""
     if form == "hf":
         return {view.name: view.shape for view in family.views(hf)}
-    return {view.fqn: view.titan_shape for view in _dcp_views(family, hf)}
+    return {view.fqn: view.titan_shape for view in family.views(hf, fused_qkv=False)}
 
 
 def check_source(source: Checkpoint, family: Family, hf: Config, buffers: Mapping[str, Any]) -> list[str]:
@@ -119,7 +115,7 @@ def make_mapping(source: Checkpoint, hf: Config, dtype: torch.dtype | None) -> T
     buffers = family.expert_biases(hf)  # those without a view are in TorchTitan's checkpoints only
     left = check_source(source, family, hf, buffers)
     to: Format = "dcp" if source.format == "hf" else "hf"
-    views = _dcp_views(family, hf)
+    views = family.views(hf, fused_qkv=False)
     mapped = {view.name if to == "hf" else view.fqn for view in views if view.fqn in buffers}
     unmapped = {fqn: shape for fqn, shape in buffers.items() if fqn not in {view.fqn for view in views}}
     fillers: dict[str, list[str]] = {}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "_titan_sharding_spec"
 _MODULE_ATTRIBUTE = "_titan_sharding_specs"
-_PLACEMENT = re.compile(r"(?P<R>R)|S\((?P<dim>\d+)\)|SS\((?P<sdim>\d+),\s*(?P<factor>\d+)\)")
+_PLACEMENT = re.compile(r"(?P<R>R)|S\((?P<dim>\d+)\)|SS\((?P<sdim>\d+),\s*(?P<factor>[1-9]\d*)\)")
 
 
 def placement_to_str(placement: dtensor.Placement) -> str:
@@ -49,8 +49,6 @@ def placement_from_str(text: str) -> dtensor.Placement:
         return dtensor.Replicate()
     if match["dim"]:
         return dtensor.Shard(int(match["dim"]))
-    if int(match["factor"]) < 1:
-        raise BridgeError(f"placement {text!r} has split factor 0; it must be at least 1")
     return dtensor._StridedShard(int(match["sdim"]), split_factor=int(match["factor"]))
 
 
