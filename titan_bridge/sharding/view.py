@@ -46,8 +46,8 @@ class View:
             wrong = f"factors {self.factors} must name at least one size >= 1 for each dim"
         elif len(self.index) != len(flat):
             wrong = f"{len(self.index)} intervals in index for {len(flat)} factored dims"
-        elif any(not 0 <= a < b <= size for (a, b), size in zip(self.index, flat, strict=True)):
-            wrong = f"index {self.index} is not inside the factored dims of sizes {flat}"
+        elif outside := [(*e, n) for e, n in zip(self.index, flat, strict=True) if not 0 <= e[0] < e[1] <= n]:
+            wrong = "index [{}, {}) is not inside a factored dim of size {}".format(*outside[0])
         elif sorted(self.permute) != list(range(len(flat))):
             wrong = f"permute {self.permute} is not an order of {len(flat)} factored dims"
         elif math.prod(self.shape) != math.prod(self.index_shape):
