@@ -70,7 +70,7 @@ def merged(checkpoint: Checkpoint, adapter: Path) -> ComputedCheckpoint:
     Raises BridgeError: another format, no plain LoRA, or matrices that fit no weight."""
     if checkpoint.format != "hf":
         raise BridgeError(
-            f"--merge-lora: {checkpoint.path} is {checkpoint.format}; convert it first with --to hf"
+            f"--merge-lora: {checkpoint.path} is {checkpoint.format}; allowed: hf (see --to hf)"
         )
     config, held = _read_adapter(adapter)
     scale = config["lora_alpha"] / config["r"]

@@ -149,7 +149,8 @@ def _result_shape(
         return values.shape
     fits = len(values.shape) == 4 and values.shape[3] == MXFP4_GROUP // 2 and scales.shape == values.shape[:3]
     if not fits or {values.dtype, scales.dtype} != {torch.uint8}:
-        raise BridgeError(f"{given}; mxfp4 needs uint8, values (E, R, G, 16) and scales (E, R, G)")
+        shapes = "values of shape (E, R, G, 16) and scales of shape (E, R, G)"
+        raise BridgeError(f"{given}; mxfp4 needs uint8, {shapes}")
     experts, rows, groups, _ = values.shape
     return experts, groups * MXFP4_GROUP, rows
 
