@@ -20,7 +20,7 @@ from rich.console import Console
 from tests.unit.sharding_samples import chunked, tensor, whole
 from tests.unit.test_sharding_boxes import shardings
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding import Layout, MeshLayout, ParamLayout, ShardingSpec, pieces_of, placement_from_str
+from titan_bridge.sharding import Layout, MeshLayout, ParamLayout, ShardingSpec, placement_from_str
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.layout import torch_dtype
 from titan_bridge.sharding.picture import layout_figure, picture, traffic_figure
@@ -75,7 +75,7 @@ def test_elements_at_every_position(sharding):
     held = local_numel(ParamLayout(spec=spec, shape=shape, dtype="int8"), mesh)
     for coordinate in np.ndindex(*mesh_shape):
         assert held[coordinate] == sum(
-            piece.box.numel for piece in pieces_of(placements, shape, mesh_shape, coordinate)
+            piece.box.numel for piece in spec.pieces(shape, mesh_shape, coordinate)
         )
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from vllm.model_executor.utils import replace_parameter
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding import Box, ShardingSpec, attach, get, pieces_of, placement_from_str
+from titan_bridge.sharding import Box, ShardingSpec, attach, get, placement_from_str
 from titan_bridge.sharding.spec import attach_module, attached, placement_to_str
 
 PLACEMENTS = (Replicate(), _StridedShard(0, split_factor=2), Shard(0))
@@ -46,7 +46,7 @@ def test_a_spec_is_a_value():
 
 
 def test_box_of_a_spec():
-    assert [piece.box for piece in pieces_of(PLACEMENTS, (8, 3), (1, 2, 2), (0, 1, 0))] == [
+    assert [piece.box for piece in SPEC.pieces((8, 3), (1, 2, 2), (0, 1, 0))] == [
         Box(start=(2, 0), stop=(4, 3))
     ]
     assert SPEC.local_shape((8, 3), (1, 2, 2), (0, 1, 0)) == (2, 3)

@@ -26,7 +26,7 @@ import torch
 
 from titan_bridge.errors import BridgeError, about
 from titan_bridge.json_file import read_json_object
-from titan_bridge.sharding.boxes import Piece, check, pieces_of
+from titan_bridge.sharding.boxes import Piece, check
 from titan_bridge.sharding.spec import ShardingSpec, placement_from_str, placement_to_str
 
 VERSION = 1
@@ -161,7 +161,7 @@ class Layout:
         """What `rank` holds of `fqn`: global boxes and their places in its local tensor. Empty where it has nothing."""
         param, mesh = self.param(fqn), self.mesh_of(fqn)
         at = mesh.coordinate(rank)
-        return () if at is None else pieces_of(param.spec.placements, param.shape, mesh.shape, at)
+        return () if at is None else param.spec.pieces(param.shape, mesh.shape, at)
 
     def local_shape(self, fqn: str, rank: int) -> tuple[int, ...] | None:
         """Shape of the local tensor of `rank`, or None when the rank is not on the parameter's mesh."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import dtensor
-from titan_bridge.sharding.boxes import Sizes, local_shape_of, shard_dim
+from titan_bridge.sharding.boxes import Piece, Sizes, local_shape_of, pieces_of, shard_dim
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -93,6 +93,10 @@ class ShardingSpec:
     def is_replicated(self) -> bool:
         """True when every rank of the mesh holds the whole tensor."""
         return all(isinstance(placement, dtensor.Replicate) for placement in self.placements)
+
+    def pieces(self, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes) -> tuple[Piece, ...]:
+        """What the rank at `coordinate` holds of the global tensor (`shape`); see `boxes.pieces_of`."""
+        return pieces_of(self.placements, shape, mesh_shape, coordinate)
 
     def local_shape(self, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes) -> tuple[int, ...]:
         """Shape of the local tensor of the rank at `coordinate`, for a tensor of global `shape`."""
