@@ -77,7 +77,8 @@ CASES = {
     "qwen3-attention-tp2": Case(
         model="qwen3", tp=2, sides=("torchtitan", "torchtitan attn1", "torchtitan attn2")
     ),
-    "gpt-oss-eager-tp1": Case(model="gpt-oss"),
+    # Not vLLM 0.32's own gpt-oss, which on CPUs answers token 0 from the second one on, by four experts for all.
+    "gpt-oss-eager-tp1": Case(model="gpt-oss", sides=("torchtitan", "transformers")),
     "deepseek-eager-tp1": Case(model="deepseek"),
 }
 INPUT, OUTPUT, ROUNDS = 256, 48, 3

@@ -1,9 +1,10 @@
-"""vLLM's GPU compiler on a CPU: `python -m tests.engine.static_replay '[{"name":, "model":, "captures":}, ...]'`.
+"""vLLM's GPU compiler on a CPU: `python -m tests.engine.static_replay '[{"name":, "model":, "captures":, ...}, ...]'`.
 
 On GPUs vLLM splits a model's graph at `splitting_ops`, compiles the pieces between them, and captures each as a CUDA
 graph, which reads and writes where its tensors lay at the capture. Here the compiler is the same, and a piece that was
 called before is called again on the tensors of that first call, so that an input that has moved is as lost as on a GPU.
-Several processes that RANK and WORLD_SIZE number are one tp group, whose ranks share experts; cases have "port", then.
+Several processes that RANK and WORLD_SIZE number are the ranks of one axis, "tp" or "dp". Their cases have "port" and
+"axis", then, and "experts": whether they share experts.
 
 Prints one line of JSON for each case; see `run`.
 """
@@ -134,8 +135,11 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"name": case["name"]}
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    launched = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
-    launched |= {"enable_expert_parallel": True}
+    launched = {
+        "distributed_executor_backend": "external_launcher",
+        "enable_expert_parallel": case["experts"],
+    }
+    launched[{"tp": "tensor_parallel_size", "dp": "data_parallel_size"}[case["axis"]]] = ranks
     os.environ["MASTER_PORT"] = str(
         case.get("port")
     )  # a store of its own: the last case's groups are in the old one

@@ -10,7 +10,7 @@ from torch import nn
 from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.config_utils import make_ffn_config
 from torchtitan.models.common.feed_forward import FeedForward
-from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.linear import Linear, ScaledBiasRowwiseLinear
 from torchtitan.models.common.moe import RoutedExperts, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from vllm.config import CompilationConfig
@@ -21,6 +21,7 @@ from titan_bridge.engine.cpu.packed import (
     PackedFeedForward,
     PackedLinear,
     PackedQKV,
+    PackedScaledBiasLinear,
     _joined,
     use_packed_weights,
 )
@@ -233,6 +234,29 @@ def test_after_an_error_modules_that_were_not_packed_go_on_with_what_they_had(mo
         raise OSError("the file is gone")
     assert all(_is_hollow(weight) for weight in model.parameters())
     assert _error(model, referee) < 0.02
+
+
+@pytest.mark.parametrize("tp", [None, 2])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_bias_is_added_as_it_is_now(tokens: int, tp: int | None) -> None:
+    """`tp`: of the linear that adds its share of the bias on each rank."""
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+    kind, wanted = (Linear, PackedLinear) if tp is None else (ScaledBiasRowwiseLinear, PackedScaledBiasLinear)
+    model = nn.ModuleDict({"linear": kind.Config(in_features=DIM, out_features=HIDDEN, bias=True).build()})
+    model.to(torch.bfloat16)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    if tp is not None:
+        model["linear"].tp_degree = tp
+    referee = copy.deepcopy(model)
+    _packed(model, keep=False)
+    assert type(model["linear"]) is wanted
+    for one in (model, referee):  # biases are not packed: what is written there counts at once
+        one["linear"].bias.data.mul_(-3)
+    x_TD = torch.randn(tokens, DIM).to(torch.bfloat16)
+    with torch.inference_mode():
+        torch.testing.assert_close(model["linear"](x_TD), referee["linear"](x_TD), rtol=2**-7, atol=2**-6)
 
 
 def test_a_tied_weight_stays(model: nn.ModuleDict) -> None:

@@ -39,11 +39,15 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "deepseek_v3": ("deepseek_v3", {"first_k_dense_replace": 0}, False),
     "gpt_oss": ("gpt_oss", {}, False),
 }
+DENSE = ("llama3", "qwen3")
 EXPERTS, DIM, HIDDEN, TOP_K = 8, 64, 32, 3
 
 
-TP2 = ("llama3", "qwen3_moe", "qwen3_moe, experts captured", "deepseek_v3", "gpt_oss")
-"""At tp=2, and ep=2 where there are experts: names of `CASES`."""
+TWO = {
+    "tp": ("llama3", "qwen3_moe", "qwen3_moe, experts captured", "deepseek_v3", "gpt_oss"),
+    "dp": ("qwen3_moe",),
+}
+"""By the axis that two ranks are on, with ep=2 where there are experts: names of `CASES`."""
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +108,13 @@ def replay(cases: list[dict[str, Any]], folder: Path, ranks: int = 1) -> dict[st
     }
 
 
-def cases_of(models: dict[str, str], names: Iterable[str]) -> list[dict[str, Any]]:
-    return [{"name": name, "model": models[CASES[name][0]], "captures": CASES[name][2]} for name in names]
+def cases_of(models: dict[str, str], names: Iterable[str], axis: str = "tp") -> list[dict[str, Any]]:
+    return [
+        {"name": name, "model": models[family], "captures": captures}
+        | {"experts": family not in DENSE, "axis": axis}
+        for name in names
+        for family, _, captures in [CASES[name]]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +124,8 @@ def runs(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs_of_two(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
-    return replay(cases_of(models, TP2), folder, ranks=2)
+    cases = [case for axis, names in TWO.items() for case in cases_of(models, names, axis)]
+    return replay([case | {"name": f"{case['name']} {case['axis']}"} for case in cases], folder, ranks=2)
 
 
 def farthest(rows: list[Any], others: list[Any]) -> float:
@@ -135,24 +145,25 @@ def test_replayed_graphs_compute_what_eager_computes(runs: dict[str, dict[str, A
     assert run["moved"] == 0
     assert run["pulled_back"] == []
     # Two layers: attention stands between two graphs, and so do experts that are not captured.
-    splits = 2 if captured or family in ("llama3", "qwen3") else 4
+    splits = 2 if captured or family in DENSE else 4
     assert run["pieces"] == 2 * splits + 1
     worst = farthest(run["replayed"], run["eager"])
     print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
     assert worst <= 1e-4
 
 
-@pytest.mark.parametrize("name", TP2)
+@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, names in TWO.items() for name in names])
 def test_replayed_graphs_hold_the_collectives_of_two_ranks(
-    runs: dict[str, dict[str, Any]], runs_of_two: dict[str, dict[str, Any]], name: str
+    runs: dict[str, dict[str, Any]], runs_of_two: dict[str, dict[str, Any]], axis: str, name: str
 ) -> None:
-    """At tp=2, with ep=2: no collective stands between graphs, and what comes out is what one rank computes."""
-    run = runs_of_two[name]
+    """With ep=2: only an all-to-all stands between graphs, and what comes out is what one rank computes."""
+    run = runs_of_two[f"{name} {axis}"]
     assert run["inputs"] > 0
     assert run["moved"] == 0
     assert run["pulled_back"] == []
     assert run["pieces"] == runs[name]["pieces"]
-    assert (runs[name]["all_reduces"], run["all_reduces"]) == (0, 5)  # the embedding's, and two a layer
+    assert runs[name]["all_reduces"] == 0
+    assert run["all_reduces"] == {"tp": 5, "dp": 0}[axis]  # the embedding's, and two a layer
     worst = max(farthest(run["replayed"], each["eager"]) for each in (run, runs[name]))
     print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
     assert worst <= 1e-4

@@ -43,11 +43,13 @@ def plain(pointer: torch.Tensor, out_features: int, in_features: int) -> torch.T
     return plain_FD
 
 
-def product(x: torch.Tensor, out_features: int, pointer: torch.Tensor) -> torch.Tensor:
-    """`(..., in_features)` times the packed weight: `(..., out_features)`."""
+def product(
+    x: torch.Tensor, out_features: int, pointer: torch.Tensor, bias_F: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(..., in_features)` times the packed weight, plus the bias: `(..., out_features)`."""
     x_TD = x.reshape(-1, x.shape[-1])
     out_TF = x.new_empty((x_TD.shape[0], out_features))
-    torch.ops._C.onednn_mm(out_TF, x_TD, None, pointer)
+    torch.ops._C.onednn_mm(out_TF, x_TD, bias_F, pointer)
     return out_TF.view(*x.shape[:-1], out_features)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchtitan.models.common.attention import FusedQKVLinear
 from torchtitan.models.common.feed_forward import FeedForward
-from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.linear import Linear, ScaledBiasRowwiseLinear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from vllm import _custom_ops as ops
 from vllm.logger import init_logger
@@ -44,7 +44,7 @@ class _OneMatrix:
 
 
 class PackedLinear(_OneMatrix, Linear):
-    """TorchTitan's `Linear` with a packed copy of its weight; the same parameter under the same name."""
+    """TorchTitan's `Linear` with a packed copy of its weight; the same parameters under the same names."""
 
     def packs(self) -> list[nn.Parameter]:
         """The weights that the packed copy is made from."""
@@ -63,7 +63,17 @@ class PackedLinear(_OneMatrix, Linear):
         matrix = self.__dict__.get("_packed")
         if matrix is None:
             return super().forward(input)
-        return product(input, self.weight.shape[0], matrix.pointer)
+        return product(input, self.weight.shape[0], matrix.pointer, self._own_bias())
+
+    def _own_bias(self) -> torch.Tensor | None:
+        return self.bias
+
+
+class PackedScaledBiasLinear(PackedLinear, ScaledBiasRowwiseLinear):
+    """The same for the linear whose bias is added up over the tp ranks."""
+
+    def _own_bias(self) -> torch.Tensor:
+        return self.bias if self.tp_degree == 1 else self.bias / self.tp_degree
 
 
 class PackedQKV(_OneMatrix, FusedQKVLinear):
@@ -163,8 +173,10 @@ def use_packed_weights(
         elif type(module) is FusedQKVLinear and not apart and module.wqkv.bias is None:
             module.__class__ = PackedQKV
             others.add(module.wqkv)
-        elif type(module) is Linear and module.bias is None and module not in others:
+        elif type(module) is Linear and module not in others:
             module.__class__ = PackedLinear
+        elif type(module) is ScaledBiasRowwiseLinear:
+            module.__class__ = PackedScaledBiasLinear
         elif isinstance(module, TokenChoiceTopKRouter):
             others.add(module.gate)  # `Float32Router` multiplies by the weight itself
         elif isinstance(inner := getattr(module, "inner_attention", None), LatentCache):
