@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 
 
 class BridgeError(ValueError):
@@ -10,6 +11,15 @@ class BridgeError(ValueError):
 
     The command line prints it on stderr and exits with 2; inside vLLM it is the exception's text.
     """
+
+
+@contextlib.contextmanager
+def about(what: object) -> Iterator[None]:
+    """Whatever is refused inside is said of `what`: the message begins with it."""
+    try:
+        yield
+    except BridgeError as error:
+        raise BridgeError(f"{what}: {error}") from None
 
 
 def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:

@@ -83,10 +83,10 @@ def test_chunks_cover_as_a_mask_says(tiling):
     for box in set(boxes):
         count[box.slices] += 1
     if (count == 1).all():
-        check_cover("a", shape, boxes, "here")
+        check_cover("a", shape, boxes)
     else:
         with pytest.raises(BridgeError, match="overlap" if count.sum() >= count.size else "hold"):
-            check_cover("a", shape, boxes, "here")
+            check_cover("a", shape, boxes)
 
 
 @pytest.mark.parametrize("cuts", [(1, 0), (0, 1), (1, 1)])
@@ -104,7 +104,7 @@ def test_the_cover_of_chunks_takes_steps_in_proportion(cuts):
 
         sys.setprofile(count)
         try:
-            check_cover("a", (rows, columns), boxes, "here")
+            check_cover("a", (rows, columns), boxes)
         finally:
             sys.setprofile(None)
         return made

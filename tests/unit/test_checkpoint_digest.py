@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from titan_bridge.checkpoint import open_checkpoint
-from titan_bridge.checkpoint.digest import digest
 from titan_bridge.checkpoint.reshard import Options, prepare
+from titan_bridge.checkpoint.verify import digest
 from titan_bridge.testing import make_checkpoint
 
 

@@ -21,10 +21,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.archive import Archive, locate
-from titan_bridge.checkpoint.dcp import METADATA
-from titan_bridge.checkpoint.dcp_metadata import write_metadata
+from titan_bridge.checkpoint.dcp import METADATA, write_metadata
 from titan_bridge.checkpoint.files import bytes_of
-from titan_bridge.checkpoint.safetensors import header_bytes, read_header
+from titan_bridge.checkpoint.hf import header_bytes, read_header
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
@@ -81,13 +80,13 @@ def test_archives_both_ways(shape, dtype):
     # Theirs, read by us.
     out = io.BytesIO()
     torch.save(tensor, out)
-    found = locate(reader(out.getvalue()), len(out.getvalue()), "here")
+    found = locate(reader(out.getvalue()), len(out.getvalue()))
     assert (found.shape, found.dtype) == (shape, dtype)
     data = bytes(bytes_of(tensor))
     assert out.getvalue()[found.offset : found.offset + len(data)] == data
     # Ours, read by them and by zipfile, which checks the CRCs.
     archive = Archive(shape, dtype)
-    made = archive.head(zlib.crc32(data)) + data + archive.tail(zlib.crc32(data))
+    made = data.join(archive.frame(zlib.crc32(data)))
     assert len(made) == archive.total_bytes
     assert archive.head_bytes % 64 == 0
     loaded = torch.load(io.BytesIO(made), weights_only=True)
@@ -95,7 +94,7 @@ def test_archives_both_ways(shape, dtype):
     assert loaded.is_contiguous()
     assert zipfile.ZipFile(io.BytesIO(made)).testzip() is None
     # And ours by us.
-    again = locate(reader(made), len(made), "here")
+    again = locate(reader(made), len(made))
     assert (again.offset, again.shape, again.dtype) == (archive.head_bytes, shape, dtype)
 
 
@@ -103,7 +102,7 @@ def test_a_slice_of_a_larger_storage_is_found():
     whole = torch.arange(100.0)
     out = io.BytesIO()
     torch.save(whole[10:30].view(4, 5), out)
-    found = locate(reader(out.getvalue()), len(out.getvalue()), "here")
+    found = locate(reader(out.getvalue()), len(out.getvalue()))
     assert out.getvalue()[found.offset :][:80] == bytes(bytes_of(whole[10:30].clone()))
 
 
@@ -119,7 +118,7 @@ def test_archives_of_anything_else_are_refused(value, message):
     out = io.BytesIO()
     torch.save(value, out)
     with pytest.raises(BridgeError, match=message):
-        locate(reader(out.getvalue()), len(out.getvalue()), "here")
+        locate(reader(out.getvalue()), len(out.getvalue()))
 
 
 def training_state() -> dict:
@@ -170,7 +169,7 @@ def test_metadata_that_we_write_is_read_by_dcp(tmp_path):
         archive, raw = Archive(tuple(chunk.shape), chunk.dtype), bytes(bytes_of(chunk.contiguous()))
         box, length = Box(start=(rows[0], 0), stop=(rows[1], 4)), archive.total_bytes
         chunks.append(Chunk(owner=Path("__0_0.distcp"), offset=len(data), archive=length, box=box))
-        data += archive.head(zlib.crc32(raw)) + raw + archive.tail(zlib.crc32(raw))
+        data += raw.join(archive.frame(zlib.crc32(raw)))
     (tmp_path / "__0_0.distcp").write_bytes(data)
     stored = described("a", (6, 4), torch.float32, *chunks)
     write_metadata(tmp_path / METADATA, {"a": stored, "tied.a": stored}, {})

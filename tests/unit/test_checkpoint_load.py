@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from titan_bridge.checkpoint import load, open_checkpoint
-from titan_bridge.checkpoint.dcp_metadata import write_metadata
+from titan_bridge.checkpoint.dcp import write_metadata
 from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare
@@ -51,7 +51,7 @@ def in_two_slices(whole: Path, target: Path) -> Path:
             for (file, data), half in zip(files.items(), tensor.chunk(2), strict=True):
                 torch.save(half.clone(), archive := io.BytesIO())
                 first = tensor.shape[0] - half.shape[0] if chunks else 0
-                box = Box.whole(half.shape).shift((first, *[0] * (tensor.ndim - 1)))
+                box = Box.whole(half.shape).relative_to((-first, *[0] * (tensor.ndim - 1)))
                 length = len(archive.getvalue())
                 chunks.append(Chunk(owner=Path(file), box=box, offset=data.tell(), archive=length))
                 data.write(archive.getvalue())

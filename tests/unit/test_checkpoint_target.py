@@ -70,7 +70,7 @@ def test_two_runs_do_not_meet_in_one_target(source, tmp_path):
     staging.begin("someone else", resume=False)
     with pytest.raises(BridgeError, match=rf"process {os.getpid()} on .* is writing"):
         job.run()
-    staging.release()
+    staging.close()
     job.run()
 
 

@@ -23,7 +23,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import Layout, MeshLayout, ParamLayout, ShardingSpec, placement_from_str
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.layout import torch_dtype
-from titan_bridge.sharding.picture import layout_figure, layout_picture, traffic_figure, traffic_picture
+from titan_bridge.sharding.picture import layout_figure, picture, traffic_figure
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.show import (
     human,
@@ -164,8 +164,8 @@ def test_summary_of_a_plan():
 def test_pictures(tmp_path, suffix):
     """A readable picture with the names in it, for a layout and for the traffic of a plan."""
     layout, traffic = tmp_path / f"layout.{suffix}", tmp_path / f"traffic.{suffix}"
-    assert layout_picture(example(), layout, title="a model") == layout
-    assert traffic_picture(example_plan(), traffic) == traffic
+    assert picture(example(), layout, title="a model") == layout
+    assert picture(example_plan(), traffic) == traffic
     for path in (layout, traffic):
         if suffix == "svg":
             assert len(list(ET.parse(path).iter())) > 100
@@ -173,7 +173,7 @@ def test_pictures(tmp_path, suffix):
             with Image.open(path) as image:
                 assert len(image.convert("L").getcolors()) > 10
     with pytest.raises(BridgeError, match="must end in one of"):
-        layout_picture(example(), tmp_path / "layout.txt")
+        picture(example(), tmp_path / "layout.txt")
 
 
 FILE = "/a/long/folder/model-00001-of-00099.tensors."
@@ -254,9 +254,9 @@ def test_pictures_of_little(tmp_path):
     """A scalar, a rank without rows, a plan in which nothing travels."""
     mesh = {"m": MeshLayout.make(("tp",), (3,))}
     layout = Layout(meshes=mesh, params={"scale": param("m", (), "R"), "w": param("m", (2,), "S(0)")})
-    layout_picture(layout, tmp_path / "a.png")
+    picture(layout, tmp_path / "a.png")
     nothing = plan(layout, layout, colocated=True)
     assert nothing.bytes == 0
     assert math.isclose(nothing.balance, 1.0)
-    traffic_picture(nothing, tmp_path / "b.png")
+    picture(nothing, tmp_path / "b.png")
     assert plan_summary(nothing)["largest_pairs"] == []

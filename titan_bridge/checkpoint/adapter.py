@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +37,17 @@ def is_adapter(folder: Path) -> bool:
 
 def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: float) -> int:
     """Write the adapter in a checkpoint by TorchTitan's names as a PEFT folder; how many tensors.
-
-    Args:
-        source: A DCP, or a training run.
-        target: Is made.
-        hf: config.json of the model.
-        alpha: The converter's; the product is scaled by it over the rank.
-
-    Raises:
-        BridgeError: No adapter in the checkpoint, or one that does not fit the model.
-    """
+    `source` is a DCP, or a training run; `hf` the model's config.json; by `alpha` over the rank products are scaled.
+    Raises BridgeError: no adapter in the checkpoint, or one that does not fit the model."""
     with open_checkpoint(weights_directory(str(source)) or source) as checkpoint:
         found = {name: checkpoint.read(name) for name in adapter_names(checkpoint.tensors)}
     if not found:
         raise BridgeError(f"{source} has no LoRA adapter: no tensor is called NAME.lora_a.weight")
     tensors = to_peft(found, family_for(hf).views(hf))
     (rank,) = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
-        "bias": "none",
-    }
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config = {**fixed, "r": rank, "lora_alpha": alpha, "target_modules": modules}
     with _beside(target) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2))
         save_file(tensors, made / TENSORS, metadata={"format": "pt"})
@@ -68,10 +56,7 @@ def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: floa
 
 def write_dcp(source: Path, target: Path, *, hf: Mapping[str, Any]) -> int:
     """Write a PEFT folder's adapter as a DCP by TorchTitan's names; how many tensors. Arguments as above.
-
-    Raises:
-        BridgeError: Not a plain LoRA, or one that TorchTitan's cannot be.
-    """
+    Raises BridgeError: not a plain LoRA, or one that TorchTitan's cannot be."""
     tensors = from_peft(_read_adapter(source)[1], family_for(hf).views(hf))
     with _beside(target) as made:
         import torch.distributed.checkpoint as dcp  # noqa: PLC0415  brings DTensor, which reads do without
@@ -80,50 +65,34 @@ def write_dcp(source: Path, target: Path, *, hf: Mapping[str, Any]) -> int:
     return len(tensors)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergedCheckpoint(ComputedCheckpoint):
-    """`raw` with a LoRA adapter's products added to its weights; they are multiplied where they are read."""
-
-    products: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    """Scaled B `(out, rank)` and A `(rank, in)` by the weight's name, float32."""
-
-    def computes(self, name: str) -> bool:
-        return name in self.products
-
-    def values(self, name: str, box: Box) -> torch.Tensor:
-        b, a = self.products[name]
-        rows, columns = box.slices
-        return torch.addmm(self._read(name, box).float(), b[rows], a[:, columns])
-
-
-def merged(checkpoint: Checkpoint, adapter: Path) -> MergedCheckpoint:
+def merged(checkpoint: Checkpoint, adapter: Path) -> ComputedCheckpoint:
     """A Hugging Face checkpoint with a PEFT folder's adapter in it.
-
-    Raises:
-        BridgeError: Another format, no plain LoRA, or matrices that fit no weight.
-    """
+    Raises BridgeError: another format, no plain LoRA, or matrices that fit no weight."""
     if checkpoint.format != "hf":
         raise BridgeError(
-            f"--merge-lora: {checkpoint.path} is {checkpoint.format}; allowed: hf (convert it first with --to hf)"
+            f"--merge-lora: {checkpoint.path} is {checkpoint.format}; allowed: hf (see --to hf)"
         )
     config, held = _read_adapter(adapter)
     scale = config["lora_alpha"] / config["r"]
-    products, shapes = {}, {}
+    compute, shapes = {}, {}
     for name in [name for name in held if name.endswith(f".lora_A{WEIGHT}")]:
         stem = name.removesuffix(f".lora_A{WEIGHT}")
         weight = stem.removeprefix(PREFIX) + WEIGHT
         a, b = held.pop(name).float(), held.pop(f"{stem}.lora_B{WEIGHT}", torch.zeros(0, 0)).float()
-        products[weight], shapes[weight] = (b * scale, a), (b.shape[0], a.shape[1])
+        compute[weight] = partial(_sum, checkpoint, weight, b * scale, a)
+        shapes[weight] = b.shape[0], a.shape[1]
     stored = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     left = sorted([*held, *(name for name, shape in shapes.items() if stored.get(name) != shape)])
     if left:
         raise BridgeError(f"--merge-lora {adapter}: {', '.join(left[:3])} fit no weight of {checkpoint.path}")
-    stated = {
-        field.name: getattr(checkpoint, field.name)
-        for field in fields(Checkpoint)
-        if field.name != "_located"
-    }
-    return MergedCheckpoint(**stated, raw=checkpoint, products=products)
+    stated = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    return ComputedCheckpoint(**stated, raw=checkpoint, compute=compute)
+
+
+def _sum(raw: Checkpoint, name: str, b: torch.Tensor, a: torch.Tensor, box: Box) -> torch.Tensor:
+    """A box of a weight with the product of B `(out, rank)`, scaled, and A `(rank, in)`, both float32, added."""
+    rows, columns = box.slices
+    return torch.addmm(raw.read(name, box).float(), b[rows], a[:, columns])
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -134,9 +103,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     plain = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
     for key, allowed in plain.items():
         if config.get(key, allowed) not in (allowed, None):
-            raise BridgeError(
-                f"{folder / CONFIG}: {key}={config[key]!r} is not supported; allowed: {allowed!r}"
-            )
+            raise BridgeError(f"{folder / CONFIG}: {key}={config[key]!r} is not read; allowed: {allowed!r}")
     if not (folder / TENSORS).is_file():
         raise BridgeError(f"{folder} has no {TENSORS}")
     return config, load_file(folder / TENSORS)
@@ -145,11 +112,8 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A hidden folder that takes the target's place in the end; see `staging`."""
-    staging = Staging(target)
-    staging.check(overwrite=False)
-    staging.begin("adapter", resume=False)
-    try:
+    with contextlib.closing(Staging(target)) as staging:
+        staging.check(overwrite=False)
+        staging.begin("adapter", resume=False)
         yield staging.path
         staging.publish((), overwrite=False, fsync=False)
-    finally:
-        staging.release()

@@ -6,6 +6,8 @@ Hugging Face's: each side is planned as if it were to be converted, and its stri
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,21 +20,19 @@ import torch
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.execute import strip_workers
-from titan_bridge.checkpoint.mapping import cast, check_source, make_mapping, same_names
+from titan_bridge.checkpoint.mapping import cast, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
-from titan_bridge.checkpoint.target import Strip, Target, copies_of, hf_target
+from titan_bridge.checkpoint.target import Strip, copies_of, hf_target
 from titan_bridge.errors import BridgeError, few
 from titan_bridge.fingerprint import combine, of_box, seal
 from titan_bridge.models import family_for
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
-_PART_BYTES = 1 << 30
-"""Bytes of the tensors whose copies are listed at a time."""
+_PART_BYTES = 1 << 30  # bytes of the tensors whose copies are listed at a time
 Advance = Callable[[int], None]
 T = TypeVar("T")
 
@@ -42,8 +42,7 @@ class Side:
     """An open checkpoint with its tensors under the names that are compared."""
 
     source: Checkpoint
-    tensors: Mapping[str, TensorMetadata]
-    """By name: global shape and dtype; not in chunks."""
+    tensors: Mapping[str, TensorMetadata]  # by name: global shape and dtype; not in chunks
     views: tuple[View, ...] = ()
     left_out: tuple[str, ...] = ()
     """Tensors that are not compared: they have no Hugging Face name, or repeat another tensor (a tied head)."""
@@ -55,21 +54,14 @@ class Difference:
 
     name: str
     elements: int
-    different: int
-    """Elements with another value; NaN equals NaN, and 0.0 equals -0.0."""
-    not_finite: int
-    """Those of them that are NaN or infinite on one side; the figures below leave them out."""
+    different: int  # elements with another value; NaN equals NaN, and 0.0 equals -0.0
+    not_finite: int  # those of them that are NaN or infinite on one side; the figures below leave them out
     max: float
-    mean: float
-    """Over all elements."""
+    mean: float  # over all elements
 
 
 def open_sides(
-    paths: Sequence[str],
-    *,
-    config: str | None = None,
-    common: bool = False,
-    names: Sequence[str | None] = (),
+    paths: Sequence[str], *, config: str | None = None, common: bool = False, names: Sequence[str | None] = ()
 ) -> tuple[Side, ...]:
     """Open checkpoints for a comparison: model folders of any format, training runs, or steps of one.
 
@@ -78,17 +70,16 @@ def open_sides(
         common: Use Hugging Face's names wherever the model is known, even between checkpoints of one format.
         names: For each of `paths`, as for `open_checkpoint`.
 
-    Raises:
-        BridgeError: No checkpoint, a damaged one, different formats without a config.json, or one that does not fit.
+    Raises BridgeError: no checkpoint, a damaged one, different formats without a config.json, or one that does not fit.
     """
     hf_config = None if config is None else hf.read_config(Path(config))
     if config is not None and hf_config is None:
         raise BridgeError(f"--config {config} has no config.json")
-    opened: list[Checkpoint] = []
-    try:
+    with contextlib.ExitStack() as closed_on_error:
+        opened: list[Checkpoint] = []
         for path, pattern in itertools.zip_longest(paths, names):
-            opened.append(open_checkpoint(weights_directory(path) or path, names=pattern))
-        for source in opened:
+            source = open_checkpoint(weights_directory(path) or path, names=pattern)
+            opened.append(closed_on_error.enter_context(source))
             hf_config = hf_config or source.config or hf.read_config(source.path.parent)
         formats = {source.format for source in opened}
         if hf_config is None and len(formats) > 1:
@@ -97,13 +88,9 @@ def open_sides(
                 "model's config.json, which none of them has; give one with --config"
             )
         plain = hf_config is None or (not common and len(formats) == 1)
-        return tuple(
-            _side(source, None if plain and source.format != "hf" else hf_config) for source in opened
-        )
-    except BaseException:
-        for source in opened:
-            source.close()
-        raise
+        sides = tuple(_side(one, None if plain and one.format != "hf" else hf_config) for one in opened)
+        closed_on_error.pop_all()
+        return sides
 
 
 def _side(source: Checkpoint, config: Mapping[str, Any] | None) -> Side:
@@ -112,48 +99,23 @@ def _side(source: Checkpoint, config: Mapping[str, Any] | None) -> Side:
     if config is None:
         return Side(source=source, tensors=own)
     if source.format == "hf":
-        # A model that nobody here knows can be compared all the same.
-        repeated = _repeated(config) & own.keys()
-        return Side(
-            source=source,
-            tensors={name: tensor for name, tensor in own.items() if name not in repeated},
-            left_out=tuple(sorted(repeated)),
-        )
-    family = family_for(config)
-    buffers = family.expert_biases(config)
-    left = check_source(source, family, config, buffers)
-    made = make_mapping(source, family, config, dtype=None, buffers=buffers)
-    return Side(
-        source=source,
-        tensors={tensor.name: tensor for tensor in made.tensors},
-        views=made.views,
-        left_out=tuple(sorted({*made.dropped, *left})),
-    )
-
-
-def _repeated(config: Mapping[str, Any]) -> set[str]:
-    """Hugging Face names that a file may have and need not."""
-    try:
-        family = family_for(config)
-    except BridgeError:
-        return set()
-    return {view.name for view in family.optional_views(config)}
+        repeated: set[str] = set()
+        with contextlib.suppress(BridgeError):  # a model that nobody here knows can be compared all the same
+            repeated = {view.name for view in family_for(config).optional_views(config)} & own.keys()
+        own = {name: tensor for name, tensor in own.items() if name not in repeated}
+        return Side(source=source, tensors=own, left_out=tuple(sorted(repeated)))
+    made = make_mapping(source, config, None)
+    tensors = {tensor.name: tensor for tensor in made.tensors}
+    return Side(source=source, tensors=tensors, views=made.views, left_out=made.left_out)
 
 
 def differences(
     one: Side, other: Side, *, dtype: torch.dtype | None = None, advance: Advance = lambda count: None
 ) -> Iterator[Difference]:
-    """Compare all tensors of the same name and shape; memory is a few strips of 8 MiB a thread.
-
-    Args:
-        dtype: Cast both to it first.
-        advance: Is told of bytes compared, from any thread.
-    """
-    same = [
-        tensor
-        for name, tensor in one.tensors.items()
-        if name in other.tensors and other.tensors[name].shape == tensor.shape
-    ]
+    """Compare all tensors of the same name and shape, both cast to `dtype` first, in a few strips of 8 MiB a thread.
+    `advance` is told of bytes compared, from any thread."""
+    both = [(tensor, other.tensors.get(name)) for name, tensor in one.tensors.items()]
+    same = [tensor for tensor, found in both if found is not None and found.shape == tensor.shape]
     reads = [_Reader(side, same, dtype) for side in (one, other)]
 
     def compare(strip: Strip) -> tuple[int, int, float, float]:
@@ -177,9 +139,8 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int, float
     """(different, not finite, maximum, sum) of two flat tensors."""
     if one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
         return 0, 0, 0.0, 0.0
-    exact = (
-        not one.is_floating_point() and not other.is_floating_point()
-    )  # float64 has no room for all of int64
+    # float64 has no room for all of int64.
+    exact = not one.is_floating_point() and not other.is_floating_point()
     a, b = (one.long(), other.long()) if exact else (one.double(), other.double())
     equal = (a == b) | (a.isnan() & b.isnan())
     distance = (a - b).double().abs_().masked_fill_(equal, 0)
@@ -191,12 +152,8 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int, float
 def fingerprints(
     side: Side, *, dtype: torch.dtype | None = None, advance: Advance = lambda count: None
 ) -> Iterator[tuple[str, int]]:
-    """The fingerprint of every tensor, 0 to 2^64 - 1: see `titan_bridge.fingerprint`.
-
-    Args:
-        dtype: Cast floating-point tensors to it first; else each keeps its own.
-        advance: Is told of bytes read, from any thread.
-    """
+    """The fingerprint of every tensor, 0 to 2^64 - 1 (see `titan_bridge.fingerprint`), floats cast to `dtype`.
+    `advance` is told of bytes read, from any thread."""
     read = _Reader(side, list(side.tensors.values()), dtype)
 
     def count(strip: Strip) -> int:
@@ -207,29 +164,25 @@ def fingerprints(
 
     for name, parts in read.each_tensor(count):
         tensor = side.tensors[name]
-        yield name, seal(combine(parts), tensor.shape, read.dtype_of(tensor))
+        yield name, seal(combine(parts), tensor.shape, read.dtypes[name])
 
 
 class _Reader:
     """Reads the tensors of one side strip by strip; both sides of a comparison have the same strips."""
 
     def __init__(self, side: Side, tensors: Sequence[TensorMetadata], dtype: torch.dtype | None) -> None:
-        self._side, self._dtype = side, dtype
+        self._side = side
+        self.dtypes = {tensor.name: cast(side.tensors[tensor.name].dtype, dtype) for tensor in tensors}
         # Strips of float64 elements: what a comparison holds of them.
-        self._target: Target = hf_target(
-            [replace(tensor, dtype=torch.float64) for tensor in tensors], _PART_BYTES
-        )
+        self._target = hf_target([replace(tensor, dtype=torch.float64) for tensor in tensors], _PART_BYTES)
         self._strips = {tensor.name: tensor for tensor in self._target.tensors()}
-        self._empty = [tensor.name for tensor in tensors if tensor.name not in self._strips]
-        self._plan = plan(
+        made = plan(
             side.source.tensors.values(), self._strips.values(), side.views, allow_missing=bool(side.views)
         )
-        if lost := next(iter(self._plan.missing), None):
+        if lost := next(iter(made.missing), None):
             raise BridgeError(f"{lost}: some of its elements are in no tensor of {side.source.path}")
-        self._copies: dict[str, dict[Strip, list[Copy]]] = {}
-
-    def dtype_of(self, tensor: TensorMetadata) -> torch.dtype:
-        return cast(self._side.tensors[tensor.name].dtype, self._dtype)
+        # Files come in turn: only the copies of the one at hand are kept.
+        self._copies = functools.lru_cache(maxsize=1)(functools.partial(copies_of, made))
 
     def box(self, strip: Strip) -> Box:
         return self._strips[strip[0]].chunks[strip[1]].box
@@ -240,26 +193,19 @@ class _Reader:
 
     def __call__(self, strip: Strip) -> torch.Tensor:
         """A strip, flat."""
-        tensor = self._strips[strip[0]]
-        buffer = torch.empty(self.box(strip).numel, dtype=self.dtype_of(tensor))
-        for copy in self._of_file(str(tensor.chunks[strip[1]].owner)).get(strip, ()):
+        chunk = self._strips[strip[0]].chunks[strip[1]]
+        buffer = torch.empty(chunk.box.numel, dtype=self.dtypes[strip[0]])
+        for copy in self._copies(str(chunk.owner)).get(strip, ()):
             self._side.source.fetch(copy, copy.destination_window.of(buffer))
         return buffer
-
-    def _of_file(self, name: str) -> dict[Strip, list[Copy]]:
-        if name not in self._copies:  # files come in turn: only the one at hand is kept
-            file = next(file for file in self._target.files if file.name == name)
-            self._copies = {name: copies_of(self._plan, file)}
-        return self._copies[name]
 
     def each_tensor(self, work: Callable[[Strip], T]) -> Iterator[tuple[str, list[T]]]:
         """Run `work` on every strip, on several threads; by tensor, what it returned."""
         with strip_workers(min(8, len(os.sched_getaffinity(0)))) as pool:
-            for name in self._empty:
-                yield name, []
+            yield from ((name, []) for name in self.dtypes if name not in self._strips)  # without elements
             for file in self._target.files:
                 found: dict[str, list[T]] = {}
-                self._of_file(file.name)
+                self._copies(file.name)
                 for strip, result in zip(file.strips, pool.map(work, file.strips), strict=True):
                     found.setdefault(strip[0], []).append(result)
                 yield from found.items()

@@ -33,8 +33,8 @@ WORKER_BYTES = STRIP_BYTES + SCRATCH_BYTES + SPAN_BYTES
 _CALL_BYTES = 512 << 10
 """Most bytes of one write. Where a host takes free memory back, those of 2 MB and more were measured four to twelve
 times as slow: it seems that Linux fills pages of 2 MB for them, which are then new ones."""
-_Span = tuple[int, int, int]
-"""What was written: (offset, length, CRC-32)."""
+Progress = Callable[[int], None]  # told of bytes, from any thread
+_Span = tuple[int, int, int]  # what was written: (offset, length, CRC-32)
 
 
 @contextlib.contextmanager
@@ -61,20 +61,15 @@ class _Open:
 class Executor:
     """Writes files of a job into a staging directory, one after the other."""
 
-    def __init__(
-        self, job: Job, staging: Staging, files: Sequence[OutFile], advance: Callable[[int], None]
-    ) -> None:
-        """`files`: those of this process that are not done yet. `advance` is told of bytes written, from any thread."""
+    def __init__(self, job: Job, staging: Staging, files: Sequence[OutFile], advance: Progress) -> None:
+        """`files`: those of this process that are not done yet. `advance` is told of bytes written."""
         self._job, self._staging, self._files, self._advance = job, staging, files, advance
         self._strips = {tensor.name: tensor for tensor in job.target.tensors()}
         self._buffers = threading.local()
 
     def run(self) -> list[FileResult]:
         """Write everything; returns what is known of each file.
-
-        Raises:
-            BridgeError: The disk is full, a source file ends early, or anything else that the user can put right.
-        """
+        Raises BridgeError: the disk is full, a source file ends early, or anything else that the user can put right."""
         try:
             with strip_workers(self._job.options.workers) as pool:
                 return [self._write_file(file, pool) for file in self._files]
@@ -85,7 +80,7 @@ class Executor:
         with (self._staging.path / (file.name + PART)).open("wb", buffering=0) as part:
             if file.size:
                 os.posix_fallocate(part.fileno(), 0, file.size)  # a full disk shows now, not after hours
-            opened = _Open(file=file, descriptor=part.fileno(), copies=copies_of(self._job.plan, file))
+            opened = _Open(file=file, descriptor=part.fileno(), copies=copies_of(self._job.plan, file.name))
             written = list(pool.map(functools.partial(self._write_strip, opened), file.strips))
             spans = self._frame(opened, [span for span, _ in written])
         counts: dict[str, dict[str, int]] = {"nan": {}, "inf": {}, "overflow": {}}
@@ -134,8 +129,8 @@ class Executor:
             first = start + archive.head_bytes
             last = first + archive.data_bytes
             crc = _combined(weights[bisect.bisect_left(starts, first) : bisect.bisect_left(starts, last)])
-            spans.append(self._write(opened, start, memoryview(archive.head(crc))))
-            spans.append(self._write(opened, last, memoryview(archive.tail(crc))))
+            for offset, data in zip((start, last), archive.frame(crc), strict=True):
+                spans.append(self._write(opened, offset, memoryview(data)))
         return spans
 
     def _write(self, opened: _Open, offset: int, data: memoryview) -> _Span:

@@ -26,19 +26,14 @@ out of it should still lie in a core's cache, and a large buffer's first use cos
 NEAR_BYTES = 16 << 10
 """Runs with no more between them, as the rows of a column slice, are mapped together: for runs of 1 to 6 KB this takes
 half the time of a read each, or of reading the gaps, too; from 64 KB on there is no difference."""
-SPAN_BYTES = 4 << 20
-"""Most bytes that are mapped at a time: they count as memory."""
+SPAN_BYTES = 4 << 20  # most bytes that are mapped at a time: they count as memory
 _POPULATE_READ = 22
 """MADV_POPULATE_READ (Linux 5.14): fails where a page cannot be had, instead of killing whoever touches it."""
 _OPEN_FILES = 64
 
 
 def inside(directory: Path, name: object, what: str) -> Path:
-    """`directory / name`, refused unless it is a plain relative path that stays in the directory.
-
-    Raises:
-        BridgeError: Not a string, empty, absolute, with `..`, with a NUL, or with a backslash.
-    """
+    """`directory / name`. Raises BridgeError unless it is a plain relative path that stays in the directory."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         raise BridgeError(f"{what} names the file {name!r}; it must be a relative path inside {directory}")
     path = PurePosixPath(name)
@@ -56,9 +51,7 @@ def read_bytes(path: Path, offset: int, length: int) -> bytes:
     except (OSError, OverflowError, ValueError) as error:
         raise BridgeError(f"{path} cannot be read: {error}") from None
     if len(data) != length:
-        raise BridgeError(
-            f"{path} ends at byte {offset + len(data)}; {offset + length} were expected: truncated?"
-        )
+        raise _too_short(path, offset + len(data), offset + length)
     return data
 
 
@@ -68,6 +61,10 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except (OSError, ValueError) as error:
         raise BridgeError(f"{path} cannot be read: {error}") from None
+
+
+def _too_short(path: Path, end: int, wanted: int) -> BridgeError:
+    return BridgeError(f"{path} ends at byte {end}; {wanted} were expected: truncated?")
 
 
 class _Open:
@@ -82,10 +79,8 @@ class _Open:
 
 class _Scratch:
     """One thread's memory for bytes that cannot be read to where they go.
-
     For another device it is two buffers, pinned, so that one is filled while the other travels; dtype and strides are
-    changed over there, since a copy that changes them leaves pinned memory. This has never run on a GPU.
-    """
+    changed over there, since a copy that changes them leaves pinned memory. This has never run on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.staged, self.pinned = device, device.type != "cpu", device.type == "cuda"
@@ -132,12 +127,12 @@ class FilePool:
         """Fill `out` (bytes) from `offset` on. Raises BridgeError for a file that ends before."""
         self._read_each(path, [offset], out, out.nbytes if counted else 0)
 
-    def part(self, path: Path, start: int, length: int, what: str) -> Callable[[int, int], bytes]:
-        """Reads (offset, bytes) inside a part of a file, which are not counted. Errors begin with `what`."""
+    def part(self, path: Path, start: int, length: int) -> Callable[[int, int], bytes]:
+        """Reads (offset, bytes) inside a part of a file, which are not counted."""
 
         def read(offset: int, count: int) -> bytes:
             if offset < 0 or count < 0 or offset + count > length:
-                raise BridgeError(f"{what}: damaged archive")
+                raise BridgeError("damaged archive")
             buffer = bytearray(count)
             self.read_into(path, start + offset, memoryview(buffer), counted=False)
             return bytes(buffer)
@@ -149,22 +144,20 @@ class FilePool:
         length = out.nbytes // len(starts)
         file = self._open(path)
         try:
-            for at, start in enumerate(starts):
-                _read(file.descriptor, path, start, out[at * length : (at + 1) * length])
+            for first, start in enumerate(starts):
+                done, part = 0, out[first * length : (first + 1) * length]
+                while done < length:
+                    if not (count := os.preadv(file.descriptor, [part[done:]], start + done)):
+                        raise _too_short(path, start + done, start + length)
+                    done += count
         except OSError as error:
             raise BridgeError(f"{path} cannot be read: {error}") from None
         with self._lock:
             self.bytes_read += wanted
 
     def fetch(self, path: Path, base: int, dtype: torch.dtype, window: Window, out: torch.Tensor) -> None:
-        """Copy a window of a contiguous tensor in a file into `out`, casting to its dtype.
-
-        Args:
-            base: Byte where the tensor starts in the file; need not be aligned.
-            dtype: Of the tensor in the file.
-            window: What to read.
-            out: As large as the window (`window.size`), any strides.
-        """
+        """Copy a window of a contiguous tensor in a file into `out` (as large as the window, any strides, any dtype).
+        `base`: byte where the tensor (of `dtype`) starts in the file; need not be aligned."""
         width = dtype.itemsize
         if not math.prod(window.size):
             return
@@ -227,17 +220,6 @@ class FilePool:
             if len(self._files) > _OPEN_FILES:
                 del self._files[next(iter(self._files))]
             return self._files[path]
-
-
-def _read(descriptor: int, path: Path, offset: int, out: memoryview) -> None:
-    done, length = 0, out.nbytes
-    while done < length:
-        count = os.preadv(descriptor, [out[done:]], offset + done)
-        if count == 0:
-            raise BridgeError(
-                f"{path} ends at byte {offset + done}; {offset + length} were expected: truncated?"
-            )
-        done += count
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

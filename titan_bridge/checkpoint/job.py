@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,8 @@ import torch
 
 from titan_bridge.checkpoint import hf
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.dcp import METADATA
-from titan_bridge.checkpoint.dcp_metadata import write_metadata
-from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor
+from titan_bridge.checkpoint.dcp import METADATA, write_metadata
+from titan_bridge.checkpoint.execute import WORKER_BYTES, Executor, Progress
 from titan_bridge.checkpoint.files import size_of
 from titan_bridge.checkpoint.mapping import TensorMap
 from titan_bridge.checkpoint.open import open_checkpoint
@@ -29,8 +29,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import dtype_name
 from titan_bridge.sharding.plan import Plan
 
-_SMALL = 64 << 20
-"""Bytes allowed for plans and headers when the memory is estimated."""
+_SMALL = 64 << 20  # bytes allowed for plans and headers when the memory is estimated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +41,10 @@ class Options:
     to: Literal["hf", "dcp"]
     config: Path | None = None
     """A directory with config.json, the file, or "FAMILY:FLAVOR" of TorchTitan; else the source's own."""
-    dtype: torch.dtype | None = None
-    """Of floating-point weights; else they keep their own."""
-    names: str | None = None
-    """How the source calls tensor NAME, with `{}` in place of NAME; None: as we do."""
+    dtype: torch.dtype | None = None  # of floating-point weights; else they keep their own
+    names: str | None = None  # how the source calls tensor NAME, with `{}` in place of NAME; None: as we do
     max_shard_size: int = 5_000_000_000
-    merge_lora: Path | None = None
-    """A LoRA adapter in PEFT's format whose products are added to the weights."""
+    merge_lora: Path | None = None  # a LoRA adapter in PEFT's format whose products are added to the weights
     with_optimizer: bool = False
     workers: int = 2
     overwrite: bool = False
@@ -63,15 +59,12 @@ class Outcome:
 
     files: tuple[str, ...]
     bytes_read: int
-    bytes_written: int
-    """By this run; finished files of an earlier one (`--resume`) do not count."""
+    bytes_written: int  # by this run; finished files of an earlier one (`--resume`) do not count
     resumed_parts: int
     source_checked: bool
     """Whether all that was read was held against the source's own checksums: under `verify`, where DCP has some."""
-    nan: Mapping[str, int]
-    """NaNs by destination tensor, where there are any."""
-    inf: Mapping[str, int]
-    """Infinite elements."""
+    nan: Mapping[str, int]  # NaNs by destination tensor, where there are any
+    inf: Mapping[str, int]  # infinite elements
     overflow: Mapping[str, int]
     """Those of them that the cast to another dtype made infinite; all three in the order of the tensors."""
     lost: Mapping[str, int]
@@ -127,38 +120,31 @@ class Job:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def run(self, advance: Callable[[str, int], None] = lambda what, count: None) -> Outcome:
-        """Write, verify if asked to, and publish.
-
-        Args:
-            advance: Told of progress: ("check", "write" or "verify", bytes), from any thread.
-
-        Raises:
-            BridgeError: A full disk, a source that changes under the run, or whatever another process met.
-        """
+        """Write, verify if asked to, and publish; `advance` is told ("check", "write" or "verify", bytes).
+        Raises BridgeError: a full disk, a source that changes under the run, or whatever another process met."""
         options, team = self.options, self.team
         staging = Staging(options.target)
         checked = [False]
         try:
             if options.verify:
-                checked = team.each(lambda: check_source(self.source, team, lambda n: advance("check", n)))
+                checked = team.each(lambda: check_source(self.source, team, partial(advance, "check")))
             team.first(lambda: self._begin(staging))
             found = team.first(staging.results)
-            kept = team.each(lambda: self._kept(staging, found, lambda n: advance("verify", n)))
+            kept = team.each(lambda: self._kept(staging, found, partial(advance, "verify")))
             done = {name: result for own in kept for name, result in own.items()}
             mine = [file for file in self._share() if file.name not in done]
-            executor = Executor(self, staging, mine, lambda count: advance("write", count))
-            new = team.each(executor.run)
+            new = team.each(Executor(self, staging, mine, partial(advance, "write")).run)
             found = done | {result.file: result for own in new for result in own}
             results = [found[file.name] for file in self.target.files]
             if options.verify:
-                team.each(lambda: self._verify(staging, new[team.rank], lambda n: advance("verify", n)))
+                team.each(lambda: self._verify(staging, new[team.rank], partial(advance, "verify")))
             read = sum(team.each(lambda: self.source.bytes_read))
             lost = self._lost() if team.rank == 0 else {}
             team.first(lambda: self._publish(staging, results))
         except OSError as error:
             raise disk_error(error, staging.path) from None
         finally:
-            staging.release()
+            staging.close()
         return Outcome(
             files=self.files,
             bytes_read=read,
@@ -170,12 +156,9 @@ class Job:
         )
 
     def _begin(self, staging: Staging) -> None:
-        needed, free = self.target.nbytes, self.free()
         # What an interrupted run left is either reused or removed first.
-        needed -= (
-            sum(f.stat().st_blocks * 512 for f in staging.path.glob("*")) if staging.path.is_dir() else 0
-        )
-        if needed > free:
+        needed = self.target.nbytes - sum(f.stat().st_blocks * 512 for f in staging.path.glob("*"))
+        if needed > (free := self.free()):
             raise BridgeError(
                 f"the disk of {self.options.target} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB are needed: "
                 "free some space or choose another disk"
@@ -184,41 +167,33 @@ class Job:
         staging.check(overwrite=self.options.overwrite)  # `begin` may have put back what was being replaced
 
     def _kept(
-        self, staging: Staging, found: Mapping[str, FileResult], advance: Callable[[int], None]
+        self, staging: Staging, found: dict[str, FileResult], advance: Progress
     ) -> dict[str, FileResult]:
         """Of the files that an earlier run finished, those of this process that are as they were written."""
         kept = {}
-        for file in self._share():
-            path, result = staging.path / file.name, found.get(file.name)
-            if result is None or not path.is_file() or path.stat().st_size != file.size:
-                continue
-            if is_as_written(path, result.crc, advance):
+        for file in [file for file in self._share() if file.name in found]:
+            path, result = staging.path / file.name, found[file.name]
+            there = path.is_file() and path.stat().st_size == file.size
+            if there and is_as_written(path, result.crc, advance):
                 kept[file.name] = result
         return kept
 
-    def _verify(
-        self, staging: Staging, results: Sequence[FileResult], advance: Callable[[int], None]
-    ) -> None:
+    def _verify(self, staging: Staging, results: Sequence[FileResult], advance: Progress) -> None:
         files = {staging.path / result.file: result.crc for result in results}
         bad = [path for path, crc in files.items() if not is_as_written(path, crc, advance)]
         for path in bad:
             path.unlink()  # so that it is not taken for finished
         if bad:
-            raise BridgeError(
-                f"{bad[0]} is not what was written; the disk or the memory is at fault. "
-                "--resume writes again what is bad"
-            )
+            what = "is not what was written; the disk or the memory is at fault. --resume writes again what is bad"
+            raise BridgeError(f"{bad[0]} {what}")
 
     def _share(self) -> list[OutFile]:
         """The files of this process: the largest first to whoever has least, the same on all of them."""
-        loads = [0] * self.team.size
-        mine = set()
+        loads, owner = [0] * self.team.size, {}
         for file in sorted(self.target.files, key=lambda file: -file.size):
-            rank = loads.index(min(loads))
+            owner[file.name] = rank = loads.index(min(loads))
             loads[rank] += file.size
-            if rank == self.team.rank:
-                mine.add(file.name)
-        return [file for file in self.target.files if file.name in mine]
+        return [file for file in self.target.files if owner[file.name] == self.team.rank]
 
     def _sums(self, results: Iterable[FileResult], what: str) -> dict[str, int]:
         """Counts of all files together, in the order of the tensors."""
@@ -234,9 +209,8 @@ class Job:
 
     def _small_files(self) -> dict[str, Callable[[Path], object]]:
         """Name to what writes it."""
-        options = self.options
         writers: dict[str, Callable[[Path], object]] = {}
-        if options.to == "hf":
+        if self.options.to == "hf":
             index = {
                 "metadata": {"total_size": sum(tensor.nbytes for tensor in self.tensors.tensors)},
                 "weight_map": dict(sorted(self.target.weight_map.items())),
@@ -252,7 +226,7 @@ class Job:
             writers["config.json"] = lambda path: path.write_text(json.dumps(config, indent=2) + "\n")
         for carried in self.carried:
             writers[carried.name] = lambda path, carried=carried: shutil.copyfile(carried, path)
-        if options.to == "dcp":
+        if self.options.to == "dcp":
             target, paths = self.target, self.source.paths
             writers[METADATA] = lambda path: write_metadata(path, target.archives, paths)
         return writers
@@ -264,10 +238,8 @@ class Job:
             if (found := size_of(staging.path / file.name)) != file.size:
                 raise BridgeError(f"{staging.path / file.name} has {found} bytes, {file.size} were written")
         with open_checkpoint(staging.path, extra=True) as written:
-            expected = {t.name: (t.shape, t.dtype) for t in self.tensors.tensors}
-            for name, stated in expected.items():
-                found = written.tensor(name)
-                assert (found.shape, found.dtype) == stated, (
-                    f"{name} was written as {found.dtype} {found.shape}"
-                )
+            for stated in self.tensors.tensors:
+                found = written.tensor(stated.name)
+                same = (found.shape, found.dtype) == (stated.shape, stated.dtype)
+                assert same, f"{stated.name} was written as {found.dtype} {found.shape}"
         staging.publish(self.files, overwrite=self.options.overwrite, fsync=self.options.fsync)

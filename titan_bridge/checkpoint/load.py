@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,24 +23,18 @@ from titan_bridge.sharding.plan import plan
 if TYPE_CHECKING:
     from titan_bridge.models import Family
 
-_THREADS = 8
-"""Most weights that one rank reads at the same time."""
-_AHEAD = 2
-"""Weights a thread that may be done or under way before what was begun first is told."""
+_THREADS = 8  # most weights that one rank reads at the same time
+_AHEAD = 2  # weights a thread that may be done or under way before what was begun first is told
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """What one rank took."""
 
-    bytes_planned: int
-    """Bytes, in the checkpoint's dtypes, of the boxes that this rank holds."""
-    bytes_read: int
-    """Bytes that came from the files; equal to `bytes_planned`."""
-    bytes_total: int
-    """Bytes of the whole model in the checkpoint."""
-    dtypes: tuple[str, ...]
-    """Types of the checkpoint's tensors, in order of their names."""
+    bytes_planned: int  # bytes, in the checkpoint's dtypes, of the boxes that this rank holds
+    bytes_read: int  # bytes that came from the files; equal to `bytes_planned`
+    bytes_total: int  # bytes of the whole model in the checkpoint
+    dtypes: tuple[str, ...]  # types of the checkpoint's tensors, in order of their names
     nan: Mapping[str, int]
     """Elements that are NaN in live tensors of this rank, by FQN; those without any are left out."""
     inf: Mapping[str, int]
@@ -62,17 +57,15 @@ def load_into(
     """Fill `live` (this rank's local tensors by FQN of the live model, contiguous) in place.
 
     Args:
-        layout: Where every rank's slices lie.
-        rank: This rank in the layout's meshes.
+        layout, rank: Where every rank's slices lie, and this rank in its meshes.
         family, hf, padded_vocab: What the checkpoint's names and shapes mean.
         buffers: FQNs among `live` that Hugging Face does not know (expert bias).
         begin: Told each FQN before the first byte of it is read, and whether all of it will be (`whole`, a bool:
             padding is in no checkpoint). May replace the memory of `live[fqn]`.
         arrived: Told each FQN of which something is read, once all of it is in its place.
 
-    Raises:
-        BridgeError: Missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, and damaged
-            archives, before anything is written; a file that ends early.
+    Raises BridgeError: missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, and damaged
+    archives, before anything is written; a file that ends early.
     """
     check_source(checkpoint, family, hf, buffers)
     views = live_views(checkpoint.format, family, hf, padded_vocab)
@@ -84,48 +77,39 @@ def load_into(
     for copy in copies:
         checkpoint.locate(*checkpoint.source_of(copy))  # what is damaged is found before anything is written
         parts.setdefault(copy.destination_name, []).append(copy)
-    before = checkpoint.bytes_read
-    nan, inf = {}, {}
-
-    def start(fqn: str) -> None:
-        begin(fqn, whole=sum(copy.elements for copy in parts[fqn]) == live[fqn].numel())
+    before, counts = checkpoint.bytes_read, {}
 
     def fill(fqn: str) -> tuple[int, int]:
         for copy in parts[fqn]:
             checkpoint.fetch(copy, copy.destination_window.of(live[fqn]))
         return count_not_finite(live[fqn])
 
-    def finish(fqn: str, counts: tuple[int, int]) -> None:
-        for found, count in zip((nan, inf), counts, strict=True):
-            if count:
-                found[fqn] = count
+    def finish(fqn: str, done: Callable[[], tuple[int, int]]) -> None:
+        counts[fqn] = done()
         arrived(fqn)
 
     cpus = unbound_cpus()
     count = _threads(cpus, len(layout.ranks))
-    if count <= 1:
-        for fqn in parts:
-            start(fqn)
-            finish(fqn, fill(fqn))
-    else:  # one thread does not keep a disk busy, nor touch new memory as fast as a file is read
-        pool = ThreadPoolExecutor(count, "load", initializer=os.sched_setaffinity, initargs=(0, cpus))
-        with pool as threads:
-            ahead: deque[tuple[str, Future[tuple[int, int]]]] = deque()
-            for fqn in parts:
-                if len(ahead) == _AHEAD * count:
-                    first, done = ahead.popleft()
-                    finish(first, done.result())
-                start(fqn)
-                ahead.append((fqn, threads.submit(fill, fqn)))
-            for fqn, done in ahead:
-                finish(fqn, done.result())
+    ahead: deque[tuple[str, Callable[[], tuple[int, int]]]] = deque()
+    # One thread does not keep a disk busy, nor touch new memory as fast as a file is read.
+    with ThreadPoolExecutor(max(count, 1), "load", os.sched_setaffinity, (0, cpus)) as threads:
+        for fqn, own in parts.items():
+            begin(fqn, whole=sum(copy.elements for copy in own) == live[fqn].numel())
+            if count <= 1:
+                finish(fqn, partial(fill, fqn))
+                continue
+            ahead.append((fqn, threads.submit(fill, fqn).result))
+            if len(ahead) == _AHEAD * count:
+                finish(*ahead.popleft())
+        while ahead:
+            finish(*ahead.popleft())
     return Loaded(
         bytes_planned=sum(c.elements * checkpoint.tensor(c.source_name).dtype.itemsize for c in copies),
         bytes_read=checkpoint.bytes_read - before,
         bytes_total=checkpoint.nbytes,
         dtypes=tuple(sorted({dtype_name(stored.dtype) for stored in checkpoint.tensors.values()})),
-        nan=nan,
-        inf=inf,
+        nan={fqn: nan for fqn, (nan, _) in counts.items() if nan},
+        inf={fqn: inf for fqn, (_, inf) in counts.items() if inf},
     )
 
 

@@ -11,32 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.hf import is_hf
-from titan_bridge.checkpoint.mapping import check_source, expected
-from titan_bridge.checkpoint.names import named
-from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
+from titan_bridge.checkpoint.mapping import Config, check_source, expected
+from titan_bridge.checkpoint.open import is_checkpoint, named, open_checkpoint
 from titan_bridge.run_folder import RECORD, Record, model_and_step, step_folder
 
 if TYPE_CHECKING:
     from titan_bridge.models import Family
 
-LOAD_FORMAT = "titan"
-"""vLLM's `load_format` for weights that we read."""
-_EXPERT_BIAS = ".expert_bias_E"
-"""TorchTitan's name of the buffer."""
+LOAD_FORMAT = "titan"  # vLLM's `load_format` for weights that we read
+_EXPERT_BIAS = ".expert_bias_E"  # TorchTitan's name of the buffer
 
 
 def weights_directory(model: str, step: int | None = None) -> Path | None:
-    """Where the weights lie that a path means.
+    """Where the weights lie that a path means; None when there is nothing that we read (another format, a hub's name).
 
     Args:
         model: A model folder, or a training run, its checkpoint folder, or one step in that.
         step: Of a training run; None takes the path's own, or the last whole one.
 
-    Returns:
-        None when there is nothing that we read (weights in another format, or a name on a hub).
-
-    Raises:
-        BridgeError: `step` is not there, or not whole.
+    Raises BridgeError: `step` is not there, or not whole.
     """
     if not Path(model).is_dir():
         return None
@@ -48,14 +41,7 @@ def weights_directory(model: str, step: int | None = None) -> Path | None:
 
 def has_expert_bias(model: str, step: int | None = None, names: str | None = None) -> bool:
     """Whether the weights come with TorchTitan's load-balancing bias, which routes in serving, too.
-
-    Args:
-        model, step: As for `weights_directory`.
-        names: As for `open_checkpoint`.
-
-    Raises:
-        BridgeError: A checkpoint that is damaged, or `step` is not there.
-    """
+    Arguments are those of `weights_directory` and `open_checkpoint`, and so are errors."""
     directory = weights_directory(model, step)
     if directory is None or is_hf(directory):
         return False  # Hugging Face has no name for it
@@ -65,16 +51,10 @@ def has_expert_bias(model: str, step: int | None = None, names: str | None = Non
         return any(name.endswith(_EXPERT_BIAS) for name in checkpoint.tensors)
 
 
-def open_named_either_way(
-    directory: Path, names: str | None, family: Family, hf: Mapping[str, Any]
-) -> Checkpoint:
+def open_named_either_way(directory: Path, names: str | None, family: Family, hf: Config) -> Checkpoint:
     """Open a checkpoint of one model whose names the pattern fits, or which has our names already.
-
     The pattern comes first: where live weights lie beside averaged ones, it says which are meant.
-
-    Raises:
-        BridgeError: As `open_checkpoint`; of a checkpoint that fits neither way, what the pattern finds in it.
-    """
+    Raises BridgeError: as `open_checkpoint`; of a checkpoint that fits neither way, what the pattern finds in it."""
     if names is not None:
         with open_checkpoint(directory, extra=True) as found:
             own = {*found.tensors, *found.extra_tensors}
@@ -86,21 +66,10 @@ def open_named_either_way(
 
 
 def check_weights(
-    directory: Path,
-    family: Family,
-    hf: Mapping[str, Any],
-    buffers: Mapping[str, Any],
-    names: str | None = None,
+    directory: Path, family: Family, hf: Config, buffers: Mapping[str, Any], names: str | None = None
 ) -> None:
     """Hold names, shapes, types and lengths in a checkpoint's headers against its config; reads no weight.
-
-    Args:
-        directory: From `weights_directory`.
-        buffers: FQNs that the model has besides Hugging Face's tensors (expert bias).
-        names: As for `open_checkpoint`.
-
-    Raises:
-        BridgeError: A damaged file, or every missing, unexpected or mis-shaped tensor in one line.
-    """
+    `buffers`: FQNs that the model has besides Hugging Face's tensors (expert bias); `names` as for `open_checkpoint`.
+    Raises BridgeError: a damaged file, or every missing, unexpected or mis-shaped tensor in one line."""
     with open_checkpoint(directory, names=names) as checkpoint:
         check_source(checkpoint, family, hf, buffers)

@@ -19,14 +19,12 @@ from typing import Any, ClassVar
 import torch
 
 from titan_bridge.checkpoint.files import read_bytes, size_of
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, about
 
 
 class StandIn:
     """An object of a class that a pickle names, without the class: its fields, or what it was made with (`args`).
-
-    A state that is no dict is the field `state`. Pickled, it is the object again.
-    """
+    A state that is no dict is the field `state`. Pickled, it is the object again."""
 
     def __init__(self, args: tuple[Any, ...] = (), **fields: Any) -> None:
         if args:
@@ -58,14 +56,14 @@ def kind_of(value: Any) -> str:
     return type(value).__name__ if isinstance(value, StandIn) else ""
 
 
-def size(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def size_from(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Makes the tuple that stands for a `torch.Size`."""
     if len(args) != 1 or type(args[0]) is not tuple:
         raise BridgeError("damaged pickle (a torch.Size of no tuple)")
     return args[0]
 
 
-_OPCODES = {
+_OPCODES = {  # what torch.save and DCP write; left out are sets, for instance, and those that reserve memory
     getattr(pickle, name)[0]
     for name in (
         *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -75,7 +73,6 @@ _OPCODES = {
         *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
     )
 }
-"""What torch.save and DCP write. Left out are, for instance, sets, and the opcodes that reserve memory."""
 
 MOST_DIMS = 64
 _MOST_KEY = 1 << 20
@@ -115,14 +112,10 @@ class _Unpickler(_InPython):
             return _ordered_dict
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
+        what = f"the pickle names {full!r:.100}, which no checkpoint needs; refused, nothing was run"
         if module.split(".")[0] == "torchao":
-            raise BridgeError(
-                f"a quantized tensor of torchao ({full!r:.100}); only plain ones are read: save the model in "
-                "bfloat16 or float32"
-            )
-        raise BridgeError(
-            f"the pickle names {full!r:.100}, which no checkpoint needs; refused, nothing was run"
-        )
+            what = f"a quantized tensor of torchao ({full!r:.100}) is not read; save the model in bfloat16 or float32"
+        raise BridgeError(what)
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
@@ -151,10 +144,8 @@ class _Unpickler(_InPython):
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
         for key in items[::2]:
-            known = (
-                type(key) is str or isinstance(key, StandIn) or (type(key) is int and 0 <= key < _MOST_KEY)
-            )
-            if type(target) is not dict or not known:
+            small = type(key) is int and 0 <= key < _MOST_KEY
+            if type(target) is not dict or not (small or type(key) is str or isinstance(key, StandIn)):
                 raise BridgeError("damaged pickle (a dict with keys that are no text)")
         target.update(zip(items[::2], items[1::2], strict=True))
 
@@ -177,11 +168,8 @@ def _ordered_dict(args: tuple[Any, ...]) -> dict[str, Any]:
 
 def is_shape(value: Any) -> bool:
     """Whether it is a tuple of a few whole numbers, as sizes and places are."""
-    return (
-        isinstance(value, tuple)
-        and len(value) <= MOST_DIMS
-        and all(type(n) is int and 0 <= n < 2**62 for n in value)
-    )
+    fits = isinstance(value, tuple) and len(value) <= MOST_DIMS
+    return fits and all(type(n) is int and 0 <= n < 2**62 for n in value)
 
 
 def load_file(path: Path, allowed: Mapping[str, Any], most: int) -> tuple[Any, int]:
@@ -189,25 +177,21 @@ def load_file(path: Path, allowed: Mapping[str, Any], most: int) -> tuple[Any, i
     length = size_of(path)
     if length > most:
         raise BridgeError(f"{path} has {length} bytes; at most {most} are read")
-    return loads(read_bytes(path, 0, length), allowed, where=path), length
+    with about(path):
+        return loads(read_bytes(path, 0, length), allowed), length
 
 
-def loads(
-    data: bytes, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None, *, where: object
-) -> Any:
+def loads(data: bytes, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> Any:
     """Read a pickle that names nothing but `allowed` and torch dtypes.
 
-    Args:
-        allowed: What stands for "module.name": a class of stand-ins, a function of a tuple of arguments, or a value.
-        persistent: What stands for data outside of the pickle, by its id.
-
-    Raises:
-        BridgeError: Any other name, and any pickle that is damaged; the message starts with `where`.
+    `allowed` says what stands for "module.name": a class of stand-ins, a function of a tuple of arguments, or a value;
+    `persistent` what stands for data outside of the pickle, by its id.
+    Raises BridgeError: any other name, and any pickle that is damaged.
     """
     try:
         return _Unpickler(data, allowed, persistent).load()
-    except BridgeError as error:
-        raise BridgeError(f"{where}: {error}") from None
+    except BridgeError:
+        raise
     # A damaged pickle can make its opcodes fail in any way at all.
     except Exception as error:
-        raise BridgeError(f"{where}: damaged pickle ({type(error).__name__}: {error})") from None
+        raise BridgeError(f"damaged pickle ({type(error).__name__}: {error})") from None

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,8 +26,7 @@ from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.moves import Window
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
-_PIECE = 1 << 20
-"""Most values multiplied out at a time."""
+_PIECE = 1 << 20  # most values multiplied out at a time
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _PAIRS = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)])
@@ -34,33 +34,16 @@ _PAIRS = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Packed:
-    """Names in the files of one tensor's values and scales."""
-
-    values: str
-    scales: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class ComputedCheckpoint(Checkpoint):
     """`raw`, a Hugging Face checkpoint, with some tensors computed where they are read."""
 
     raw: Checkpoint
-
-    def computes(self, name: str) -> bool:
-        """Whether a tensor is computed, and not what the file says."""
-        raise NotImplementedError
-
-    def values(self, name: str, box: Box) -> torch.Tensor:
-        """A box of a tensor that is computed, in float32, contiguous."""
-        raise NotImplementedError
-
-    def order(self) -> Sequence[int]:
-        """For each dim of such a tensor, how far out it stands in the file."""
-        return (0, 1)
+    compute: Mapping[str, Callable[[Box], torch.Tensor]]
+    """By name of such a tensor: what makes a box of it, in float32, contiguous."""
+    order: tuple[int, ...] = (0, 1)  # for each dim of such a tensor, how far out it stands in the file
 
     def fetch_window(self, stored: TensorMetadata, chunk: Chunk, window: Window, out: torch.Tensor) -> None:
-        if not self.computes(stored.name):
+        if stored.name not in self.compute:
             self.raw.fetch_window(stored, chunk, window, out)
             return
         if not math.prod(window.size):
@@ -72,7 +55,7 @@ class ComputedCheckpoint(Checkpoint):
         )
         steps = np.array([place - origin for place in ahead]).reshape(len(ahead), len(origin))
         # Along the outermost dim of the file first, so that a piece lies together there.
-        far_out = np.array(self.order())[steps.argmax(axis=1)]
+        far_out = np.array(self.order)[steps.argmax(axis=1)]
         order = sorted(range(len(ahead)), key=lambda i: (far_out[i], -window.stride[i]))
         for index in _cut(window.size, order, _PIECE):
             size = tuple(part.stop - part.start for part in index)
@@ -80,60 +63,36 @@ class ComputedCheckpoint(Checkpoint):
             last = first + (np.array(size) - 1) @ steps
             box = Box(start=tuple(first.tolist()), stop=tuple((last + 1).tolist()))
             stride = tuple((steps @ np.array(contiguous_stride(box.shape))).tolist())
-            values = self.values(stored.name, box)
+            values = self.compute[stored.name](box)
             out[index].copy_(Window(size=size, stride=stride, offset=0).of(values))
 
-    def _read(self, name: str, box: Box) -> torch.Tensor:
-        out = torch.empty(box.shape, dtype=self.raw.tensor(name).dtype)
-        self.raw.read_into(name, box, out)
-        return out
+
+def _fp8(raw: Checkpoint, how: Quantization, values_name: str, scales_name: str, box: Box) -> torch.Tensor:
+    values = raw.read(values_name, box).float()
+    start = tuple(a // n for a, n in zip(box.start, how.block, strict=True))
+    stop = tuple(-(-b // n) for b, n in zip(box.stop, how.block, strict=True))
+    scales = raw.read(scales_name, Box(start=start, stop=stop)).float()
+    for dim, n in enumerate(how.block):
+        skipped = box.start[dim] - start[dim] * n
+        scales = scales.repeat_interleave(n, dim).narrow(dim, skipped, box.shape[dim])
+    return values.mul_(scales)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DequantizedCheckpoint(ComputedCheckpoint):
-    """`raw` with the tensors in `packed` multiplied out; `tensors` and `config` are those of the result."""
-
-    packed: Mapping[str, _Packed]
-    quantization: Quantization
-
-    def computes(self, name: str) -> bool:
-        return name in self.packed
-
-    def order(self) -> Sequence[int]:
-        return (0, 1) if self.quantization.method == "fp8" else (0, 2, 1)
-
-    def values(self, name: str, box: Box) -> torch.Tensor:
-        return (self._fp8 if self.quantization.method == "fp8" else self._mxfp4)(self.packed[name], box)
-
-    def _fp8(self, packed: _Packed, box: Box) -> torch.Tensor:
-        values = self._read(packed.values, box).float()
-        blocks = self.quantization.block
-        start = tuple(a // n for a, n in zip(box.start, blocks, strict=True))
-        stop = tuple(-(-b // n) for b, n in zip(box.stop, blocks, strict=True))
-        scales = self._read(packed.scales, Box(start=start, stop=stop)).float()
-        for dim, n in enumerate(blocks):
-            skipped = box.start[dim] - start[dim] * n
-            scales = scales.repeat_interleave(n, dim).narrow(dim, skipped, box.shape[dim])
-        return values.mul_(scales)
-
-    def _mxfp4(self, packed: _Packed, box: Box) -> torch.Tensor:
-        (expert, column, row), (last_expert, last_column, last_row) = box.start, box.stop
-        group, last_group = column // MXFP4_GROUP, -(-last_column // MXFP4_GROUP)
-        start, stop = (expert, row, group), (last_expert, last_row, last_group)
-        bytes_ = self._read(packed.values, Box(start=(*start, 0), stop=(*stop, MXFP4_GROUP // 2)))
-        exponents = self._read(packed.scales, Box(start=start, stop=stop)).int() - 127
-        values = _PAIRS.index_select(0, bytes_.flatten().int()).view(*bytes_.shape[:3], MXFP4_GROUP)
-        torch.ldexp(values, exponents.unsqueeze(-1), out=values)
-        skipped = column - group * MXFP4_GROUP
-        return values.flatten(2).narrow(2, skipped, last_column - column).transpose(1, 2).contiguous()
+def _mxfp4(raw: Checkpoint, how: Quantization, values_name: str, scales_name: str, box: Box) -> torch.Tensor:
+    (expert, column, row), (last_expert, last_column, last_row) = box.start, box.stop
+    group, last_group = column // MXFP4_GROUP, -(-last_column // MXFP4_GROUP)
+    start, stop = (expert, row, group), (last_expert, last_row, last_group)
+    bytes_ = raw.read(values_name, Box(start=(*start, 0), stop=(*stop, MXFP4_GROUP // 2)))
+    exponents = raw.read(scales_name, Box(start=start, stop=stop)).int() - 127
+    values = _PAIRS.index_select(0, bytes_.flatten().int()).view(*bytes_.shape[:3], MXFP4_GROUP)
+    torch.ldexp(values, exponents.unsqueeze(-1), out=values)
+    skipped = column - group * MXFP4_GROUP
+    return values.flatten(2).narrow(2, skipped, last_column - column).transpose(1, 2).contiguous()
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """A Hugging Face checkpoint with full weights: itself, unless its config.json says that it is quantized.
-
-    Raises:
-        BridgeError: A quantization that is not read, or values and scales that do not belong together.
-    """
+    Raises BridgeError: a quantization that is not read, or values and scales that do not belong together."""
     config = checkpoint.config or {}
     how = quantization.read(config, str(checkpoint.path / "config.json"))
     if how is None:
@@ -141,8 +100,10 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
     if dtype is None:
         raise BridgeError(f"{checkpoint.path}/config.json: dtype is not one of {', '.join(_DTYPES)}")
-    held, tensors, packed = checkpoint.tensors, {}, {}
-    values_end, scales_end = ("", "_scale_inv") if how.method == "fp8" else ("_blocks", "_scales")
+    held, tensors, compute = checkpoint.tensors, {}, {}
+    values_end, scales_end, computed, order = "_blocks", "_scales", _mxfp4, (0, 2, 1)
+    if how.method == "fp8":
+        values_end, scales_end, computed, order = "", "_scale_inv", _fp8, (0, 1)
     for stored in held.values():
         name = stored.name.removesuffix(values_end)
         if stored.name.endswith(scales_end):
@@ -152,20 +113,20 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             shape = _result_shape(checkpoint, how, stored, held[name + scales_end])
             chunks = tuple(replace(chunk, box=Box.whole(shape)) for chunk in stored.chunks)
             tensors[name] = TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=chunks)
-            packed[name] = _Packed(values=stored.name, scales=name + scales_end)
+            compute[name] = partial(computed, checkpoint, how, stored.name, name + scales_end)
         elif stored.dtype.itemsize == 1:
             raise BridgeError(f"{checkpoint.path}: {stored.name} has dtype {stored.dtype} and no scales")
         else:
             tensors[stored.name] = stored
-    return DequantizedCheckpoint(
+    return ComputedCheckpoint(
         path=checkpoint.path,
         format=checkpoint.format,
         tensors=tensors,
         config=without_quantization(config),
         pool=checkpoint.pool,
         raw=checkpoint,
-        packed=packed,
-        quantization=how,
+        compute=compute,
+        order=order,
     )
 
 
@@ -177,9 +138,8 @@ def without_quantization(config: Mapping[str, object]) -> dict[str, object]:
 def _result_shape(
     checkpoint: Checkpoint, how: Quantization, values: TensorMetadata, scales: TensorMetadata
 ) -> tuple[int, ...]:
-    given = (
-        f"{checkpoint.path}: {values.name} {values.dtype} {values.shape} with {scales.dtype} {scales.shape}"
-    )
+    found = f"{values.name} {values.dtype} {values.shape} with {scales.dtype} {scales.shape}"
+    given = f"{checkpoint.path}: {found}"
     if how.method == "fp8":
         wanted = tuple(-(-size // n) for size, n in zip(values.shape, how.block, strict=False))
         if values.dtype != torch.float8_e4m3fn or len(values.shape) != 2 or scales.shape != wanted:
@@ -189,9 +149,8 @@ def _result_shape(
         return values.shape
     fits = len(values.shape) == 4 and values.shape[3] == MXFP4_GROUP // 2 and scales.shape == values.shape[:3]
     if not fits or {values.dtype, scales.dtype} != {torch.uint8}:
-        raise BridgeError(
-            f"{given}; mxfp4 needs uint8, values of shape (E, R, G, 16) and scales of shape (E, R, G)"
-        )
+        shapes = "values of shape (E, R, G, 16) and scales of shape (E, R, G)"
+        raise BridgeError(f"{given}; mxfp4 needs uint8, {shapes}")
     experts, rows, groups, _ = values.shape
     return experts, groups * MXFP4_GROUP, rows
 

@@ -18,17 +18,16 @@ from titan_bridge.checkpoint.adapter import merged
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.dcp import is_dcp
 from titan_bridge.checkpoint.job import Job, Options, Outcome
-from titan_bridge.checkpoint.mapping import TensorMap, check_source, make_mapping, same_names
+from titan_bridge.checkpoint.mapping import TensorMap, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
-from titan_bridge.checkpoint.names import under_hf_names
-from titan_bridge.checkpoint.open import open_checkpoint, refuse_remote
+from titan_bridge.checkpoint.open import open_checkpoint, refuse_remote, under_hf_names
 from titan_bridge.checkpoint.quantized import without_quantization
 from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.checkpoint.target import Target, dcp_target, hf_target
 from titan_bridge.checkpoint.team import Team
 from titan_bridge.errors import BridgeError
 from titan_bridge.json_file import read_json_object
-from titan_bridge.models import families, family_for
+from titan_bridge.models import families
 from titan_bridge.sharding.plan import plan
 
 __all__ = ["Job", "Options", "Outcome", "prepare"]
@@ -36,10 +35,7 @@ __all__ = ["Job", "Options", "Outcome", "prepare"]
 
 def prepare(options: Options, team: Team | None = None) -> Job:
     """Read headers and configs, check everything that can be checked, and plan.
-
-    Raises:
-        BridgeError: The first thing that is wrong; all tensors that do not fit the model are in one line.
-    """
+    Raises BridgeError: the first thing that is wrong; all tensors that do not fit the model are in one line."""
     team = team or Team()
     refuse_remote(options.source)
     refuse_remote(options.target)
@@ -53,9 +49,8 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     if options.merge_lora is not None:
         source = merged(source, options.merge_lora)
     if extra and not (source.format == options.to == "dcp" and is_dcp(source.path)):
-        raise BridgeError(
-            f"--with-optimizer carries optimizer state from DCP to DCP only; this is {source.format} to {options.to}"
-        )
+        given = f"{source.format} to {options.to}"
+        raise BridgeError(f"--with-optimizer carries optimizer state from DCP to DCP only; this is {given}")
     config, small = _config(options, source)
     config = config and without_quantization(config)
     source = under_hf_names(source, config)
@@ -63,8 +58,13 @@ def prepare(options: Options, team: Team | None = None) -> Job:
         _check_not_quantized(source, config)
     if source.format == options.to:
         tensors = same_names(source, options.dtype)
+    elif config is None:
+        raise BridgeError(
+            f"{source.path} has no config.json, which names the model; give one with --config "
+            "(a directory with config.json, or the file)"
+        )
     else:
-        tensors = _between(options, source, config)
+        tensors = make_mapping(source, config, options.dtype)
     if extra:
         others = [replace(stored, chunks=()) for stored in source.extra_tensors.values()]
         tensors = replace(tensors, tensors=(*tensors.tensors, *others))
@@ -102,9 +102,7 @@ def _check_paths(options: Options, found: Path) -> None:
     if source == target:
         raise BridgeError(f"SRC and DST are both {source}; give another directory for DST")
     if source.is_relative_to(target):
-        raise BridgeError(
-            f"SRC lies inside DST ({target}), which would be replaced; give another directory for DST"
-        )
+        raise BridgeError(f"SRC lies inside DST ({target}), which is replaced; give another DST")
     if options.workers < 1:
         raise BridgeError(f"--workers {options.workers}; give at least 1")
     if options.max_shard_size < 1:
@@ -127,10 +125,7 @@ def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | N
 
 def stated_config(given: Path) -> Mapping[str, Any]:
     """config.json that `--config` names: a directory with it, the file, or FAMILY:FLAVOR.
-
-    Raises:
-        BridgeError: There is none.
-    """
+    Raises BridgeError: there is none."""
     if not given.exists():
         if flavor := re.fullmatch(r"(\w+):([\w.-]+)", str(given)):
             return _flavor(*flavor.groups())
@@ -151,30 +146,15 @@ def _flavor(name: str, flavor: str) -> Mapping[str, Any]:
         raise BridgeError(f"--config {name}:{flavor}: no family {name!r}; allowed: {', '.join(known)}")
     flavors = known[name].flavors()
     if flavor not in flavors:
-        raise BridgeError(
-            f"--config {name}:{flavor}: there is no such flavor; allowed: {', '.join(flavors) or 'none'}"
-        )
+        allowed = ", ".join(flavors) or "none"
+        raise BridgeError(f"--config {name}:{flavor}: there is no such flavor; allowed: {allowed}")
     return known[name].hf_config(known[name].model_spec(flavor).model)
-
-
-def _between(options: Options, source: Checkpoint, config: Mapping[str, Any] | None) -> TensorMap:
-    if config is None:
-        raise BridgeError(
-            f"{source.path} has no config.json, which names the model; give one with --config "
-            "(a directory with config.json, or the file)"
-        )
-    family = family_for(config)
-    buffers = family.expert_biases(config)
-    check_source(source, family, config, buffers)
-    return make_mapping(source, family, config, dtype=options.dtype, buffers=buffers)
 
 
 def _target(options: Options, tensors: TensorMap, source: Checkpoint, team: Team) -> Target:
     most = options.max_shard_size
-    if team.size > 1:
-        # A file belongs to one process, so there must be one for each at least.
-        total = sum(tensor.nbytes for tensor in tensors.tensors)
-        most = min(most, math.ceil(total / team.size))
+    if team.size > 1:  # a file belongs to one process, so there must be one for each at least
+        most = min(most, math.ceil(sum(tensor.nbytes for tensor in tensors.tensors) / team.size))
     if options.to == "hf":
         return hf_target(tensors.tensors, most)
-    return dcp_target(tensors.tensors, most, aliases=tensors.aliases, blobs=source.blobs)
+    return dcp_target(tensors.tensors, most, tensors.aliases, source.blobs)

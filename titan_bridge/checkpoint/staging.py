@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from titan_bridge.checkpoint.open import is_checkpoint, open_checkpoint
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, about
 
 _PLAN, _DONE, _LOCK = ".reshard.json", "done-{}.jsonl", "lock"
 PART = ".part"
@@ -38,8 +38,7 @@ class FileResult:
     """What is known of a finished file."""
 
     file: str
-    crc: int
-    """CRC-32 of what was written."""
+    crc: int  # CRC-32 of what was written
     counts: Mapping[str, Mapping[str, int]]
     """NaN ("nan") and infinite ("inf") elements, and those that the cast made infinite ("overflow"), by tensor."""
 
@@ -55,38 +54,35 @@ class Staging:
 
     def check(self, *, overwrite: bool) -> None:
         """Raise BridgeError when the target may not be written; changes nothing."""
-        target = self.target
+        target, parent, wrong = self.target, existing(self.target.parent), None
         if target.is_symlink():
-            raise BridgeError(f"{target} is a symbolic link; give the directory itself")
-        if target.exists() and not target.is_dir():
-            raise BridgeError(f"{target} is a file; give a directory")
-        if target.is_mount():
-            raise BridgeError(f"{target} is a mount point, which cannot be replaced; give a directory in it")
-        if Path.cwd().is_relative_to(target.resolve()):
-            raise BridgeError(f"{target} is where you are, and would be replaced; run from another directory")
-        if target.exists() and any(target.iterdir()):
-            if not overwrite:
-                raise BridgeError(f"{target} is not empty; choose another directory, or --overwrite it")
-            if not is_checkpoint(target):
-                raise BridgeError(f"{target} holds no checkpoint; --overwrite replaces nothing else")
-        parent = existing(target.parent)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
-            raise BridgeError(f"{target} cannot be made, since {parent} cannot be written to")
+            wrong = "is a symbolic link; give the directory itself"
+        elif target.exists() and not target.is_dir():
+            wrong = "is a file; give a directory"
+        elif target.is_mount():
+            wrong = "is a mount point, which cannot be replaced; give a directory in it"
+        elif Path.cwd().is_relative_to(target.resolve()):
+            wrong = "is where you are, and would be replaced; run from another directory"
+        elif target.exists() and any(target.iterdir()) and not overwrite:
+            wrong = "is not empty; choose another directory, or --overwrite it"
+        elif target.exists() and any(target.iterdir()) and not is_checkpoint(target):
+            wrong = "holds no checkpoint; --overwrite replaces nothing else"
+        elif not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+            wrong = f"cannot be made, since {parent} cannot be written to"
+        if wrong:
+            raise BridgeError(f"{target} {wrong}")
 
     def begin(self, digest: str, *, resume: bool, fsync: bool = False) -> None:
         """Make the directory, or take over that of a run with the same digest.
-
-        Raises:
-            BridgeError: Another process is at it; or with `resume`, it belongs to a different run.
-        """
+        Raises BridgeError: another process is at it; or with `resume`, it belongs to a different run."""
         made = [parent for parent in self.target.parents if not parent.exists()]
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        for parent in made if fsync else ():
-            sync(parent.parent)
+        for folder in made if fsync else ():
+            sync(folder.parent)
         if (self.target / _PLAN).exists():
             self._take_lock(self.target)
             self._tidy(fsync=fsync)
-            self.release()
+            self.close()
         plan = self.path / _PLAN
         if self.path.exists() and not plan.exists() and any(p.name != _LOCK for p in self.path.iterdir()):
             raise BridgeError(f"{self.path} is in the way and not ours; remove it")
@@ -102,7 +98,9 @@ class Staging:
                     f"{self.path} was begun with another source, other options or other processes; "
                     "run without --resume to start again"
                 )
-            self._clear()
+            for path in self.path.iterdir():
+                if path.name != _LOCK:
+                    path.unlink()
         plan.write_bytes(content)
 
     def results(self) -> dict[str, FileResult]:
@@ -118,16 +116,15 @@ class Staging:
 
     def finish(self, result: FileResult, rank: int, *, fsync: bool) -> None:
         """Give a file its name and write it down."""
-        part = self.path / (result.file + PART)
+        part, journal = self.path / (result.file + PART), self.path / _DONE.format(rank)
         if fsync:
             sync(part)
         part.rename(self.path / result.file)
         text = json.dumps(asdict(result)).encode()
-        with (self.path / _DONE.format(rank)).open("ab") as journal:
-            journal.write(b"\n" + _crc(text) + b" " + text + b"\n")  # the line before may be cut off
-            journal.flush()
-            if fsync:
-                os.fsync(journal.fileno())
+        with journal.open("ab") as file:
+            file.write(b"\n" + _crc(text) + b" " + text + b"\n")  # the line before may be cut off
+        if fsync:
+            sync(journal)
 
     def publish(self, files: Iterable[str], *, overwrite: bool, fsync: bool) -> None:
         """Check that all files are there, give the directory its name, and remove what is ours alone."""
@@ -143,9 +140,9 @@ class Staging:
             self.target.rename(self._old)
             self.path.rename(self.target)
         self._tidy(fsync=fsync)
-        self.release()
+        self.close()
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Let go of the lock."""
         if self._lock is not None:
             os.close(self._lock)
@@ -163,19 +160,13 @@ class Staging:
 
     def _settle_old(self) -> None:
         """Put back what a run had renamed to .old when it was killed, or remove it where the target is whole."""
-        if not self._old.exists():
-            return
-        if not self.target.exists():
+        if self._old.exists() and not self.target.exists():
             self._old.rename(self.target)
-            return
-        try:
-            open_checkpoint(self.target).close()
-        except BridgeError as error:
-            raise BridgeError(
-                f"{self._old} is left from a run that was replacing {self.target}, which is not whole ({error}); "
-                "remove one of the two"
-            ) from None
-        shutil.rmtree(self._old)
+        elif self._old.exists():
+            replaced = f"{self._old} is left from a run that was replacing {self.target}"
+            with about(f"{replaced}, which is not whole (remove one of the two)"):
+                open_checkpoint(self.target).close()
+            shutil.rmtree(self._old)
 
     def _take_lock(self, directory: Path) -> None:
         self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -183,15 +174,10 @@ class Staging:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             who = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
-            self.release()
+            self.close()
             raise BridgeError(f"{who} is writing {self.target} (it holds {directory / _LOCK})") from None
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-
-    def _clear(self) -> None:
-        for path in self.path.iterdir():
-            if path.name != _LOCK:
-                path.unlink()
 
 
 def sync(path: Path) -> None:
@@ -205,9 +191,7 @@ def sync(path: Path) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Two directories change names in one step. Returns False where the system or its disk cannot do that."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
+    rename = ctypes.CDLL(None, use_errno=True).renameat2
     if not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
         return True
     code = ctypes.get_errno()

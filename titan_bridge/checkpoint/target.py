@@ -6,14 +6,13 @@ as the planner sees them, each a run of bytes of one file. A strip is read, cast
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from titan_bridge.checkpoint.archive import Archive
-from titan_bridge.checkpoint.safetensors import header_bytes
+from titan_bridge.checkpoint.archive import ALIGNMENT, Archive
+from titan_bridge.checkpoint.hf import header_bytes
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Copy
 from titan_bridge.sharding.plan import Plan
@@ -21,12 +20,9 @@ from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 CHUNK_BYTES = 256 << 20
 """Larger tensors are written to DCP in several chunks: who loads a part of one reads less of the rest."""
-STRIP_BYTES = 8 << 20
-"""Most bytes of a strip, of the destination's dtype."""
-_ALIGNMENT = 64
+STRIP_BYTES = 8 << 20  # most bytes of a strip, of the destination's dtype
 T = TypeVar("T")
-Strip = tuple[str, int]
-"""Tensor, and number of the strip."""
+Strip = tuple[str, int]  # tensor, and number of the strip
 
 
 @dataclass(kw_only=True)
@@ -35,12 +31,9 @@ class OutFile:
 
     name: str
     size: int = 0
-    fixed: list[tuple[int, bytes]] = field(default_factory=list)
-    """(offset, bytes)."""
-    archives: list[tuple[int, Archive]] = field(default_factory=list)
-    """(offset, archive)."""
-    strips: list[Strip] = field(default_factory=list)
-    """In the order of the bytes."""
+    fixed: list[tuple[int, bytes]] = field(default_factory=list)  # (offset, bytes)
+    archives: list[tuple[int, Archive]] = field(default_factory=list)  # (offset, archive)
+    strips: list[Strip] = field(default_factory=list)  # in the order of the bytes
 
 
 @dataclass(kw_only=True)
@@ -50,12 +43,10 @@ class Target:
     files: list[OutFile] = field(default_factory=list)
     strips: dict[str, list[Chunk]] = field(default_factory=dict)
     """By tensor, in the order of the planner's chunks; the owner is the name of a file."""
-    shapes: dict[str, TensorMetadata] = field(default_factory=dict)
-    """All tensors, without their chunks."""
+    shapes: dict[str, TensorMetadata] = field(default_factory=dict)  # all tensors, without their chunks
     archives: dict[str, TensorMetadata] = field(default_factory=dict)
     """DCP: what its metadata says of each entry, under all its names."""
-    weight_map: dict[str, str] = field(default_factory=dict)
-    """Hugging Face: the file of each tensor."""
+    weight_map: dict[str, str] = field(default_factory=dict)  # Hugging Face: the file of each tensor
 
     @property
     def nbytes(self) -> int:
@@ -75,10 +66,10 @@ class Target:
             offset += strip.numel * tensor.dtype.itemsize
 
 
-def copies_of(plan: Plan, file: OutFile) -> dict[Strip, list[Copy]]:
+def copies_of(plan: Plan, file: str) -> dict[Strip, list[Copy]]:
     """What fills each strip of a file."""
     found: dict[Strip, list[Copy]] = {}
-    for copy in plan.copies(destination=file.name):
+    for copy in plan.copies(destination=file):
         assert copy.destination_chunk is not None
         found.setdefault((copy.destination_name, copy.destination_chunk), []).append(copy)
     return found
@@ -86,23 +77,17 @@ def copies_of(plan: Plan, file: OutFile) -> dict[Strip, list[Copy]]:
 
 def rows_of(box: Box, itemsize: int, most: int) -> Iterator[Box]:
     """A box cut into boxes of at most `most` bytes (but at least one element), each contiguous where the box is.
-
-    Rows of the first dim stay together; a row that is too large is cut further.
-    """
+    Rows of the first dim stay together; a row that is too large is cut further."""
     if not box.ndim or box.numel * itemsize <= most:
         if box.numel:
             yield box
         return
-    row = math.prod(box.shape[1:]) * itemsize
-    if row > most and box.ndim > 1:
-        for i in range(box.start[0], box.stop[0]):
-            for rest in rows_of(Box(start=box.start[1:], stop=box.stop[1:]), itemsize, most):
-                yield Box(start=(i, *rest.start), stop=(i + 1, *rest.stop))
-        return
-    step = max(1, most // row)
+    row = Box(start=box.start[1:], stop=box.stop[1:])
+    step = max(1, most // (row.numel * itemsize))
     for first in range(box.start[0], box.stop[0], step):
         last = min(first + step, box.stop[0])
-        yield Box(start=(first, *box.start[1:]), stop=(last, *box.stop[1:]))
+        for part in rows_of(row, itemsize, most):
+            yield Box(start=(first, *part.start), stop=(last, *part.stop))
 
 
 def hf_target(tensors: Sequence[TensorMetadata], most: int) -> Target:
@@ -124,43 +109,33 @@ def hf_target(tensors: Sequence[TensorMetadata], most: int) -> Target:
 def dcp_target(
     tensors: Sequence[TensorMetadata],
     most: int,
-    *,
     aliases: Mapping[str, str],
     blobs: Mapping[str, TensorMetadata],
-    chunk_bytes: int = CHUNK_BYTES,
 ) -> Target:
-    """Files of at most `most` bytes of chunks.
-
-    Args:
-        aliases: Further names of tensors; their chunks are the same bytes.
-        blobs: Entries that are no tensors, by name: written as they are, each in one chunk without an archive.
-    """
+    """Files of at most `most` bytes of chunks. `aliases`: further names of tensors, same bytes. `blobs`: entries
+    that are no tensors, by name, written as they are, each in one chunk without an archive."""
     target = Target(shapes={entry.name: entry for entry in (*blobs.values(), *tensors)})
     boxes: list[tuple[str, Box]] = [(name, Box.whole(blob.shape)) for name, blob in blobs.items()]
     for tensor in tensors:
         whole = Box.whole(tensor.shape)
-        cut = list(rows_of(whole, tensor.dtype.itemsize, chunk_bytes))
+        cut = list(rows_of(whole, tensor.dtype.itemsize, CHUNK_BYTES))
         boxes += [(tensor.name, box) for box in cut or [whole]]
     chunks: dict[str, list[Chunk]] = {name: [] for name in target.shapes}
-
-    def nbytes(entry: tuple[str, Box]) -> int:
-        return entry[1].numel * target.shapes[entry[0]].dtype.itemsize
-
-    for number, group in enumerate(_grouped(boxes, most, nbytes)):
+    sizes = {name: entry.dtype.itemsize for name, entry in target.shapes.items()}
+    for number, group in enumerate(_grouped(boxes, most, lambda part: part[1].numel * sizes[part[0]])):
         file = OutFile(name=f"__0_{number}.distcp")
         for name, box in group:
-            if pad := -file.size % _ALIGNMENT:
+            if pad := -file.size % ALIGNMENT:
                 file.fixed.append((file.size, bytes(pad)))
                 file.size += pad
-            entry, start, length, inside = target.shapes[name], file.size, nbytes((name, box)), None
+            entry, start, length = target.shapes[name], file.size, None
             if name not in blobs:
                 archive = Archive(box.shape, entry.dtype)
-                file.archives.append((file.size, archive))
-                start, length = file.size + archive.head_bytes, archive.total_bytes
-                inside = length
+                file.archives.append((start, archive))
+                start, length = start + archive.head_bytes, archive.total_bytes
             target._place(entry, file, start, box)
-            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=inside, box=box))
-            file.size += length
+            chunks[name].append(Chunk(owner=Path(file.name), offset=file.size, archive=length, box=box))
+            file.size += box.numel * sizes[name] if length is None else length
         target.files.append(file)
     for name, fqn in [*((name, name) for name in chunks), *aliases.items()]:
         target.archives[name] = replace(target.shapes[fqn], name=name, chunks=tuple(chunks[fqn]))

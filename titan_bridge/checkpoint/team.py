@@ -35,10 +35,7 @@ class Team:
 
     def each(self, step: Callable[[], T]) -> list[T]:
         """Run `step` on every process and return what all of them returned, in order of rank, on all of them.
-
-        Raises:
-            BridgeError: What any of them raised, on all of them, so that none waits for one that has given up.
-        """
+        Raises BridgeError: what any of them raised, on all of them, so that none waits for one that has given up."""
         if self.size == 1:
             return [step()]
         error, failed, value = None, None, None

@@ -15,31 +15,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from titan_bridge.checkpoint.archive import Placed, Tensor, unpickled
+import numpy as np
+
+from titan_bridge.checkpoint.archive import Placed, Saved, Tensor
 from titan_bridge.checkpoint.checkpoint import Checkpoint, check_cover
 from titan_bridge.checkpoint.files import FilePool, inside, size_of
-from titan_bridge.checkpoint.hf import read_config
-from titan_bridge.checkpoint.pickles import MOST_DIMS, is_shape, load_file, size, stand_ins
-from titan_bridge.checkpoint.safetensors import read_header
-from titan_bridge.errors import BridgeError, few
+from titan_bridge.checkpoint.hf import read_config, read_header
+from titan_bridge.checkpoint.pickles import MOST_DIMS, is_shape, load_file, size_from, stand_ins
+from titan_bridge.errors import BridgeError, about, few
 from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, Piece, fsdp_is_exact, local_shape_of, pieces_of
 from titan_bridge.sharding.layout import MeshLayout, torch_dtype
+from titan_bridge.sharding.spec import placement_from_str
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 METADATA = "metadata.pkl"
 _MODEL = "model"
 _VERSION = "2.0"
-_MOST_BYTES = 1 << 28
-"""Of a pickle."""
+_MOST_BYTES = 1 << 28  # of a pickle
 _DTENSOR = "torch.distributed.tensor"
 _MESH = "torch.distributed._mesh_layout"
 
-Keys = tuple[str | int, ...]
-"""Where a tensor stands in the nested state dict of an item."""
+_PLACEMENTS = {"Replicate": "R", "Shard": "S({dim})", "StridedShard": "SS({dim},{factor})"}
+
+Keys = tuple[str | int, ...]  # where a tensor stands in the nested state dict of an item
 Find = Callable[[Keys], Placed]
+Files = Callable[[int], tuple[Path, Find]]  # rank to the file of an item, and what finds tensors in it
+Tensors = dict[str, TensorMetadata]
+Shape = tuple[int, ...]
+Placements: TypeAlias = "tuple[dtensor.Placement, ...]"
 T = TypeVar("T")
 
 
@@ -51,44 +57,35 @@ def is_torch_checkpointing(directory: Path) -> bool:
 def open_torch_checkpointing(directory: Path, *, extra: bool = False) -> Checkpoint:
     """Open a folder: the tensors of the item `model` under their own names.
 
-    Args:
-        extra: Look up the tensors of other items, too; they are called ITEM.NAME.
-
-    Raises:
-        BridgeError: Metadata that is damaged, hostile or of another version; several ranks without metadata; tensors
-            that are missing, are not what the metadata says, or do not make up the whole.
+    `extra`: look up the tensors of other items, too; they are called ITEM.NAME.
+    Raises BridgeError: metadata that is damaged, hostile or of another version; several ranks without metadata; tensors
+    that are missing, are not what the metadata says, or do not make up the whole.
     """
     pool = FilePool()
     if (directory / METADATA).is_file():
-        found, left_out = _described(pool, directory, extra=extra)
+        items, left_out = _described(pool, directory, extra=extra)
     else:
-        found, left_out = _of_one_rank(pool, directory), 0
-    model = {name: tensor for (item, name), tensor in found.items() if item == _MODEL}
+        items, left_out = {_MODEL: _of_one_rank(pool, directory)}, 0
+    model = items.pop(_MODEL, None)
     if not model:
-        raise BridgeError(
-            f"{directory} has no item {_MODEL!r} with tensors, whose files are {_MODEL}_RANK.pt"
-        )
-    others = {tensor.name: tensor for (item, _), tensor in found.items() if item != _MODEL}
+        raise BridgeError(f"{directory} has no item {_MODEL!r} with tensors (in {_MODEL}_RANK.pt)")
     return Checkpoint(
         path=directory,
         format="dcp",  # its names and its conventions
         tensors=model,
-        extra_tensors=others,
+        extra_tensors={tensor.name: tensor for item in items.values() for tensor in item.values()},
         left_out=left_out,
         config=read_config(directory),
         pool=pool,
     )
 
 
-def _described(
-    pool: FilePool, directory: Path, *, extra: bool
-) -> tuple[dict[tuple[str, str], TensorMetadata], int]:
+def _described(pool: FilePool, directory: Path, *, extra: bool) -> tuple[dict[str, Tensors], int]:
     """The tensors by item and name, and how many entries of other items were not looked up."""
-    source = directory / METADATA
-    root, _ = load_file(source, {}, _MOST_BYTES)
-    tensors: dict[tuple[str, str], TensorMetadata] = {}
+    root, _ = load_file(directory / METADATA, {}, _MOST_BYTES)
+    items: dict[str, Tensors] = {}
     left_out = 0
-    try:
+    with about(directory / METADATA):
         if (version := _get(root, "version", str)) != _VERSION:
             raise BridgeError(f"version {version!r:.20}; read is {_VERSION!r}")
         for item, described in _get(root, "metadata", dict).items():
@@ -97,22 +94,16 @@ def _described(
                 left_out += len(paths)
                 continue
             files = _files(pool, directory, item, _get(described, "rank_to_layout_info", dict))
+            found = items.setdefault(item, {})
             for text, groups in paths.items():
-                path = _path(text)
-                name = ".".join(map(str, path))
-                if (item, name) in tensors:
+                if (name := _dotted(path := _path(text))) in found:
                     raise BridgeError(f"{name} appears twice in {item}")
-                full = name if item == _MODEL else f"{item}.{name}"
-                tensors[item, name] = _tensor(full, path, groups, files)
-    except BridgeError as error:
-        raise BridgeError(f"{source}: {error}") from None
-    return tensors, left_out
+                found[name] = _tensor(name if item == _MODEL else f"{item}.{name}", path, groups, files)
+    return items, left_out
 
 
-def _files(
-    pool: FilePool, directory: Path, item: str, layouts: dict[int, Any]
-) -> Callable[[int], tuple[Path, Find]]:
-    """Rank to the file of an item, and what finds tensors in it. Files are opened when they are asked for."""
+def _files(pool: FilePool, directory: Path, item: str, layouts: dict[int, Any]) -> Files:
+    """The files of an item, which are opened when they are asked for."""
     ranks: dict[Path, int] = {}
 
     @cache
@@ -127,15 +118,13 @@ def _files(
         if form == "SafetensorsSerialization":
             return path, _in_safetensors(path)
         if form != "TorchSerialization":
-            raise BridgeError(
-                f"{path} is of {form!r:.40}; read are TorchSerialization and SafetensorsSerialization"
-            )
+            raise BridgeError(f"{path} is of {form!r:.40}; allowed: Torch- and SafetensorsSerialization")
         return path, _in_pickle(pool, path)[1]
 
     return of_rank
 
 
-def _tensor(name: str, path: Keys, groups: Any, files: Callable[[int], tuple[Path, Find]]) -> TensorMetadata:
+def _tensor(name: str, path: Keys, groups: Any, files: Files) -> TensorMetadata:
     """A tensor from what one or several groups of ranks (each on a mesh) have of it."""
     if not isinstance(groups, list) or not groups:
         raise BridgeError(f"{name} has no ranks")
@@ -144,26 +133,20 @@ def _tensor(name: str, path: Keys, groups: Any, files: Callable[[int], tuple[Pat
     for group in groups:
         packed = _get(group, "sharding_metadata", dict)
         if (kind := _get(packed, "type", str)) != "DTensorShardingMetadata":
-            raise BridgeError(
-                f"{name} is described as {kind!r:.40}; only DTensors and plain tensors are read"
-            )
+            raise BridgeError(f"{name} is described as {kind!r:.40}; only DTensors and plain ones are read")
         data = _get(packed, "data", dict)
-        shape, dtype = (
-            _shape(data, "global_shape"),
-            torch_dtype(_get(data, "dtype", str).removeprefix("torch.")),
-        )
+        shape = _shape(data, "global_shape")
+        dtype = torch_dtype(_get(data, "dtype", str).removeprefix("torch."))
         kinds.add((shape, dtype))
         mesh, placements = _mesh(data, name, shape)
         for position, local, pieces in _held(placements, shape, mesh.shape):
             if all(piece.box in chunks for piece in pieces):
                 continue  # a replica
-            rank = mesh.ranks[position]
-            file, find = files(rank)
+            file, find = files(mesh.ranks[position])
             placed = find(path)
             if (placed.shape, placed.dtype) != (local, dtype):
-                raise BridgeError(
-                    f"{file}: {name} is {placed.dtype} {placed.shape}; the metadata says {dtype} {local}"
-                )
+                held = f"{file}: {name} is {placed.dtype} {placed.shape}"
+                raise BridgeError(f"{held}; the metadata says {dtype} {local}")
             for piece in pieces:
                 first = piece.local.start[0] * math.prod(local[1:]) if local else 0
                 offset = placed.offset + first * dtype.itemsize
@@ -171,86 +154,68 @@ def _tensor(name: str, path: Keys, groups: Any, files: Callable[[int], tuple[Pat
     if len(kinds) > 1:
         raise BridgeError(f"{name} has several shapes or dtypes: {few([f'{d} {s}' for s, d in kinds])}")
     ((shape, dtype),) = kinds
-    check_cover(name, shape, list(chunks), METADATA)
+    check_cover(name, shape, list(chunks))
     return TensorMetadata(name=name, shape=shape, dtype=dtype, chunks=tuple(chunks.values()))
 
 
 @lru_cache(maxsize=1024)
-def _held(
-    placements: tuple[dtensor.Placement, ...], shape: tuple[int, ...], mesh: tuple[int, ...]
-) -> tuple[tuple[int, tuple[int, ...], tuple[Piece, ...]], ...]:
+def _held(placements: Placements, shape: Shape, mesh: Shape) -> list[tuple[int, Shape, tuple[Piece, ...]]]:
     """Position on the mesh, shape of the local tensor and pieces, for the first of each set of replicas."""
-    kept = [
-        range(1 if isinstance(placement, dtensor.Replicate) else n)
-        for placement, n in zip(placements, mesh, strict=True)
-    ]
+    first = [isinstance(placement, dtensor.Replicate) for placement in placements]
     found = []
-    for coordinate in itertools.product(*kept):
-        position = 0
-        for at, n in zip(coordinate, mesh, strict=True):
-            position = position * n + at
-        local = local_shape_of(placements, shape, mesh, coordinate)
+    for coordinate in itertools.product(*(range(1 if r else n) for r, n in zip(first, mesh, strict=True))):
         if pieces := pieces_of(placements, shape, mesh, coordinate):
-            found.append((position, local, pieces))
-    return tuple(found)
+            position = int(np.ravel_multi_index(coordinate, mesh))
+            found.append((position, local_shape_of(placements, shape, mesh, coordinate), pieces))
+    return found
 
 
-def _mesh(
-    data: dict[str, Any], name: str, shape: tuple[int, ...]
-) -> tuple[MeshLayout, tuple[dtensor.Placement, ...]]:
+def _mesh(data: dict[str, Any], name: str, shape: Shape) -> tuple[MeshLayout, Placements]:
     stated = _get(data, "mesh_spec", dict)
     sizes, ranks = _shape(stated, "mesh_shape"), _get(stated, "mesh_data", list, tuple)
     mesh = MeshLayout(axes=tuple(map(str, range(len(sizes)))), shape=sizes, ranks=tuple(ranks))
     listed = _get(data, "placements", list)
     if len(listed) != len(sizes):
         raise BridgeError(f"{name} has {len(listed)} placements on a mesh of {len(sizes)} axes")
-    placements: list[dtensor.Placement] = []
+    placements = []
     for chunks, placement in zip(sizes, listed, strict=True):
-        kind = _get(placement, "type", str)
-        if kind == "Replicate":
-            placements.append(dtensor.Replicate())
-        elif kind == "Shard":
-            placements.append(dtensor.Shard(_get(placement, "dim", int)))
-        elif kind == "StridedShard":
-            dim, factor = _get(placement, "dim", int), _get(placement, "split_factor", int)
-            exact = dim == 0 and len(shape) > 0 and 1 <= factor <= len(ranks)
+        if (kind := _get(placement, "type", str)) not in _PLACEMENTS:
+            raise BridgeError(f"{name} has the placement {kind!r:.40}; allowed: {', '.join(_PLACEMENTS)}")
+        stated = {"dim": placement.get("dim"), "factor": placement.get("split_factor")}
+        placements.append(made := placement_from_str(_PLACEMENTS[kind].format_map(stated)))
+        if isinstance(made, dtensor._StridedShard):
+            dim, factor = made.dim, int(made.split_factor)
+            exact = dim == 0 and len(shape) > 0 and factor <= len(ranks)
             if not exact or not fsdp_is_exact(shape[0], factor, chunks):
                 raise BridgeError(
                     f"{name} of shape {shape} is StridedShard({dim}, split_factor={factor}); read is one of dim 0 "
                     "that cuts it evenly"
                 )
-            placements.append(dtensor._StridedShard(dim, split_factor=factor))
-        else:
-            raise BridgeError(
-                f"{name} has the placement {kind!r:.40}; read are Replicate, Shard and StridedShard"
-            )
     return mesh, tuple(placements)
 
 
-def _of_one_rank(pool: FilePool, directory: Path) -> dict[tuple[str, str], TensorMetadata]:
+def _of_one_rank(pool: FilePool, directory: Path) -> Tensors:
     """The tensors of `model_0.pt`, which must be all there is."""
-    files = sorted(path.name for path in directory.glob(f"{_MODEL}_*.pt"))
+    files = sorted(directory.glob(f"{_MODEL}_*.pt"))
     if len(files) > 1:
         raise BridgeError(
-            f"{directory} has {few(files)} and no {METADATA}, which says how they belong together; have the item "
-            f"{_MODEL!r} saved with a resharder"
+            f"{directory} has {few([path.name for path in files])} and no {METADATA}, which says how they belong "
+            f"together; have the item {_MODEL!r} saved with a resharder"
         )
-    path = directory / files[0]
+    (path,) = files
     root, find = _in_pickle(pool, path)
-    tensors = {}
+    tensors: Tensors = {}
     for at, tensor in _leaves(root, (), set()):
+        name = _dotted(at)
         if tensor.whole is not None and tensor.whole != tensor.shape:
             raise BridgeError(
-                f"{path} has {tensor.shape} of {'.'.join(map(str, at))}, which is {tensor.whole}; the files of other "
-                f"ranks and {METADATA} are not there"
+                f"{path} has {tensor.shape} of {name}, which is {tensor.whole}; the files of other ranks and "
+                f"{METADATA} are not there"
             )
-        name, placed = ".".join(map(str, at)), find(at)
-        if (_MODEL, name) in tensors:
+        if name in tensors:
             raise BridgeError(f"{path}: {name} appears twice")
-        chunk = Chunk(owner=path, offset=placed.offset, box=Box.whole(placed.shape))
-        tensors[_MODEL, name] = TensorMetadata(
-            name=name, shape=placed.shape, dtype=placed.dtype, chunks=(chunk,)
-        )
+        placed = find(at)
+        tensors[name] = TensorMetadata.whole(name, placed.shape, placed.dtype, path, offset=placed.offset)
     return tensors
 
 
@@ -270,10 +235,8 @@ def _in_safetensors(path: Path) -> Find:
     entries, _ = read_header(path)
 
     def find(at: Keys) -> Placed:
-        name = ".".join(map(str, at))
-        if name not in entries:
-            raise BridgeError(f"{path} has no {name}")
-        entry = entries[name]
+        if (entry := entries.get(_dotted(at))) is None:
+            raise BridgeError(f"{path} has no {_dotted(at)}")
         return Placed(offset=entry.chunks[0].offset, shape=entry.shape, dtype=entry.dtype)
 
     return find
@@ -281,21 +244,20 @@ def _in_safetensors(path: Path) -> Find:
 
 def _in_pickle(pool: FilePool, path: Path) -> tuple[Any, Find]:
     """What torch.save wrote, with a `Tensor` for each tensor, and what finds one."""
-    length, where = size_of(path), str(path)
-    root, place = unpickled(
-        pool.part(path, 0, length, where), length, where, allowed=_ALLOWED, most=_MOST_BYTES
-    )
+    length = size_of(path)
+    with about(path):
+        saved = Saved(pool.part(path, 0, length), length, allowed=_ALLOWED, most=_MOST_BYTES)
 
     def find(at: Keys) -> Placed:
-        value = root
+        value = saved.root
         for part in at:
             value = value.get(part) if type(value) is dict else None
-        name = ".".join(map(str, at))
         if not isinstance(value, Tensor):
-            raise BridgeError(f"{path} has no tensor {name}")
-        return place(value, f"{path}: {name}")
+            raise BridgeError(f"{path} has no tensor {_dotted(at)}")
+        with about(f"{path}: {_dotted(at)}"):
+            return saved.place(value)
 
-    return root, find
+    return saved.root, find
 
 
 def _dtensor(args: tuple[Any, ...]) -> Tensor:
@@ -312,7 +274,7 @@ def _dtensor(args: tuple[Any, ...]) -> Tensor:
 _ALLOWED: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _dtensor,
     "torch._utils._rebuild_wrapper_subclass": None,
-    "torch.Size": size,
+    "torch.Size": size_from,
     **stand_ins("torch", "device"),
     **stand_ins("torch.serialization", "_get_layout"),
     **stand_ins(_DTENSOR, "DTensor"),
@@ -336,6 +298,10 @@ def _shape(data: Any, key: str) -> tuple[int, ...]:
     if not is_shape(value):
         raise BridgeError(f"damaged metadata ({key})")
     return value
+
+
+def _dotted(path: Keys) -> str:
+    return ".".join(map(str, path))
 
 
 def _path(text: Any) -> Keys:

@@ -60,9 +60,9 @@ class Inspect(InferCommand):
         if self.rank is not None and not 0 <= self.rank < world:
             raise BridgeError(f"rank {self.rank} is outside the world of {world}; allowed: 0 to {world - 1}")
         for file in self.picture:
-            from titan_bridge.sharding.picture import layout_picture  # matplotlib
+            from titan_bridge.sharding.picture import picture  # matplotlib
 
-            layout_picture(found, file, title=title)
+            picture(found, file, title=title)
         by_layer = self.layers or (shown.policy and not self.json and self.rank is None and not self.all)
         if self.why is not None or by_layer:
             self._show_layers(shown)

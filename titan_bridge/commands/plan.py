@@ -69,9 +69,9 @@ class PlanCommand:
             if lost := sorted(made.missing.keys() - {view.fqn for view in views}):
                 raise BridgeError(f"{self.dst}: {lost[0]} is in no tensor of {self.src}")
         for file in self.picture:
-            from titan_bridge.sharding.picture import traffic_picture  # matplotlib
+            from titan_bridge.sharding.picture import picture  # matplotlib
 
-            traffic_picture(made, file, title=f"{self.src} to {self.dst}")
+            picture(made, file, title=f"{self.src} to {self.dst}")
         if self.json:
             print(json.dumps(show.plan_summary(made, pairs=self.pairs)))
             return 0

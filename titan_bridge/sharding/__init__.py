@@ -2,18 +2,7 @@
 
 from titan_bridge.sharding.boxes import Box, Piece, local_shape_of, pieces_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
-from titan_bridge.sharding.spec import (
-    ShardingSpec,
-    attach,
-    attach_module,
-    attached,
-    carry,
-    get,
-    placement_from_str,
-    placement_to_str,
-    reattach,
-    specs_of,
-)
+from titan_bridge.sharding.spec import ShardingSpec, attach, get, placement_from_str
 from titan_bridge.sharding.tensors import Chunk, OnMesh, TensorMetadata
 from titan_bridge.sharding.view import View
 
@@ -27,16 +16,5 @@ __all__ = [
     "Piece",
     "ShardingSpec",
     "TensorMetadata",
-    "View",
-    "attach",
-    "attach_module",
-    "attached",
-    "carry",
-    "get",
-    "local_shape_of",
-    "pieces_of",
-    "placement_from_str",
-    "placement_to_str",
-    "reattach",
-    "specs_of",
 ]
+__all__ += ["View", "attach", "get", "local_shape_of", "pieces_of", "placement_from_str"]

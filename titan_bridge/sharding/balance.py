@@ -1,18 +1,19 @@
-"""Which replica sends: equal loads, deterministically.
+"""Which replica sends: equal loads, the same way every time.
 
-Greedy in bulk. Copies of the same size that any replica of one shard can send are dealt out together, by
-filling the least loaded replicas up to a common level, as water does; large ones first.
+Copies of one size that any replica of a shard can send are dealt out together, by filling the least loaded replicas up
+to a common level, as water does; large ones first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from titan_bridge.sharding.match import Item
 from titan_bridge.sharding.moves import Group
-from titan_bridge.sharding.overlap import Geometry
+from titan_bridge.sharding.sides import Geometry
 from titan_bridge.sharding.tensors import Owner, TensorMetadata
 
 
@@ -21,12 +22,9 @@ def fill(loads: np.ndarray, items: np.ndarray, size: np.ndarray) -> np.ndarray:
 
     Args:
         loads: [rows, bins] bytes in each bin already; a very large number closes a bin.
-        items: [rows] copies to deal out.
-        size: [rows] bytes of each, at least 1.
+        items, size: [rows] copies to deal out, and bytes of each, at least 1.
 
-    Returns:
-        [rows, bins] copies; sums to `items` along the bins. Equal to dealing one copy at a time to the least
-        loaded bin, up to ties.
+    Returns [rows, bins] copies. Equal to dealing one copy at a time to the least loaded bin, up to ties.
     """
     bins = loads.shape[1]
     ordered = np.sort(loads, axis=1)
@@ -47,23 +45,17 @@ def fill(loads: np.ndarray, items: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 def deal(
-    loads: np.ndarray,
-    senders: np.ndarray,
-    shard: np.ndarray,
-    size: np.ndarray,
-    wanted: np.ndarray,
+    loads: np.ndarray, senders: np.ndarray, shard: np.ndarray, size: np.ndarray, wanted: np.ndarray
 ) -> np.ndarray:
     """Choose a replica for every copy and add the bytes to `loads`.
 
     Args:
         loads: [owners] bytes that each owner sends so far; changed in place.
         senders: [shards, replicas] owners of each source shard, -1 where there are fewer.
-        shard: [pairs] the source shard of each pair of shards.
-        size: [pairs] bytes of one copy of the pair.
+        shard, size: [pairs] the source shard of each pair of shards, and bytes of one copy.
         wanted: [pairs, copies] False where nothing has to be sent (no such destination, or it has the data).
 
-    Returns:
-        int16 [pairs, copies]: which replica sends (0 where nothing is wanted).
+    Returns int16 [pairs, copies]: which replica sends (0 where nothing is wanted).
     """
     choice = np.zeros(wanted.shape, dtype=np.int16)
     if not len(shard) or not wanted.shape[1]:
@@ -102,27 +94,19 @@ def deal(
 class Ledger:
     """Numbers for owners, and what each sends and receives."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Iterable[TensorMetadata]) -> None:
         self.index: dict[Owner, int] = {}
-        self._known: dict[tuple[Owner, ...], np.ndarray] = {}
+        self._numbers: dict[tuple[Owner, ...], np.ndarray] = {}
+        self.lacking: Counter[tuple[int, ...]] = Counter()
+        """Bytes that one of several owners has to send, by their numbers."""
+        for owners in dict.fromkeys(tensor.owners for tensor in tensors):
+            numbers = [self.index.setdefault(owner, len(self.index)) for owner in owners]
+            self._numbers[owners] = np.asarray(numbers, dtype=np.int32)
+        self.sent, self.received = np.zeros((2, len(self.index)), dtype=np.int64)
 
     def numbers(self, tensor: TensorMetadata) -> np.ndarray:
         """The numbers of a tensor's owners, by slot; equal owners give the same array object."""
-        names = tensor.owners
-        if names not in self._known:
-            numbers = [self.index.setdefault(name, len(self.index)) for name in names]
-            self._known[names] = np.asarray(numbers, dtype=np.int32)
-        return self._known[names]
-
-    def open(self) -> None:
-        """Start to count, now that all owners have numbers."""
-        self.sent, self.received = np.zeros((2, len(self.index)), dtype=np.int64)
-        self.lacking: dict[tuple[int, ...], int] = {}
-
-    def lack(self, senders: np.ndarray, amount: int) -> None:
-        """Count bytes that one of `senders` (numbers, by slot) has to send."""
-        key = tuple(sorted(set(senders.tolist())))
-        self.lacking[key] = self.lacking.get(key, 0) + amount
+        return self._numbers[tensor.owners]
 
     def floor(self) -> int:
         """See `Plan.load_floor`."""
@@ -130,8 +114,8 @@ class Ledger:
 
     def of(self, side: Mapping[str, TensorMetadata]) -> list[int]:
         """The numbers of all owners of a side, sorted."""
-        arrays = {id(a): a for a in map(self.numbers, side.values())}
-        return sorted({int(n) for a in arrays.values() for n in a})
+        owners = {owner for owners in {tensor.owners for tensor in side.values()} for owner in owners}
+        return sorted(self.index[owner] for owner in owners)
 
 
 def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, colocated: bool) -> Group:
@@ -141,9 +125,10 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
     pair_slots = geometry.destination.slots[geometry.pair_destination]
     size = geometry.pair_elements * width
     shape = (*pair_slots.shape, len(items))
+    local = np.zeros(shape, dtype=bool) if colocated else np.broadcast_to(False, shape)
     if geometry.source.slots.shape[1] <= 1 and not colocated:
         # Nothing to choose: look at all tensors at once, also where each lies in another file.
-        choice, local = np.broadcast_to(np.int16(0), shape), np.broadcast_to(False, shape)
+        choice = np.broadcast_to(np.int16(0), shape)
         copies = (pair_slots >= 0).sum(axis=1)
         if len(size):
             slot = geometry.source.slots[geometry.pair_source, 0]
@@ -151,10 +136,9 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
             pair, replica = np.nonzero(pair_slots >= 0)
             _add(ledger.received, destinations[:, pair_slots[pair, replica]], size[pair])
         for item in items:
-            ledger.lack(ledger.numbers(item.source), int((size * copies).sum()))
+            ledger.lacking[tuple(np.unique(ledger.numbers(item.source)))] += int((size * copies).sum())
         return Group(geometry, tuple(items), width, sources, destinations, choice, local)
     choice = np.zeros(shape, dtype=np.int16)
-    local = np.zeros(shape, dtype=bool) if colocated else np.broadcast_to(False, shape)
     same: dict[tuple[int, int], list[int]] = {}
     for tensor, item in enumerate(items):
         key = (id(ledger.numbers(item.source)), id(ledger.numbers(item.destination)))
@@ -179,7 +163,7 @@ def choose(geometry: Geometry, width: int, items: list[Item], ledger: Ledger, co
         there = (_at(destinations[first], geometry.destination.slots) >= 0).sum(axis=1)
         lacking = int(((geometry.need - geometry.missing) * there).sum()) * width
         lacking -= int((size * (own >= 0).sum(axis=1)).sum())
-        ledger.lack(sources[first], lacking * n)
+        ledger.lacking[tuple(np.unique(sources[first]))] += lacking * n
     return Group(geometry, tuple(items), width, sources, destinations, choice, local)
 
 

@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, about
 from titan_bridge.json_file import read_json_object
 from titan_bridge.sharding.boxes import Piece, check
 from titan_bridge.sharding.spec import ShardingSpec, placement_from_str, placement_to_str
 
 VERSION = 1
+_NUMBERS = "whole numbers"
+T = TypeVar("T")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -56,23 +58,19 @@ class MeshLayout:
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
-    ranks: tuple[int, ...]
-    """Global ranks, row-major; as many as the mesh is large."""
+    ranks: tuple[int, ...]  # global ranks, row-major; as many as the mesh is large
 
     def __post_init__(self) -> None:
         if not self.axes or len(set(self.axes)) != len(self.axes) or len(self.axes) != len(self.shape):
             raise BridgeError(
-                f"mesh axes {self.axes} with shape {self.shape}; give one size for each of distinct axes"
+                f"mesh axes {self.axes}, sizes {self.shape}; give one for each of distinct axes"
             )
-        if any(not _is_int(size) or size < 1 for size in self.shape):
+        if not _are_ints(self.shape, least=1):
             raise BridgeError(f"mesh shape {self.shape}; every axis has at least size 1")
         if len(self.ranks) != math.prod(self.shape):
-            raise BridgeError(
-                f"{len(self.ranks)} ranks on a mesh of shape {self.shape}; it needs {math.prod(self.shape)}"
-            )
-        if len(set(self.ranks)) != len(self.ranks) or any(
-            not _is_int(rank) or rank < 0 for rank in self.ranks
-        ):
+            size = math.prod(self.shape)
+            raise BridgeError(f"{len(self.ranks)} ranks on a mesh of shape {self.shape}; it needs {size}")
+        if len(set(self.ranks)) != len(self.ranks) or not _are_ints(self.ranks):
             raise BridgeError(f"the ranks of mesh {self.axes} must be distinct and not negative")
 
     @classmethod
@@ -105,14 +103,12 @@ class ParamLayout:
     """One parameter: global shape, dtype, mesh and placements (also when it is replicated)."""
 
     spec: ShardingSpec
-    shape: tuple[int, ...]
-    """Global shape, as served or trained."""
-    dtype: str
-    """Name of the torch dtype in storage, for example "bfloat16"."""
+    shape: tuple[int, ...]  # global shape, as served or trained
+    dtype: str  # name of the torch dtype in storage, for example "bfloat16"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
-        if any(not _is_int(size) or size < 0 for size in self.shape):
+        if not _are_ints(self.shape):
             raise BridgeError(f"shape {self.shape} is not a tensor's shape")
         itemsize(self.dtype)
 
@@ -142,10 +138,8 @@ class Layout:
                 raise BridgeError(f"{fqn} lives on mesh {param.spec.mesh!r}; there are {sorted(self.meshes)}")
             # Most parameters of a large model look alike, and checking each costs seconds.
             if (key := (param.spec, len(param.shape))) not in checked:
-                try:
+                with about(fqn):
                     check(param.spec.placements, param.shape, mesh.shape)
-                except BridgeError as error:
-                    raise BridgeError(f"{fqn}: {error}") from None
                 checked.add(key)
 
     @cached_property
@@ -216,14 +210,12 @@ class Layout:
     def read(cls, path: str | Path) -> Layout:
         """Read the JSON file at `path`. Raises BridgeError when it is not there or not a layout."""
         data = read_json_object(Path(path))
-        try:
+        with about(path):
             return cls.from_json(data)
-        except BridgeError as error:
-            raise BridgeError(f"{path}: {error}") from None
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_ints(values: Iterable[Any], least: int = 0) -> bool:
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in values)
 
 
 def _dict(data: Any, what: str) -> dict[str, Any]:
@@ -240,36 +232,28 @@ def _keys(data: Any, allowed: set[str], what: str) -> None:
         raise BridgeError(f"{what}: {', '.join(wrong)}; it has exactly the fields {sorted(allowed)}")
 
 
-def _ints(data: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(data, list) or not all(_is_int(value) for value in data):
-        raise BridgeError(f"{what} is {data!r}; it must be a list of whole numbers")
-    return tuple(data)
+def _list(value: Any, kind: type[T], what: str, of: str) -> tuple[T, ...]:
+    if not isinstance(value, list) or any(type(item) is not kind for item in value):
+        raise BridgeError(f"{what} is {value!r}; it must be a list of {of}")
+    return tuple(value)
 
 
 def _mesh(name: str, data: Any) -> MeshLayout:
     _keys(data, {"axes", "shape", "ranks"}, f"mesh {name}")
-    axes, shape = data["axes"], _ints(data["shape"], f"mesh {name}: shape")
-    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
-        raise BridgeError(f"mesh {name}: axes is {axes!r}; it must be a list of names")
-    level = [data["ranks"]]
-    for size in shape:
-        if not all(isinstance(row, list) and len(row) == size for row in level):
-            raise BridgeError(f"mesh {name}: ranks must be nested as the shape {list(shape)} says")
-        level = [value for row in level for value in row]
-    try:
-        return MeshLayout(axes=tuple(axes), shape=shape, ranks=_ints(level, "ranks"))
-    except BridgeError as error:
-        raise BridgeError(f"mesh {name}: {error}") from None
+    with about(f"mesh {name}"):
+        axes, shape = _list(data["axes"], str, "axes", "names"), _list(data["shape"], int, "shape", _NUMBERS)
+        level = [data["ranks"]]
+        for size in shape:
+            if not all(isinstance(row, list) and len(row) == size for row in level):
+                raise BridgeError(f"ranks must be nested as the shape {list(shape)} says")
+            level = [value for row in level for value in row]
+        return MeshLayout(axes=axes, shape=shape, ranks=_list(level, int, "ranks", _NUMBERS))
 
 
 def _param(fqn: str, data: Any) -> ParamLayout:
     _keys(data, {"mesh", "placements", "shape", "dtype"}, fqn)
-    if not isinstance(data["placements"], list):
-        raise BridgeError(
-            f"{fqn}: placements is {data['placements']!r}; it must be a list such as ['R', 'S(0)']"
-        )
-    try:
-        spec = ShardingSpec(mesh=data["mesh"], placements=tuple(map(placement_from_str, data["placements"])))
-        return ParamLayout(spec=spec, shape=_ints(data["shape"], "shape"), dtype=data["dtype"])
-    except BridgeError as error:
-        raise BridgeError(f"{fqn}: {error}") from None
+    with about(fqn):
+        placements = _list(data["placements"], str, "placements", "placements such as ['R', 'S(0)']")
+        spec = ShardingSpec(mesh=data["mesh"], placements=tuple(map(placement_from_str, placements)))
+        shape = _list(data["shape"], int, "shape", _NUMBERS)
+        return ParamLayout(spec=spec, shape=shape, dtype=data["dtype"])

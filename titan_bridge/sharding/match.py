@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ class Item:
 
     source: TensorMetadata
     destination: TensorMetadata
-    view: View | None
-    """None: same shape, same elements in the same places."""
+    view: View | None  # None: same shape, same elements in the same places
     external_source: bool
     """With a view: True when the source is the external tensor, False when it is the TorchTitan one."""
 
@@ -35,9 +35,9 @@ def match(
 ) -> tuple[list[Item], tuple[str, ...], dict[str, int]]:
     """The items that fill every destination, the source names nobody asked for, and the uncovered elements.
 
-    A destination is filled by the views whose TorchTitan name it has and whose external names are sources;
-    else by one view the other way round; else by the source of the same name. Raises BridgeError when that is
-    not enough.
+    A destination is filled by the views whose TorchTitan name it has and whose external names are sources; else by one
+    view the other way round; else by the source of the same name.
+    Raises BridgeError when that is not enough.
     """
     by_fqn: dict[str, list[View]] = {}
     by_name: dict[str, list[View]] = {}
@@ -49,36 +49,25 @@ def match(
     disjoint: set[tuple] = set()
     for name, held in destinations.items():
         # A view of a tensor onto itself (its rows without padding) goes one way only: its shapes say which.
-        parts = [
-            view
-            for view in by_fqn.get(name, ())
-            if view.name in sources and (view.name != name or held.shape == view.titan_shape)
-        ]
+        parts = [view for view in by_fqn.get(name, ()) if view.name in sources]
+        parts = [view for view in parts if view.name != name or held.shape == view.titan_shape]
         whole = [view for view in by_name.get(name, ()) if view.fqn in sources]
         if parts:
+            items += [_item(sources[view.name], held, view, external_source=True) for view in parts]
             lacking = _check_cover(name, held, parts, disjoint)
             if lacking and not allow_missing:
                 absent = [view.name for view in by_fqn[name] if view.name not in sources]
-                raise BridgeError(
-                    f"{name}: {lacking} of {math.prod(held.shape)} elements come from no source tensor"
-                    + (f"; missing: {', '.join(absent[:3])}" if absent else "; its views do not cover it")
-                )
+                why = f"missing: {', '.join(absent[:3])}" if absent else "its views do not cover it"
+                total = math.prod(held.shape)
+                raise BridgeError(f"{name}: {lacking} of {total} elements come from no source tensor; {why}")
             if lacking:
                 uncovered[name] = lacking
-            for view in parts:
-                _check_shape(sources[view.name], view.shape, view)
-                items.append(_item(sources[view.name], held, view, external_source=True))
         elif whole:
-            view = whole[0]
-            _check_shape(held, view.shape, view)
-            _check_shape(sources[view.fqn], view.titan_shape, view)
-            items.append(_item(sources[view.fqn], held, view, external_source=False))
+            items.append(_item(sources[whole[0].fqn], held, whole[0], external_source=False))
         elif name in sources:
             if sources[name].shape != held.shape:
-                raise BridgeError(
-                    f"{name} has shape {sources[name].shape} in the source and {held.shape} in the destination; "
-                    "give a view that says which part is which"
-                )
+                shapes = f"shape {sources[name].shape} in the source and {held.shape} in the destination"
+                raise BridgeError(f"{name} has {shapes}; give a view that says which part is which")
             items.append(Item(sources[name], held, None, False))
         elif allow_missing:
             uncovered[name] = math.prod(held.shape)
@@ -92,25 +81,20 @@ def match(
 
 
 def _item(source: TensorMetadata, destination: TensorMetadata, view: View, *, external_source: bool) -> Item:
+    external, titan = (source, destination) if external_source else (destination, source)
+    for held, shape in ((external, view.shape), (titan, view.titan_shape)):
+        if held.shape != shape:
+            needs = f"view {view.name} -> {view.fqn} needs {shape}"
+            raise BridgeError(f"{held.name} has shape {held.shape}; {needs}")
     return Item(source, destination, None if view.is_identity else view, external_source)
-
-
-def _check_shape(held: TensorMetadata, shape: tuple[int, ...], view: View) -> None:
-    if held.shape != shape:
-        raise BridgeError(
-            f"{held.name} has shape {held.shape}; the view {view.name} -> {view.fqn} needs {shape}"
-        )
 
 
 def _check_cover(name: str, held: TensorMetadata, views: list[View], disjoint: set[tuple]) -> int:
     """Elements of a TorchTitan tensor that no view writes. Raises BridgeError when two views write the same one."""
-    for view in views:
-        _check_shape(held, view.titan_shape, view)
     # Layers look alike, and experts are many: look at each pattern once.
     pattern = tuple((view.factors, view.index) for view in views)
     if pattern not in disjoint:
-        clash = _clash(views)
-        if clash:
+        if clash := _clash(views):
             raise BridgeError(f"{name}: views {clash[0].name} and {clash[1].name} write the same elements")
         disjoint.add(pattern)
     return math.prod(held.shape) - sum(math.prod(view.shape) for view in views)
@@ -127,15 +111,10 @@ def _clash(views: list[View]) -> tuple[View, View] | None:
             if i < j:
                 return alike[i], alike[j]
     # Factored in different ways (q with rotary halves, v without): compare the positions in each dim.
-    groups = list(by_factors.values())
-    for g, group in enumerate(groups):
-        for other in groups[g + 1 :]:
-            for a in group:
-                for b in other:
-                    if all(
-                        np.intersect1d(x, y).size for x, y in zip(_positions(a), _positions(b), strict=True)
-                    ):
-                        return a, b
+    for group, other in itertools.combinations(by_factors.values(), 2):
+        for a, b in itertools.product(group, other):
+            if all(np.intersect1d(*dim).size for dim in zip(_positions(a), _positions(b), strict=True)):
+                return a, b
     return None
 
 
@@ -143,9 +122,7 @@ def _positions(view: View) -> list[np.ndarray]:
     """For each dim of the TorchTitan tensor, the positions that a view selects."""
     result, at = [], 0
     for factors in view.factors:
-        positions = np.zeros(1, dtype=np.int64)
-        for size, (start, stop) in zip(factors, view.index[at : at + len(factors)], strict=True):
-            positions = (positions[:, None] * size + np.arange(start, stop)).ravel()
-        result.append(positions)
+        place = tuple(slice(*ends) for ends in view.index[at : at + len(factors)])
+        result.append(np.arange(math.prod(factors)).reshape(factors)[place].ravel())
         at += len(factors)
     return result

@@ -11,8 +11,7 @@ import torch
 
 from titan_bridge.sharding.boxes import Box, contiguous_stride
 from titan_bridge.sharding.match import Item
-from titan_bridge.sharding.overlap import Geometry
-from titan_bridge.sharding.sides import Side
+from titan_bridge.sharding.sides import Geometry, Side
 from titan_bridge.sharding.tensors import Owner
 
 
@@ -22,8 +21,7 @@ class Window:
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
-    """From the first element of the local tensor; add its own `storage_offset()` if it has one."""
+    offset: int  # from the first element of the local tensor; add its own `storage_offset()` if it has one
 
     @classmethod
     def of_box(cls, box: Box, shape: Sequence[int]) -> Window:
@@ -56,9 +54,7 @@ def row_major(size: Sequence[int], stride: Sequence[int]) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class Copy:
     """One copy: `destination_window.of(destination_local).copy_(source_window.of(source_local))`.
-
-    Both windows have the same size, dim for dim.
-    """
+    Both windows have the same size, dim for dim."""
 
     source: Owner
     destination: Owner
@@ -67,8 +63,7 @@ class Copy:
     source_chunk: int | None
     """Index into the tensor's `chunks`; None when it is a rank's local tensor on a mesh."""
     destination_chunk: int | None
-    box: Box
-    """In global coordinates: of the tensor itself, or of the view's factored and sliced dims."""
+    box: Box  # in global coordinates: of the tensor itself, or of the view's factored and sliced dims
     source_window: Window
     destination_window: Window
 
@@ -80,20 +75,15 @@ class Copy:
 @dataclass(frozen=True)
 class Group:
     """Tensors that differ in name and owners only.
-
-    `choice[pair, destination replica, tensor]` says which replica of the source sends.
-    """
+    `choice[pair, destination replica, tensor]` says which replica of the source sends."""
 
     geometry: Geometry
     items: tuple[Item, ...]
-    itemsize: int
-    """Bytes an element on the wire."""
-    sources: np.ndarray
-    """[tensors, slots] -> index into the owners of the plan."""
+    itemsize: int  # bytes an element on the wire
+    sources: np.ndarray  # [tensors, slots] -> index into the owners of the plan
     destinations: np.ndarray
     choice: np.ndarray
-    local: np.ndarray
-    """Same shape; True where the destination has the data itself."""
+    local: np.ndarray  # same shape; True where the destination has the data itself
 
 
 def ends(group: Group, tensors: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
@@ -121,22 +111,23 @@ def copies_of(
     if not wanted.any():
         return
     windows = _windows(geometry)
-    source_in_chunks = group.items[0].source.on is None
-    destination_in_chunks = group.items[0].destination.on is None
+    in_chunks = [side.on is None for side in (group.items[0].source, group.items[0].destination)]
     for tensor, pair, replica in zip(*np.nonzero(wanted.transpose(2, 0, 1)), strict=True):
         item = group.items[tensor]
         chosen = group.choice[pair, replica, tensor]
-        source_slot = int(geometry.source.slots[geometry.pair_source[pair], chosen])
-        destination_slot = int(geometry.destination.slots[geometry.pair_destination[pair], replica])
+        slots = (
+            int(geometry.source.slots[geometry.pair_source[pair], chosen]),
+            int(geometry.destination.slots[geometry.pair_destination[pair], replica]),
+        )
         for row in range(geometry.pair_first[pair], geometry.pair_first[pair + 1]):
-            box, source_window, destination_window = windows(row, source_slot, destination_slot)
+            box, source_window, destination_window = windows(row, *slots)
             yield Copy(
                 source=owners[senders[pair, replica, tensor]],
                 destination=owners[receivers[pair, replica, tensor]],
                 source_name=item.source.name,
                 destination_name=item.destination.name,
-                source_chunk=source_slot if source_in_chunks else None,
-                destination_chunk=destination_slot if destination_in_chunks else None,
+                source_chunk=slots[0] if in_chunks[0] else None,
+                destination_chunk=slots[1] if in_chunks[1] else None,
                 box=box,
                 source_window=source_window,
                 destination_window=destination_window,
@@ -145,9 +136,7 @@ def copies_of(
 
 def _windows(geometry: Geometry) -> Callable[[int, int, int], tuple[Box, Window, Window]]:
     """(row, source slot, destination slot) -> a box in cells, and it as windows of both local tensors.
-
-    What several copies have in common is computed once.
-    """
+    What several copies have in common is computed once."""
 
     @cache
     def local(side: Side, slot: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -159,7 +148,8 @@ def _windows(geometry: Geometry) -> Callable[[int, int, int], tuple[Box, Window,
         stride, offset = [0] * box.ndim, 0
         for d, frame in enumerate(side.frame):
             position = deltas[d] - origin[d]
-            for cell, low, step in zip(frame.cells, frame.offset, frame.strides, strict=True):
+            steps = contiguous_stride(frame.factors)
+            for cell, low, step in zip(frame.cells, frame.offset, steps, strict=True):
                 stride[cell] = step * dim_stride[d]
                 position += (box.start[cell] + low) * step
             offset += position * dim_stride[d]

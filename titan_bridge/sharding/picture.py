@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -22,21 +22,18 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box, pieces_of, shard_dim
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
 from titan_bridge.sharding.plan import Plan
-from titan_bridge.sharding.show import human, load_of, local_numel, pattern_of, totals_of
+from titan_bridge.sharding.show import human, in_words, load_of, local_numel, pattern_of, totals_of
 from titan_bridge.sharding.spec import placement_to_str
 
 _COLUMNS = 7
 _WIDTH, _LINE, _MAP = 16.0, 2.75, 1.5
 """Inches: the figure, a line of maps with their titles, and a map's height."""
 _LEFT = 0.025
-_STRIP = 0.3
-"""Width of the map of a tensor of one dim, in widths of a map."""
-_VALUES = 12
-"""Senders and receivers at most whose bytes are written into the cells."""
-_LABELLED = 32
-"""Boxes in one map that still leave room for rank numbers."""
+_STRIP = 0.3  # width of the map of a tensor of one dim, in widths of a map
+_VALUES = 12  # senders and receivers at most whose bytes are written into the cells
+_LABELLED = 32  # boxes in one map that still leave room for rank numbers
 _MODULES = 7
-_INK, _FAINT = "#1c2430", "#66707d"
+_INK, _FAINT, _CUT = "#1c2430", "#66707d", "#0b5cad"
 _HUES = ("#6fa8dc", "#f6b26b", "#8fc98b", "#e58b88", "#b39ddb", "#d7b98e", "#f2a7d0", "#7fd1c7")
 _HOW_TO_READ = (
     "A map is a global tensor (and those that look like it), dim 0 downwards; "
@@ -47,26 +44,30 @@ _FORMATS = (".svg", ".png", ".pdf")
 _BYTES = FuncFormatter(lambda value, _: human(value).replace(".00", ""))
 
 
-def layout_picture(layout: Layout, path: str | Path, *, title: str = "") -> Path:
-    """`layout_figure` as a file. Returns `path`. Raises BridgeError for another file type than svg, png or pdf."""
-    path = _checked(path)
-    layout_figure(layout, title=title).savefig(path, dpi=120)
+def picture(shown: Layout | Plan, path: str | Path, *, title: str = "") -> Path:
+    """Where the parameters of a layout live, or who sends how much to whom in a plan, as a file. Returns its path.
+    Raises BridgeError for another file type than svg, png or pdf."""
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise BridgeError(f"picture {path}: the name must end in one of {', '.join(_FORMATS)}")
+    is_layout = isinstance(shown, Layout)
+    figure = layout_figure(shown, title=title) if is_layout else traffic_figure(shown, title=title)
+    figure.savefig(path, dpi=120)
     return path
 
 
 def layout_figure(layout: Layout, *, title: str = "") -> Figure:
     """One map for each kind of parameter, and the bytes on each rank by module.
-
     A map is the global tensor, dim 0 downwards and the dim that is cut most beside it across; a tensor of one dim is a
-    strip. Every box is what some ranks hold, and boxes of the same colour are on the same ranks.
-    """
+    strip. Every box is what some ranks hold, and boxes of the same colour are on the same ranks."""
     shown, totals = _maps(layout), totals_of(layout)
     lines = {heading: math.ceil(len(maps) / _COLUMNS) for heading, maps in shown.items()}
     bars = 3.0
     # Inches, from the top: title, for each mesh a heading and its lines of maps, then the bars.
     height = 1.05 + sum(0.45 + _LINE * count for count in lines.values()) + bars + 0.35
     figure = Figure(figsize=(_WIDTH, height), facecolor="white")
-    _head(figure, title or "Where every parameter lives", _summary(totals), _HOW_TO_READ)
+    summary = f"{totals['parameters']:,} parameters on {totals['ranks']:,} ranks: {in_words(totals)}"
+    _head(figure, title or "Where every parameter lives", summary, _HOW_TO_READ)
     top = height - 1.05
     for heading, maps in shown.items():
         figure.text(_LEFT, (top - 0.3) / height, heading, fontsize=11, fontweight="bold", color=_INK)
@@ -96,46 +97,23 @@ def _head(figure: Figure, title: str, summary: str, how_to_read: str) -> None:
     figure.text(left, 1 - 0.88 / height, how_to_read, fontsize=8.5, color=_FAINT)
 
 
-def _summary(totals: dict[str, Any]) -> str:
-    most, least = totals["most_loaded"], totals["least_loaded"]
-    each = f"{human(most['bytes'])} on every rank"
-    if most["bytes"] != least["bytes"]:
-        each = (
-            f"most {human(most['bytes'])} on rank {most['rank']}, "
-            f"least {human(least['bytes'])} on rank {least['rank']}"
-        )
-    return (
-        f"{totals['parameters']:,} parameters, {human(totals['global_bytes'])} in {totals['tensors']:,} tensors "
-        f"of {', '.join(totals['dtypes'])}, "
-        f"on {totals['ranks']:,} ranks: {each}"
-    )
-
-
 def _maps(layout: Layout) -> dict[str, list[tuple[list[str], ParamLayout]]]:
     """What to draw for each mesh: the names of parameters that look alike, and one of them."""
     headings = {name: f"{name.rstrip('0123456789')} mesh {mesh}" for name, mesh in layout.meshes.items()}
     stages = Counter(headings.values())
-    alike: dict[tuple, tuple[dict[str, int], ParamLayout]] = {}
+    alike: dict[tuple, tuple[Counter[str], ParamLayout]] = {}
     for fqn, param in layout.params.items():
         # Pipeline stages have a mesh each: one map stands for all, drawn for the first.
         heading = headings[param.spec.mesh]
         if stages[heading] == 1:
             heading = f"{param.spec.mesh} mesh {layout.meshes[param.spec.mesh]}"
         key = (heading, param.shape, param.spec.placements)
-        names, _ = alike.setdefault(key, ({}, param))
-        names[pattern_of(fqn)] = names.get(pattern_of(fqn), 0) + 1
+        alike.setdefault(key, (Counter(), param))[0][pattern_of(fqn)] += 1
     shown: dict[str, list[tuple[list[str], ParamLayout]]] = {}
     for (heading, *_), (names, param) in alike.items():
         texts = [_short(name) + (f" ×{count}" if count > 1 else "") for name, count in names.items()]
         shown.setdefault(heading, []).append((texts, param))
     return shown
-
-
-def traffic_picture(plan: Plan, path: str | Path, *, title: str = "") -> Path:
-    """`traffic_figure` as a file. Returns `path`; raises as `layout_picture`."""
-    path = _checked(path)
-    traffic_figure(plan, title=title).savefig(path, dpi=120)
-    return path
 
 
 def traffic_figure(plan: Plan, *, title: str = "") -> Figure:
@@ -144,50 +122,43 @@ def traffic_figure(plan: Plan, *, title: str = "") -> Figure:
     sources, destinations = list(plan.sent), list(plan.received)
     matrix = plan.traffic()[np.ix_([index[h] for h in sources], [index[h] for h in destinations])]
     rows, columns = matrix.shape
-    senders, receivers = _names(sources), _names(destinations)
     values = max(rows, columns) <= _VALUES
-    # Inches. Left of the grid the senders' names, above and beside it the sums, below it the receivers' names.
-    left = 0.95 + 0.075 * max(map(len, senders), default=0)
-    slanted = max(map(len, receivers), default=0) > 8
-    below = 0.75 + (0.065 * max(map(len, receivers), default=0) if slanted else 0) + (0 if values else 0.75)
-    wide = min(max(0.95 * columns, 4.0), 9.0) if values else 8.0
-    high = min(max(0.5 * rows, 1.0), 6.0) if values else 7.0
-    width, height = max(left + wide + 2.4, 9.0), 1.05 + 1.3 + high + below
-    figure = Figure(figsize=(width, height), facecolor="white")
+    wide, high = (max(0.95 * columns, 4.0), max(0.5 * rows, 1.0)) if values else (8.0, 7.0)  # inches
+    height = high + 4.2
+    below_title = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 1.05 / height))
+    figure = Figure(figsize=(wide + 5.5, height), facecolor="white", layout=below_title)
     summary = f"{human(plan.bytes)} travel in {plan.copies_count:,} copies; "
     summary += f"the busiest sender sends {plan.balance:.3f} times the mean"
     _head(figure, title or "Who sends how much to whom", summary, _HOW_TO_READ_TRAFFIC)
-
-    def axes_at(x: float, y: float, w: float, h: float) -> Axes:
-        return figure.add_axes((x / width, y / height, w / width, h / height))
-
-    grid = axes_at(left, below, wide, high)
+    ratios = {"width_ratios": [wide, 1.6], "height_ratios": [0.75, high, 0.12]}
+    received, _, grid, sent, scale, _ = figure.subplots(3, 2, gridspec_kw=ratios).flat
+    for unused in (figure.axes[1], figure.axes[5]):
+        unused.set_axis_off()
     masked = np.ma.masked_equal(matrix.astype(np.float64), 0)
     low, top = (masked.min(), masked.max()) if masked.count() else (1.0, 1.0)
     norm = LogNorm(vmin=low / 2, vmax=2 * top)
     image = grid.imshow(masked, aspect="auto", norm=norm, cmap="Blues", interpolation="nearest")
-    if values:
-        for row, column in np.ndindex(rows, columns):
-            if matrix[row, column]:
-                ink = "white" if norm(matrix[row, column]) > 0.6 else _INK
-                text = human(int(matrix[row, column]))
-                grid.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
-    for axis, names in ((grid.yaxis, senders), (grid.xaxis, receivers)):
+    for row, column in np.argwhere(matrix) if values else ():
+        ink = "white" if norm(matrix[row, column]) > 0.6 else _INK
+        text = human(int(matrix[row, column]))
+        grid.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+    for axis, names in ((grid.yaxis, _names(sources)), (grid.xaxis, _names(destinations))):
         step = max(1, math.ceil(len(names) / 16))
         axis.set_ticks(range(0, len(names), step), names[::step], fontsize=8, color=_INK)
-    if slanted:
+    if max(map(len, _names(destinations)), default=0) > 8:
         grid.tick_params(axis="x", rotation=60)
     grid.set_ylabel("sender", fontsize=9, color=_FAINT)
     grid.set_xlabel("receiver", fontsize=9, color=_FAINT)
-    _sums(axes_at(left, below + high + 0.15, wide, 0.75), grid, matrix.sum(axis=0), "received", values=values)
-    _sums(axes_at(left + wide + 0.15, below, 1.6, high), grid, matrix.sum(axis=1), "sent", values=values)
-    if not values and masked.count():
-        where = axes_at(left, 0.45, wide, 0.12)
+    _sums(received, grid, matrix.sum(axis=0), "received", values=values)
+    _sums(sent, grid, matrix.sum(axis=1), "sent", values=values)
+    if values or not masked.count():
+        scale.set_axis_off()
+    else:
         ticks = np.geomspace(low, top, 2 + int(math.log10(top / low)) if top / low > 2 else 1)
-        scale = figure.colorbar(image, cax=where, orientation="horizontal", ticks=ticks, format=_BYTES)
-        scale.ax.minorticks_off()
-        scale.ax.tick_params(labelsize=8, colors=_INK)
-        scale.set_label("bytes of a pair", fontsize=8, color=_FAINT)
+        figure.colorbar(image, cax=scale, orientation="horizontal", ticks=ticks, format=_BYTES)
+        scale.minorticks_off()
+        scale.tick_params(labelsize=8, colors=_INK)
+        scale.set_xlabel("bytes of a pair", fontsize=8, color=_FAINT)
     return figure
 
 
@@ -206,25 +177,15 @@ def _sums(axes: Axes, grid: Axes, sums: np.ndarray, title: str, *, values: bool)
     else:
         across.set_ticks([0, most], ["0 B", human(most)], fontsize=8, color=_INK)
     axes.set_title(title, fontsize=9, color=_FAINT, loc="left", pad=8 if beside else 3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _names(owners: Sequence[object]) -> list[str]:
     """Ranks as numbers; files by as many of their last parts as tell them apart."""
-    texts = short = [str(owner) for owner in owners]
-    for count in range(1, 10):
-        short = ["/".join(text.split("/")[-count:]) for text in texts]
-        if len(set(short)) == len(set(texts)):
-            break
+    texts = [str(owner) for owner in owners]
+    shorter = (["/".join(text.split("/")[-count:]) for text in texts] for count in range(1, 10))
+    short = next((some for some in shorter if len(set(some)) == len(set(texts))), texts)
     return [text if len(text) <= 32 else "…" + text[-31:] for text in short]
-
-
-def _checked(path: str | Path) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise BridgeError(f"picture {path}: the name must end in one of {', '.join(_FORMATS)}")
-    return path
 
 
 def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> None:
@@ -237,83 +198,58 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
         for piece in pieces_of(placements, param.shape, mesh.shape, coordinate):
             holders.setdefault(piece.box, []).append(int(mesh.array[coordinate]))
             colours.setdefault(piece.box, _colour([(coordinate[i], mesh.shape[i]) for i in cuts]))
-    dims = {i: dim for i in cuts if (dim := shard_dim(placements[i])) is not None}
+    dims = [shard_dim(placements[i]) for i in cuts]
     # Across: the dim beside dim 0 that is cut into most parts.
-    across = max(
-        range(1, len(param.shape)), key=lambda d: sum(dim == d for dim in dims.values()), default=None
-    )
-    y, x = (0 if param.shape else None), across
+    y, x = (0 if param.shape else None), max(range(1, len(param.shape)), key=dims.count, default=None)
     height, width = (1 if d is None else param.shape[d] for d in (y, x))
     rectangles = []
     for box, ranks in holders.items():
-        start, stop = ([0 if d is None else corner[d] for d in (x, y)] for corner in (box.start, box.stop))
-        stop = [1 if d is None else value for d, value in zip((x, y), stop, strict=True)]
-        rectangles.append(Rectangle((start[0], start[1]), stop[0] - start[0], stop[1] - start[1]))
+        left, top = (0 if d is None else box.start[d] for d in (x, y))
+        right, bottom = (1 if d is None else box.stop[d] for d in (x, y))
+        rectangles.append(Rectangle((left, top), right - left, bottom - top))
         if len(holders) <= _LABELLED:
             label = "every rank" if len(ranks) == len(mesh.ranks) > 1 else _ranges(ranks)
-            axes.text(
-                (start[0] + stop[0]) / 2,
-                (start[1] + stop[1]) / 2,
-                label if len(label) < 18 else f"{len(ranks)} ranks",
-                ha="center",
-                va="center",
-                fontsize=6 if len(holders) > 8 else 9,
-                color=_INK,
-                rotation=90 if len(param.shape) < 2 and len(label) > 5 else 0,
-            )
+            label = label if len(label) < 18 else f"{len(ranks)} ranks"
+            turned, size = len(param.shape) < 2 and len(label) > 5, 6 if len(holders) > 8 else 9
+            look = {"fontsize": size, "rotation": 90 * turned, "color": _INK, "ha": "center", "va": "center"}
+            axes.text((left + right) / 2, (top + bottom) / 2, label, **look)
     line = 1.2 if len(holders) <= 16 else 0.5 if len(holders) <= 64 else 0
-    axes.add_collection(
-        PatchCollection(
-            rectangles,
-            facecolors=list(colours.values()),
-            edgecolors="white" if line else "face",
-            linewidths=line,
-        )
-    )
-    axes.set_xlim(0, max(width, 1e-9))
-    axes.set_ylim(max(height, 1e-9), 0)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color(_FAINT)
-    axes.set_ylabel("" if y is None else f"dim {y}: {height:,}", fontsize=7.5, color=_FAINT)
-    slices = len({tuple(ranks) for ranks in holders.values()})
-    numel = int(local_numel(param, mesh).max())
-    whole = (
-        "whole on every rank"
-        if slices == 1
-        else f"{slices:,} slices, {human(numel * itemsize(param.dtype))} each"
-    )
-    below = f"\n{whole}" if x is None else f"dim {x}: {width:,}\n{whole}"
-    axes.set_xlabel(below, fontsize=7.5, color=_FAINT, loc="left")
-    how = ", ".join(f"{mesh.axes[i]} {placement_to_str(placements[i])}" for i in cuts) or "replicated"
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    shape = " × ".join(f"{size:,}" for size in param.shape) or "scalar"
-    above = axes.annotate
-    place = {
-        "xy": (0, 1),
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-        "annotation_clip": False,
+    look = {
+        "facecolors": list(colours.values()),
+        "edgecolors": "white" if line else "face",
+        "linewidths": line,
     }
-    above("\n".join(names[:2]) + more, xytext=(0, 27), fontsize=8.5, fontweight="bold", color=_INK, **place)
-    above(shape, xytext=(0, 16), fontsize=8, color=_INK, **place)
-    above(how, xytext=(0, 5), fontsize=8, color="#0b5cad", **place)
+    axes.add_collection(PatchCollection(rectangles, **look))
+    axes.set(xlim=(0, max(width, 1e-9)), ylim=(max(height, 1e-9), 0), xticks=[], yticks=[])
+    axes.spines[:].set_color(_FAINT)
+    slices = len({tuple(ranks) for ranks in holders.values()})
+    each = human(local_numel(param, mesh).max() * itemsize(param.dtype))
+    whole = "whole on every rank" if slices == 1 else f"{slices:,} slices, {each} each"
+    axes.set_ylabel("" if y is None else f"dim {y}: {height:,}", fontsize=7.5, color=_FAINT)
+    below = f"{'' if x is None else f'dim {x}: {width:,}'}\n{whole}"
+    axes.set_xlabel(below, fontsize=7.5, color=_FAINT, loc="left")
+    which = "\n".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    shape = " × ".join(f"{size:,}" for size in param.shape) or "scalar"
+    how = ", ".join(f"{mesh.axes[i]} {placement_to_str(placements[i])}" for i in cuts) or "replicated"
+    above = ((which, 27, _INK, "bold"), (shape, 16, _INK, "normal"), (how, 5, _CUT, "normal"))
+    for text, points, ink, weight in above:
+        at = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, points), "textcoords": "offset points"}
+        axes.annotate(text, **at, annotation_clip=False, fontsize=8, fontweight=weight, color=ink)
 
 
 def _colour(cuts: list[tuple[int, int]]) -> tuple[float, ...]:
     """Hue by the place on the outer axes that cut the tensor, lightness by that on the innermost of several."""
     if not cuts:
         return to_rgb("#e3e6ea")
-    outer, inner = (cuts[:-1], cuts[-1]) if len(cuts) > 1 else (cuts, None)
-    place, count = 0, 1
+    outer, (at, size) = (cuts[:-1], cuts[-1]) if len(cuts) > 1 else (cuts, (0, 1))
+    white = 0.6 * at / max(size - 1, 1)
+    count, place = math.prod(size for _, size in outer), 0
     for at, size in outer:
-        place, count = place * size + at, count * size
+        place = place * size + at
     if count <= len(_HUES):
         hue = np.asarray(to_rgb(_HUES[place]))
     else:
         hue = np.asarray(colormaps["turbo"](0.08 + 0.84 * place / (count - 1))[:3]) * 0.75 + 0.25
-    white = 0.0 if inner is None else 0.6 * inner[0] / max(inner[1] - 1, 1)
     return tuple(hue * (1 - white) + white)
 
 
@@ -326,46 +262,35 @@ def _short(name: str) -> str:
 
 def _ranges(ranks: list[int]) -> str:
     """ "0-3, 8" for ranks 0, 1, 2, 3 and 8."""
-    parts: list[list[int]] = []
-    for rank in sorted(ranks):
-        if parts and parts[-1][1] == rank - 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+    runs = np.split(np.sort(ranks), np.flatnonzero(np.diff(np.sort(ranks)) != 1) + 1)
+    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _bars(axes: Axes, layout: Layout) -> None:
     """Bytes on each rank, stacked by module."""
     load = load_of(layout)
-    modules = _by_module(layout)
-    largest = sorted(modules, key=lambda module: -int(modules[module].sum()))
-    bottom = np.zeros(len(load), dtype=np.int64)
+    modules = sorted(_by_module(layout).items(), key=lambda item: -item[1].sum())
+    shown = [(module, size) for module, size in modules[:_MODULES] if size.any()]
+    if rest := [size for _, size in modules[_MODULES:]]:
+        shown.append(("others", np.sum(rest, axis=0)))
     edges = np.arange(len(load) + 1) - 0.5
-    for i, module in enumerate([*largest[:_MODULES], "others"]):
-        members = largest[_MODULES:] if module == "others" else [module]
-        size = sum((modules[member] for member in members), np.zeros_like(bottom))
-        if not size.any():
-            continue
-        colour, share = colormaps["tab20"](i), size.sum() / max(sum(load.values()), 1)
-        label = f"{module}  {human(int(size.max()))}" + (f"  {share:.0%}" if share >= 0.005 else "")
-        # One outline for each module: bars of their own take seconds at a thousand ranks.
-        axes.stairs(bottom + size, edges, baseline=bottom, fill=True, label=label, color=colour)
-        bottom = bottom + size
-    limit = float(bottom.max(initial=1)) or 1.0
+    total = max(sum(load.values()), 1)
+    labels = [f"{module}  {human(size.max())}  {size.sum() / total:.0%}" for module, size in shown]
+    # One outline for each module: bars of their own take seconds at a thousand ranks.
+    heights = [np.append(size, size[-1]) for _, size in shown]
+    axes.stackplot(edges, heights, labels=labels, step="post", colors=_HUES)
+    limit = float(max(load.values(), default=1)) or 1.0
     axes.set_title("bytes on each rank, by module", fontsize=11, fontweight="bold", loc="left", color=_INK)
     if len(load) <= 64:
         axes.vlines(edges, 0, limit, color="white", linewidth=2)
-    axes.set_ylim(0, limit * 1.05)
-    axes.set_xlim(-0.5, len(load) - 0.5)
+    axes.set(ylim=(0, limit * 1.05), xlim=(-0.5, len(load) - 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=min(32, len(load)), integer=True))
     names = dict(enumerate(map(str, load)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(int(value), "")))
     axes.yaxis.set_major_formatter(_BYTES)
     axes.set_xlabel("rank", fontsize=8)
     axes.tick_params(labelsize=8, colors=_INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 

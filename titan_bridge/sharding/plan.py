@@ -7,13 +7,13 @@ The invariants, which `plan` checks before it returns:
   already holds is copied on the spot;
 - among replicas the sender is chosen so that the loads are equal (see `balance`), the same way every time.
 
-It is arithmetic on shapes. Tensors that look alike (the layers of a model) are planned once, and replicas are
-never looked at one by one, so a model of 1 T parameters takes about a second. A plan stays compact:
-`copies()` writes out the copies of one rank, or of all, when they are asked for.
+Tensors that look alike (the layers of a model) are planned once, and replicas are never looked at one by one, so a
+model of 1 T parameters takes about a second. A plan stays compact: `copies()` writes copies out when asked to.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,13 +25,11 @@ from titan_bridge.sharding.balance import Ledger, choose
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.sharding.match import Item, match
 from titan_bridge.sharding.moves import Copy, Group, copies_of, ends
-from titan_bridge.sharding.overlap import Geometry
-from titan_bridge.sharding.sides import external_frame, identity_frame, side_of, titan_frame
+from titan_bridge.sharding.sides import Geometry, external_frame, identity_frame, side_of, titan_frame
 from titan_bridge.sharding.tensors import Owner, TensorMetadata, by_name
 from titan_bridge.sharding.view import View
 
-_BLOCK = 4_000_000
-"""Copies looked at together in sums over a whole plan: bounds the memory."""
+_BLOCK = 4_000_000  # copies looked at together in sums over a whole plan: bounds the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +37,15 @@ class Plan:
     """What has to be copied from where to where. Bytes are those of the destination's dtype."""
 
     groups: tuple[Group, ...]
-    owners: tuple[Owner, ...]
-    """All ranks and files of both sides."""
+    owners: tuple[Owner, ...]  # all ranks and files of both sides
     sent: Mapping[Owner, int]
     """Bytes that each source sends, zero included; what stays where it is does not count."""
-    received: Mapping[Owner, int]
-    """Bytes that each destination receives."""
+    received: Mapping[Owner, int]  # bytes that each destination receives
     load_floor: int
     """Bytes that the most loaded sender has at least, whoever is chosen: what only the ranks of one mesh
     (a pipeline stage) can send, divided by how many they are."""
-    lower_bound: int
-    """Bytes that the destinations lack, computed from the two layouts alone."""
-    unused: tuple[str, ...]
-    """Source tensors that no destination asks for."""
+    lower_bound: int  # bytes that the destinations lack, computed from the two layouts alone
+    unused: tuple[str, ...]  # source tensors that no destination asks for
     missing: Mapping[str, int]
     """Elements of destination tensors that no source has (only with `allow_missing`)."""
 
@@ -76,9 +70,8 @@ class Plan:
         """How many copies `copies()` yields."""
         total = 0
         for group in self.groups:
-            rows = np.diff(group.geometry.pair_first)
-            slots = (group.geometry.destination.slots >= 0).sum(axis=1)
-            total += int((rows * slots[group.geometry.pair_destination]).sum()) * len(group.items)
+            slots = (group.geometry.destination.slots >= 0).sum(axis=1)[group.geometry.pair_destination]
+            total += int((np.diff(group.geometry.pair_first) * slots).sum()) * len(group.items)
         return total
 
     def _blocks(self) -> Iterator[tuple[Group, slice]]:
@@ -101,15 +94,15 @@ class Plan:
 
     def by_tensor(self) -> dict[str, int]:
         """Bytes that travel for each destination tensor."""
-        result: dict[str, int] = {}
+        result: Counter[str] = Counter()
         for group, tensors in self._blocks():
             geometry = group.geometry
             there = (geometry.destination.slots >= 0)[geometry.pair_destination][:, :, None]
             count = (there & ~group.local[:, :, tensors]).sum(axis=1)
             sums = (geometry.pair_elements * group.itemsize) @ count
             for item, total in zip(group.items[tensors], sums.tolist(), strict=True):
-                result[item.destination.name] = result.get(item.destination.name, 0) + total
-        return result
+                result[item.destination.name] += total
+        return dict(result)
 
     def copies(self, *, source: Owner | None = None, destination: Owner | None = None) -> Iterator[Copy]:
         """All copies, or those from one owner, or to one, or both; in the same order every time."""
@@ -145,32 +138,27 @@ def plan(
         source: A layout, or tensors with their owners (ranks of a mesh, files, chunks).
         destination: The same. It decides: what it does not name is not copied (see `Plan.unused`).
         views: For tensors with different names or shapes on the two sides, in either direction.
-        colocated: Rank r of the source and rank r of the destination are one process, so what it holds
-            already does not travel. Otherwise the two sides are different machines, whatever their ranks
-            are called.
+        colocated: Rank r of both sides is one process, so what it holds already does not travel. Otherwise the two
+            sides are different machines, whatever their ranks are called.
         allow_missing: Accept destination elements that no source has (padding); `Plan.missing` counts them.
 
     Raises BridgeError when a tensor is missing, has another shape, or is not covered.
     """
     sources, destinations = by_name(source), by_name(destination)
     items, unused, missing = match(sources, destinations, views, allow_missing=allow_missing)
-    ledger = Ledger()
-    batches: dict[tuple, list[Item]] = {}
+    batches: dict[tuple[int, tuple], list[Item]] = {}
     for item in items:
-        batches.setdefault((item.destination.dtype.itemsize, *_alike(item)), []).append(item)
+        batches.setdefault((item.destination.dtype.itemsize, _alike(item)), []).append(item)
     geometries: dict[tuple, Geometry] = {}
     work = []
-    for (width, *key), batch in batches.items():
-        if tuple(key) not in geometries:
-            geometries[tuple(key)] = _geometry(batch[0])
-        geometry = geometries[tuple(key)]
-        _check_missing(geometry, batch, missing, allow_missing)
-        work.append((geometry, width, batch))
-    for tensor in [*sources.values(), *destinations.values()]:
-        ledger.numbers(tensor)
+    for (width, alike), batch in batches.items():
+        if alike not in geometries:
+            geometries[alike] = _geometry(batch[0])
+        _check_missing(geometries[alike], batch, missing, allow_missing)
+        work.append((geometries[alike], width, batch))
     # Tensors that only one owner can send come first: replicas then make up for what those weigh.
     work.sort(key=lambda w: (w[0].source.slots.shape[1], -w[0].pair_elements.max(initial=0) * w[1]))
-    ledger.open()
+    ledger = Ledger([*sources.values(), *destinations.values()])
     groups = tuple(choose(geometry, width, batch, ledger, colocated) for geometry, width, batch in work)
     owners = tuple(ledger.index)
     result = Plan(
@@ -190,17 +178,13 @@ def plan(
 def _alike(item: Item) -> tuple:
     """Equal for items with the same geometry."""
     view = item.view
-    return (
-        _side_key(item.source),
-        _side_key(item.destination),
-        view and (item.external_source, view.shape, view.factors, view.index, view.permute),
-    )
-
-
-def _side_key(tensor: TensorMetadata) -> tuple:
-    if tensor.on is not None:
-        return tensor.shape, tensor.on.mesh.shape, tensor.on.placements
-    return tensor.shape, tuple(chunk.box for chunk in tensor.chunks)
+    key: list[object] = []
+    if view is not None:
+        key += [item.external_source, view.shape, view.factors, view.index, view.permute]
+    for tensor in (item.source, item.destination):
+        key += [tensor.shape, tensor.on and (tensor.on.mesh.shape, tensor.on.placements)]
+        key += [chunk.box for chunk in tensor.chunks]
+    return tuple(key)
 
 
 def _geometry(item: Item) -> Geometry:
@@ -219,11 +203,8 @@ def _geometry(item: Item) -> Geometry:
 def _check_missing(geometry: Geometry, items: list[Item], missing: dict[str, int], allowed: bool) -> None:
     """Only chunks can leave holes: placements always cover."""
     holes = int(geometry.missing.sum())
-    if not holes:
-        return
-    name = items[0].destination.name
-    if not allowed:
-        raise BridgeError(f"{name}: {holes} elements of {items[0].source.name} are in no source chunk")
-    for item in items:
+    for item in items if holes else ():
         name = item.destination.name
+        if not allowed:
+            raise BridgeError(f"{name}: {holes} elements of {item.source.name} are in no source chunk")
         missing[name] = missing.get(name, 0) + holes

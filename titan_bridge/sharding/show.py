@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from titan_bridge.errors import BridgeError
@@ -24,11 +23,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 def human(nbytes: float) -> str:
     """Bytes with a decimal unit: "1.50 GB"."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(nbytes) < 1000 or unit == "TB":
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
+    if abs(nbytes) < 1000:
+        return f"{nbytes:.0f} B"
+    power = next((n for n in (1, 2, 3) if abs(nbytes) < 1000 ** (n + 1)), 4)
+    return f"{nbytes / 1000**power:.2f} {' kMGT'[power]}B"
 
 
 def pattern_of(fqn: str) -> str:
@@ -41,16 +39,11 @@ def local_numel(param: ParamLayout, mesh: MeshLayout) -> np.ndarray:
     total = np.ones(mesh.shape, dtype=np.int64)
     for d, size in enumerate(param.shape):
         axes = axes_of(param.spec.placements, d)
-        if not axes:
-            total *= size
-            continue
-        chunks = [mesh.shape[axis] for axis in axes]
-        placements = [param.spec.placements[axis] for axis in axes]
-        held = [
-            sum(b - a for a, b, _ in segments_of(size, list(zip(placements, chunks, at, strict=True))))
-            for at in itertools.product(*map(range, chunks))
-        ]
-        shape = [mesh.shape[axis] if axis in axes else 1 for axis in range(len(mesh.shape))]
+        shape = [n if axis in axes else 1 for axis, n in enumerate(mesh.shape)]
+        held = []
+        for at in np.ndindex(*shape):
+            cuts = [(param.spec.placements[axis], mesh.shape[axis], at[axis]) for axis in axes]
+            held.append(sum(b - a for a, b, _ in segments_of(size, cuts)))
         total *= np.asarray(held, dtype=np.int64).reshape(shape)
     return total
 
@@ -70,33 +63,28 @@ def rows_of(layout: Layout, rank: int | None = None, *, collapse: bool = False) 
     """One row for each parameter, as plain data.
 
     Args:
-        layout: What to show.
         rank: Whose local shapes to give; by default those of the first rank of each mesh.
         collapse: One row for all layers that look alike; `count` says how many parameters it stands for.
 
-    Returns:
-        Dicts with name, count, shape (global), dtype, mesh, placements, local_shape (None when the rank is not on
-        the mesh), rank_bytes (of this rank) and max_rank_bytes; bytes are those of one parameter.
-
-    Raises BridgeError when the layout does not have the rank.
+    Returns dicts with name, count, shape (global), dtype, mesh, placements, local_shape (None when the rank is not on
+    the mesh), rank_bytes (of this rank) and max_rank_bytes; bytes are those of one parameter. Raises BridgeError when
+    the layout does not have the rank.
     """
-    if rank is not None and rank not in layout.ranks:
-        raise BridgeError(
-            f"rank {rank} is not in the layout; it has ranks {layout.ranks[0]} to {layout.ranks[-1]}"
-        )
+    ranks = layout.ranks
+    if rank is not None and rank not in ranks:
+        raise BridgeError(f"rank {rank} is not in the layout; it has ranks {ranks[0]} to {ranks[-1]}")
     rows: dict[tuple, dict[str, Any]] = {}
     largest: dict[ParamLayout, int] = {}
     for fqn, param in layout.params.items():
         mesh = layout.meshes[param.spec.mesh]
         name = pattern_of(fqn) if collapse else fqn
-        key = (name, param)
-        if key in rows:
-            rows[key]["count"] += 1
+        if (row := rows.get((name, param))) is not None:
+            row["count"] += 1
             continue
         if param not in largest:
             largest[param] = int(local_numel(param, mesh).max()) * itemsize(param.dtype)
         local = layout.local_shape(fqn, mesh.ranks[0] if rank is None else rank)
-        rows[key] = {
+        rows[name, param] = {
             "name": name,
             "count": 1,
             "shape": list(param.shape),
@@ -127,27 +115,25 @@ def totals_of(layout: Layout) -> dict[str, Any]:
     }
 
 
+def in_words(totals: dict[str, Any]) -> str:
+    """What `totals_of` says of bytes, as one line."""
+    most, least = totals["most_loaded"], totals["least_loaded"]
+    return (
+        f"{human(totals['global_bytes'])} in {totals['tensors']:,} tensors of {', '.join(totals['dtypes'])}; "
+        f"{human(totals['all_ranks_bytes'])} over all ranks; most: rank {most['rank']} with {human(most['bytes'])}; "
+        f"least: rank {least['rank']} with {human(least['bytes'])}"
+    )
+
+
 def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = True) -> Table:
     """`rows_of` and `totals_of` as a table to print."""
     totals = totals_of(layout)
     meshes = ", ".join(f"{name} {mesh}" for name, mesh in list(layout.meshes.items())[:6])
     more = f" and {len(layout.meshes) - 6} more" if len(layout.meshes) > 6 else ""
-    most, least = totals["most_loaded"], totals["least_loaded"]
-    table = Table(
-        title=f"{totals['parameters']:,} parameters on {totals['ranks']} ranks: {meshes}{more}",
-        caption=(
-            f"{human(totals['global_bytes'])} in {totals['tensors']} tensors of {', '.join(totals['dtypes'])}; "
-            f"{human(totals['all_ranks_bytes'])} over all ranks; "
-            f"most: rank {most['rank']} with {human(most['bytes'])}; "
-            f"least: rank {least['rank']} with {human(least['bytes'])}"
-        ),
-        caption_justify="left",
-        title_justify="left",
-    )
+    title = f"{totals['parameters']:,} parameters on {totals['ranks']} ranks: {meshes}{more}"
     of = "first rank" if rank is None else f"rank {rank}"
-    for column in ("parameter", "global shape", "mesh", "placements", f"local shape, {of}"):
-        table.add_column(column, overflow="fold")
-    table.add_column("bytes a rank", justify="right")
+    texts = ("parameter", "global shape", "mesh", "placements", f"local shape, {of}")
+    table = _table(title, texts, ("bytes a rank",), caption=in_words(totals))
     for row in rows_of(layout, rank, collapse=collapse):
         name = Text(row["name"])
         if row["count"] > 1:
@@ -166,29 +152,25 @@ def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = Tr
 
 def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
     """Bytes by tensor group, the rank pairs with most traffic, lower bound and balance, as plain data."""
-    groups: dict[str, int] = {}
+    groups: Counter[str] = Counter()
     for name, nbytes in plan.by_tensor().items():
-        groups[pattern_of(name)] = groups.get(pattern_of(name), 0) + nbytes
+        groups[pattern_of(name)] += nbytes
     owners = [owner if isinstance(owner, int) else str(owner) for owner in plan.owners]
     traffic = plan.traffic()
-    order = np.argsort(-traffic, axis=None, kind="stable")[:pairs]
+    largest = np.argsort(-traffic, axis=None, kind="stable")[:pairs]
     return {
         "bytes": plan.bytes,
         "lower_bound": plan.lower_bound,
         "copies": plan.copies_count,
         "balance": plan.balance,
         "balance_floor": plan.balance_floor,
-        "by_group": groups,
+        "by_group": dict(groups),
         "sent": {str(owner): nbytes for owner, nbytes in plan.sent.items()},
         "received": {str(owner): nbytes for owner, nbytes in plan.received.items()},
         "pairs": int((traffic > 0).sum()),
         "largest_pairs": [
-            {
-                "source": owners[a],
-                "destination": owners[b],
-                "bytes": int(traffic[a, b]),
-            }
-            for a, b in zip(*np.unravel_index(order, traffic.shape), strict=True)
+            {"source": owners[a], "destination": owners[b], "bytes": int(traffic[a, b])}
+            for a, b in zip(*np.unravel_index(largest, traffic.shape), strict=True)
             if traffic[a, b]
         ],
         "unused": list(plan.unused),
@@ -199,28 +181,24 @@ def plan_summary(plan: Plan, *, pairs: int = 10) -> dict[str, Any]:
 def plan_tables(plan: Plan, *, pairs: int = 10) -> Sequence[Table]:
     """`plan_summary` as two tables to print: by tensor group, and the largest rank pairs."""
     summary = plan_summary(plan, pairs=pairs)
-    met = "the lower bound" if plan.bytes == plan.lower_bound else f"lower bound {human(plan.lower_bound)}"
-    groups = Table(
-        title=f"{human(plan.bytes)} travel ({met}) in {plan.copies_count:,} copies",
-        caption=(
-            f"most loaded sender over mean: {plan.balance:.3f} (no choice gets below {plan.balance_floor:.3f}); "
-            f"{len(plan.sent)} senders, {len(plan.received)} receivers, {summary['pairs']:,} pairs"
-        ),
-        title_justify="left",
-        caption_justify="left",
+    title = f"{human(plan.bytes)} travel (the lower bound) in {plan.copies_count:,} copies"
+    caption = (
+        f"most loaded sender over mean: {plan.balance:.3f} (no choice gets below {plan.balance_floor:.3f}); "
+        f"{len(plan.sent)} senders, {len(plan.received)} receivers, {summary['pairs']:,} pairs"
     )
-    groups.add_column("tensors", overflow="fold")
-    groups.add_column("bytes", justify="right")
-    groups.add_column("share", justify="right")
+    groups = _table(title, ("tensors",), ("bytes", "share"), caption=caption)
     for name, nbytes in sorted(summary["by_group"].items(), key=lambda item: -item[1]):
         groups.add_row(Text(name), human(nbytes), f"{nbytes / max(plan.bytes, 1):.1%}")
-    largest = Table(title=f"largest of {summary['pairs']:,} pairs", title_justify="left")
-    for column in ("from", "to"):
-        largest.add_column(column)
-    largest.add_column("bytes", justify="right")
+    largest = _table(f"largest of {summary['pairs']:,} pairs", ("from", "to"), ("bytes",))
     for pair in summary["largest_pairs"]:
         largest.add_row(str(pair["source"]), str(pair["destination"]), human(pair["bytes"]))
     return groups, largest
+
+
+def _table(title: str, texts: Iterable[str], numbers: Iterable[str], caption: str | None = None) -> Table:
+    columns = [Column(text, overflow="fold") for text in texts]
+    columns += [Column(number, justify="right") for number in numbers]
+    return Table(*columns, title=title, caption=caption, title_justify="left", caption_justify="left")
 
 
 def _sizes(shape: Sequence[int]) -> str:

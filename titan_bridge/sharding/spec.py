@@ -1,15 +1,10 @@
 """ShardingSpec: the layout of one parameter, and how a parameter carries it.
 
-A spec is a plain attribute of the tensor, so `get(param)` needs no registry. What happens to such an attribute:
-
-- kept: `module.to(dtype or device)`, `load_state_dict`, `param.data = ...`, in-place copies, pickling;
-- lost, because torch builds a new Parameter: `to_empty` and `.to` from the meta device,
-  `load_state_dict(assign=True)`, `setattr(module, name, Parameter(...))` (vLLM's `replace_parameter`),
-  `copy.deepcopy` of the tensor, and every conversion of a buffer.
-
-For the second list, `attach_module(module, name, ...)` also writes the spec down on the module that owns the
-tensor. `get(module, name)` then never goes stale, and `reattach(model)` puts the attributes back on whatever
-tensors the model holds now. Code that builds the new tensor itself calls `carry(old, new)`.
+A spec is a plain attribute of the tensor, so `get(param)` needs no registry. It is kept by `module.to(dtype)`,
+`load_state_dict`, `param.data = ...`, in-place copies and pickling. It is lost where torch builds a new Parameter:
+`to_empty` and `.to` from the meta device, `load_state_dict(assign=True)`, `setattr(module, name, Parameter(...))`
+(vLLM's `replace_parameter`), `copy.deepcopy` of the tensor, and every conversion of a buffer. So `attach_module(module,
+name, ...)` also writes it down on the module that owns the tensor, and `get(module, name)` never goes stale.
 """
 
 from __future__ import annotations
@@ -24,14 +19,14 @@ from torch import nn
 
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding import dtensor
-from titan_bridge.sharding.boxes import Piece, local_shape_of, pieces_of
+from titan_bridge.sharding.boxes import Piece, Sizes, local_shape_of, pieces_of, shard_dim
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _ATTRIBUTE = "_titan_sharding_spec"
 _MODULE_ATTRIBUTE = "_titan_sharding_specs"
-_PLACEMENT = re.compile(r"(?P<R>R)|S\((?P<dim>\d+)\)|SS\((?P<sdim>\d+),\s*(?P<factor>\d+)\)")
+_PLACEMENT = re.compile(r"(?P<R>R)|S\((?P<dim>\d+)\)|SS\((?P<sdim>\d+),\s*(?P<factor>[1-9]\d*)\)")
 
 
 def placement_to_str(placement: dtensor.Placement) -> str:
@@ -54,17 +49,12 @@ def placement_from_str(text: str) -> dtensor.Placement:
         return dtensor.Replicate()
     if match["dim"]:
         return dtensor.Shard(int(match["dim"]))
-    if int(match["factor"]) < 1:
-        raise BridgeError(f"placement {text!r} has split factor 0; it must be at least 1")
     return dtensor._StridedShard(int(match["sdim"]), split_factor=int(match["factor"]))
 
 
 def placements_of(tensor: DTensor) -> tuple[dtensor.Placement, ...]:
-    """The placements of a live DTensor, which are read from left to right.
-
-    Raises:
-        BridgeError: Its mesh axes cut a dim in another order (torch's `shard_order`), which placements do not say.
-    """
+    """The placements of a live DTensor, which are read from left to right. Raises BridgeError: its mesh axes cut a dim
+    in another order (torch's `shard_order`), which placements do not say."""
     for entry in tensor._spec.shard_order or ():
         if list(entry.mesh_dims) != sorted(entry.mesh_dims):
             raise BridgeError(
@@ -77,13 +67,10 @@ def placements_of(tensor: DTensor) -> tuple[dtensor.Placement, ...]:
 @dataclass(frozen=True, kw_only=True)
 class ShardingSpec:
     """Where a parameter lives: a named mesh and one torch placement for each axis of it.
+    Example: `ShardingSpec(mesh="dense", placements=(Replicate(), _StridedShard(0, split_factor=2), Shard(0)))` on the
+    mesh `(dp_replicate, fsdp, tp)`."""
 
-    Example: `ShardingSpec(mesh="dense", placements=(Replicate(), _StridedShard(0, split_factor=2),
-    Shard(0)))` on the mesh `(dp_replicate, fsdp, tp)`.
-    """
-
-    mesh: str
-    """Name of the mesh, for example "dense" or "sparse"."""
+    mesh: str  # name of the mesh, for example "dense" or "sparse"
     placements: tuple[dtensor.Placement, ...]
     """Replicate, Shard or _StridedShard; one for each mesh axis, read from left to right."""
 
@@ -92,11 +79,12 @@ class ShardingSpec:
             raise BridgeError(f"mesh is {self.mesh!r}; give the name of a mesh, for example 'dense'")
         object.__setattr__(self, "placements", tuple(self.placements))
         for placement in self.placements:
-            if not isinstance(placement, (dtensor.Replicate, dtensor.Shard, dtensor._StridedShard)):
+            dim = 0 if isinstance(placement, dtensor.Replicate) else shard_dim(placement)
+            if dim is None:
                 raise BridgeError(
                     f"placement {placement!r}: a parameter can be Replicate, Shard or _StridedShard"
                 )
-            if not isinstance(placement, dtensor.Replicate) and placement.dim < 0:
+            if dim < 0:
                 raise BridgeError(
                     f"placement {placement!r} counts dims from the end; give the dim from the front"
                 )
@@ -106,16 +94,12 @@ class ShardingSpec:
         """True when every rank of the mesh holds the whole tensor."""
         return all(isinstance(placement, dtensor.Replicate) for placement in self.placements)
 
-    def pieces(
-        self, shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int]
-    ) -> tuple[Piece, ...]:
+    def pieces(self, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes) -> tuple[Piece, ...]:
         """What the rank at `coordinate` holds of the global tensor (`shape`); see `boxes.pieces_of`."""
         return pieces_of(self.placements, shape, mesh_shape, coordinate)
 
-    def local_shape(
-        self, shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int]
-    ) -> tuple[int, ...]:
-        """Shape of the local tensor of the rank at `coordinate`."""
+    def local_shape(self, shape: Sizes, mesh_shape: Sizes, coordinate: Sizes) -> tuple[int, ...]:
+        """Shape of the local tensor of the rank at `coordinate`, for a tensor of global `shape`."""
         return local_shape_of(self.placements, shape, mesh_shape, coordinate)
 
     def __str__(self) -> str:
@@ -124,9 +108,7 @@ class ShardingSpec:
 
 def attach(param: torch.Tensor, mesh: str, placements: Sequence[dtensor.Placement]) -> None:
     """Write the layout of `param` (a local tensor or a DTensor) down on it; `get` reads it back.
-
-    Raises BridgeError for a DTensor whose `shard_order` is not left to right.
-    """
+    Raises BridgeError for a DTensor whose `shard_order` is not left to right."""
     if hasattr(param, "placements"):
         placements_of(cast("DTensor", param))
     setattr(param, _ATTRIBUTE, ShardingSpec(mesh=mesh, placements=tuple(placements)))
@@ -134,17 +116,14 @@ def attach(param: torch.Tensor, mesh: str, placements: Sequence[dtensor.Placemen
 
 def attach_module(module: nn.Module, name: str, mesh: str, placements: Sequence[dtensor.Placement]) -> None:
     """Write the layout down on the parameter or buffer `module.<name>` and on `module`, so that it outlives the tensor.
-
-    Raises BridgeError when the module has no parameter or buffer of its own with this name.
-    """
+    Raises BridgeError when the module has no parameter or buffer of its own with this name."""
     tensor = _tensor(module, name)
     attach(tensor, mesh, placements)
     module.__dict__.setdefault(_MODULE_ATTRIBUTE, {})[name] = getattr(tensor, _ATTRIBUTE)
 
 
 def attached(param: torch.Tensor | nn.Module, name: str | None = None) -> ShardingSpec | None:
-    """Whatever was attached to a tensor, or to the tensor `name` of a module: also a spec that replicates on
-    all axes."""
+    """Whatever was attached to a tensor, or to the tensor `name` of a module; one that only replicates, too."""
     if not isinstance(param, nn.Module):
         return getattr(param, _ATTRIBUTE, None)
     if name is None:
@@ -155,55 +134,14 @@ def attached(param: torch.Tensor | nn.Module, name: str | None = None) -> Shardi
 
 def get(param: torch.Tensor | nn.Module, name: str | None = None) -> ShardingSpec | None:
     """The layout of a tensor, or of the parameter or buffer `name` of a module.
-
-    None means that every rank holds the whole tensor: nothing was attached, or only Replicate.
-    """
+    None means that every rank holds the whole tensor: nothing was attached, or only Replicate."""
     spec = attached(param, name)
     return None if spec is None or spec.is_replicated else spec
 
 
-def carry(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Give `new`, which takes the place of `old`, the layout of `old`; returns `new`."""
-    spec = getattr(old, _ATTRIBUTE, None)
-    if spec is not None:
-        setattr(new, _ATTRIBUTE, spec)
-    return new
-
-
-def reattach(model: nn.Module) -> int:
-    """Put the layouts of `attach_module` back on the tensors that `model` holds now; returns how many had lost theirs.
-
-    Call it after `to_empty`, after vLLM's post-processing of weights and after a reload.
-    """
-    lost = 0
-    for module in model.modules():
-        for name, spec in module.__dict__.get(_MODULE_ATTRIBUTE, {}).items():
-            tensor = module._parameters.get(name)
-            tensor = module._buffers.get(name) if tensor is None else tensor
-            # Post-processing may delete a parameter for good (vLLM sets it to None).
-            if tensor is not None and getattr(tensor, _ATTRIBUTE, None) != spec:
-                setattr(tensor, _ATTRIBUTE, spec)
-                lost += 1
-    return lost
-
-
-def specs_of(model: nn.Module) -> dict[str, ShardingSpec | None]:
-    """FQN to layout (None: replicated) of every parameter and buffer of `model`; tied tensors appear under
-    each name."""
-    result: dict[str, ShardingSpec | None] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name in [*module._parameters, *module._buffers]:
-            if getattr(module, name) is not None:
-                result[f"{prefix}.{name}" if prefix else name] = get(module, name)
-    return result
-
-
 def _tensor(module: nn.Module, name: str) -> torch.Tensor:
-    tensor = module._parameters.get(name)
-    tensor = module._buffers.get(name) if tensor is None else tensor
-    if tensor is None:
-        own = sorted(n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None)
-        raise BridgeError(
-            f"{type(module).__name__} has no parameter or buffer {name!r} of its own; it has {own}"
-        )
-    return tensor
+    own = {n: t for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
+    if name not in own:
+        what = f"no parameter or buffer {name!r} of its own"
+        raise BridgeError(f"{type(module).__name__} has {what}; it has {sorted(own)}")
+    return own[name]

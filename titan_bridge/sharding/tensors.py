@@ -14,8 +14,7 @@ from titan_bridge.sharding import dtensor
 from titan_bridge.sharding.boxes import Box, check
 from titan_bridge.sharding.layout import Layout, MeshLayout, torch_dtype
 
-Owner = int | str | Path
-"""A rank, or a file."""
+Owner = int | str | Path  # a rank, or a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +22,10 @@ class Chunk:
     """A part of a tensor that is a contiguous tensor of its own."""
 
     owner: Owner
-    box: Box
-    """In the global tensor."""
+    box: Box  # in the global tensor
     offset: int = 0
     """In a file: bytes from its start to the part, or to the `archive` that holds it; need not be aligned."""
-    archive: int | None = None
-    """DCP: bytes of the archive of `torch.save` that holds the part."""
+    archive: int | None = None  # DCP: bytes of the archive of `torch.save` that holds the part
 
     @property
     def path(self) -> Path:
@@ -48,15 +45,11 @@ class OnMesh:
 @dataclass(frozen=True, kw_only=True)
 class TensorMetadata:
     """A tensor in files or on ranks: as a source, as a target, and in a checkpoint that is not yet written.
-
-    It is either on a mesh or in chunks. Several chunks may have the same box (replicas) or overlap.
-    """
+    It is either on a mesh or in chunks. Several chunks may have the same box (replicas) or overlap."""
 
     name: str
-    shape: tuple[int, ...]
-    """Global shape."""
-    dtype: torch.dtype
-    """In storage."""
+    shape: tuple[int, ...]  # global shape
+    dtype: torch.dtype  # in storage
     chunks: tuple[Chunk, ...] = ()
     on: OnMesh | None = None
 
@@ -67,15 +60,16 @@ class TensorMetadata:
         whole = Box.whole(self.shape)
         for chunk in self.chunks:
             if chunk.box.ndim != len(self.shape) or not whole.contains(chunk.box):
-                raise BridgeError(
-                    f"{self.name}: chunk {chunk.box} of {chunk.owner} is not inside shape {self.shape}"
-                )
+                where = f"{self.name}: chunk {chunk.box} of {chunk.owner}"
+                raise BridgeError(f"{where} is not inside shape {self.shape}")
 
     @classmethod
-    def whole(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, *owners: Owner) -> TensorMetadata:
-        """A tensor that each of `owners` has in full, as a Hugging Face file has."""
+    def whole(
+        cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, *owners: Owner, offset: int = 0
+    ) -> TensorMetadata:
+        """A tensor that each of `owners` has in full, as a Hugging Face file has (from byte `offset` on)."""
         box = Box.whole(shape)
-        chunks = tuple(Chunk(owner=owner, box=box) for owner in owners)
+        chunks = tuple(Chunk(owner=owner, box=box, offset=offset) for owner in owners)
         return cls(name=name, shape=tuple(shape), dtype=dtype, chunks=chunks)
 
     @property
@@ -91,17 +85,13 @@ class TensorMetadata:
 
 def by_name(tensors: Layout | Iterable[TensorMetadata]) -> dict[str, TensorMetadata]:
     """The tensors of one side. Raises BridgeError when a name appears twice, and for a tensor that nobody owns."""
-    if isinstance(tensors, Layout):
-        return {
-            fqn: TensorMetadata(
-                name=fqn,
-                shape=param.shape,
-                dtype=torch_dtype(param.dtype),
-                on=OnMesh(mesh=tensors.meshes[param.spec.mesh], placements=param.spec.placements),
-            )
-            for fqn, param in tensors.params.items()
-        }
     result: dict[str, TensorMetadata] = {}
+    if isinstance(tensors, Layout):
+        for fqn, param in tensors.params.items():
+            on = OnMesh(mesh=tensors.meshes[param.spec.mesh], placements=param.spec.placements)
+            dtype = torch_dtype(param.dtype)
+            result[fqn] = TensorMetadata(name=fqn, shape=param.shape, dtype=dtype, on=on)
+        return result
     for tensor in tensors:
         if not tensor.owners:
             raise BridgeError(f"{tensor.name}: no owner given; name at least one rank or file")

@@ -27,12 +27,9 @@ from titan_bridge.errors import BridgeError
 class View:
     """See the module's text. Shapes are global; all fields are tuples, so a view is hashable."""
 
-    name: str
-    """External name, for example "model.layers.0.self_attn.q_proj.weight"."""
-    fqn: str
-    """Name of the TorchTitan tensor, for example "layers.0.attention.qkv_linear.wqkv.weight"."""
-    shape: tuple[int, ...]
-    """Shape of the external tensor."""
+    name: str  # external name, for example "model.layers.0.self_attn.q_proj.weight"
+    fqn: str  # name of the TorchTitan tensor, for example "layers.0.attention.qkv_linear.wqkv.weight"
+    shape: tuple[int, ...]  # shape of the external tensor
     factors: tuple[tuple[int, ...], ...]
     """For each dim of the TorchTitan tensor its row-major factorisation; the product is the size of the dim."""
     index: tuple[tuple[int, int], ...]
@@ -44,50 +41,32 @@ class View:
         flat = self.flat_factors
         if not self.permute:
             object.__setattr__(self, "permute", tuple(range(len(flat))))
+        wrong = None
         if any(not dim for dim in self.factors) or any(size < 1 for size in flat):
-            raise BridgeError(
-                f"{self.name}: factors {self.factors} must name at least one size >= 1 for each dim"
-            )
-        if len(self.index) != len(flat):
-            raise BridgeError(
-                f"{self.name}: {len(self.index)} intervals in index for {len(flat)} factored dims"
-            )
-        for (start, stop), size in zip(self.index, flat, strict=True):
-            if not 0 <= start < stop <= size:
-                raise BridgeError(
-                    f"{self.name}: index [{start}, {stop}) is not inside a factored dim of size {size}"
-                )
-        if sorted(self.permute) != list(range(len(flat))):
-            raise BridgeError(
-                f"{self.name}: permute {self.permute} is not an order of {len(flat)} factored dims"
-            )
-        if math.prod(self.shape) != math.prod(self.index_shape):
-            raise BridgeError(
-                f"{self.name}: shape {self.shape} does not hold the {self.index_shape} that index selects"
-            )
+            wrong = f"factors {self.factors} must name at least one size >= 1 for each dim"
+        elif len(self.index) != len(flat):
+            wrong = f"{len(self.index)} intervals in index for {len(flat)} factored dims"
+        elif outside := [(*e, n) for e, n in zip(self.index, flat, strict=True) if not 0 <= e[0] < e[1] <= n]:
+            wrong = "index [{}, {}) is not inside a factored dim of size {}".format(*outside[0])
+        elif sorted(self.permute) != list(range(len(flat))):
+            wrong = f"permute {self.permute} is not an order of {len(flat)} factored dims"
+        elif math.prod(self.shape) != math.prod(self.index_shape):
+            wrong = f"shape {self.shape} does not hold the {self.index_shape} that index selects"
+        if wrong:
+            raise BridgeError(f"{self.name}: {wrong}")
         _ = self.groups  # raises where the dims do not fit
 
     @classmethod
     def identity(cls, name: str, fqn: str, shape: tuple[int, ...]) -> View:
         """The view of a tensor that is the same on both sides, apart from its name."""
-        return cls(
-            name=name,
-            fqn=fqn,
-            shape=tuple(shape),
-            factors=tuple((size,) for size in shape),
-            index=tuple((0, size) for size in shape),
-        )
+        factors, index = tuple((size,) for size in shape), tuple((0, size) for size in shape)
+        return cls(name=name, fqn=fqn, shape=tuple(shape), factors=factors, index=index)
 
     @classmethod
     def first_rows(cls, name: str, shape: tuple[int, ...], rows: int) -> View:
         """The first `rows` of a tensor of `shape` under the same name: the rest pads the vocabulary."""
-        return cls(
-            name=name,
-            fqn=name,
-            shape=(rows, *shape[1:]),
-            factors=tuple((size,) for size in shape),
-            index=((0, rows), *((0, size) for size in shape[1:])),
-        )
+        factors, index = tuple((size,) for size in shape), ((0, rows), *((0, size) for size in shape[1:]))
+        return cls(name=name, fqn=name, shape=(rows, *shape[1:]), factors=factors, index=index)
 
     @property
     def flat_factors(self) -> tuple[int, ...]:
@@ -122,14 +101,11 @@ class View:
 
     def write(self, titan: torch.Tensor, external: torch.Tensor, *, first: int = 0) -> None:
         """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its dtype.
-
-        `titan` may be a part of its rows, from `first` on, both multiples of `rows`; the rest is left out.
-        """
+        `titan` may be a part of its rows, from `first` on, both multiples of `rows`; the rest is left out."""
         last = first + len(titan)
         if first % self.rows or last % self.rows or last > self.titan_shape[0]:
-            raise BridgeError(
-                f"{self.fqn}: rows {first} to {last} of {self.titan_shape[0]}; this view needs multiples of {self.rows}"
-            )
+            what = f"rows {first} to {last} of {self.titan_shape[0]}"
+            raise BridgeError(f"{self.fqn}: {what}; this view needs multiples of {self.rows}")
         self._check(titan, (len(titan), *self.titan_shape[1:]), self.fqn)
         self._check(external, self.shape, self.name)
         begin, count = first // self.rows, len(titan) // self.rows

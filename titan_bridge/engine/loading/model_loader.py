@@ -21,10 +21,10 @@ from vllm.model_executor.model_loader import get_model_loader, register_model_lo
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
-from titan_bridge.checkpoint.digest import digest
 from titan_bridge.checkpoint.finite import not_finite_lines
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, open_named_either_way, weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.verify import digest
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
