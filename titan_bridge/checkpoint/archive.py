@@ -37,8 +37,6 @@ _STORAGES = {
 }
 _MOST_PICKLE = 1 << 20
 _PIECE_BYTES = 8 << 20  # read at once to be checked
-_DIRECTORY_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
-"""How much of an archive's end is read until all of its directory is there."""
 ALIGNMENT = 64
 _HEADER = 30  # bytes of a zip entry's header before its name
 Read = Callable[[int, int], bytes]  # (offset in the archive, length) -> bytes
@@ -152,33 +150,48 @@ _ALLOWED: dict[str, Any] = {
 }
 
 
+class _Within(io.RawIOBase):
+    """An archive inside a file, for `zipfile`. All of it, not its end alone: newer releases of the standard library
+    refuse a 64-bit end, which `torch.save` always writes, whose offsets are not those of what they are given."""
+
+    def __init__(self, read: Read, length: int, most: int) -> None:
+        """`most`: bytes of one read."""
+        self._read, self._length, self._most, self._at = read, length, most, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        if not 0 <= self._at <= self._length:
+            raise zipfile.BadZipFile(f"nothing at {self._at} of {self._length} bytes")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int | None = -1) -> bytes:
+        left = self._length - self._at
+        count = left if count is None or count < 0 else min(count, left)
+        if count > self._most:
+            raise zipfile.BadZipFile(f"a directory of {count} bytes")
+        self._at += count
+        return self._read(self._at - count, count)
+
+
 class _Zip:
     """A zip archive of stored entries (by name), in `length` bytes of which `read` gives any part."""
 
     def __init__(self, read: Read, length: int, most: int) -> None:
         """`most`: bytes of the directory."""
         self._read, self._length = read, length
-        found: list[zipfile.ZipInfo] = []
-        for size in _DIRECTORY_BYTES:
-            self._before = max(0, length - size)
-            tail = read(self._before, length - self._before)
-            try:
-                with zipfile.ZipFile(io.BytesIO(tail)) as archive:
-                    found = archive.infolist()
-                break
-            # What is cut off or damaged can make the standard library fail in any way at all.
-            except (
-                zipfile.BadZipFile,
-                ValueError,
-                NotImplementedError,
-                struct.error,
-                OverflowError,
-            ) as error:
-                if size >= min(length, most):
-                    what = (
-                        "no end of a zip archive, or a damaged one: truncated, or not written by torch.save"
-                    )
-                    raise BridgeError(f"{what} ({error})") from None
+        try:
+            with zipfile.ZipFile(_Within(read, length, most)) as archive:
+                found = archive.infolist()
+        # What is cut off or damaged can make the standard library fail in any way at all.
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OverflowError) as error:
+            what = "no end of a zip archive, or a damaged one: truncated, or not written by torch.save"
+            raise BridgeError(f"{what} ({error})") from None
         self.entries = {entry.filename: entry for entry in found}
         if len(self.entries) < len(found):
             raise BridgeError("damaged zip archive (a name twice)")
@@ -190,7 +203,7 @@ class _Zip:
         """(offset, size) of an entry's bytes."""
         if (entry := self.entries.get(name)) is None:
             raise BridgeError("the archive has no data for its tensor")
-        at, size = entry.header_offset + self._before, entry.file_size
+        at, size = entry.header_offset, entry.file_size
         if at < 0 or at + _HEADER > self._length or (head := self._read(at, _HEADER))[:4] != b"PK\3\4":
             raise BridgeError(f"damaged zip archive (entry at {at})")
         start = at + _HEADER + sum(struct.unpack_from("<HH", head, 26))  # the name, and an extra field
