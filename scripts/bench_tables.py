@@ -80,7 +80,8 @@ def label(row: dict[str, Any]) -> str:
 def cell(row: dict[str, Any], ours: str, side: str, figure: str) -> str:
     value = ratio(row, side, figure)
     numbers = (statistics.median(row["sides"][each][figure]) for each in (ours, side))
-    return f"**{value:.2f}** ({' / '.join(f'{number:.3g}' for number in numbers)})"
+    said = (f"{number:,.0f}" if number >= 100 else f"{number:.3g}" for number in numbers)
+    return f"**{value:.2f}** ({' / '.join(said)})"
 
 
 def chart(rows: Sequence[dict[str, Any]], file: Path) -> None:
