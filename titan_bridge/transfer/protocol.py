@@ -27,7 +27,8 @@
                         token is the decision), finish_weight_update.
                         Inside finish the engine pauses, the workers of
                         the engine vote once more (all-reduce of MIN over
-                        the engine's own group), write their live weights,
+                        the engine's own group; "no" to a delta whose base
+                        is not live any more), write their live weights,
                         drop cached prefixes, take the version, and go on
  6  ACKNOWLEDGE         rank 0 asks every worker which update is live,   `seconds`
                         whatever became of the RPC; rank 0 -> other

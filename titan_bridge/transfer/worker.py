@@ -149,7 +149,8 @@ class Worker:
             return
         staged = link.staged if link is not None else None
         try:
-            there = self._is_base(link) and self.connected
+            self._check_base(link)
+            there = self.connected
         except (BridgeError, TransferError) as error:
             self._failed(error)
             there = False
@@ -174,13 +175,12 @@ class Worker:
             self.version = update.version
             self._base = (base_of(link.terms.run, update.number), sample_digest(self.target.tensors()))
 
-    def _is_base(self, link: Link | None) -> bool:
-        """True; raises TransferError where a delta has arrived and what is live is not what it is a delta of."""
+    def _check_base(self, link: Link | None) -> None:
+        """Raise TransferError where a delta has arrived and what is live is not what it is a delta of."""
         live, staging = self.target.tensors(), link.staging if link is not None else None
         delta = staging is not None and staging.whole != staging.messages.keys()
         if delta and (self._base is None or self._base[1] != sample_digest(live)):
             raise TransferError(f"worker {self.target.index} got other weights while a delta was on its way")
-        return True
 
     def shutdown(self) -> None:
         """Leave the trainer; the weights stay."""
