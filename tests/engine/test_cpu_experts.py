@@ -14,6 +14,7 @@ from vllm.config import CompilationConfig
 from vllm.platforms import current_platform
 
 from titan_bridge.engine.cpu.packed_experts import (
+    FEW_FOREIGN,
     FEW_ROWS,
     PackedExperts,
     PackedGptOssExperts,
@@ -109,6 +110,7 @@ def test_any_layout_is_as_near_to_float32_as_the_plain_weights(
     referee = copy.deepcopy(experts).float()
     sizes = (0, 1, 9, 600)  # below and above FEW_ROWS rows an expert
     assert 9 * TOP_K / EXPERTS < FEW_ROWS < 600 * TOP_K / EXPERTS
+    assert 9 * TOP_K <= FEW_FOREIGN < 600 * TOP_K
     plain = [error(experts, referee, tokens, first) for tokens in sizes]
     packed(experts, layout)
     found = [error(experts, referee, tokens, first) for tokens in sizes]
@@ -116,20 +118,38 @@ def test_any_layout_is_as_near_to_float32_as_the_plain_weights(
     assert all(0 < error <= 2 * before for error, before in zip(found[1:], plain[1:], strict=True))
 
 
-def test_a_step_calls_the_one_operator_itself_where_that_is_all(experts: nn.Module, layout: str) -> None:
+@pytest.mark.parametrize("tokens", [3, FEW_FOREIGN])
+def test_a_rank_without_a_token_of_its_own_adds_nothing(experts: nn.Module, layout: str, tokens: int) -> None:
     packed(experts, layout)
-    assert not any(
-        each._is_one_operator() for each in (served(experts, 0), served(experts, None, reports=True))
-    )
-    watched = served(experts, None)
-    assert watched._is_one_operator() == (layout == "amx")
-    if layout == "amx":  # without the forward context, by which an opaque operator finds its module
-        x_BLD = torch.randn(1, 9, DIM).to(torch.bfloat16)
-        scores_BLK, ids_BLK = torch.rand(1, 9, EXPERTS).topk(TOP_K)
-        count_E = torch.bincount(ids_BLK.flatten(), minlength=EXPERTS)
-        with torch.inference_mode():
-            direct = watched(x_BLD, scores_BLK, ids_BLK, count_E)
-            assert torch.equal(direct[0], watched.run(x_BLD[0], scores_BLK[0], ids_BLK[0], count_E))
+    ids_TK = torch.tensor([[0, 1]] * tokens)
+    count_E = torch.bincount(ids_TK.flatten(), minlength=total(2))
+    x_TD, scores_TK = torch.randn(tokens, DIM).to(torch.bfloat16), torch.rand(tokens, TOP_K)
+    with torch.inference_mode():
+        assert not served(experts, 2).run(x_TD, scores_TK, ids_TK, count_E).any()
+        assert served(experts, 0).run(x_TD, scores_TK, ids_TK, count_E).any()
+
+
+@pytest.mark.parametrize("first", [None, 2])
+def test_a_step_calls_experts_itself_and_a_compiled_one_where_they_are_one_operator(
+    experts: nn.Module, layout: str, first: int | None
+) -> None:
+    """Else they are behind an opaque operator, which finds its module by the forward context; here is none."""
+    packed(experts, layout)
+    assert not served(experts, None, reports=True)._is_one_operator()
+    watched = served(experts, first)
+    assert watched._is_one_operator() == (layout == "amx" and first is None)
+    x_BLD = torch.randn(1, 9, DIM).to(torch.bfloat16)
+    scores_BLK, ids_BLK = torch.rand(1, 9, total(first)).topk(TOP_K)
+    given = x_BLD, scores_BLK, ids_BLK, torch.bincount(ids_BLK.flatten(), minlength=total(first))
+    compiled = torch.compile(watched, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        wanted_TD = watched.run(x_BLD[0], scores_BLK[0], ids_BLK[0], given[-1])
+        assert torch.equal(watched(*given)[0], wanted_TD)
+        if watched._is_one_operator():
+            assert torch.equal(compiled(*given)[0], wanted_TD)
+        else:
+            with pytest.raises(AssertionError, match="Forward context"):
+                compiled(*given)
     watched.capture_fn = lambda ids_TK: None
     assert not watched._is_one_operator()
 

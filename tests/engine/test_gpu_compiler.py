@@ -44,7 +44,7 @@ EXPERTS, DIM, HIDDEN, TOP_K = 8, 64, 32, 3
 
 
 TWO = {
-    "tp": ("llama3", "qwen3_moe", "qwen3_moe, experts captured", "deepseek_v3", "gpt_oss"),
+    "tp": ("llama3", "qwen3", "qwen3_moe", "qwen3_moe, experts captured", "deepseek_v3", "gpt_oss"),
     "dp": ("qwen3_moe",),
 }
 """By the axis that two ranks are on, with ep=2 where there are experts: names of `CASES`."""

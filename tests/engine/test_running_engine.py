@@ -6,6 +6,7 @@ In bfloat16 the CPU backend computes with packed weights, beside which plain one
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.collectives import groups, seen, watch
 from titan_bridge.config.schema import InferConfig, Parallel
@@ -124,6 +126,33 @@ def test_a_step_has_no_collective_but_at_the_boundaries_of_its_layers(llm: Any) 
         # TorchTitan's meshes are of ranks alone here, over which nothing travels.
         assert meshes == [[rank]] * len(meshes)
     assert llm.collective_rpc(groups) == made
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counted[func.name().partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step(worker: Any) -> Counter[str]:
+    """On a worker: the operators of a step of one token."""
+    with Calls() as calls:
+        worker.execute_dummy_batch()
+    return calls.counted
+
+
+def test_norms_and_rotations_of_a_step_in_bfloat16_are_operators_of_vllms(llm: Any) -> None:
+    """In float32, the referee, they are torch's."""
+    operators = "_C::rms_norm", "_C::rotary_embedding"
+    counted = [4 * 3 + 1, 3] if llm.llm_engine.model_config.dtype == torch.bfloat16 else [0, 0]
+    for found in llm.collective_rpc(step):
+        assert [found[name] for name in operators] == counted
 
 
 def bytes_held(worker: Any) -> int:

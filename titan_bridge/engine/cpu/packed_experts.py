@@ -28,6 +28,9 @@ from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
 FEW_ROWS = 4
 """Rows an expert up to which the operator beats a product for each expert, without AMX."""
 
+FEW_FOREIGN = 64
+"""Experts of all tokens up to which, with AMX, computing others' rows costs less than picking a rank's own."""
+
 
 def isa_for(sizes: Iterable[int]) -> str | None:
     """Which of its layouts vLLM's operator takes here for experts with these widths in bfloat16; None: none.
@@ -181,12 +184,20 @@ class PackedRoutedExperts(nn.Module):
             out_TD = torch.empty_like(x_TD)
             self._operate(out_TD, x_TD, scores_TK, ids_TK)
             return out_TD
-        own_TK = (ids_TK >= first) & (ids_TK < first + self._sizes()[0])
-        tokens_R, columns_R = own_TK.nonzero(as_tuple=True)
-        x_RD = x_TD[tokens_R]
+        ids_TK = ids_TK.to(torch.int32) - first
+        own_TK = (ids_TK >= 0) & (ids_TK < self._sizes()[0])
+        if self.isa == "amx" and 0 < ids_TK.numel() <= FEW_FOREIGN:
+            # Rows of others' experts go through one that is at work anyway, with a score of 0.
+            working = (ids_TK * own_TK).amax()
+            return self.routed(x_TD, scores_TK * own_TK, torch.where(own_TK, ids_TK, working), first=None)
+        places_R = own_TK.flatten().nonzero().squeeze(1)
+        tokens_R = places_R // ids_TK.shape[1]
+        x_RD = x_TD.index_select(0, tokens_R)
         out_RD = torch.empty_like(x_RD)
-        scores_R1, ids_R1 = (each_TK[tokens_R, columns_R].unsqueeze(1) for each_TK in (scores_TK, ids_TK))
-        self._operate(out_RD, x_RD, scores_R1, ids_R1 - first)
+        scores_R1, ids_R1 = (
+            each_TK.flatten().index_select(0, places_R).unsqueeze(1) for each_TK in (scores_TK, ids_TK)
+        )
+        self._operate(out_RD, x_RD, scores_R1, ids_R1)
         return torch.zeros_like(x_TD).index_add_(0, tokens_R, out_RD)
 
     def _operate(self, out: torch.Tensor, x: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:

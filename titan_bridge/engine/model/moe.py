@@ -163,14 +163,15 @@ class ServedExperts(nn.Module):
         num_local_tokens_per_expert_E: torch.Tensor,
     ) -> torch.Tensor:
         """`(B, L, D)` in, `(B, L, D)` out, same dtype; arguments as `RoutedExperts.forward`."""
+        x_TD, scores_TK, ids_TK = (t.flatten(0, 1) for t in (x_BLD, topk_scores_BLK, topk_expert_ids_BLK))
+        if not torch.compiler.is_compiling():
+            return self.run(x_TD, scores_TK, ids_TK, num_local_tokens_per_expert_E).view_as(x_BLD)
         if self._is_one_operator():
-            x_TD, scores_TK, ids_TK = (t.flatten(0, 1) for t in (x_BLD, topk_scores_BLK, topk_expert_ids_BLK))
             return self.inner_experts.routed(x_TD, scores_TK, ids_TK, first=None).view_as(x_BLD)
         out_BLD = torch.empty_like(x_BLD)
         torch.ops.vllm.titan_routed_experts(
-            x_BLD.flatten(0, 1), topk_scores_BLK.flatten(0, 1), topk_expert_ids_BLK.flatten(0, 1),
-            num_local_tokens_per_expert_E, out_BLD.view(-1, x_BLD.shape[-1]), self.name,
-        )  # fmt: skip
+            x_TD, scores_TK, ids_TK, num_local_tokens_per_expert_E, out_BLD.view_as(x_TD), self.name
+        )
         return out_BLD
 
     def _is_one_operator(self) -> bool:
