@@ -57,7 +57,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One model and layout; the first of `sides` is held against each other one. " ep" adds expert parallelism,
-    " attn1" cuts attention over one rank."""
+    " attn1" cuts attention over one rank, " latent" caches DeepSeek's latents."""
 
     model: str
     tp: int = 1
@@ -81,6 +81,8 @@ CASES = {
     # Not vLLM 0.32's own gpt-oss, which on CPUs answers token 0 from the second one on, by four experts for all.
     "gpt-oss-eager-tp1": Case(model="gpt-oss", sides=("torchtitan", "transformers")),
     "deepseek-eager-tp1": Case(model="deepseek"),
+    # What transformers' backend caches, too.
+    "deepseek-latent-tp1": Case(model="deepseek", sides=("torchtitan latent", "transformers")),
 }
 INPUT, OUTPUT, ROUNDS = 256, 48, 3
 FIGURES = {
@@ -155,6 +157,7 @@ def run(model: Path, case: Case, side: str, device: str) -> dict[str, float]:
     options += ["--max-num-seqs", case.batch, "--no-enable-prefix-caching", "--served-model-name", "model"]
     options += ["--enforce-eager"] * case.eager + ["--enable-expert-parallel"] * ("ep" in more)
     options += [f"--attention-tp={word.removeprefix('attn')}" for word in more if word.startswith("attn")]
+    options += ["--additional-config", '{"titan": {"mla": "latent"}}'] * ("latent" in more)
     if device == "cpu":
         options += ["--kv-cache-memory-bytes", 1 << 28]
     with tempfile.TemporaryDirectory() as folder:

@@ -73,8 +73,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def label(row: dict[str, Any]) -> str:
     how = "eager" if row["eager"] else "compiled"
-    ep = " ep=2" if next(iter(row["sides"])).endswith(" ep") else ""
-    return f"{row['model']}, tp={row['tp']}{ep}, {how}, batch {row['batch']}"
+    _, *more = next(iter(row["sides"])).split()
+    ep, latent = (says if word in more else "" for word, says in (("ep", " ep=2"), ("latent", " latent")))
+    return f"{row['model']}{latent}, tp={row['tp']}{ep}, {how}, batch {row['batch']}"
 
 
 def cell(row: dict[str, Any], ours: str, side: str, figure: str) -> str:

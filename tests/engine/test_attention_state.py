@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests import float64
 from tests.unit.quantized_samples import make_fp8, make_mxfp4, multiplied_out
 from titan_bridge import parity
 from titan_bridge.config.schema import InferConfig
-from titan_bridge.models import load_hf_config
 from titan_bridge.testing import make_checkpoint
 from titan_bridge.transfer import Options, Trainer
 
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, Callable[..., Path], dict[str, Any], dict[str, Any]]
 def test_it_is_derived_from_the_weights_that_are_served_now(
     case: str, tmp_path: Path, no_orphans: None
 ) -> None:
-    from titan_bridge.engine.run.offline import complete, engine
+    from titan_bridge.engine.run.offline import engine
 
     family, make, fields, options = CASES[case]
     quantized = make(tmp_path, **fields)
@@ -68,18 +68,11 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
             other_form = 4 * 2 * 2 * 8 * 96  # bytes, layers, keys and values, heads, their width
             assert workers[0]["attention"].endswith(f" 4,608 bytes a token (expanded: {other_form:,})")
 
-        def answers() -> list[dict[str, Any]]:
-            llm.reset_prefix_cache()
-            prompts = parity.prompts(load_hf_config(quantized)["vocab_size"])
-            greedy = {"temperature": 0, "max_tokens": 16, "logprobs": 0, "prompt_logprobs": 0}
-            greedy |= {"ignore_eos": True, "detokenize": False}
-            return [dataclasses.asdict(each) for each in complete(llm, prompts, greedy)[0]]
-
-        started = answers()
+        started = answers(llm)
         for model in send(llm, other, tmp_path / "patched"):
-            found.append((model, answers()))
+            found.append((model, answers(llm)))
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(quantized)})
-        found.append((full, answers()))
+        found.append((full, answers(llm)))
     assert [name for name, _ in parity.references(quantized)] == ["TorchTitan"]
     for model, completions in [(full, started), *found]:
         for name, logprobs in parity.references(model):
@@ -95,6 +88,51 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
     assert all(found.not_finite is None for found in (served, own))
     assert served.max <= 3 * own.max <= 1e-4  # type: ignore[operator]
     assert served.mean <= 1.2 * own.mean  # type: ignore[operator]
+
+
+def answers(llm: Any) -> list[dict[str, Any]]:
+    """Greedy completions of the fixed prompts, with log-probabilities of these, too."""
+    from titan_bridge.engine.run.offline import complete
+
+    llm.reset_prefix_cache()
+    prompts = parity.prompts(llm.llm_engine.model_config.get_vocab_size())
+    greedy = {"temperature": 0, "max_tokens": 16, "logprobs": 0, "prompt_logprobs": 0}
+    greedy |= {"ignore_eos": True, "detokenize": False}
+    return [dataclasses.asdict(each) for each in complete(llm, prompts, greedy)[0]]
+
+
+def backends(worker: Any) -> list[str]:
+    """On a worker: vLLM's backend of each attention."""
+    layers = worker.model_runner.model.model.layers.values()
+    return [layer.attention.inner_attention.paged.get_attn_backend().get_name() for layer in layers]
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this processor has no AMX")
+def test_latents_in_bfloat16_follow_the_weights_where_the_backend_drops_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
+) -> None:
+    """The one for AMX packs what it derives, and would then drop the weight that it is derived from."""
+    from titan_bridge.engine.run.offline import engine
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function to the worker
+    sizes = {"dtype": torch.bfloat16, "tokenizer": False, "std": 0.05, **LATENT}
+    a, b = (make_checkpoint(tmp_path / name, "deepseek_v3", seed=i, **sizes) for i, name in enumerate("ab"))  # type: ignore[arg-type]
+    options = {"enforce_eager": True, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 64 << 20}
+    config = InferConfig(model=str(a), max_model_len=parity.LONGEST, vllm=options | CASES["latent"][3])
+    found = {}
+    with engine(config) as (llm, workers, _):
+        assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
+        assert llm.collective_rpc(backends) == [["AMX_MLA"] * 2]
+        found[a] = answers(llm)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(b)})
+        found[b] = answers(llm)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(a)})
+        assert answers(llm) == found[a]
+    for model, other in ((a, b), (b, a)):
+        (name, logprobs) = list(parity.references(model))[-1]
+        near, far = (parity.compare(found[each], name, logprobs) for each in (model, other))
+        print(f"{model.name}: {name} mean {near.mean:.1e}, with other weights {far.mean:.1e}")
+        assert near.mean < 0.05 * far.mean  # type: ignore[operator]
 
 
 def send(llm: Any, model: Path, patched: Path) -> Iterator[Path]:

@@ -52,6 +52,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_row_says_what_the_first_side_has_that_others_have_not(folder: Path) -> None:
+    rows = [
+        measured(name, {f"torchtitan{name}": side(10.0), "torchtitan": side(10.0)})
+        for name in (" ep", " latent")
+    ]
+    assert write(folder, rows).returncode == 0
+    page = (folder / "page.md").read_text()
+    assert "| moe, tp=2 ep=2, eager, batch 8 | torchtitan |" in page
+    assert "| moe latent, tp=2, eager, batch 8 | torchtitan |" in page
+
+
 def test_the_table_and_the_chart_have_medians_and_say_where_they_come_from(folder: Path) -> None:
     sides = {"torchtitan": side(10.0), "vllm": side(15.0), "transformers": {"error": "ValueError: no"}}
     older = [measured("a", {"torchtitan": side(1.0), "vllm": side(1.0)})]

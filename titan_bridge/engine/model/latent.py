@@ -23,21 +23,33 @@ from titan_bridge.models.adapter import InnerAttention, LatentAttention
 from titan_bridge.models.adapters import inner_attention, latent_attention
 
 
-class _KeyValueProjection(nn.Module):
-    """What `MLAAttention` asks of the linear layer that expands a latent; the weight is TorchTitan's."""
+class _KeyValueProjection:
+    """What `MLAAttention` asks of the linear layer that expands a latent: TorchTitan's."""
 
     quant_method = None
-    weight: torch.Tensor
 
-    def forward(self, latent_TR: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def __init__(self, linear: nn.Module) -> None:
+        self._linear = linear
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return cast(Any, self._linear).weight.data
+
+    @weight.setter
+    def weight(self, dropped: torch.Tensor) -> None:
+        """Nothing: a backend that has packed it (AMX_MLA) would drop it, and new weights are derived from it again."""
+
+    def __call__(self, latent_TR: torch.Tensor) -> tuple[torch.Tensor, None]:
         return F.linear(latent_TR, self.weight), None
 
 
 class LatentCache(nn.Module):
     """Inner attention of one layer that caches latents."""
 
-    def __init__(self, computes: InnerAttention, latent: LatentAttention, *, layer: int, tp: int) -> None:
-        """For the `layer`-th attention, whose heads `tp` ranks share."""
+    def __init__(
+        self, attention: nn.Module, computes: InnerAttention, latent: LatentAttention, *, layer: int, tp: int
+    ) -> None:
+        """For `attention`, the `layer`-th of the model, whose heads `tp` ranks share."""
         super().__init__()
         vllm_config = get_current_vllm_config()
         self.expands = latent.expands
@@ -50,7 +62,7 @@ class LatentCache(nn.Module):
                 v_head_dim=computes.v_head_dim,
                 q_lora_rank=latent.q_lora_rank,
                 kv_lora_rank=latent.kv_lora_rank,
-                kv_b_proj=cast(Any, _KeyValueProjection()),
+                kv_b_proj=cast(Any, _KeyValueProjection(getattr(attention, latent.expands))),
                 cache_config=vllm_config.cache_config,
                 prefix=f"model.layers.{layer}.self_attn.attn",
             )
@@ -69,18 +81,15 @@ def cache_latents(model: Decoder, config: Decoder.Config, sizes: Sizes) -> None:
         latent = latent_attention(layer.attention)
         assert latent is not None, "vLLM takes a model for one with latents that has none"
         computes, tp = inner_attention(layer.attention), sizes.at(f"layers.{index}.attention").tp
-        attention.inner_attention = LatentCache(computes, latent, layer=index, tp=tp)
+        attention.inner_attention = LatentCache(attention, computes, latent, layer=index, tp=tp)
         attention.__class__ = latent.module
 
 
 def derive(model: nn.Module, dtype: torch.dtype) -> None:
     """Make what `MLAAttention` derives from the expanding weights anew, in place."""
     for module in model.modules():
-        inner = getattr(module, "inner_attention", None)
-        if isinstance(inner, LatentCache):
-            projection: Any = inner.paged.kv_b_proj
-            projection.weight = getattr(module, inner.expands).weight.data
-            inner.paged.process_weights_after_loading(dtype)
+        if isinstance(module, LatentCache):
+            module.paged.process_weights_after_loading(dtype)
 
 
 def cache_form(config: Decoder.Config, own: range, dtype: torch.dtype, sizes: Sizes, *, latent: bool) -> str:
