@@ -155,8 +155,6 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             kv_cache_memory_bytes=8 << 20,
             enable_prefix_caching=False,
             disable_log_stats=True,
-            # The graph is what is looked at here, not how fast its loops are: C++ that compiles quickly.
-            compilation_config={"inductor_compile_config": {"cpp.simdlen": 1}},
             **(launched if ranks > 1 else {}),
         )
         answers(llm)  # captures
