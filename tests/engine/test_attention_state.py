@@ -19,6 +19,7 @@ from tests import float64
 from tests.unit.quantized_samples import make_fp8, make_mxfp4, multiplied_out
 from titan_bridge import parity
 from titan_bridge.config.schema import InferConfig
+from titan_bridge.models import load_hf_config
 from titan_bridge.testing import make_checkpoint
 from titan_bridge.transfer import Options, Trainer
 
@@ -68,11 +69,12 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
             other_form = 4 * 2 * 2 * 8 * 96  # bytes, layers, keys and values, heads, their width
             assert workers[0]["attention"].endswith(f" 4,608 bytes a token (expanded: {other_form:,})")
 
-        started = answers(llm)
+        answers = asking(llm, load_hf_config(quantized)["vocab_size"])
+        started = answers()
         for model in send(llm, other, tmp_path / "patched"):
-            found.append((model, answers(llm)))
+            found.append((model, answers()))
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(quantized)})
-        found.append((full, answers(llm)))
+        found.append((full, answers()))
     assert [name for name, _ in parity.references(quantized)] == ["TorchTitan"]
     for model, completions in [(full, started), *found]:
         for name, logprobs in parity.references(model):
@@ -90,15 +92,19 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
     assert served.mean <= 1.2 * own.mean  # type: ignore[operator]
 
 
-def answers(llm: Any) -> list[dict[str, Any]]:
-    """Greedy completions of the fixed prompts, with log-probabilities of these, too."""
+def asking(llm: Any, vocab_size: int) -> Callable[[], list[dict[str, Any]]]:
+    """What returns greedy completions of the fixed prompts, with log-probabilities of these, too."""
     from titan_bridge.engine.run.offline import complete
 
-    llm.reset_prefix_cache()
-    prompts = parity.prompts(llm.llm_engine.model_config.get_vocab_size())
-    greedy = {"temperature": 0, "max_tokens": 16, "logprobs": 0, "prompt_logprobs": 0}
-    greedy |= {"ignore_eos": True, "detokenize": False}
-    return [dataclasses.asdict(each) for each in complete(llm, prompts, greedy)[0]]
+    def answers() -> list[
+        dict[str, Any]
+    ]:  # without `llm` among its arguments: where it fails, pytest would ask it
+        llm.reset_prefix_cache()
+        greedy = {"temperature": 0, "max_tokens": 16, "logprobs": 0, "prompt_logprobs": 0}
+        greedy |= {"ignore_eos": True, "detokenize": False}
+        return [dataclasses.asdict(each) for each in complete(llm, parity.prompts(vocab_size), greedy)[0]]
+
+    return answers
 
 
 def backends(worker: Any) -> list[str]:
@@ -123,11 +129,12 @@ def test_latents_in_bfloat16_follow_the_weights_where_the_backend_drops_them(
     with engine(config) as (llm, workers, _):
         assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
         assert llm.collective_rpc(backends) == [["AMX_MLA"] * 2]
-        found[a] = answers(llm)
+        answers = asking(llm, load_hf_config(a)["vocab_size"])
+        found[a] = answers()
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(b)})
-        found[b] = answers(llm)
+        found[b] = answers()
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(a)})
-        assert answers(llm) == found[a]
+        assert answers() == found[a]
     for model, other in ((a, b), (b, a)):
         (name, logprobs) = list(parity.references(model))[-1]
         near, far = (parity.compare(found[each], name, logprobs) for each in (model, other))

@@ -5,13 +5,8 @@ What a CUDA graph may hold is checked of the operators, too: no read on the host
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,150 +16,29 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torchtitan.models.common.moe import RoutedExperts
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 
-from tests.conftest import ROOT
+from tests.engine.replays import CASES, cases_of, farthest, make_models, pieces_of, replay
 from tests.engine.static_replay import RefuseHostReads
-from titan_bridge import cpu
-from titan_bridge.ports import free_port
-from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-SERVABLE = {"hidden_size": 256, "head_dim": 32}  # vLLM's CPU attention has no kernel for a head_dim of 16
-CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
-    # family, config fields, whether a CUDA graph holds the routed experts
-    "llama3": ("llama3", SERVABLE, False),
-    "qwen3": ("qwen3", {}, False),
-    "qwen3_moe": ("qwen3_moe", {}, False),
-    "qwen3_moe, experts captured": ("qwen3_moe", {}, True),
-    "deepseek_v3": ("deepseek_v3", {"first_k_dense_replace": 0}, False),
-    "gpt_oss": ("gpt_oss", {}, False),
-}
-DENSE = ("llama3", "qwen3")
 EXPERTS, DIM, HIDDEN, TOP_K = 8, 64, 32, 3
 
 
-TWO = {
-    "tp": ("llama3", "qwen3", "qwen3_moe", "qwen3_moe, experts captured", "deepseek_v3", "gpt_oss"),
-    "dp": ("qwen3_moe",),
-}
-"""By the axis that two ranks are on, with ep=2 where there are experts: names of `CASES`."""
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gpu_compiler")
-
-
-@pytest.fixture(scope="module")
-def models(folder: Path) -> dict[str, str]:
-    return {
-        family: str(make_checkpoint(folder / family, family, tokenizer=False, **fields))  # type: ignore[arg-type]
-        for family, fields, _ in CASES.values()
-    }
-
-
-def replay(cases: list[dict[str, Any]], folder: Path, ranks: int = 1) -> dict[str, dict[str, Any]]:
-    """What `static_replay.py` found for each case; one process a rank, so that vLLM is imported once."""
-    options = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        cpu.BIND: "nobind",
-    }
-    if ranks > 1:
-        options |= {
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "VLLM_DIST_IDENT": f"titan-{os.getpid()}",
-        }
-        cases = [case | {"port": free_port()} for case in cases]
-    command = [sys.executable, "-m", "tests.engine.static_replay", json.dumps(cases)]
-    started = []
-    for rank in range(ranks):
-        errors = (folder / f"errors-{ranks}-{rank}").open("w+")
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        environment = {**os.environ, **options, **place}
-        started.append(
-            (
-                subprocess.Popen(
-                    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-                ),
-                errors,
-            )
-        )
-    try:
-        said = started[0][0].communicate()[0]
-    finally:
-        for process, errors in started:
-            process.kill()  # a rank whose other has failed waits for it
-            process.wait()
-            errors.seek(0)
-            print(errors.read()[-4000:])
-    return {
-        found["name"]: found
-        for line in said.splitlines()
-        if line.startswith("{")
-        for found in [json.loads(line)]
-    }
-
-
-def cases_of(models: dict[str, str], names: Iterable[str], axis: str = "tp") -> list[dict[str, Any]]:
-    return [
-        {"name": name, "model": models[family], "captures": captures}
-        | {"experts": family not in DENSE, "axis": axis}
-        for name in names
-        for family, _, captures in [CASES[name]]
-    ]
-
-
-@pytest.fixture(scope="module")
-def runs(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
-    return replay(cases_of(models, CASES), folder)
-
-
-@pytest.fixture(scope="module")
-def runs_of_two(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
-    cases = [case for axis, names in TWO.items() for case in cases_of(models, names, axis)]
-    return replay([case | {"name": f"{case['name']} {case['axis']}"} for case in cases], folder, ranks=2)
-
-
-def farthest(rows: list[Any], others: list[Any]) -> float:
-    """Between the log-probabilities of two runs, which have chosen the same tokens."""
-    worst = 0.0
-    for (ids, logprobs), (other_ids, other_logprobs) in zip(rows, others, strict=True):
-        assert ids == other_ids
-        worst = max(worst, *(abs(a - b) for a, b in zip(logprobs, other_logprobs, strict=True)))
-    return worst
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("gpu_compiler")
+    return replay(cases_of(make_models(folder), CASES), folder)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_replayed_graphs_compute_what_eager_computes(runs: dict[str, dict[str, Any]], name: str) -> None:
     run = runs[name]
-    family, _, captured = CASES[name]
     assert run["inputs"] > 0
     assert run["moved"] == 0
     assert run["pulled_back"] == []
-    # Two layers: attention stands between two graphs, and so do experts that are not captured.
-    splits = 2 if captured or family in DENSE else 4
-    assert run["pieces"] == 2 * splits + 1
+    assert run["pieces"] == pieces_of(name)
+    assert run["all_reduces"] == 0
     worst = farthest(run["replayed"], run["eager"])
-    print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
-    assert worst <= 1e-4
-
-
-@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, names in TWO.items() for name in names])
-def test_replayed_graphs_hold_the_collectives_of_two_ranks(
-    runs: dict[str, dict[str, Any]], runs_of_two: dict[str, dict[str, Any]], axis: str, name: str
-) -> None:
-    """With ep=2: only an all-to-all stands between graphs, and what comes out is what one rank computes."""
-    run = runs_of_two[f"{name} {axis}"]
-    assert run["inputs"] > 0
-    assert run["moved"] == 0
-    assert run["pulled_back"] == []
-    assert run["pieces"] == runs[name]["pieces"]
-    assert runs[name]["all_reduces"] == 0
-    assert run["all_reduces"] == {"tp": 5, "dp": 0}[axis]  # the embedding's, and two a layer
-    worst = max(farthest(run["replayed"], each["eager"]) for each in (run, runs[name]))
     print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
     assert worst <= 1e-4
 
