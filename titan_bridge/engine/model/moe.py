@@ -123,7 +123,7 @@ class OwnExpertsDispatcher(TopKSumDispatcher):
 
 
 class ServedExperts(nn.Module):
-    """Runs a TorchTitan `RoutedExperts` through the opaque operator `torch.ops.vllm.titan_routed_experts`.
+    """Runs a TorchTitan `RoutedExperts`; compiled steps call it by the operator `torch.ops.vllm.titan_routed_experts`.
 
     Output on each tp rank is a partial sum (`P` on tp), which the MoE block's declared boundary reduces.
 
@@ -176,7 +176,7 @@ class ServedExperts(nn.Module):
         return out_BLD
 
     def _is_one_operator(self) -> bool:
-        """Whether the experts are one operator of vLLM's whatever the tokens are, which the step calls itself."""
+        """Whether they are one operator of vLLM's whatever the tokens are, which a compiled step calls itself."""
         packed = isinstance(self.inner_experts, PackedRoutedExperts) and self.inner_experts.in_one(
             float("inf")
         )
