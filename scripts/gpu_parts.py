@@ -54,7 +54,7 @@ def farthest(one: list[float], other: list[float]) -> float:
 
 
 def operators(models: Path, device: str) -> dict[str, Any]:
-    """The grouped product without rows, and the operator of routed experts: captured and replayed on a GPU."""
+    """The grouped product without rows, and the operator of routed experts by each kernel: replayed on a GPU."""
     import torch  # noqa: PLC0415
     from torch import nn  # noqa: PLC0415
     from torchtitan.models.common.moe import RoutedExperts  # noqa: PLC0415
@@ -63,6 +63,7 @@ def operators(models: Path, device: str) -> dict[str, Any]:
     from vllm.forward_context import set_forward_context  # noqa: PLC0415
 
     from titan_bridge.engine.model.moe import ServedExperts, TopKSumDispatcher  # noqa: PLC0415
+    from titan_bridge.engine.model.triton_experts import use_triton  # noqa: PLC0415
     from titan_bridge.models.experts import KeepDtypeGroupedExperts  # noqa: PLC0415
 
     torch.manual_seed(0)
@@ -87,30 +88,43 @@ def operators(models: Path, device: str) -> dict[str, Any]:
     with torch.inference_mode(), set_forward_context(None, config):
         wanted_TD = served.run(x_TD, scores_TK, ids_TK, torch.bincount(ids_TK.flatten(), minlength=EXPERTS))
         held.to(device, torch.bfloat16)
+        own = device == "cuda" and torch.cuda.get_device_capability()[0] in (9, 10)
+        kernels = {"torch": own, "triton": True} if device == "cuda" else {"torch": False}
+        found = {}
+        for kernel, captures in kernels.items():
+            if kernel == "triton":
+                use_triton(held.inner_experts, routes=True)
+            out_TD = _step(x_TD, scores_TK, ids_TK, device, captures=captures)
+            difference_TD = (out_TD.cpu().float() - wanted_TD).abs() / wanted_TD.abs().max()
+            if not (worst := difference_TD.max().item()) < 0.03:
+                raise SystemExit(f"routed experts ({kernel}) differ by {worst:.1e} of their largest number")
+            found[kernel] = {"max": worst, "mean": difference_TD.mean().item()}
+    return {**max(found.values(), key=lambda each: each["max"]), "kernels": found}
 
-        def step(x: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
-            counts = torch.nn.functional.one_hot(ids.flatten(), EXPERTS).sum(0)
-            torch.ops.vllm.titan_routed_experts(x, scores, ids, counts, out, "a")
 
-        given = [x_TD.to(device, torch.bfloat16), scores_TK.to(device), ids_TK.to(device)]
-        out_TD = torch.empty_like(given[0])
-        if device == "cuda" and torch.cuda.get_device_capability()[0] in (9, 10):
-            placed = [torch.ones_like(each) if each.is_floating_point() else each * 0 for each in given]
-            step(*placed, out_TD)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step(*placed, out_TD)
-            for place, value in zip(placed, given, strict=True):
-                place.copy_(value)
-            graph.replay()
-        else:
-            step(*given, out_TD)
-        difference_TD = (out_TD.cpu().float() - wanted_TD).abs()
-    worst = (difference_TD.max() / wanted_TD.abs().max()).item()
-    if not worst < 0.03:
-        raise SystemExit(f"routed experts differ by {worst:.1e} of their largest number")
-    return {"max": worst, "mean": (difference_TD.mean() / wanted_TD.abs().max()).item()}
+def _step(x_TD: Any, scores_TK: Any, ids_TK: Any, device: str, *, captures: bool) -> Any:
+    """What the operator makes of these; captured with others and replayed with these, if `captures`."""
+    import torch  # noqa: PLC0415
+
+    def step(x: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
+        counts = torch.nn.functional.one_hot(ids.flatten(), EXPERTS).sum(0)
+        torch.ops.vllm.titan_routed_experts(x, scores, ids, counts, out, "a")
+
+    given = [x_TD.to(device, torch.bfloat16), scores_TK.to(device), ids_TK.to(device)]
+    out_TD = torch.empty_like(given[0])
+    if not captures:
+        step(*given, out_TD)
+        return out_TD
+    placed = [torch.ones_like(each) if each.is_floating_point() else each * 0 for each in given]
+    step(*placed, out_TD)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*placed, out_TD)
+    for place, value in zip(placed, given, strict=True):
+        place.copy_(value)
+    graph.replay()
+    return out_TD
 
 
 def sync(models: Path, device: str) -> dict[str, Any]:

@@ -75,41 +75,49 @@ def test_without_a_gpu_there_are_none(models: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "fields", "dtype", "capability", "captures"),
+    ("options", "fields", "dtype", "capability", "kernel"),
     [
-        (EP2, {}, "bfloat16", (9, 0), True),
-        (EP2, {}, "bfloat16", (10, 0), True),
-        (EP2, {}, "bfloat16", (8, 0), False),
-        (EP2, {}, "bfloat16", (12, 0), False),
-        (EP2, {}, "float32", (9, 0), False),
-        (EP2, {}, "bfloat16", None, False),
-        (SPREAD, {}, "bfloat16", (9, 0), False),
+        (EP2, {}, "bfloat16", (9, 0), "torch"),
+        (EP2, {}, "bfloat16", (10, 0), "torch"),
+        (EP2, {}, "bfloat16", (8, 0), "triton"),
+        (EP2, {}, "bfloat16", (12, 0), "triton"),
+        (EP2, {}, "float16", (9, 0), "triton"),
+        (EP2, {}, "float16", (7, 5), None),
+        (EP2, {}, "float32", (9, 0), None),
+        (EP2, {}, "bfloat16", None, None),
+        (SPREAD, {}, "bfloat16", (9, 0), "torch"),
+        (SPREAD, {}, "bfloat16", (8, 9), "triton"),
         # Rows of torch._grouped_mm are multiples of 16 bytes; what is no multiple is computed expert by expert.
-        (EP2, {"moe_intermediate_size": 60}, "bfloat16", (9, 0), False),
-        (EP2, {"moe_intermediate_size": 72}, "bfloat16", (9, 0), True),
-        ({"tensor_parallel_size": 2}, {"moe_intermediate_size": 72}, "bfloat16", (9, 0), False),
-        ({"tensor_parallel_size": 2}, {"moe_intermediate_size": 80}, "bfloat16", (9, 0), True),
-        (EP2, {"hidden_size": 132}, "bfloat16", (9, 0), False),
+        (EP2, {"moe_intermediate_size": 60}, "bfloat16", (9, 0), "triton"),
+        (EP2, {"moe_intermediate_size": 72}, "bfloat16", (9, 0), "torch"),
+        ({"tensor_parallel_size": 2}, {"moe_intermediate_size": 72}, "bfloat16", (9, 0), "triton"),
+        ({"tensor_parallel_size": 2}, {"moe_intermediate_size": 80}, "bfloat16", (9, 0), "torch"),
+        (EP2, {"hidden_size": 132}, "bfloat16", (9, 0), "triton"),
     ],
 )
-def test_a_graph_holds_experts_that_ask_the_host_nothing(
+def test_the_kernel_of_routed_experts_asks_the_host_nothing(
     models: dict[str, Path],
     options: dict[str, Any],
     fields: dict[str, int],
     dtype: str,
     capability: tuple[int, int] | None,
-    captures: bool,
+    kernel: str | None,
 ) -> None:
     import torch
     from vllm.platforms.interface import DeviceCapability
 
-    from titan_bridge.engine.model.build import captures_experts, setup_from
+    from titan_bridge.engine.model.build import captures_experts, experts_kernel, setup_from
+    from titan_bridge.models.adapters import keep_expert_dtype
 
     setup = setup_from(engine_config(models["qwen3_moe"], options), dp=options.get("data_parallel_size", 1))
     config = setup.family.model_config({**setup.hf, **fields}, padded_vocab=setup.padded_vocab)
+    keep_expert_dtype(config)
     setup = replace(setup, config=config)
     gpu = DeviceCapability(*capability) if capability else None
-    assert captures_experts(setup, getattr(torch, dtype), gpu) == captures
+    assert experts_kernel(setup, getattr(torch, dtype), gpu) == kernel
+    assert captures_experts(setup, getattr(torch, dtype), gpu) == (
+        kernel is not None and options is not SPREAD
+    )
 
 
 def test_a_compiled_step_is_named_by_what_it_was_made_from(models: dict[str, Path]) -> None:

@@ -19,12 +19,38 @@ from torchtitan.models.common.moe import GroupedExperts
 _ROW_BYTES = 16
 
 
-class KeepDtypeGroupedExperts(GroupedExperts):
+class KeepDtypeExperts(GroupedExperts):
+    """What other ways to compute the same experts are made from."""
+
+    def matrices(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """This rank's: those up ``(E, rows, D)``, whose products lie side by side, and the one down ``(E, D, F)``."""
+        raise NotImplementedError
+
+    def biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of up and down, this rank's share: ``(E, G)``, ``(E, D)``; without ``forward``'s gradient."""
+        raise NotImplementedError
+
+    def activate(self, wide_RG: torch.Tensor) -> torch.Tensor:
+        """Products of up ``(R, G)`` to hidden rows ``(R, F)``."""
+        raise NotImplementedError
+
+
+class KeepDtypeGroupedExperts(KeepDtypeExperts):
     """``GroupedExperts`` without the cast; same parameters, same names."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(GroupedExperts.Config):
         pass
+
+    def matrices(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        return [local(self.w1_EFD), local(self.w3_EFD)], local(self.w2_EDF)
+
+    def biases(self) -> tuple[None, None]:
+        return None, None
+
+    def activate(self, wide_RG: torch.Tensor) -> torch.Tensor:
+        gate_RF, up_RF = wide_RG.chunk(2, dim=-1)
+        return F.silu(gate_RF) * up_RF
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         """Expert outputs ``[R, D]`` in ``x_RD``'s dtype.
@@ -34,10 +60,7 @@ class KeepDtypeGroupedExperts(GroupedExperts):
                 values.
             num_tokens_per_expert_E: Integer count for each local expert.
         """
-        w1, w2, w3 = (
-            weight.to_local() if isinstance(weight, DTensor) else weight
-            for weight in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
-        )
+        (w1, w3), w2 = self.matrices()
         if w1.dtype == torch.bfloat16 and rows_fit(w1.shape[1:], w1.dtype):
             return GroupedExperts.forward(self, x_RD, num_tokens_per_expert_E)
         ends = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
@@ -67,3 +90,14 @@ def grouped_product(
 def rows_fit(sizes: Iterable[int], dtype: torch.dtype) -> bool:
     """Whether ``torch._grouped_mm`` takes rows of these lengths (elements); both widths of an expert are lengths."""
     return dtype != torch.float64 and not any(size * dtype.itemsize % _ROW_BYTES for size in sizes)
+
+
+def expert_of_rows(ends_E: torch.Tensor, rows: int) -> torch.Tensor:
+    """Which expert each row is of, ``(rows,)`` int64, by where experts' rows end; those beyond are the last one's."""
+    rows_R = torch.arange(rows, dtype=ends_E.dtype, device=ends_E.device)
+    return torch.searchsorted(ends_E, rows_R, right=True).clamp(max=len(ends_E) - 1)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -15,14 +15,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torchtitan.models.gpt_oss.moe import swiglu
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
 from titan_bridge.engine.cpu.onednn import packed, plain
-from titan_bridge.models.experts import KeepDtypeGroupedExperts
+from titan_bridge.models.experts import KeepDtypeExperts, KeepDtypeGroupedExperts
 from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
 
 FEW_ROWS = 4
@@ -78,7 +76,7 @@ def _sources(rows: int, columns: int, isa: str) -> torch.Tensor:
     return found
 
 
-class PackedRoutedExperts(nn.Module):
+class PackedRoutedExperts(KeepDtypeExperts):
     """What both kinds of experts share. They run inside the opaque operator of routed experts only: they read counts.
 
     A kind says which weights make a matrix up, `(2F, D)`, and one down, `(D, F)`, for each expert.
@@ -102,13 +100,6 @@ class PackedRoutedExperts(nn.Module):
 
     def _matrices(self, *weights: torch.Tensor) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
         """Up and down, of each expert."""
-        raise NotImplementedError
-
-    def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of the matrices up and down, this rank's share: `(E, 2F)`, `(E, D)`."""
-        return None, None
-
-    def _activate(self, wide_RF2: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def packed(self, *weights: torch.Tensor) -> dict[str, Any]:
@@ -194,7 +185,7 @@ class PackedRoutedExperts(nn.Module):
         up, down = self.__dict__["_packed"]
         # It reads without regard to strides and types.
         ops.cpu_fused_moe(
-            out, x.contiguous(), up.packed, down.packed, *self._biases(),
+            out, x.contiguous(), up.packed, down.packed, *self.biases(),
             scores.float().contiguous(), ids.to(torch.int32).contiguous(), self.activation, self.isa,
         )  # fmt: skip
 
@@ -202,11 +193,11 @@ class PackedRoutedExperts(nn.Module):
         """A product for each expert."""
         hidden = self._sizes()[1]
         handles = self.__dict__["_handles"]
-        up_bias, down_bias = self._biases()
+        up_bias, down_bias = self.biases()
         wide_RF2, out_RD = x_RD.new_empty(len(x_RD), 2 * hidden), torch.empty_like(x_RD)
         counts = [*counts, len(x_RD) - sum(counts)]  # rows of no expert
         _products(wide_RF2.split(counts), x_RD.split(counts), [up for up, _ in handles], up_bias)
-        h_RF = self._activate(wide_RF2)
+        h_RF = self.activate(wide_RF2)
         _products(out_RD.split(counts), h_RF.split(counts), [down for _, down in handles], down_bias)
         return out_RD
 
@@ -245,10 +236,6 @@ class PackedExperts(PackedRoutedExperts, KeepDtypeGroupedExperts):
         w1_EFD, w2_EDF, w3_EFD = weights
         return (torch.cat(pair) for pair in zip(w1_EFD, w3_EFD, strict=True)), iter(w2_EDF)
 
-    def _activate(self, wide_RF2: torch.Tensor) -> torch.Tensor:
-        gate_RF, up_RF = wide_RF2.chunk(2, dim=-1)
-        return F.silu(gate_RF) * up_RF
-
 
 class PackedGptOssExperts(PackedRoutedExperts, KeepDtypeGptOssExperts):
     """The same for gpt-oss: gate and up in alternate rows, biases, a clamped activation. Biases stay plain."""
@@ -269,13 +256,6 @@ class PackedGptOssExperts(PackedRoutedExperts, KeepDtypeGptOssExperts):
     def _matrices(self, *weights: torch.Tensor) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
         mlp1_EGD, mlp2_EDF = weights
         return iter(mlp1_EGD), iter(mlp2_EDF)
-
-    def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        down_ED = self.mlp2_bias_ED
-        return self.mlp1_bias_EG, down_ED if self.tp_degree == 1 else down_ED / self.tp_degree
-
-    def _activate(self, wide_RF2: torch.Tensor) -> torch.Tensor:
-        return swiglu(wide_RF2, limit=self.swiglu_limit)
 
 
 def pack_experts(module: nn.Module, *, once: bool = False, isa: str | None = None) -> bool:

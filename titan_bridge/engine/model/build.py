@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE, RoutedExperts, TokenChoiceTopKRouter
@@ -30,6 +29,7 @@ from titan_bridge.engine.cpu.packed import use_packed_weights
 from titan_bridge.engine.cpu.pages import zeros_like
 from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
 from titan_bridge.engine.model.backends import check_backend
+from titan_bridge.engine.model.feed_forward import join_up
 from titan_bridge.engine.model.fsdp import shard_dense
 from titan_bridge.engine.model.latent import cache_form, cache_latents
 from titan_bridge.engine.model.lora import accept_adapters
@@ -43,13 +43,14 @@ from titan_bridge.engine.model.moe import (
 from titan_bridge.engine.model.rope import StepRopes
 from titan_bridge.engine.model.router import use_float32_gate
 from titan_bridge.engine.model.stages import keep_stage, pass_on, staged
+from titan_bridge.engine.model.triton_experts import KINDS, use_triton
 from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.mesh import Sizes, check_divides, describe, padded_vocab
 from titan_bridge.model_layout import as_layout, specs_of_module
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
 from titan_bridge.models.build import build_on_meta
-from titan_bridge.models.experts import rows_fit
+from titan_bridge.models.experts import local, rows_fit
 from titan_bridge.parallelize import parallelize
 from titan_bridge.policy.layers import Split, split
 from titan_bridge.sharding.layout import Layout, ParamLayout
@@ -109,7 +110,7 @@ class Built:
     def live(self) -> dict[str, torch.Tensor]:
         """This rank's local tensor of every parameter and persistent buffer that its stage has, by FQN."""
         tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        return {fqn: _local(tensors[fqn].detach()) for fqn in self.layout.params if fqn in tensors}
+        return {fqn: local(tensors[fqn].detach()) for fqn in self.layout.params if fqn in tensors}
 
     def describe(self) -> str:
         """Meshes, sizes and form of attention in words, for the log."""
@@ -222,6 +223,8 @@ def build(vllm_config: VllmConfig) -> Built:
     pass_on(model, stage)
     ropes = StepRopes(model, operator=operators)
     device = torch.device(vllm_config.device_config.device)
+    if not adapters and not setup.sharded:
+        join_up(model, device)
     _materialise(model, device)
     ropes.fill(device)
     bind_sinks(model, vllm_config.model_config.dtype)
@@ -236,38 +239,45 @@ def build(vllm_config: VllmConfig) -> Built:
     )
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _localise(model: nn.Module) -> None:
     """Replace each DTensor by this rank's local shard (still on meta)."""
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(_local(param.data), requires_grad=False))
+            module.register_parameter(name, nn.Parameter(local(param.data), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            module._buffers[name] = _local(buffer)
+            module._buffers[name] = local(buffer)
 
 
-def captures_experts(setup: Setup, dtype: torch.dtype, capability: DeviceCapability | None) -> bool:
-    """Whether a CUDA graph can hold the routed experts: nothing in them asks the host.
+def experts_kernel(
+    setup: Setup, dtype: torch.dtype, capability: DeviceCapability | None
+) -> Literal["torch", "triton"] | None:
+    """Whose kernel computes routed experts on this GPU without asking the host; None: nobody's.
 
-    An all-to-all asks how many tokens travel, and `torch._grouped_mm` where the tokens of each expert end, unless it
-    has a kernel of its own: for bfloat16, on Hopper and on Blackwell with compute capability 10. Experts of sizes that
-    the kernel refuses are computed one by one, which asks, too.
+    `torch._grouped_mm` has one for bfloat16, on Hopper and on Blackwell with compute capability 10, for sizes that it
+    takes; elsewhere it is a product for each expert. vLLM's in Triton multiplies by weights of 16 bits of any size.
+    Float32 stays with products that round as IEEE says.
     """
-    grouped = dtype == torch.bfloat16 and capability is not None and capability.major in (9, 10)
-    if not grouped or setup.spread:
-        return False
+    if capability is None or dtype not in (torch.bfloat16, torch.float16):
+        return None
     layers = enumerate(setup.config.layers)
     experts = [(at, layer.moe.routed_experts.inner_experts) for at, layer in layers if layer.moe]
     tp = {at: setup.sizes.at(f"layers.{at}.moe").tp if setup.sizes.ep == 1 else 1 for at, _ in experts}
-    return all(rows_fit((each.hidden_dim // tp[at], each.dim), dtype) for at, each in experts)
+    fit = all(rows_fit((each.hidden_dim // tp[at], each.dim), dtype) for at, each in experts)
+    if fit and dtype == torch.bfloat16 and capability.major in (9, 10):
+        return "torch"
+    known = all(type(each) in (kind.Config for kind in KINDS) for _, each in experts)
+    return "triton" if known and capability.major >= 8 else None
+
+
+def captures_experts(setup: Setup, dtype: torch.dtype, capability: DeviceCapability | None) -> bool:
+    """Whether a CUDA graph can hold the routed experts: nothing asks the host. An all-to-all does, for its sizes."""
+    return not setup.spread and experts_kernel(setup, dtype, capability) is not None
 
 
 def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> None:
     capability = current_platform.get_device_capability()
-    captures = captures_experts(setup, vllm_config.model_config.dtype, capability)
+    dtype = vllm_config.model_config.dtype
+    kernel, captures = (choose(setup, dtype, capability) for choose in (experts_kernel, captures_experts))
     sizes, rank = setup.sizes, dist.get_rank()
     on_tp, on_ep = (describe(axis, sizes, rank=rank).coordinate(rank)[0] for axis in ("tp", "ep"))
     for index, layer in ((int(name), layer) for name, layer in model.layers.items()):
@@ -281,6 +291,8 @@ def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> Non
         assert isinstance(moe.router, TokenChoiceTopKRouter)
         assert isinstance(experts, RoutedExperts)
         use_float32_gate(moe.router)
+        if kernel == "triton":
+            use_triton(experts.inner_experts, routes=not setup.sharded)
         if setup.spread:
             experts.token_dispatcher.__class__ = SpreadDispatcher
         elif setup.sizes.ep == 1:

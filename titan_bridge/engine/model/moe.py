@@ -1,4 +1,4 @@
-"""Routed experts inside vLLM: TorchTitan's own dispatch and grouped matmul as one opaque operator.
+"""Routed experts inside vLLM as one opaque operator: TorchTitan's own dispatch and grouped matmul, or vLLM's kernels.
 
 The operator is opaque because what happens inside depends on the data (how many tokens go to which expert),
 which torch.compile cannot capture. Where the body reads counts on the host, a CUDA graph cannot either, and vLLM's
@@ -36,6 +36,7 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from titan_bridge.engine.cpu.packed_experts import PackedRoutedExperts, combine
+from titan_bridge.engine.model.triton_experts import TritonExperts
 
 
 class TopKSumDispatcher(LocalTokenDispatcher):
@@ -203,20 +204,22 @@ class ServedExperts(nn.Module):
     def _compute(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
-        packed = isinstance(self.inner_experts, PackedRoutedExperts) and self.spread is None
-        if packed and self.inner_experts.in_one(ids_TK.numel() / len(count_E)):
+        experts = self.inner_experts
+        packed = isinstance(experts, PackedRoutedExperts) and self.spread is None
+        routes = packed or (isinstance(experts, TritonExperts) and self.spread is None)
+        if routes and experts.in_one(ids_TK.numel() / len(count_E)):
             first = getattr(self.token_dispatcher, "first", None)
-            return self.inner_experts.routed(x_TD, scores_TK, ids_TK, first=first)
+            return experts.routed(x_TD, scores_TK, ids_TK, first=first)
         # Packed experts ask the host anyway, so rows can be gathered when it is known how many this rank needs.
         given_TD = x_TD[:, :0] if packed else x_TD
         routed_RD, count_e, metadata = self.token_dispatcher.dispatch(given_TD, scores_TK, ids_TK, count_E)
         if packed:
             own = slice(int(count_e.sum()))
             tokens_R = metadata.token_indices_experts_sorted_N[own]
-            out_RD = self.inner_experts(x_TD[tokens_R], count_e)
+            out_RD = experts(x_TD[tokens_R], count_e)
             return combine(out_RD, metadata.topk_scores_experts_sorted_N[own], tokens_R, x_TD)
         # Called without a token, too: its weights may be gathered over efsdp, which every rank must join.
-        out_RD = self.inner_experts(routed_RD, count_e)
+        out_RD = experts(routed_RD, count_e)
         return self.token_dispatcher.combine(out_RD, metadata, x_TD)
 
 
