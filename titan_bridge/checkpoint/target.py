@@ -20,7 +20,7 @@ from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 CHUNK_BYTES = 256 << 20
 """Larger tensors are written to DCP in several chunks: who loads a part of one reads less of the rest."""
-STRIP_BYTES = 8 << 20  # most bytes of a strip, of the destination's dtype
+STRIP_BYTES = 4 << 20  # most bytes of a strip, of the destination's dtype
 T = TypeVar("T")
 Strip = tuple[str, int]  # tensor, and number of the strip
 
