@@ -60,12 +60,15 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def imports() -> Iterator[None]:
-    """What is imported inside is never looked through for garbage: with torch, half a million objects."""
+    """What a command imports inside is never looked through for garbage: with torch, half a million objects.
+    In a process that has torch already, what is alive is somebody else's, and stays as it is."""
+    ours = "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if ours:
+            gc.freeze()
         gc.enable()
 
 
