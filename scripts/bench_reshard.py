@@ -6,11 +6,13 @@
     python scripts/bench_reshard.py --only ours         without the slow ones
 
 Every row is a process of its own, so that peak memory is its own and the imports count. "cold": the source was
-dropped from the page cache; "warm": it was read before. "raw copy" is `cp` of the source's weight files; it starts
-after the same imports. A virtual machine gives free memory back to its host within seconds, and what starts right after
-files were removed finds theirs and is up to eight times as fast: hence a pause before every run. TorchTitan's
-conversions are the calls of its scripts/checkpoint_conversion, which the package does not ship: build the model, fill
-its state dict, run the adapter, save. What is written is compared tensor by tensor, bit for bit.
+dropped from the page cache; "warm": it was read before. "raw copy" is `cp` of the source's weight files: all of them,
+also where half as many bytes are written, by one thread in the kernel, which looks at none. It starts after the imports
+of the command, those of its command line included; what follows them, from the flags on, counts as the command's. A
+virtual machine gives free memory back to its host within seconds, and what starts right after files were removed finds
+theirs and is up to eight times as fast: hence a pause before every run. TorchTitan's conversions are the calls of its
+scripts/checkpoint_conversion, which the package does not ship: build the model, fill its state dict, run the adapter,
+save. What is written is compared tensor by tensor, bit for bit.
 """
 
 from __future__ import annotations
@@ -43,8 +45,11 @@ WIDTH = {
 }
 OURS = "import sys; from titan_bridge.cli import script; sys.exit(script(['reshard', *sys.argv[1:]]))"
 IMPORTS = """
-import titan_bridge.checkpoint.reshard, titan_bridge.checkpoint.team, titan_bridge.cli
-from titan_bridge.models import families
+import tyro, titan_bridge.commands.reshard
+from titan_bridge.cli import imports
+with imports():
+    import titan_bridge.checkpoint.reshard, titan_bridge.checkpoint.team
+    from titan_bridge.models import families
 families()
 """
 COPY = """

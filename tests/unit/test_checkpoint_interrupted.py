@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,33 @@ def test_without_resume_everything_is_done_again(source, dcp_source, tmp_path, m
         with pytest.raises(Killed):
             prepare(options(source, target)).run()
     assert prepare(options(source, target)).run().resumed_parts == 0
+    assert_equal(target, dcp_source)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_killed_after_any_step_of_clearing_away_an_older_run(
+    source, dcp_source, tmp_path, monkeypatch, resume
+):
+    target = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Killed):
+            prepare(options(source, target)).run()
+    staging = Staging(target).path
+    files = len(list(staging.iterdir())) - 2  # beside the plan and the lock
+    assert files == 2 + 1 + 1  # finished, in part, the journal
+    for name in (*["unlink"] * files, "rename", "write_bytes"):
+        real = getattr(Path, name)
+
+        def step(self, *arguments, name=name, real=real):
+            real(self, *(text[:9] if name == "write_bytes" else text for text in arguments))
+            if self.parent == staging:
+                raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, name, step)
+            prepare(options(source, target)).run()
+    assert prepare(options(source, target, resume=resume)).run().resumed_parts == 0
     assert_equal(target, dcp_source)
 
 

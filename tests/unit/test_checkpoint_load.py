@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from titan_bridge.checkpoint import load, open_checkpoint
 from titan_bridge.checkpoint.dcp import write_metadata
+from titan_bridge.checkpoint.finite import count_not_finite
 from titan_bridge.checkpoint.job import Options
 from titan_bridge.checkpoint.load import load_into
 from titan_bridge.checkpoint.reshard import prepare
@@ -184,3 +185,17 @@ def test_what_is_not_finite_is_counted_by_each_rank_in_what_it_holds(
         (nan, {"layers.1.feed_forward.w2.weight": 2}),
         (nan, {"layers.0.feed_forward.w3.weight": 1}),
     ]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2]
+)
+@pytest.mark.parametrize(
+    "odd", [(), (math.nan,), (math.inf,), (-math.inf,), (math.inf, -math.inf), (math.nan, math.inf)]
+)
+def test_a_sum_that_overflows_is_told_from_what_is_not_finite(dtype, odd):
+    values = torch.full((1001,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
+    values[7 : 7 + len(odd)] = torch.tensor(odd, dtype=torch.float64).to(dtype)
+    nan = sum(map(math.isnan, odd))
+    assert count_not_finite(values) == (nan, len(odd) - nan)
+    assert count_not_finite(values[:7]) == (0, 0)

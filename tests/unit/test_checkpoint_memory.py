@@ -63,7 +63,7 @@ def test_four_times_the_model_needs_no_more_memory(tmp_path):
     for i in range(2):
         assert large_bytes[i] > 3.8 * small_bytes[i]
         assert large[i] < 1e9
-        assert large[i] - small[i] < 2 * STRIP_BYTES  # a thread more or less at the peak
+        assert large[i] - small[i] < 4 * STRIP_BYTES  # a thread more or less at the peak
 
 
 def test_neither_vllm_nor_transformers_nor_torchtitan_nor_dtensor_is_imported(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from titan_bridge import cli
 from titan_bridge.engine.cpu import forking
+from titan_bridge.errors import BridgeError
 from titan_bridge.testing import make_checkpoint
 
 
@@ -278,3 +280,17 @@ def test_config_shows_values_with_their_origin(tmp_path, capsys):
     assert shown["parallel.ep"] == {"value": 1, "origin": "default"}
     assert cli.main(["config", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out)["infer"]["required"] == ["model"]
+
+
+def test_what_a_command_imports_is_not_looked_through_for_garbage():
+    code = (
+        "import gc; from titan_bridge.cli import imports\n"
+        "with imports():\n    import decimal\n    assert not gc.isenabled()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 1000\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    before = gc.get_freeze_count()
+    with pytest.raises(BridgeError), cli.imports():  # here torch is there, by somebody else
+        raise BridgeError("no")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == before

@@ -112,7 +112,7 @@ def _side(source: Checkpoint, config: Mapping[str, Any] | None) -> Side:
 def differences(
     one: Side, other: Side, *, dtype: torch.dtype | None = None, advance: Advance = lambda count: None
 ) -> Iterator[Difference]:
-    """Compare all tensors of the same name and shape, both cast to `dtype` first, in a few strips of 8 MiB a thread.
+    """Compare all tensors of the same name and shape, both cast to `dtype` first, in a few strips of 4 MiB a thread.
     `advance` is told of bytes compared, from any thread."""
     both = [(tensor, other.tensors.get(name)) for name, tensor in one.tensors.items()]
     same = [tensor for tensor, found in both if found is not None and found.shape == tensor.shape]

@@ -134,11 +134,15 @@ class Executor:
         return spans
 
     def _write(self, opened: _Open, offset: int, data: memoryview) -> _Span:
-        done = 0
+        crc = done = 0
         while done < data.nbytes:
-            done += os.pwrite(opened.descriptor, data[done : done + _CALL_BYTES], offset + done)
+            part = data[done : done + _CALL_BYTES]
+            crc = zlib_ng.crc32(part, crc)  # brings it into the core's cache
+            while part.nbytes:
+                count = os.pwrite(opened.descriptor, part, offset + done)
+                part, done = part[count:], done + count
         self._advance(data.nbytes)
-        return offset, data.nbytes, zlib_ng.crc32(data)
+        return offset, data.nbytes, crc
 
 
 def _combined(spans: Iterable[_Span]) -> int:

@@ -11,14 +11,13 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.sharding.moves import Window, row_major
+from titan_bridge.sharding.moves import Window, cut, row_major
 
 SCRATCH_BYTES = 2 << 20
 """Most bytes read in one go where the destination does not lie as the source does; one buffer a thread. What is copied
@@ -167,14 +166,15 @@ class FilePool:
             self.read_into(path, base + window.offset * width, bytes_of(out))
             return
         near = _gap(window) * width <= NEAR_BYTES and base % width == 0
-        for part, index in _parts(window, (SPAN_BYTES if near else SCRATCH_BYTES) // width, near=near):
-            to = out[index]
+        most, stride = (SPAN_BYTES, window.stride) if near else (SCRATCH_BYTES, None)
+        for index in cut(window.size, window.order, most // width, stride):
+            part, to = window.at(index), out[index]
             if near and self._copy_mapped(path, base, dtype, part, to, scratch):
                 continue
-            for run, at in _parts(part, SCRATCH_BYTES // width, near=False):
-                packed = _packed(run)
+            for at in cut(part.size, part.order, SCRATCH_BYTES // width):
+                run = part.at(at)
+                packed, elements = _packed(run), math.prod(run.size)
                 direct = as_it_lies and row_major(run.size, packed) and to[at].is_contiguous()
-                elements = math.prod(run.size)
                 buffer = to[at] if direct else scratch.take(elements, dtype)
                 starts = [base + start * width for start in _starts(run)]
                 self._read_each(path, starts, bytes_of(buffer), elements * width)
@@ -270,24 +270,3 @@ def _packed(window: Window) -> list[int]:
         result[dim] = step
         step *= window.size[dim]
     return result
-
-
-def _parts(window: Window, limit: int, *, near: bool) -> Iterator[tuple[Window, tuple[slice, ...]]]:
-    """The window in parts of at most `limit` elements, gaps included if `near`, forwards, with their places in it."""
-    size, stride, elements = window.size, window.stride, math.prod(window.size)
-    if elements == 1 or (_span(window) if near else elements) <= limit:
-        yield window, tuple(slice(0, n) for n in size)
-        return
-    widest = max((d for d in range(len(size)) if size[d] > 1), key=lambda d: stride[d])
-    step = max(1, limit // (stride[widest] if near else elements // size[widest]))
-    for first in range(0, size[widest], step):
-        count = min(step, size[widest] - first)
-        part = replace(
-            window,
-            size=(*size[:widest], count, *size[widest + 1 :]),
-            offset=window.offset + first * stride[widest],
-        )
-        for inner, index in _parts(part, limit, near=near):
-            at = index[widest]
-            moved = slice(first + at.start, first + at.stop)
-            yield inner, (*index[:widest], moved, *index[widest + 1 :])

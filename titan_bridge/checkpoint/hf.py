@@ -34,14 +34,8 @@ _MOST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _ALIGNMENT = 64
 _METADATA = "__metadata__"
 CARRIED = (  # patterns of small files that go with the weights wherever they go
-    *(
-        "generation_config.json",
-        "preprocessor_config.json",
-        "chat_template*",
-        "tokenizer*.json",
-        "tokenizer*.model",
-    ),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("generation_config.json", "preprocessor_config.json", "chat_template*", "special_tokens_map.json"),
+    *("tokenizer*.json", "tokenizer*.model", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
 
 
@@ -103,10 +97,7 @@ def _numbered(directory: Path) -> dict[Path, tuple[int, int]]:
 
 def _all_numbered(directory: Path) -> list[Path]:
     found = _numbered(directory)
-    (count, *others), numbers = (
-        {count for _, count in found.values()},
-        {number for number, _ in found.values()},
-    )
+    numbers, (count, *others) = map(set, zip(*found.values(), strict=True))
     if others:
         raise BridgeError(
             f"{directory} has files of {count} and {others[0]} parts and no {INDEX}: which are meant?"

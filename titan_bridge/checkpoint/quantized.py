@@ -9,9 +9,8 @@ Only the blocks that a read touches come from the files. The product is float32,
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,7 +22,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.models import quantization
 from titan_bridge.models.quantization import MXFP4_GROUP, Quantization
 from titan_bridge.sharding.boxes import Box, contiguous_stride
-from titan_bridge.sharding.moves import Window
+from titan_bridge.sharding.moves import Window, cut
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 
 _PIECE = 1 << 20  # most values multiplied out at a time
@@ -57,7 +56,7 @@ class ComputedCheckpoint(Checkpoint):
         # Along the outermost dim of the file first, so that a piece lies together there.
         far_out = np.array(self.order)[steps.argmax(axis=1)]
         order = sorted(range(len(ahead)), key=lambda i: (far_out[i], -window.stride[i]))
-        for index in _cut(window.size, order, _PIECE):
+        for index in cut(window.size, order, _PIECE):
             size = tuple(part.stop - part.start for part in index)
             first = origin + np.array([part.start for part in index]) @ steps
             last = first + (np.array(size) - 1) @ steps
@@ -153,16 +152,3 @@ def _result_shape(
         raise BridgeError(f"{given}; mxfp4 needs uint8, {shapes}")
     experts, rows, groups, _ = values.shape
     return experts, groups * MXFP4_GROUP, rows
-
-
-def _cut(size: Sequence[int], order: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
-    """Parts of at most `limit` elements, cut along the dims in `order`."""
-    part = list(size)
-    for dim in order:
-        rest = math.prod(part) // part[dim]
-        part[dim] = max(1, min(part[dim], limit // rest))
-        if rest <= limit:
-            break
-    starts = itertools.product(*(range(0, n, step) for n, step in zip(size, part, strict=True)))
-    for start in starts:
-        yield tuple(slice(a, min(a + step, n)) for a, step, n in zip(start, part, size, strict=True))

@@ -83,8 +83,9 @@ class Staging:
             self._take_lock(self.target)
             self._tidy(fsync=fsync)
             self.close()
-        plan = self.path / _PLAN
-        if self.path.exists() and not plan.exists() and any(p.name != _LOCK for p in self.path.iterdir()):
+        plan, new = self.path / _PLAN, self.path / (_PLAN + PART)
+        kept = (_LOCK, _PLAN, new.name)
+        if not plan.exists() and any(path.name not in kept for path in self.path.glob("*")):
             raise BridgeError(f"{self.path} is in the way and not ours; remove it")
         self.path.mkdir(exist_ok=True)
         self._take_lock(self.path)
@@ -99,9 +100,10 @@ class Staging:
                     "run without --resume to start again"
                 )
             for path in self.path.iterdir():
-                if path.name != _LOCK:
+                if path.name not in kept:
                     path.unlink()
-        plan.write_bytes(content)
+        new.write_bytes(content)  # there is a whole plan as long as there is anything else
+        new.rename(plan)
 
     def results(self) -> dict[str, FileResult]:
         """Files that are written down as finished, by any process. Lines that are damaged count as not written."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from titan_bridge.cli import imports
 from titan_bridge.commands.infer import Text
 from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
@@ -89,10 +90,11 @@ class Diff:
         return facts | {"values": [], "left_out": [], "compared": len(params)}
 
     def _checkpoints(self) -> dict[str, Any]:
-        import torch  # with what follows, two seconds that a bad flag need not wait for
+        with imports():
+            import torch  # with what follows, two seconds that a bad flag need not wait for
 
-        from titan_bridge.checkpoint import compare
-        from titan_bridge.sharding.layout import dtype_name
+            from titan_bridge.checkpoint import compare
+            from titan_bridge.sharding.layout import dtype_name
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
         a, b = compare.open_sides([self.a, self.b], config=self.config, names=[self.names, self.names_b])

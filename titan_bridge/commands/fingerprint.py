@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from titan_bridge.cli import imports
 from titan_bridge.commands.infer import Text
 from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
@@ -59,9 +60,10 @@ class Fingerprint:
 
     def _of_folders(self, folders: list[str]) -> dict[str, tuple[dict[str, str], list[str]]]:
         """By folder: fingerprints by tensor, in hexadecimal, and tensors that have none."""
-        import torch  # with what follows, two seconds that a bad flag need not wait for
+        with imports():
+            import torch  # with what follows, two seconds that a bad flag need not wait for
 
-        from titan_bridge.checkpoint import compare
+            from titan_bridge.checkpoint import compare
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
         patterns = {self.b: self.names_b, self.a: self.names}

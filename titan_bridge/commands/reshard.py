@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from titan_bridge.cli import imports
 from titan_bridge.commands.progress import Bars
 from titan_bridge.errors import BridgeError
 
@@ -81,13 +81,12 @@ class Reshard:
     """Print one JSON object."""
 
     def run(self) -> int:
-        gc.disable()  # the imports make half a million objects, and none of them is garbage
-        import torch  # with what follows, two seconds that a bad flag need not wait for
+        with imports():
+            import torch  # with what follows, two seconds that a bad flag need not wait for
 
-        from titan_bridge.checkpoint.reshard import Options, prepare
-        from titan_bridge.checkpoint.team import Team
+            from titan_bridge.checkpoint.reshard import Options, prepare
+            from titan_bridge.checkpoint.team import Team
 
-        gc.enable()
         if self.to == "peft" or (self.src / "adapter_config.json").is_file():
             return self._adapter()
 

@@ -6,15 +6,5 @@ from titan_bridge.sharding.spec import ShardingSpec, attach, get, placement_from
 from titan_bridge.sharding.tensors import Chunk, OnMesh, TensorMetadata
 from titan_bridge.sharding.view import View
 
-__all__ = [
-    "Box",
-    "Chunk",
-    "Layout",
-    "MeshLayout",
-    "OnMesh",
-    "ParamLayout",
-    "Piece",
-    "ShardingSpec",
-    "TensorMetadata",
-]
-__all__ += ["View", "attach", "get", "local_shape_of", "pieces_of", "placement_from_str"]
+__all__ = ["Box", "Chunk", "Layout", "MeshLayout", "OnMesh", "ParamLayout", "Piece", "ShardingSpec"]
+__all__ += ["TensorMetadata", "View", "attach", "get", "local_shape_of", "pieces_of", "placement_from_str"]

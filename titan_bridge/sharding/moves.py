@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +41,16 @@ class Window:
         """Whether it is one run of the tensor's elements, in their order."""
         return row_major(self.size, self.stride)
 
+    @property
+    def order(self) -> list[int]:
+        """The dims of more than one element, the outermost in memory first."""
+        return sorted((d for d, n in enumerate(self.size) if n > 1), key=lambda d: -self.stride[d])
+
+    def at(self, index: Sequence[slice]) -> Window:
+        """A part of the window, from one slice (start, stop) for each dim."""
+        offset = self.offset + sum(part.start * step for part, step in zip(index, self.stride, strict=True))
+        return Window(size=tuple(p.stop - p.start for p in index), stride=self.stride, offset=offset)
+
 
 def row_major(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether elements of these sizes and strides lie one after the other, as in a contiguous tensor."""
@@ -49,6 +61,25 @@ def row_major(size: Sequence[int], stride: Sequence[int]) -> bool:
                 return False
             step *= n
     return True
+
+
+def cut(
+    size: Sequence[int], order: Sequence[int], most: int, stride: Sequence[int] | None = None
+) -> Iterator[tuple[slice, ...]]:
+    """The parts of an array of `size`, of at most `most` elements each (but one at least), as slices for every dim.
+    It is cut along the dims in `order` and told in that order. With `stride`, what lies between the elements of a part
+    counts, too; `order` is then that of a window."""
+    step = list(size)
+    for dim in order:
+        rest = math.prod(step) // step[dim] if stride is None else stride[dim]
+        step[dim] = max(1, min(step[dim], most // rest))
+        if rest <= most:
+            break
+    for starts in itertools.product(*(range(0, size[dim], step[dim]) for dim in order)):
+        first = [0] * len(size)
+        for dim, start in zip(order, starts, strict=True):
+            first[dim] = start
+        yield tuple(slice(a, min(a + n, whole)) for a, n, whole in zip(first, step, size, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
