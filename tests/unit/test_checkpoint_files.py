@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from titan_bridge.checkpoint.files import FilePool, inside
 from titan_bridge.checkpoint.target import rows_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
-from titan_bridge.sharding.moves import Window
+from titan_bridge.sharding.moves import Window, cut
 
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)
 
@@ -172,3 +173,30 @@ def test_a_pool_that_nobody_closes_keeps_no_file_open(tmp_path):
         FilePool().read_into(tmp_path / "a", 0, memoryview(out))
         assert out == b"weights!"
     assert os.listdir("/proc/self/fd") == before
+
+
+@settings(deadline=None)
+@given(
+    size=st.lists(st.integers(0, 7), max_size=4),
+    most=st.integers(1, 40),
+    gaps=st.booleans(),
+    data=st.data(),
+)
+def test_parts_of_an_array_hold_each_element_once_and_no_more_than_they_may(size, most, gaps, data):
+    place = data.draw(st.permutations(range(len(size))))  # how the dims lie in memory, the innermost first
+    stride, step = [0] * len(size), 1
+    for dim in place:
+        stride[dim] = step
+        step *= max(size[dim], 1) + data.draw(st.integers(0, 2))
+    window = Window(size=tuple(size), stride=tuple(stride), offset=3)
+    seen = torch.zeros(size)
+    for index in cut(window.size, window.order, most, window.stride if gaps else None):
+        part = window.at(index)
+        seen[index] += 1
+        assert part.size == tuple(seen[index].shape)
+        elements = math.prod(part.size)
+        span = 1 + sum((n - 1) * by for n, by in zip(part.size, part.stride, strict=True))
+        assert elements == 1 or (span if gaps else elements) <= most
+        first = [each.start for each in index]
+        assert part.offset == 3 + sum(n * by for n, by in zip(first, stride, strict=True))
+    assert bool((seen == 1).all())

@@ -69,6 +69,8 @@ def cut(
     """The parts of an array of `size`, of at most `most` elements each (but one at least), as slices for every dim.
     It is cut along the dims in `order` and told in that order. With `stride`, what lies between the elements of a part
     counts, too; `order` is then that of a window."""
+    if 0 in size:
+        return
     step = list(size)
     for dim in order:
         rest = math.prod(step) // step[dim] if stride is None else stride[dim]

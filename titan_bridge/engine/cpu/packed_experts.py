@@ -26,8 +26,8 @@ from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
 FEW_ROWS = 4
 """Rows an expert up to which the operator beats a product for each expert, without AMX."""
 
-FEW_FOREIGN = 64
-"""Experts of all tokens up to which, with AMX, computing others' rows costs less than picking a rank's own."""
+FEW_FOREIGN = range(16, 65)
+"""Chosen experts of all tokens in a step where, with AMX, computing others' rows costs less than picking one's own."""
 
 
 def isa_for(sizes: Iterable[int]) -> str | None:
@@ -177,7 +177,7 @@ class PackedRoutedExperts(KeepDtypeExperts):
             return out_TD
         ids_TK = ids_TK.to(torch.int32) - first
         own_TK = (ids_TK >= 0) & (ids_TK < self._sizes()[0])
-        if self.isa == "amx" and 0 < ids_TK.numel() <= FEW_FOREIGN:
+        if self.isa == "amx" and ids_TK.numel() in FEW_FOREIGN:
             # Rows of others' experts go through one that is at work anyway, with a score of 0.
             working = (ids_TK * own_TK).amax()
             return self.routed(x_TD, scores_TK * own_TK, torch.where(own_TK, ids_TK, working), first=None)

@@ -43,7 +43,7 @@ from titan_bridge.engine.model.moe import (
 from titan_bridge.engine.model.rope import StepRopes
 from titan_bridge.engine.model.router import use_float32_gate
 from titan_bridge.engine.model.stages import keep_stage, pass_on, staged
-from titan_bridge.engine.model.triton_experts import KINDS, use_triton
+from titan_bridge.engine.model.triton_experts import can_use_triton, use_triton
 from titan_bridge.engine.options import TitanOptions, titan_options
 from titan_bridge.mesh import Sizes, check_divides, describe, padded_vocab
 from titan_bridge.model_layout import as_layout, specs_of_module
@@ -265,8 +265,7 @@ def experts_kernel(
     fit = all(rows_fit((each.hidden_dim // tp[at], each.dim), dtype) for at, each in experts)
     if fit and dtype == torch.bfloat16 and capability.major in (9, 10):
         return "torch"
-    known = all(type(each) in (kind.Config for kind in KINDS) for _, each in experts)
-    return "triton" if known and capability.major >= 8 else None
+    return "triton" if all(can_use_triton(each) for _, each in experts) and capability.major >= 8 else None
 
 
 def captures_experts(setup: Setup, dtype: torch.dtype, capability: DeviceCapability | None) -> bool:

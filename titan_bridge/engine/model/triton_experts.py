@@ -13,18 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchtitan.models.common.moe import GroupedExperts
 from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.triton_utils import tl
 
-from titan_bridge.models.experts import KeepDtypeExperts, KeepDtypeGroupedExperts, expert_of_rows
-from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
-
-KINDS = (KeepDtypeGroupedExperts, KeepDtypeGptOssExperts)
-"""Classes of experts that can be computed so."""
+from titan_bridge.models.experts import KeepDtypeExperts, expert_of_rows
 
 
 class TritonExperts(KeepDtypeExperts):
-    """What both kinds share: the same parameters under the same names, another way to compute."""
+    """The same parameters under the same names, another way to compute."""
 
     routes: bool
     """Whether `routed` may be called: not where weights are gathered for each call of the module."""
@@ -107,18 +104,14 @@ _NOT_QUANTIZED: dict[str, Any] = dict.fromkeys(
 )
 
 
-class TritonGroupedExperts(TritonExperts, KeepDtypeGroupedExperts):
-    """TorchTitan's `GroupedExperts`."""
-
-
-class TritonGptOssExperts(TritonExperts, KeepDtypeGptOssExperts):
-    """gpt-oss's, with biases."""
+def can_use_triton(config: GroupedExperts.Config) -> bool:
+    """Whether experts of this config can be computed so."""
+    return config._owner is not None and issubclass(config._owner, KeepDtypeExperts)
 
 
 def use_triton(module: nn.Module, *, routes: bool) -> None:
-    """Make experts of `KINDS` compute so, in place."""
-    module.__class__ = (
-        TritonGptOssExperts if isinstance(module, KeepDtypeGptOssExperts) else TritonGroupedExperts
-    )
+    """Let experts of a config that can be computed so be, in place."""
+    kind = type(module)
+    module.__class__ = type(f"Triton{kind.__name__}", (TritonExperts, kind), {})
     assert isinstance(module, TritonExperts)
     module.routes = routes
