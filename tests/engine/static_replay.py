@@ -157,6 +157,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             disable_log_stats=True,
             **(launched if ranks > 1 else {}),
         )
+        found["modules"] = llm.apply_model(lambda model: sorted({type(m).__name__ for m in model.modules()}))[
+            0
+        ]
         answers(llm)  # captures
         found["replayed"] = answers(llm)
         found |= {"inputs": Replay.inputs, "moved": Replay.moved}

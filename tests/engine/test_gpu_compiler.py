@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torchtitan.models.common.moe import RoutedExperts
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 
-from tests.engine.replays import CASES, cases_of, farthest, make_models, pieces_of, replay
+from tests.engine.replays import CASES, DENSE, cases_of, farthest, make_models, pieces_of, replay
 from tests.engine.static_replay import RefuseHostReads
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -38,6 +38,7 @@ def test_replayed_graphs_compute_what_eager_computes(runs: dict[str, dict[str, A
     assert run["pulled_back"] == []
     assert run["pieces"] == pieces_of(name)
     assert run["all_reduces"] == 0
+    assert ("JoinedFeedForward" in run["modules"]) == (name in (*DENSE, "deepseek_v3"))  # its shared experts
     worst = farthest(run["replayed"], run["eager"])
     print(f"{name}: {run['pieces']} pieces, {run['inputs']} inputs, log-probabilities within {worst:.1e}")
     assert worst <= 1e-4

@@ -206,11 +206,11 @@ class ServedExperts(nn.Module):
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
         experts = self.inner_experts
-        packed = isinstance(experts, PackedRoutedExperts) and self.spread is None
-        routes = packed or (isinstance(experts, TritonExperts) and self.spread is None)
+        routes = self.spread is None and isinstance(experts, PackedRoutedExperts | TritonExperts)
         if routes and experts.in_one(ids_TK.numel() / len(count_E)):
             first = getattr(self.token_dispatcher, "first", None)
             return experts.routed(x_TD, scores_TK, ids_TK, first=first)
+        packed = routes and isinstance(experts, PackedRoutedExperts)
         # Packed experts ask the host anyway, so rows can be gathered when it is known how many this rank needs.
         given_TD = x_TD[:, :0] if packed else x_TD
         routed_RD, count_e, metadata = self.token_dispatcher.dispatch(given_TD, scores_TK, ids_TK, count_E)

@@ -67,9 +67,6 @@ class TritonExperts(KeepDtypeExperts):
         tokens, top_k = ids_TK.shape
         count, dim, hidden = down_EDF.shape
         given, x_TD = x_TD, x_TD.to(down_EDF.dtype).contiguous()
-        make = (
-            x_TD.new_empty if own_E is None else x_TD.new_zeros
-        )  # nobody writes rows of other ranks' experts
         if not tokens:
             return given.new_empty(0, top_k, dim)
         wide = sum(matrix.shape[1] for matrix in up)
@@ -95,7 +92,9 @@ class TritonExperts(KeepDtypeExperts):
             rows = slice(at, at := at + matrix.shape[1])
             multiply(x_TD, matrix, wide_TKG[..., rows], up_bias, None, top_k)
         hidden_RF = self.activate(wide_TKG.flatten(0, 1))
-        multiply(hidden_RF, down_EDF, out_TKD := make(tokens, top_k, dim), down_bias, scores_TK, 1)
+        # Nobody writes the rows of other ranks' experts.
+        out_TKD = (x_TD.new_empty if own_E is None else x_TD.new_zeros)(tokens, top_k, dim)
+        multiply(hidden_RF, down_EDF, out_TKD, down_bias, scores_TK, 1)
         return out_TKD.type_as(given)
 
 
