@@ -7,10 +7,10 @@
 
 Every row is a process of its own, so that peak memory is its own and the imports count. "cold": the source was
 dropped from the page cache; "warm": it was read before. "raw copy" is `cp` of the source's weight files: all of them,
-also where half as many bytes are written, by one thread in the kernel, which looks at none. It starts after the imports
-of the command, those of its command line included; what follows them, from the flags on, counts as the command's. A
-virtual machine gives free memory back to its host within seconds, and what starts right after files were removed finds
-theirs and is up to eight times as fast: hence a pause before every run. TorchTitan's conversions are the calls of its
+also where half as many bytes are written, by one thread in the kernel, which looks at none. It and the command import
+the same first, each in its own process, and are compared by what follows, from the flags on. A virtual machine gives
+free memory back to its host within seconds, and what starts right after files were removed finds theirs and is up to
+eight times as fast: hence a pause before every run. TorchTitan's conversions are the calls of its
 scripts/checkpoint_conversion, which the package does not ship: build the model, fill its state dict, run the adapter,
 save. What is written is compared tensor by tensor, bit for bit.
 """
@@ -43,28 +43,34 @@ WIDTH = {
     "head_dim": 128,
     "vocab_size": 32000,
 }
-OURS = "import sys; from titan_bridge.cli import script; sys.exit(script(['reshard', *sys.argv[1:]]))"
 IMPORTS = """
-import tyro, titan_bridge.commands.reshard
+import time, tyro, titan_bridge.commands.reshard
 from titan_bridge.cli import imports
 with imports():
     import titan_bridge.checkpoint.reshard, titan_bridge.checkpoint.team
     from titan_bridge.models import families
 families()
+print(time.monotonic(), flush=True)
 """
-COPY = """
-import os, subprocess, sys, time
-exec(sys.argv.pop(1))
-os.makedirs(sys.argv[1])
-start = time.perf_counter()
-subprocess.run(["cp", *sys.argv[2:], sys.argv[1]], check=True)
-print(time.perf_counter() - start)
+"""The clock is the machine's: who waits for the process can tell when its imports were done."""
+OURS = (
+    IMPORTS
+    + """
+import sys
+from titan_bridge.cli import script
+sys.exit(script(["reshard", *sys.argv[1:]]))
 """
-LEAVE = """
+)
+COPY = (
+    IMPORTS
+    + """
+import os, subprocess, sys
 from titan_bridge.cli import leave
+os.makedirs(sys.argv[1])
+subprocess.run(["cp", *sys.argv[2:], sys.argv[1]], check=True)
 leave()
 """
-"""How the command ends; a slower end would count as imports."""
+)
 TITAN = """
 import sys, torch, torch.distributed.checkpoint as dcp
 from pathlib import Path
@@ -123,8 +129,12 @@ class Row:
     who: str
     cache: str
     seconds: float
-    """Wall time of the process, from start to end; raw copy: of `cp` alone."""
-    all_seconds: tuple[float, ...]
+    """Wall time of the process, from start to end."""
+    imports: float
+    """Seconds of it that the imports took; TorchTitan's and torch's are not taken apart: 0."""
+    work: float
+    """Seconds after the imports."""
+    all_work: tuple[float, ...]
     cpu: float
     """Seconds of all cores."""
     peak: int
@@ -132,8 +142,6 @@ class Row:
     read: int
     """Bytes of weights in the source."""
     written: int
-    imports: float
-    """Seconds that the imports of the task take, without which it is compared."""
 
 
 def weights(directory: Path) -> list[Path]:
@@ -166,8 +174,8 @@ class Usage:
 
     seconds: float
     """Wall time."""
-    copying: float | None
-    """Wall time of `cp` alone, in a process that copies; the rest is imports."""
+    imports: float
+    """Seconds of it until the process printed that its imports are done; 0 if it does not."""
     cpu: float
     """Seconds of all cores, in the program and in the kernel; says more where others use the machine."""
     peak: int
@@ -177,25 +185,23 @@ class Usage:
 def run(command: Sequence[str]) -> Usage:
     """Run a process. Exits when it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))}
-    start = time.perf_counter()
+    start = time.monotonic()
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
+        seconds = time.monotonic() - start
         child.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         printed = log.read().decode()
         if child.returncode:
             sys.exit(f"{' '.join(command)[:300]} failed:\n{printed[-3000:]}")
-    copying = float(printed) if COPY + LEAVE in command else None
+    timed = any(IMPORTS in argument for argument in command)
     return Usage(
-        seconds=seconds, copying=copying, cpu=usage.ru_utime + usage.ru_stime, peak=usage.ru_maxrss * 1024
+        seconds=seconds,
+        imports=float(printed.split(maxsplit=1)[0]) - start if timed else 0,
+        cpu=usage.ru_utime + usage.ru_stime,
+        peak=usage.ru_maxrss * 1024,
     )
-
-
-def copy_command(source: Path, target: Path) -> list[str]:
-    """`cp` after the imports of the command that does more than that."""
-    return python(COPY + LEAVE, IMPORTS, target, *weights(source))
 
 
 def python(code: str, *arguments: object) -> list[str]:
@@ -208,22 +214,22 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
     # In a process: Linux counts the memory of the parent before a process starts as that of the process.
     run(python(MAKE, hf, json.dumps(WIDTH | {"num_hidden_layers": layers})))
     run(python(OURS, hf, dcp, "--to", "dcp"))
-    started = run(python(IMPORTS + LEAVE))
+    started = run(python(IMPORTS))
     # (task, source, {who: command that writes the given target})
     tasks = {
         "hf to dcp": (hf, {
-            "raw copy": lambda out: copy_command(hf, out),
+            "raw copy": lambda out: python(COPY, out, *weights(hf)),
             "titan-bridge": lambda out: python(OURS, hf, out, "--to", "dcp"),
             "torchtitan convert_from_hf": lambda out: python(TITAN, "from_hf", hf, out, hf, "float32"),
         }),
         "dcp to hf": (dcp, {
-            "raw copy": lambda out: copy_command(dcp, out),
+            "raw copy": lambda out: python(COPY, out, *weights(dcp)),
             "titan-bridge": lambda out: python(OURS, dcp, out, "--to", "hf"),
             "torchtitan convert_to_hf": lambda out: python(TITAN, "to_hf", dcp, out, hf, "float32"),
             "dcp_to_torch_save": lambda out: python(TORCH_SAVE, dcp, out),
         }),
         "dcp to hf, bfloat16": (dcp, {
-            "raw copy": lambda out: copy_command(dcp, out),
+            "raw copy": lambda out: python(COPY, out, *weights(dcp)),
             "titan-bridge": lambda out: python(OURS, dcp, out, "--to", "hf", "--dtype", "bfloat16"),
             "torchtitan convert_to_hf": lambda out: python(TITAN, "to_hf", dcp, out, hf, "bfloat16"),
         }),
@@ -247,25 +253,24 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
                     if who != "raw copy" and cache == "warm" and out.is_dir():
                         kept.setdefault(who, out.rename(base / "kept" / out.name) if who not in kept else out)
                     remove(out)
-            copies = [result for result in found["raw copy"] if result.copying is not None]
-            imports = statistics.median(result.seconds - (result.copying or 0) for result in copies)
             for who, results in found.items():
-                seconds = tuple(result.copying or result.seconds for result in results)
+                work = tuple(result.seconds - result.imports for result in results)
                 rows.append(
                     Row(
                         task=task,
                         who=who,
                         cache=cache,
-                        seconds=statistics.median(seconds),
-                        all_seconds=seconds,
+                        seconds=statistics.median(result.seconds for result in results),
+                        imports=statistics.median(result.imports for result in results),
+                        work=statistics.median(work),
+                        all_work=work,
                         cpu=statistics.median(result.cpu for result in results),
                         peak=max(result.peak for result in results),
                         read=size(source),
                         written=written[who],
-                        imports=imports,
                     )
                 )
-                print(f"{task}, {who}, {cache}: {', '.join(f'{s:.1f}' for s in seconds)} s", file=sys.stderr)
+                print(f"{task}, {who}, {cache}: {', '.join(f'{s:.1f}' for s in work)} s", file=sys.stderr)
         theirs = [path for who, path in kept.items() if who.startswith("torchtitan")]
         if theirs:
             run(python(COMPARE, kept["titan-bridge"], theirs[0]))
@@ -273,7 +278,7 @@ def bench(base: Path, layers: int, repeats: int, only: str) -> tuple[list[Row], 
         for path in kept.values():
             remove(path)
     facts = {
-        "import_seconds": started.seconds,
+        "import_seconds": started.imports,
         "import_peak": started.peak,
         "layers": layers,
         "same_tensors_as_torchtitan": same,
@@ -298,10 +303,10 @@ def show(rows: list[Row], facts: dict[str, Any]) -> None:
     for column in (
         *left,
         "seconds",
-        "runs",
         "cpu",
-        "imports",
-        "against raw copy, less imports",
+        "after imports",
+        "runs",
+        "against raw copy",
         "peak memory",
         "against titan-bridge",
     ):
@@ -309,17 +314,16 @@ def show(rows: list[Row], facts: dict[str, Any]) -> None:
     for row in rows:
         by_who = {other.who: other for other in rows if (other.task, other.cache) == (row.task, row.cache)}
         raw, ours = by_who["raw copy"], by_who["titan-bridge"]
-        ratio = f"{(row.seconds - (0 if row is raw else row.imports)) / raw.seconds:.2f}"
         theirs = row.who not in ("raw copy", "titan-bridge")
         table.add_row(
             row.task,
             row.who,
             row.cache,
             f"{row.seconds:.1f}",
-            " ".join(f"{s:.1f}" for s in row.all_seconds),
             f"{row.cpu:.1f}",
-            f"{row.imports:.1f}",
-            ratio,
+            f"{row.work:.1f}",
+            " ".join(f"{s:.1f}" for s in row.all_work),
+            "" if theirs else f"{row.work / raw.work:.2f}",
             f"{row.peak / 1e6:.0f} MB",
             f"{row.seconds / ours.seconds:.1f} x time, {row.peak / ours.peak:.1f} x memory" if theirs else "",
         )
