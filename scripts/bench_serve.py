@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="what vLLM is installed for")
     parser.add_argument("--models", type=Path, default=Path("out/bench"), help="where the models are made")
     parser.add_argument(
-        "--json", type=Path, default=Path("out/serve.json"), help="cases that it has are replaced"
+        "--json", type=Path, default=Path("out/serve.json"), help="comparisons that it has are replaced"
     )
     given = parser.parse_args()
     for name in given.case or CASES:
@@ -215,15 +215,27 @@ def wait(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def save(file: Path, row: dict[str, Any], device: str) -> None:
-    """Put the case into the file, beside the others of the same machine, versions and commit."""
+    """Put the case into the file, beside others."""
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    rows = [old for old in rows if old["case"] != row["case"]] + [row | {"about": about(device)}]
+    rows = add(rows, row | {"about": about(device)})
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
     new.write_text(
         json.dumps({"rows": sorted(rows, key=lambda each: list(CASES).index(each["case"]))}, indent=1)
     )
     os.replace(new, file)
+
+
+def add(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """`rows` with one more, which replaces older comparisons of its case with the same sides."""
+    kept = []
+    for old in rows:
+        ours, *others = old["sides"]
+        if old["case"] == row["case"]:
+            others = [side for side in others if side not in row["sides"]]
+        if others:
+            kept.append(old | {"sides": {side: old["sides"][side] for side in (ours, *others)}})
+    return [*kept, row]
 
 
 def about(device: str) -> dict[str, Any]:

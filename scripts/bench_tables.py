@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from bench_serve import add
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -29,19 +30,23 @@ FIGURES = ("per token, ms", "first token, ms", "start, s")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "files", type=Path, nargs="+", help="a case in a later file replaces one in an earlier"
+        "files", type=Path, nargs="+", help="what a later file compares, too, is taken from it"
     )
     parser.add_argument("--page", type=Path, default=HERE / "README.md", help="a page with the markers")
     parser.add_argument("--chart", type=Path, default=HERE / "serving.svg")
     given = parser.parse_args()
-    rows = {row["case"]: row for file in given.files for row in json.loads(file.read_text())["rows"]}
+    rows: list[dict[str, Any]] = []
+    for row in (row for file in given.files for row in json.loads(file.read_text())["rows"]):
+        rows = add(rows, row)
+    cases = [row["case"] for row in rows]
+    rows.sort(key=lambda row: cases.index(row["case"]))  # the rows of a case one after the other
     page = given.page.read_text()
     if BEGIN not in page or END not in page:
         print(f"{given.page} has no lines {BEGIN} and {END}", file=sys.stderr)
         return 2
     before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-    replace(given.page, f"{before}{BEGIN}\n{table(list(rows.values()))}\n{END}{after}")
-    chart(list(rows.values()), given.chart)
+    replace(given.page, f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+    chart(rows, given.chart)
     return 0
 
 

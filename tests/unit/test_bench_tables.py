@@ -84,6 +84,26 @@ def test_the_table_and_the_chart_have_medians_and_say_where_they_come_from(folde
     assert ((folder / "page.md").read_text(), (folder / "chart.svg").read_text()) == (page, chart)
 
 
+def test_what_was_compared_at_another_time_stands_beside_it_and_what_is_newer_replaces(folder: Path) -> None:
+    ours = {"torchtitan": side(10.0)}
+    first = [
+        measured("a", ours | {"vllm": side(15.0), "transformers": side(99.0)}),
+        measured("b", ours | {"vllm": side(12.0)}),
+    ]
+    assert (
+        write(
+            folder, first, [measured("a", {"torchtitan": side(20.0), "transformers": side(50.0)})]
+        ).returncode
+        == 0
+    )
+    lines = [line for line in (folder / "page.md").read_text().splitlines() if line.startswith("| moe")]
+    assert [line.split("|")[2:5] for line in lines] == [
+        [" vllm ", " 3 ", " **1.50** (10 / 15) "],
+        [" transformers ", " 3 ", " **2.50** (20 / 50) "],
+        [" vllm ", " 3 ", " **1.20** (10 / 12) "],
+    ]
+
+
 def test_a_page_without_the_markers_stays(folder: Path) -> None:
     (folder / "page.md").write_text("nothing")
     done = write(folder, [measured("a", {"torchtitan": side(1.0), "vllm": side(1.0)})])
