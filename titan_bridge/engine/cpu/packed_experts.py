@@ -176,12 +176,11 @@ class PackedRoutedExperts(KeepDtypeExperts):
             out_TD = torch.empty_like(x_TD)
             self._operate(out_TD, x_TD, scores_TK, ids_TK)
             return out_TD
-        ids_TK = ids_TK.to(torch.int32) - first
-        own_TK = (ids_TK >= 0) & (ids_TK < self._sizes()[0])
+        nearest_TK = ids_TK.clamp(first, first + self._sizes()[0] - 1)
+        own_TK = nearest_TK == ids_TK
         if self.isa == "amx" and ids_TK.numel() in FEW_FOREIGN:
-            # Rows of others' experts go through one that is at work anyway, with a score of 0.
-            working = (ids_TK * own_TK).amax()
-            return self.routed(x_TD, scores_TK * own_TK, torch.where(own_TK, ids_TK, working), first=None)
+            # Rows of others' experts go through this rank's first or last, with a score of 0.
+            return self.routed(x_TD, scores_TK * own_TK, nearest_TK - first, first=None)
         places_R = own_TK.flatten().nonzero().squeeze(1)
         tokens_R = places_R // ids_TK.shape[1]
         x_RD = x_TD.index_select(0, tokens_R)
@@ -189,7 +188,7 @@ class PackedRoutedExperts(KeepDtypeExperts):
         scores_R1, ids_R1 = (
             each_TK.flatten().index_select(0, places_R).unsqueeze(1) for each_TK in (scores_TK, ids_TK)
         )
-        self._operate(out_RD, x_RD, scores_R1, ids_R1)
+        self._operate(out_RD, x_RD, scores_R1, ids_R1 - first)
         return torch.zeros_like(x_TD).index_add_(0, tokens_R, out_RD)
 
     def _operate(self, out: torch.Tensor, x: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
