@@ -35,11 +35,12 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=HERE / "README.md", help="a page with the markers")
     parser.add_argument("--chart", type=Path, default=HERE / "serving.svg")
     given = parser.parse_args()
+    measured = [row for file in given.files for row in json.loads(file.read_text())["rows"]]
+    cases = [row["case"] for row in measured]
     rows: list[dict[str, Any]] = []
-    for row in (row for file in given.files for row in json.loads(file.read_text())["rows"]):
+    for row in measured:
         rows = add(rows, row)
-    cases = [row["case"] for row in rows]
-    rows.sort(key=lambda row: cases.index(row["case"]))  # the rows of a case one after the other
+    rows.sort(key=lambda row: cases.index(row["case"]))
     page = given.page.read_text()
     if BEGIN not in page or END not in page:
         print(f"{given.page} has no lines {BEGIN} and {END}", file=sys.stderr)
