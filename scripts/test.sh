@@ -21,5 +21,5 @@ if [ $# -eq 0 ]; then
 fi
 # The outer limit ends a run that no per-test timeout could. A shell's background job ignores SIGINT, and so would
 # all that the tests start: they interrupt some.
-exec timeout --kill-after=60 "${TITAN_BRIDGE_TEST_SECONDS:-4500}" env --default-signal=INT \
+exec timeout --kill-after=60 "${TITAN_BRIDGE_TEST_SECONDS:-5400}" env --default-signal=INT \
     "$PYTHON" -m pytest --durations=15 --durations-min=5 "$@"
