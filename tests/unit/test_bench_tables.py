@@ -90,12 +90,8 @@ def test_what_was_compared_at_another_time_stands_beside_it_and_what_is_newer_re
         measured("a", ours | {"vllm": side(15.0), "transformers": side(99.0)}),
         measured("b", ours | {"vllm": side(12.0)}),
     ]
-    assert (
-        write(
-            folder, first, [measured("a", {"torchtitan": side(20.0), "transformers": side(50.0)})]
-        ).returncode
-        == 0
-    )
+    second = [measured("a", {"torchtitan": side(20.0), "transformers": side(50.0)})]
+    assert write(folder, first, second).returncode == 0
     lines = [line for line in (folder / "page.md").read_text().splitlines() if line.startswith("| moe")]
     assert [line.split("|")[2:5] for line in lines] == [
         [" vllm ", " 3 ", " **1.50** (10 / 15) "],
