@@ -42,7 +42,7 @@ def _group(args: tuple[Any, ...], *, shared: bool) -> str:
         known[getattr(memory, "handle", None)] = name  # None, where a group has no shared memory
     if shared:
         return known[args[0]]
-    (group,) = (each for each in args if isinstance(each, str | torch.ScriptObject))
+    group = next(each for each in args if isinstance(each, str | torch.ScriptObject))  # before a ReduceOp
     name = group if isinstance(group, str) else dist.ProcessGroup.unbox(group).group_name
     return known.get(name, f"of torch's, {name}")
 

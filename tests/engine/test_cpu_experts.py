@@ -13,12 +13,14 @@ from vllm import _custom_ops as ops
 from vllm.config import CompilationConfig
 from vllm.platforms import current_platform
 
+from titan_bridge.engine.cpu.onednn import product_dtype
 from titan_bridge.engine.cpu.packed_experts import (
     FEW_FOREIGN,
     FEW_ROWS,
     PackedExperts,
     PackedGptOssExperts,
     isa_for,
+    layouts_for,
     pack_experts,
 )
 from titan_bridge.engine.cpu.packing import Packing
@@ -29,7 +31,12 @@ from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
 pytestmark = pytest.mark.engine
 
 DIM, HIDDEN, EXPERTS, TOP_K = 64, 96, 5, 2
-LAYOUTS = ("amx", "vec", "products")
+LAYOUTS = {
+    "amx": ("amx", False),
+    "vec": ("vec", False),
+    "vec and products": ("vec", True),
+    "products": (None, True),
+}
 KINDS = {KeepDtypeGroupedExperts: PackedExperts, KeepDtypeGptOssExperts: PackedGptOssExperts}
 
 
@@ -53,7 +60,7 @@ def experts(request: pytest.FixtureRequest) -> nn.Module:
 def packed(experts: nn.Module, layout: str, *, keep: bool = False) -> Packing:
     """`experts` in `layout`, in place."""
     kind = KINDS[type(experts)]
-    assert pack_experts(experts, isa="vec" if layout == "products" else layout, once=layout == "products")
+    assert pack_experts(experts, layouts=LAYOUTS[layout])
     assert type(experts) is kind
     live = {name: weight.detach() for name, weight in experts.named_parameters()}
     packing = Packing(experts, live, keep=keep)
@@ -138,7 +145,7 @@ def test_a_step_calls_experts_itself_and_a_compiled_one_where_they_are_one_opera
     packed(experts, layout)
     assert not served(experts, None, reports=True)._is_one_operator()
     watched = served(experts, first)
-    assert watched._is_one_operator() == (layout == "amx" and first is None)
+    assert watched._is_one_operator() == (not LAYOUTS[layout][1] and first is None)
     x_BLD = torch.randn(1, 9, DIM).to(torch.bfloat16)
     scores_BLK, ids_BLK = torch.rand(1, 9, total(first)).topk(TOP_K)
     given = x_BLD, scores_BLK, ids_BLK, torch.bincount(ids_BLK.flatten(), minlength=total(first))
@@ -182,7 +189,7 @@ def test_sorted_rows_come_back_in_their_order(experts: nn.Module, layout: str) -
 def test_weights_come_back_bit_for_bit_and_new_ones_take_their_place(experts: nn.Module, layout: str) -> None:
     with torch.no_grad():
         first = next(experts.parameters())
-        if layout != "products":
+        if LAYOUTS[layout][0]:
             first.view(-1)[:3] = torch.tensor([-0.0, torch.inf, -torch.inf])
     given = {name: weight.detach().clone() for name, weight in experts.named_parameters()}
     packing = packed(experts, layout)
@@ -223,3 +230,11 @@ def test_sizes_that_no_layout_takes_stay_products() -> None:
     current_platform.import_kernels()
     assert isa_for((64, 96)) is not None
     assert isa_for((64, 90)) is None
+    assert layouts_for((64, 90), once=False) == layouts_for((64, 90), once=True) == (None, True)
+
+
+def test_one_layout_is_held_where_it_wins_at_every_size() -> None:
+    current_platform.import_kernels()
+    isa, products = layouts_for((64, 96), once=False)
+    assert products == (isa != "amx" and product_dtype() == torch.bfloat16)
+    assert layouts_for((64, 96), once=True) == ((None, True) if products else (isa, False))

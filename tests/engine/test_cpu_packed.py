@@ -312,7 +312,7 @@ def test_rows_of_own_experts_alone_give_the_bits_of_torchtitan(tokens: int, firs
     routed = RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher).build()
     for parameter in routed.to(torch.bfloat16).parameters():
         nn.init.normal_(parameter, std=0.1)
-    pack_experts(routed.inner_experts, isa="vec", once=True)  # a product for each expert, on any processor
+    pack_experts(routed.inner_experts, layouts=(None, True))  # a product for each expert, on any processor
     _packed(routed, keep=False)
     if first is not None:
         routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=first, count=count)

@@ -1,10 +1,13 @@
 """Steps that are not compiled: one of vLLM's operators where torch has ten, for RMSNorm and rotary embeddings.
 
-Both compute in float32 and round once, as torch's do. Compiled steps have torch's, which the compiler joins with what
-is around them; float32 models have torch's always: they are the referee.
+Both compute in float32 and round once, as torch's do; on x86 without AVX-512 vLLM's RMSNorm cuts bits off where it
+should round, and torch's stays. Compiled steps have torch's, which the compiler joins with what is around them; float32
+models have torch's always: they are the referee.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import nn
@@ -15,6 +18,16 @@ from vllm.platforms import current_platform
 def has_operators(dtype: torch.dtype) -> bool:
     """Whether a model of `dtype` takes vLLM's operators here."""
     return current_platform.is_cpu() and dtype == torch.bfloat16 and hasattr(torch.ops._C, "rms_norm")
+
+
+@cache
+def norm_rounds() -> bool:
+    """Whether vLLM's RMSNorm rounds to the nearest bfloat16 on this processor."""
+    x_TD = torch.linspace(-3, 3, 64 * 64, dtype=torch.bfloat16).view(64, 64)
+    found_TD, weight_D = torch.empty_like(x_TD), torch.ones(64, dtype=torch.bfloat16)
+    torch.ops._C.rms_norm(found_TD, x_TD, weight_D, 1e-6)
+    wanted_TD = nn.functional.rms_norm(x_TD.float(), (64,), eps=1e-6).to(torch.bfloat16)
+    return (found_TD == wanted_TD).float().mean().item() > 0.95
 
 
 class NormInOne(RMSNorm):
@@ -30,7 +43,9 @@ class NormInOne(RMSNorm):
 
 
 def norm_in_one(model: nn.Module) -> None:
-    """Let every `RMSNorm` of `model` be `NormInOne`."""
+    """Let every `RMSNorm` of `model` be `NormInOne`, where that rounds."""
+    if not norm_rounds():
+        return
     for module in model.modules():
         if type(module) is RMSNorm:
             module.__class__ = NormInOne

@@ -1,9 +1,9 @@
 """TorchTitan's linears on the CPU backend: bfloat16 products through oneDNN with weights packed beforehand.
 
 `torch.nn.functional.linear` and `torch._grouped_mm` lay a bfloat16 weight out anew at every call, which costs as much
-as the product itself at decode sizes; vLLM's own layers pack theirs once, and so do we. The packed copy follows the
-plain weight, which loading and transfer write; whether that stays is `packing`'s matter. float32 keeps torch's own
-product: it is the referee.
+as the product itself at decode sizes; vLLM's own layers pack theirs once, and so do we. The packed copy (in float32
+where the processor has no products in bfloat16) follows the plain weight, which loading and transfer write; whether
+that stays is `packing`'s matter. float32 models keep torch's own product: it is the referee.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm import _custom_ops as ops
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from titan_bridge.engine.cpu.onednn import PackedMatrix, packed, product
+from titan_bridge.engine.cpu.onednn import PackedMatrix, packed, product, product_dtype
 from titan_bridge.engine.cpu.packed_experts import PackedRoutedExperts, pack_experts
 from titan_bridge.engine.model.latent import LatentCache
 
@@ -63,7 +63,7 @@ class PackedLinear(_OneMatrix, Linear):
         matrix = self.__dict__.get("_packed")
         if matrix is None:
             return super().forward(input)
-        return product(input, self.weight.shape[0], matrix.pointer, self._own_bias())
+        return product(input, self.weight.shape[0], matrix, self._own_bias())
 
     def _own_bias(self) -> torch.Tensor | None:
         return self.bias
@@ -117,7 +117,7 @@ class PackedQKV(_OneMatrix, FusedQKVLinear):
             return super().forward(x)
         out_features = self.wqkv.weight.shape[0]
         kv = out_features // self.r_dim
-        qkv = product(x, out_features, matrix.pointer).split([self.heads_per_kv * kv, kv, kv], dim=-1)
+        qkv = product(x, out_features, matrix).split([self.heads_per_kv * kv, kv, kv], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         return q, k, v
 
@@ -148,7 +148,7 @@ class PackedFeedForward(_OneMatrix, FeedForward):
         matrix = self.__dict__.get("_packed")
         if matrix is None:
             return super().forward(x)
-        gate, up = product(x, 2 * self.w1.weight.shape[0], matrix.pointer).chunk(2, dim=-1)
+        gate, up = product(x, 2 * self.w1.weight.shape[0], matrix).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)  # vLLM's operator for it is scalar code on the CPU
 
 
@@ -163,7 +163,7 @@ def use_packed_weights(
     `experts_once`: see `additional_config.titan.cpu_experts_once`. `apart`: each linear layer's own forward is called,
     and none of several becomes one product.
     """
-    if not current_platform.is_cpu() or dtype != torch.bfloat16 or not hasattr(torch.ops._C, "onednn_mm"):
+    if not current_platform.is_cpu() or dtype != torch.bfloat16 or product_dtype() is None:
         return
     others: set[nn.Module] = set()  # whose weights the module around them packs or uses
     for module in model.modules():  # parents first
@@ -183,6 +183,13 @@ def use_packed_weights(
             others.add(getattr(module, inner.expands))  # vLLM reads the weight itself
         else:
             pack_experts(module, once=experts_once)
+    if product_dtype() == torch.float32:
+        weights = [weight for m in model.modules() if isinstance(m, Packed) for weight in m.packs()]
+        logger.info(
+            "This processor has no products in bfloat16: weights are held in float32, which takes %.2f GB more on this "
+            "rank, and rounds less",
+            sum(weight.nbytes for weight in weights) / 1e9,
+        )
     twice = sum(m.bytes_twice() for m in model.modules() if isinstance(m, PackedRoutedExperts))
     if twice:
         logger.info(

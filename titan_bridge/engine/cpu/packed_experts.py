@@ -1,9 +1,9 @@
 """Routed experts on the CPU backend: vLLM's one operator for all experts of a layer, and a product for each expert.
 
 The operator sorts tokens, multiplies, applies the activation and adds up in one call. With AMX it is the fastest at
-every size, and its layout is the only one that is held. Without AMX it wins while experts have few rows, and a oneDNN
-product for each expert wins above: experts are then held in both layouts, which doubles their memory, or with
-`cpu_experts_once` in oneDNN's alone.
+every size, and its layout is the only one that is held; so it is where oneDNN has no products in bfloat16. Between
+these, it wins while experts have few rows, and a oneDNN product for each expert wins above: experts are then held in
+both layouts, which doubles their memory, or with `cpu_experts_once` in oneDNN's alone.
 
 Suffixes: T tokens, K experts a token, R rows of this rank's experts, E its experts, D dim, F hidden.
 """
@@ -19,7 +19,7 @@ from torch import nn
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-from titan_bridge.engine.cpu.onednn import packed, plain
+from titan_bridge.engine.cpu.onednn import packed, plain, product_dtype
 from titan_bridge.models.experts import KeepDtypeExperts, KeepDtypeGroupedExperts
 from titan_bridge.models.gpt_oss_experts import KeepDtypeGptOssExperts
 
@@ -51,32 +51,35 @@ def isa_for(sizes: Iterable[int]) -> str | None:
 
 
 class _Matrices:
-    """One matrix of each expert, `(rows, columns)` bfloat16, in a layout of vLLM's operator."""
+    """One matrix of each expert, `(rows, columns)` bfloat16, in a layout of vLLM's operator, in `product_dtype`."""
 
     def __init__(self, isa: str, shape_ERC: Sequence[int], matrices: Iterable[torch.Tensor]) -> None:
         self.isa = isa
-        self.packed = torch.empty(*shape_ERC, dtype=torch.bfloat16)
+        self.packed = torch.empty(*shape_ERC, dtype=product_dtype())
         for matrix_RC, packed_RC in zip(matrices, self.packed, strict=True):
-            torch.ops._C.prepack_moe_weight(matrix_RC.contiguous()[None], packed_RC[None], self.isa)
+            given_RC = matrix_RC.to(self.packed.dtype).contiguous()
+            torch.ops._C.prepack_moe_weight(given_RC[None], packed_RC[None], self.isa)
 
     def get(self, expert: int) -> torch.Tensor:
         """What was packed, bit for bit."""
         packed_RC = self.packed[expert]
-        plain_RC = torch.empty_like(packed_RC)
-        plain_RC.view(-1)[_sources(*packed_RC.shape, self.isa)] = packed_RC.view(-1)
+        plain_RC = torch.empty(packed_RC.shape, dtype=torch.bfloat16)
+        places = _sources(*packed_RC.shape, self.isa, packed_RC.dtype)
+        plain_RC.view(-1)[places] = packed_RC.view(-1).to(torch.bfloat16)
         return plain_RC
 
 
 @cache
-def _sources(rows: int, columns: int, isa: str) -> torch.Tensor:
+def _sources(rows: int, columns: int, isa: str, dtype: torch.dtype) -> torch.Tensor:
     """Where each element of a packed matrix was: found by packing the positions, 15 bits at a time."""
     index_RC = torch.arange(rows * columns).view(1, rows, columns)
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     found = torch.zeros(rows * columns, dtype=torch.int64)
     for shift in (0, 15):
-        part_RC = (index_RC >> shift & 0x7FFF).to(torch.int16).view(torch.bfloat16)
+        part_RC = (index_RC >> shift & 0x7FFF).to(integer).view(dtype)
         packed_RC = torch.empty_like(part_RC)
         torch.ops._C.prepack_moe_weight(part_RC, packed_RC, isa)
-        found |= packed_RC.view(torch.int16).view(-1).long() << shift
+        found |= packed_RC.view(integer).view(-1).long() << shift
     return found
 
 
@@ -88,7 +91,9 @@ class PackedRoutedExperts(KeepDtypeExperts):
 
     activation: str
     isa: str | None
-    """The operator's layout; "amx": held alone; None: oneDNN's is held alone."""
+    """The operator's layout; None: it is not held."""
+    products: bool
+    """Whether oneDNN's layout is held."""
 
     def packs(self) -> list[nn.Parameter]:
         """The weights that the packed copies are made from."""
@@ -119,7 +124,7 @@ class PackedRoutedExperts(KeepDtypeExperts):
                     ((count, 2 * hidden, dim), (count, dim, hidden)), self._matrices(*weights), strict=True
                 )
             )
-        if self.isa != "amx":
+        if self.products:
             made["_handles"] = [
                 (packed(up_FD), packed(down_DF))
                 for up_FD, down_DF in zip(*self._matrices(*weights), strict=True)
@@ -151,19 +156,19 @@ class PackedRoutedExperts(KeepDtypeExperts):
             experts = torch.arange(len(num_tokens_per_expert_E), dtype=torch.int32)
             ids_R1 = experts.repeat_interleave(num_tokens_per_expert_E).unsqueeze(1)
             own = slice(len(ids_R1))
-            self._operate(out_RD[own], x_RD[own], torch.ones(ids_R1.shape), ids_R1)
+            out_RD[own] = self._operate(x_RD[own], torch.ones(ids_R1.shape), ids_R1)
         else:
             out_RD = self._each(x_RD, num_tokens_per_expert_E.tolist())
         return out_RD.type_as(given)
 
     def bytes_twice(self) -> int:
         """Of the layout that is held beside another one."""
-        count, hidden, dim = self._sizes()
-        return 0 if self.isa in (None, "amx") else 2 * 3 * count * hidden * dim
+        twice = self.isa is not None and self.products
+        return sum(weight.nbytes for weight in self.packs()) if twice else 0
 
     def in_one(self, rows: float) -> bool:
         """Whether vLLM's operator is the faster one for so many rows an expert."""
-        return "_packed" in self.__dict__ and (self.isa == "amx" or rows <= FEW_ROWS)
+        return "_packed" in self.__dict__ and (not self.products or rows <= FEW_ROWS)
 
     def routed(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, *, first: int | None
@@ -173,9 +178,7 @@ class PackedRoutedExperts(KeepDtypeExperts):
         `first`: the experts here are this one and those that follow it, and others' part is left out; None: all are.
         """
         if first is None:
-            out_TD = torch.empty_like(x_TD)
-            self._operate(out_TD, x_TD, scores_TK, ids_TK)
-            return out_TD
+            return self._operate(x_TD, scores_TK, ids_TK)
         nearest_TK = ids_TK.clamp(first, first + self._sizes()[0] - 1)
         own_TK = nearest_TK == ids_TK
         if self.isa == "amx" and ids_TK.numel() in FEW_FOREIGN:
@@ -184,27 +187,33 @@ class PackedRoutedExperts(KeepDtypeExperts):
         places_R = own_TK.flatten().nonzero().squeeze(1)
         tokens_R = places_R // ids_TK.shape[1]
         x_RD = x_TD.index_select(0, tokens_R)
-        out_RD = torch.empty_like(x_RD)
         scores_R1, ids_R1 = (
             each_TK.flatten().index_select(0, places_R).unsqueeze(1) for each_TK in (scores_TK, ids_TK)
         )
-        self._operate(out_RD, x_RD, scores_R1, ids_R1 - first)
+        out_RD = self._operate(x_RD, scores_R1, ids_R1 - first)
         return torch.zeros_like(x_TD).index_add_(0, tokens_R, out_RD)
 
-    def _operate(self, out: torch.Tensor, x: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
+    def _operate(self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
         assert self.isa is not None
         up, down = self.__dict__["_packed"]
-        # It reads without regard to strides and types.
+        # The operator reads without regard to strides and types.
+        given, x_TD = x_TD, x_TD.to(up.packed.dtype).contiguous()
+        out_TD = torch.empty_like(x_TD)
         ops.cpu_fused_moe(
-            out, x.contiguous(), up.packed, down.packed, *self.biases(),
-            scores.float().contiguous(), ids.to(torch.int32).contiguous(), self.activation, self.isa,
+            out_TD, x_TD, up.packed, down.packed, *self._biases_in(x_TD.dtype),
+            scores_TK.float().contiguous(), ids_TK.to(torch.int32).contiguous(), self.activation, self.isa,
         )  # fmt: skip
+        return out_TD.type_as(given)
+
+    def _biases_in(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        return [None if bias is None else bias.to(dtype) for bias in self.biases()]
 
     def _each(self, x_RD: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """A product for each expert."""
         hidden = self._sizes()[1]
         handles = self.__dict__["_handles"]
-        up_bias, down_bias = self.biases()
+        x_RD = x_RD.to(product_dtype())
+        up_bias, down_bias = self._biases_in(x_RD.dtype)
         wide_RF2, out_RD = x_RD.new_empty(len(x_RD), 2 * hidden), torch.empty_like(x_RD)
         counts = [*counts, len(x_RD) - sum(counts)]  # rows of no expert
         _products(wide_RF2.split(counts), x_RD.split(counts), [up for up, _ in handles], up_bias)
@@ -269,12 +278,23 @@ class PackedGptOssExperts(PackedRoutedExperts, KeepDtypeGptOssExperts):
         return iter(mlp1_EGD), iter(mlp2_EDF)
 
 
-def pack_experts(module: nn.Module, *, once: bool = False, isa: str | None = None) -> bool:
+def layouts_for(sizes: Iterable[int], *, once: bool) -> tuple[str | None, bool]:
+    """Which layout of vLLM's operator to hold for experts with these widths, if any, and whether to hold oneDNN's.
+
+    `once`: one of them, which is oneDNN's where both are of use.
+    """
+    isa = isa_for(sizes)
+    if isa == "amx" or (isa is not None and product_dtype() != torch.bfloat16):
+        return isa, False
+    return None if once else isa, True
+
+
+def pack_experts(
+    module: nn.Module, *, once: bool = False, layouts: tuple[str | None, bool] | None = None
+) -> bool:
     """Make `module` a packed one in place, if it is routed experts of ours.
 
-    Args:
-        once: Hold one layout, which is oneDNN's but with AMX.
-        isa: Layout of vLLM's operator if not the one for this processor.
+    `layouts`: other ones than those of `layouts_for` for this processor.
     """
     if type(module) is KeepDtypeGroupedExperts:
         module.__class__ = PackedExperts
@@ -283,8 +303,7 @@ def pack_experts(module: nn.Module, *, once: bool = False, isa: str | None = Non
     else:
         return False
     assert isinstance(module, PackedRoutedExperts)
-    found = isa or isa_for(module._sizes()[1:])
-    module.isa = None if once and found != "amx" else found
+    module.isa, module.products = layouts or layouts_for(module._sizes()[1:], once=once)
     return True
 
 
