@@ -2,7 +2,7 @@
 
     python scripts/bench_tables.py out/serve.json
 
-The table says on what machine, with which versions, when, and at which commit each row was measured.
+Below the table: on which machines, with which versions, when, and at which commits its rows were measured.
 """
 
 from __future__ import annotations
@@ -65,16 +65,29 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for side in others:
             if error := row["sides"][side].get("error"):
                 lines.append(
-                    f"| {label(row)} | {side} | | does not run: {error[:80]} |" + " |" * (len(FIGURES) - 1)
+                    f"| {label(row)} | {against(row, side)} | | does not run: {error[:80]} |" + " |" * (len(FIGURES) - 1)
                 )
                 continue
             cells = [cell(row, ours, side, figure) for figure in FIGURES]
-            lines.append(f"| {label(row)} | {side} | {row['starts']} | " + " | ".join(cells) + " |")
-    abouts = {json.dumps(row["about"], sort_keys=True): row["about"] for row in rows}
-    for about in abouts.values():
+            lines.append(
+                f"| {label(row)} | {against(row, side)} | {row['starts']} | " + " | ".join(cells) + " |"
+            )
+    places: dict[str, list[str]] = {}
+    for about in (row["about"] for row in rows):
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        lines += ["", f"{about['machine']}; {versions}; {about['date']}, commit {about['commit']}."]
+        times = places.setdefault(f"{about['machine']}; {versions}", [])
+        if (time := f"{about['date']}, commit {about['commit']}") not in times:
+            times.append(time)
+    for place, times in places.items():
+        lines += ["", f"{place}; {'; '.join(times)}."]
     return "\n".join(lines)
+
+
+def against(row: dict[str, Any], side: str) -> str:
+    """What the first side is compared with: another implementation, or itself without an option."""
+    kind, *more = next(iter(row["sides"])).split()
+    other, *rest = side.split()
+    return side if other != kind else "the same without " + " ".join(word for word in more if word not in rest)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -94,7 +107,7 @@ def cell(row: dict[str, Any], ours: str, side: str, figure: str) -> str:
 def chart(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Bars of the ratios per token; the line is as fast."""
     bars = [
-        (f"{label(row)}\nagainst {side}", value)
+        (f"{label(row)}\nagainst {against(row, side)}", value)
         for row in rows
         for side in list(row["sides"])[1:]
         if (value := ratio(row, side, "per token, ms")) is not None

@@ -59,8 +59,9 @@ def test_a_row_says_what_the_first_side_has_that_others_have_not(folder: Path) -
     ]
     assert write(folder, rows).returncode == 0
     page = (folder / "page.md").read_text()
-    assert "| moe, tp=2 ep=2, eager, batch 8 | torchtitan |" in page
-    assert "| moe latent, tp=2, eager, batch 8 | torchtitan |" in page
+    assert "| moe, tp=2 ep=2, eager, batch 8 | the same without ep |" in page
+    assert "| moe latent, tp=2, eager, batch 8 | the same without latent |" in page
+    assert page.count("a processor; vllm 0.32.0; 2026-01-02, commit abc123.") == 1
 
 
 def test_the_table_and_the_chart_have_medians_and_say_where_they_come_from(folder: Path) -> None:
