@@ -64,9 +64,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ours, *others = row["sides"]
         for side in others:
             if error := row["sides"][side].get("error"):
-                lines.append(
-                    f"| {label(row)} | {against(row, side)} | | does not run: {error[:80]} |" + " |" * (len(FIGURES) - 1)
-                )
+                said = f"does not run: {error[:80]} |" + " |" * (len(FIGURES) - 1)
+                lines.append(f"| {label(row)} | {against(row, side)} | | {said}")
                 continue
             cells = [cell(row, ours, side, figure) for figure in FIGURES]
             lines.append(
@@ -87,7 +86,9 @@ def against(row: dict[str, Any], side: str) -> str:
     """What the first side is compared with: another implementation, or itself without an option."""
     kind, *more = next(iter(row["sides"])).split()
     other, *rest = side.split()
-    return side if other != kind else "the same without " + " ".join(word for word in more if word not in rest)
+    return (
+        side if other != kind else "the same without " + " ".join(word for word in more if word not in rest)
+    )
 
 
 def label(row: dict[str, Any]) -> str:
