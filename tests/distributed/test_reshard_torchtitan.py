@@ -146,6 +146,26 @@ def test_torchrun_shares_the_work_and_gives_the_same_tensors(tmp_path, to):
             assert torch.equal(one.read(name), other.read(name)), name
 
 
+def test_a_rank_that_is_done_waits_for_the_slowest(tmp_path):
+    """Longer than torch's own limit, which is a few seconds here."""
+    source = make_checkpoint(tmp_path / "hf", "llama3", tokenizer=False, **SMALL, head_dim=8)
+    script = (
+        "import datetime, os, sys, time\n"
+        "from torch.distributed import distributed_c10d\n"
+        "distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=5)\n"
+        "from titan_bridge.checkpoint.execute import Executor\n"
+        "real = Executor.run\n"
+        "def slow(self): time.sleep(10 * int(os.environ['RANK'])); return real(self)\n"
+        "Executor.run = slow\n"
+        "from titan_bridge.cli import main\n"
+        "sys.exit(main(['reshard', sys.argv[1], sys.argv[2], '--to', 'dcp']))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    found = torchrun(tmp_path / "script.py", source, tmp_path / "out")
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "out" / ".metadata").is_file()
+
+
 def test_an_error_on_one_rank_ends_all(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama3", tokenizer=False, **SMALL, head_dim=8)
     script = (

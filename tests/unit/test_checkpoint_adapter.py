@@ -151,3 +151,49 @@ def test_an_adapter_is_merged_on_the_way_into_any_format(family, tmp_path: Path,
     assert convert(model, tmp_path / "out", "--to", "hf", "--merge-lora", model) == 2
     assert "is no LoRA adapter" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora_alpha": None}, "lora_alpha=None; it must be a number above 0"),
+        ({"lora_alpha": "8"}, "lora_alpha='8'; it must be a number above 0"),
+        ({"r": 0}, "r=0; it must be a number above 0"),
+        ({"r": True}, "r=True; it must be a number above 0"),
+        ({"r": 64}, "lora_A.weight has shape (4, "),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights='pissa_niter_4' trains beside other base",
+        ),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' trains beside other base"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga' trains beside other base"),
+        ({"a": (2, 128)}, "lora_A.weight has shape (2, 128); a matrix of r=4 rows"),
+        ({"b": (128, 8)}, "lora_B.weight has shape (128, 8); a matrix of r=4 columns"),
+        ({"b": (512,)}, "lora_B.weight has shape (512,); a matrix of r=4 columns"),
+    ],
+)
+def test_an_adapter_whose_scale_or_matrices_are_not_certain_is_refused(
+    change, said, tmp_path, capsys
+) -> None:
+    model = make_checkpoint(tmp_path / "model", "llama3", tokenizer=False)
+    adapter = lora_samples.make_adapter(
+        tmp_path / "adapter", model, seed=1, rank=4, alpha=8, layers=(0,), only="q_proj"
+    )
+    config, tensors = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    stated = json.loads(config.read_text()) | {"init_lora_weights": "gaussian"}
+    config.write_text(json.dumps(stated))
+    arguments = [model, tmp_path / "out", "--to", "hf", "--merge-lora", adapter]
+    assert convert(*arguments, "--dry-run") == 0
+    held = load_file(tensors)
+    for which in change.keys() & {"a", "b"}:
+        (name,) = (name for name in held if f".lora_{which.upper()}." in name)
+        held[name] = torch.zeros(change[which])
+    save_file(held, tensors)
+    stated |= {key: value for key, value in change.items() if key not in ("a", "b")}
+    config.write_text(json.dumps({key: value for key, value in stated.items() if value is not None}))
+    capsys.readouterr()
+    assert convert(*arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

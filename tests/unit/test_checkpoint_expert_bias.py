@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from tests.unit.checkpoint_samples import SMALL, contents, of_rank
+from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.model_dir import has_expert_bias
 from titan_bridge.checkpoint.reshard import Options, Outcome, prepare
 from titan_bridge.checks import weights_fit
@@ -49,6 +50,20 @@ def test_an_expert_bias_that_is_not_zero_is_reported(hf, tmp_path):
     again = reshard(tmp_path / "biased", tmp_path / "again", "dcp")
     assert again.lost == {}
     assert_same(contents(tmp_path / "again"), state)
+
+
+def test_a_bias_that_is_damaged_is_said_before_anything_is_written(hf, tmp_path):
+    reshard(hf, tmp_path / "dcp", "dcp")
+    (tmp_path / "dcp" / "config.json").unlink()
+    with open_checkpoint(tmp_path / "dcp") as checkpoint:
+        (chunk,) = checkpoint.tensor("layers.1.moe.expert_bias_E").chunks
+    with chunk.path.open("r+b") as file:
+        file.seek(chunk.offset)
+        file.write(bytes(chunk.archive))
+    job = prepare(Options(source=tmp_path / "dcp", target=tmp_path / "out", to="hf", config=hf))
+    with pytest.raises(BridgeError, match=r"expert_bias_E at \(0,\): "):
+        job.run(lambda what, count: pytest.fail("something was written"))
+    assert list(tmp_path.glob(".out*")) == []
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 2, "ep": 2}, {"dp": 2, "tp": 2, "ep": 4, "dense": "shard"}])

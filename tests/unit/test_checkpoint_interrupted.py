@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 
 from tests.unit.checkpoint_samples import Killed, assert_equal, options, stop_after
 from titan_bridge.checkpoint import open_checkpoint
+from titan_bridge.checkpoint.execute import Executor
 from titan_bridge.checkpoint.reshard import prepare
 from titan_bridge.checkpoint.staging import PART, Staging
 from titan_bridge.errors import BridgeError
@@ -94,6 +97,41 @@ def test_resume_notices_that_the_source_changed(source, tmp_path, monkeypatch):
     os.utime(next(copy.glob("*.safetensors")), ns=(1, 1))
     with pytest.raises(BridgeError, match="another source"):
         prepare(options(copy, tmp_path / "out", resume=True)).run()
+
+
+def test_resume_knows_its_source_from_another_directory(source, dcp_source, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    for directory, stopped in ((tmp_path, True), (tmp_path / "below", False)):
+        monkeypatch.chdir(directory)
+        run = prepare(options(Path(os.path.relpath(source)), tmp_path / "out", resume=not stopped)).run
+        if stopped:
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                stop_after(patch, 2)
+                run()
+        else:
+            assert run().resumed_parts == 2
+    assert_equal(tmp_path / "out", dcp_source)
+
+
+def test_a_strip_that_fails_closes_no_file_under_another(source, tmp_path, monkeypatch):
+    second, found = threading.Event(), []
+
+    def write(self, opened, strip):
+        if strip == opened.file.strips[0]:
+            assert second.wait(10)
+            raise OSError(errno.EIO, "bad")
+        second.set()
+        time.sleep(0.2)
+        found.append(os.path.samestat(os.fstat(opened.descriptor), os.stat(part)))
+        return (0, 0, 0), {}
+
+    job = prepare(options(source, tmp_path / "out", workers=2, max_shard_size=10**9))
+    part = Staging(tmp_path / "out").path / (job.target.files[0].name + PART)
+    assert len(job.target.files[0].strips) > 1
+    monkeypatch.setattr(Executor, "_write_strip", write)
+    with pytest.raises(BridgeError, match="bad"):
+        job.run()
+    assert found == [True] * len(found) != []
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.3])

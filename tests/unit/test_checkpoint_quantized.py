@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,25 @@ def test_conversions_and_the_reference_are_those_of_the_full_weights(kind, reque
     assert all(torch.equal(held[name], value.float()) for name, value in values.items())
     exact = multiplied_out(source, tmp_path / "exact")
     assert torch.equal(reference_logprobs(source, TOKENS), reference_logprobs(exact, TOKENS))
+
+
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+def test_the_config_that_is_in_use_says_what_is_quantized(fp8, tmp_path, to):
+    bare = tmp_path / "bare"
+    shutil.copytree(fp8, bare)
+    (bare / "config.json").unlink()
+    prepare(Options(source=fp8, target=tmp_path / "expected", to=to)).run()
+    prepare(Options(source=bare, target=tmp_path / "out", to=to, config=fp8)).run()
+    assert_equal(tmp_path / "out", tmp_path / "expected")
+    with pytest.raises(BridgeError, match=r"--dtype: .*quantized"):
+        prepare(Options(source=bare, target=tmp_path / "x", to="hf", dtype=torch.float32))
+    with pytest.raises(BridgeError, match=r"--merge-lora: .*quantized"):
+        prepare(Options(source=bare, target=tmp_path / "x", to="hf", merge_lora=tmp_path))
+    for method in ("awq", "gptq"):
+        config = load_hf_config(fp8) | {"quantization_config": {"quant_method": method}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(BridgeError, match=f"--config .*quant_method='{method}'.* is not supported"):
+            prepare(Options(source=bare, target=tmp_path / "x", to=to, config=tmp_path))
 
 
 W8, S8 = torch.zeros(256, 200).to(torch.float8_e4m3fn), torch.ones(2, 2)

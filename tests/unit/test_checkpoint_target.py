@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shlex
@@ -72,6 +74,37 @@ def test_two_runs_do_not_meet_in_one_target(source, tmp_path):
         job.run()
     staging.close()
     job.run()
+
+
+def test_a_disk_without_file_locks_is_no_other_process(source, tmp_path, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(
+        BridgeError, match=r"lock cannot be locked \(No locks available\): .* DST on another one"
+    ):
+        prepare(options(source, tmp_path / "out")).run()
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_lock_on_a_file_that_is_gone_keeps_nobody_out(tmp_path, monkeypatch, published):
+    """The run before removes the lock, or publishes the directory with it, after this one has opened the file."""
+    first, flock = Staging(tmp_path / "out"), fcntl.flock
+
+    def late(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        if published:
+            shutil.rmtree(first.path)
+        else:
+            (first.path / "lock").unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    first.begin("one", resume=False)
+    with pytest.raises(BridgeError, match="is writing"):
+        Staging(tmp_path / "out").begin("other", resume=False)
+    first.close()
 
 
 def test_a_directory_in_the_way_of_the_staging_is_not_removed(source, tmp_path):

@@ -225,6 +225,17 @@ def test_a_policy_file_with_mistakes_is_refused_by_name(tmp_path: Path):
         ("a: [", "is not YAML or JSON"),
         ("parallelism_rules: {rules: [{match: {kind: mlp}}]}", "parallelism_rules.rules.0.plan"),
         ("parallelism_rules: {rule: []}", "parallelism_rules.rule is unknown"),
+        ("parallelism_rules: {axes: {intra_tp: x}}", "parallelism_rules.axes.intra_tp = 'x': "),
+        ("parallelism_rules: {axes: {str: 0}}", "parallelism_rules.axes.str = 0: "),
+        (
+            "parallelism_rules: {rules: [{match: {kind: mlp}, plan: {tp_size: [1]}}]}",
+            "parallelism_rules.rules.0.plan.tp_size = [1]: ",
+        ),
+        (
+            "parallelism_rules:\n  rules:\n  - {match: {kind: mlp}, plan: {tp_size: 2, 'tp_size': 4}}",
+            ": line 3: 'tp_size' is given twice in one mapping; keep one",
+        ),
+        ('{"parallelism_rules": {"axes": {"a": 1},\n"axes": {"b": 2}}}', ": line 2: 'axes' is given twice"),
     ):
         file = tmp_path / "p.yaml"
         file.write_text(text)
@@ -232,6 +243,14 @@ def test_a_policy_file_with_mistakes_is_refused_by_name(tmp_path: Path):
             read_policy(file)
         assert str(caught.value).startswith(str(file))
         assert said in str(caught.value)
+    file.write_text(
+        "parallelism_rules:\n  rules:\n  - {match: {kind: mlp}, plan: &plan {tp_size: 1, ep_size: 1}}\n"
+        "  - {match: {kind: moe}, plan: {<<: *plan, tp_size: 2}}\n"
+    )
+    assert read_policy(file).rules[1].plan.given == {
+        "tp_size": 2,
+        "ep_size": 1,
+    }  # what is merged is not given twice
 
 
 @pytest.mark.parametrize("backend", ["partial_dtensor", "spmd_types"])

@@ -28,6 +28,9 @@ from titan_bridge.models.peft import PREFIX, WEIGHT, adapter_names, from_peft, t
 from titan_bridge.sharding.boxes import Box
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_INITS = ("gaussian", "eva", "orthogonal", "mica")
+"""Names of PEFT's initialisations that leave the base weights as they are. Others (pissa, olora, corda, loftq, lora_ga)
+take the first product off them, so that the adapter belongs to weights that no checkpoint has."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -104,9 +107,27 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     for key, allowed in plain.items():
         if config.get(key, allowed) not in (allowed, None):
             raise BridgeError(f"{folder / CONFIG}: {key}={config[key]!r} is not read; allowed: {allowed!r}")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise BridgeError(f"{folder / CONFIG}: {key}={value!r}; it must be a number above 0")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _INITS:
+        raise BridgeError(
+            f"{folder / CONFIG}: init_lora_weights={init!r} trains beside other base weights than the model's; "
+            f"allowed: true, false, {', '.join(_INITS)} (save with PEFT's path_initial_model_for_weight_conversion)"
+        )
     if not (folder / TENSORS).is_file():
         raise BridgeError(f"{folder} has no {TENSORS}")
-    return config, load_file(folder / TENSORS)
+    held = load_file(folder / TENSORS)
+    for name, tensor in held.items():
+        for dim, (end, what) in enumerate(((f".lora_A{WEIGHT}", "rows"), (f".lora_B{WEIGHT}", "columns"))):
+            if name.endswith(end) and (tensor.ndim != 2 or tensor.shape[dim] != config["r"]):
+                raise BridgeError(
+                    f"{folder / TENSORS}: {name} has shape {tuple(tensor.shape)}; a matrix of r={config['r']} {what} "
+                    f"is wanted ({CONFIG})"
+                )
+    return config, held
 
 
 @contextlib.contextmanager

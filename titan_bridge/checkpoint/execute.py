@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,7 +80,13 @@ class Executor:
             if file.size:
                 os.posix_fallocate(part.fileno(), 0, file.size)  # a full disk shows now, not after hours
             opened = _Open(file=file, descriptor=part.fileno(), copies=copies_of(self._job.plan, file.name))
-            written = list(pool.map(functools.partial(self._write_strip, opened), file.strips))
+            futures = [pool.submit(self._write_strip, opened, strip) for strip in file.strips]
+            try:
+                written = [future.result() for future in futures]
+            finally:  # no strip goes to a descriptor that is closed, or by then another file's
+                for future in futures:
+                    future.cancel()
+                wait(futures)
             spans = self._frame(opened, [span for span, _ in written])
         counts: dict[str, dict[str, int]] = {"nan": {}, "inf": {}, "overflow": {}}
         for (name, _), (_, found) in zip(file.strips, written, strict=True):

@@ -110,7 +110,7 @@ class Job:
         if self.options.merge_lora is not None:
             paths |= set(self.options.merge_lora.iterdir())
         facts = {
-            "source": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)],
+            "source": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)],
             "files": [[f.name, f.size] for f in self.target.files],
             "tensors": [[t.name, t.shape, str(t.dtype)] for t in self.tensors.tensors],
             "config": self.hf,
@@ -128,6 +128,8 @@ class Job:
         try:
             if options.verify:
                 checked = team.each(lambda: check_source(self.source, team, partial(advance, "check")))
+            # Before hours of writing: these tensors are read for nothing else, and may be damaged.
+            lost, before = team.first(self._lost), self.source.bytes_read
             team.first(lambda: self._begin(staging))
             found = team.first(staging.results)
             kept = team.each(lambda: self._kept(staging, found, partial(advance, "verify")))
@@ -138,8 +140,7 @@ class Job:
             results = [found[file.name] for file in self.target.files]
             if options.verify:
                 team.each(lambda: self._verify(staging, new[team.rank], partial(advance, "verify")))
-            read = sum(team.each(lambda: self.source.bytes_read))
-            lost = self._lost() if team.rank == 0 else {}
+            read = sum(team.each(lambda: self.source.bytes_read - before))
             team.first(lambda: self._publish(staging, results))
         except OSError as error:
             raise disk_error(error, staging.path) from None

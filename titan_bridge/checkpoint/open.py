@@ -64,7 +64,9 @@ def open_checkpoint(
         refuse_folder(directory)
     if names is not None:
         found = _renamed(found, names)
-    return dequantized(found) if found.format == "hf" else under_hf_names(found, found.config)
+    if found.format == "hf":
+        return dequantized(found, found.config, directory / "config.json")
+    return under_hf_names(found, found.config)
 
 
 def named(name: str, pattern: str) -> str | None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,16 +90,17 @@ def _mxfp4(raw: Checkpoint, how: Quantization, values_name: str, scales_name: st
     return values.flatten(2).narrow(2, skipped, last_column - column).transpose(1, 2).contiguous()
 
 
-def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, config: Mapping[str, Any] | None, said_by: object) -> Checkpoint:
     """A Hugging Face checkpoint with full weights: itself, unless its config.json says that it is quantized.
+    `said_by` names the config in messages.
     Raises BridgeError: a quantization that is not read, or values and scales that do not belong together."""
-    config = checkpoint.config or {}
-    how = quantization.read(config, str(checkpoint.path / "config.json"))
+    config = config or {}
+    how = quantization.read(config, str(said_by))
     if how is None:
         return checkpoint
     dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
     if dtype is None:
-        raise BridgeError(f"{checkpoint.path}/config.json: dtype is not one of {', '.join(_DTYPES)}")
+        raise BridgeError(f"{said_by}: dtype is not one of {', '.join(_DTYPES)}")
     held, tensors, compute = checkpoint.tensors, {}, {}
     values_end, scales_end, computed, order = "_blocks", "_scales", _mxfp4, (0, 2, 1)
     if how.method == "fp8":

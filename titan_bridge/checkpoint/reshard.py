@@ -21,7 +21,7 @@ from titan_bridge.checkpoint.job import Job, Options, Outcome
 from titan_bridge.checkpoint.mapping import TensorMap, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint, refuse_remote, under_hf_names
-from titan_bridge.checkpoint.quantized import without_quantization
+from titan_bridge.checkpoint.quantized import ComputedCheckpoint, dequantized, without_quantization
 from titan_bridge.checkpoint.staging import Staging
 from titan_bridge.checkpoint.target import Target, dcp_target, hf_target
 from titan_bridge.checkpoint.team import Team
@@ -46,16 +46,22 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     if options.names is not None and extra:
         raise BridgeError("--names and --with-optimizer do not go together; give one of them")
     source = open_checkpoint(found, extra=extra, names=options.names)
+    config, small = _config(options, source)
+    if source.format == "hf" and not isinstance(source, ComputedCheckpoint):
+        # Its own config.json said nothing of quantized weights; the one that is in use may.
+        source = dequantized(
+            source, config, f"--config {options.config}" if options.config else "config.json"
+        )
+    for flag, given in (("--dtype", options.dtype), ("--merge-lora", options.merge_lora)):
+        if given is not None:
+            _check_not_quantized(flag, source)
     if options.merge_lora is not None:
         source = merged(source, options.merge_lora)
     if extra and not (source.format == options.to == "dcp" and is_dcp(source.path)):
         given = f"{source.format} to {options.to}"
         raise BridgeError(f"--with-optimizer carries optimizer state from DCP to DCP only; this is {given}")
-    config, small = _config(options, source)
     config = config and without_quantization(config)
     source = under_hf_names(source, config)
-    if options.dtype is not None:
-        _check_not_quantized(source, config)
     if source.format == options.to:
         tensors = same_names(source, options.dtype)
     elif config is None:
@@ -85,15 +91,14 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     )
 
 
-def _check_not_quantized(source: Checkpoint, config: Mapping[str, Any] | None) -> None:
-    """Raise BridgeError for quantized weights: a cast would take the numbers for values, without their scales."""
+def _check_not_quantized(flag: str, source: Checkpoint) -> None:
+    """Raise BridgeError for quantized weights: the numbers would be taken for values, without their scales."""
     signs = [f"{s.name} ({s.dtype})" for s in source.tensors.values() if "float8" in str(s.dtype)]
     signs += [name for name in source.tensors if name.endswith(("_scale_inv", "weight_scale", "input_scale"))]
-    signs += ["quantization_config in config.json"] if (config or {}).get("quantization_config") else []
     if signs:
         raise BridgeError(
-            f"--dtype: {source.path} has {signs[0]}; quantized weights cannot be cast without their scales, which is "
-            "not supported: leave --dtype out to carry them as they are"
+            f"{flag}: {source.path} has {signs[0]}, and no config.json says how its weights are quantized: give one "
+            f"with --config, or leave {flag} out to carry them as they are"
         )
 
 

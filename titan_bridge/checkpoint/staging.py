@@ -13,6 +13,7 @@ next run does that.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -87,7 +88,6 @@ class Staging:
         kept = (_LOCK, _PLAN, new.name)
         if not plan.exists() and any(path.name not in kept for path in self.path.glob("*")):
             raise BridgeError(f"{self.path} is in the way and not ours; remove it")
-        self.path.mkdir(exist_ok=True)
         self._take_lock(self.path)
         self._settle_old()
         content = json.dumps({"digest": digest}).encode() + b"\n"
@@ -171,13 +171,26 @@ class Staging:
             shutil.rmtree(self._old)
 
     def _take_lock(self, directory: Path) -> None:
-        self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            who = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
-            self.close()
-            raise BridgeError(f"{who} is writing {self.target} (it holds {directory / _LOCK})") from None
+        path = directory / _LOCK
+        while self._lock is None:
+            directory.mkdir(exist_ok=True)
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
+                self.close()
+                raise BridgeError(f"{who} is writing {self.target} (it holds {path})") from None
+            except OSError as error:
+                self.close()
+                raise BridgeError(
+                    f"{path} cannot be locked ({error.strerror}): this disk has no file locks; give a DST on another "
+                    "one, or have it mounted with locks"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock), path.stat()):
+                    break
+            self.close()  # whoever held it has published meanwhile: this file is gone, and keeps nobody out
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from titan_bridge.errors import BridgeError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=30)
+"""For the slowest process: a share can take hours, and whoever is done waits. torchrun ends all when one dies."""
 
 
 class Team:
@@ -24,7 +27,7 @@ class Team:
     def join(self) -> None:
         """Meet the others. Does nothing for one process, or in a process group that exists."""
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=_PATIENCE)
             self._joined = True
 
     def leave(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, about
 from titan_bridge.policy.schema import NO_POLICY, Policy, attention_width
 
 ALLOWED = "axes, rules; in a rule match (kind, attention_flavor, prefix_pattern) and plan (tp_size, ep_size, dcp_size)"
@@ -25,7 +25,8 @@ def read_policy(path: Path) -> Policy:
         BridgeError: it cannot be read, or says something that a policy cannot; the file and the key are named.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        with about(path):
+            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # JSON is YAML
     except (OSError, UnicodeDecodeError) as error:
         raise BridgeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -59,12 +60,13 @@ def policy_from(data: Any, source: str) -> Policy:
     Raises:
         BridgeError: an unknown key or axis, a wrong value, a rule that is never reached.
     """
+    # As JSON: strict mode refuses a dict for a config class and a list for a tuple, but not from JSON.
+    text = json.dumps(data, default=str)
     try:
-        # As JSON: strict mode refuses a dict for a config class and a list for a tuple, but not from JSON.
-        return TypeAdapter(Policy).validate_json(json.dumps(data, default=str))
+        return TypeAdapter(Policy).validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join([source, *(str(part) for part in first["loc"] if not _is_type(part))])
+        place = ".".join([source, *_place(first["loc"], json.loads(text), first["type"] == "missing")])
         if first["type"] == "value_error":
             raise BridgeError(f"{place}: {first['ctx']['error']}") from None
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -72,6 +74,27 @@ def policy_from(data: Any, source: str) -> Policy:
         raise BridgeError(f"{place} = {first['input']!r}: {first['msg']}") from None
 
 
-def _is_type(part: Any) -> bool:
-    """Whether a part of pydantic's path is the name of a type, as for a number or a text, and no key."""
-    return isinstance(part, str) and part.startswith(("constrained-", "int", "str", "function-"))
+def _place(path: Sequence[int | str], data: Any, missing: bool) -> Iterator[str]:
+    """The keys in pydantic's path: it has names of types, too, as of a number or a text where both are allowed.
+    `missing`: it ends with a key that is not there."""
+    for part in path:
+        try:
+            data = data[part]
+        except (LookupError, TypeError):
+            if not missing:
+                continue
+        yield str(part)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice: the last one would win."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        given: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in given:
+                line = key.start_mark.line + 1
+                raise BridgeError(f"line {line}: {key.value!r:.80} is given twice in one mapping; keep one")
+            given.add(key.value)
+        return node
