@@ -113,6 +113,34 @@ def backends(worker: Any) -> list[str]:
     return [layer.attention.inner_attention.paged.get_attn_backend().get_name() for layer in layers]
 
 
+def test_a_backend_with_sinks_in_float32_keeps_their_address(tmp_path: Path) -> None:
+    """A captured CUDA graph reads them there. b12x, as FlashInfer, which does not import here."""
+    from vllm import EngineArgs
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backends.b12x import B12xPagedAttentionImpl
+
+    from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
+    from titan_bridge.models.adapters import inner_attention
+    from titan_bridge.models.gpt_oss import GptOss
+
+    model = make_checkpoint(tmp_path / "gpt_oss", "gpt_oss", tokenizer=False)
+    given = EngineArgs(model=str(model), model_impl="torchtitan", skip_tokenizer_init=True)
+    computes = inner_attention(GptOss().model_config(load_hf_config(model)).layers[0].attention)
+    attention = torch.nn.Module()
+    with set_current_vllm_config(given.create_engine_config()):
+        attention.inner_attention = PagedAttention(PagedAttention.Config(layer=0, tp=1, computes=computes))
+    impl = object.__new__(B12xPagedAttentionImpl)  # its constructor asks a GPU
+    impl._sinks_source, impl.sinks = torch.empty(computes.n_heads, dtype=torch.bfloat16), None
+    attention.inner_attention.paged.impl = impl
+    seen = []
+    for value in (1, 2):  # at the start, and with new weights
+        attention.sinks = torch.nn.Parameter(torch.full((computes.n_heads,), value, dtype=torch.bfloat16))
+        bind_sinks(attention, torch.bfloat16)
+        assert torch.equal(impl.sinks, torch.full((computes.n_heads,), float(value)))
+        seen.append(impl.sinks)
+    assert seen[0] is seen[1]
+
+
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this processor has no AMX")
 def test_latents_in_bfloat16_follow_the_weights_where_the_backend_drops_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
