@@ -113,6 +113,21 @@ def backends(worker: Any) -> list[str]:
     return [layer.attention.inner_attention.paged.get_attn_backend().get_name() for layer in layers]
 
 
+@pytest.mark.parametrize(("dense", "expands"), [("shard", True), ("replicate", False)])
+def test_an_offline_dp_rank_with_parts_of_the_weights_caches_no_latents(
+    dense: str, expands: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is cached is decided before vLLM reads from the environment that there are other ranks."""
+    from vllm import EngineArgs
+
+    from titan_bridge.engine.patches.upstream import expands_latents
+
+    args = EngineArgs(model=str(tmp_path), additional_config={"titan": {"dense": dense}})
+    assert not expands_latents(args, on_cpu=False)
+    monkeypatch.setenv("VLLM_DP_SIZE", "2")
+    assert expands_latents(args, on_cpu=False) is expands
+
+
 def test_a_backend_with_sinks_in_float32_keeps_their_address(tmp_path: Path) -> None:
     """A captured CUDA graph reads them there. b12x, as FlashInfer, which does not import here."""
     from vllm import EngineArgs

@@ -83,7 +83,7 @@ class Setup:
     @property
     def sharded(self) -> bool:
         """Whether dp ranks keep a part of the dense weights each and gather them layer by layer."""
-        return self.options.dense == "shard" and self.sizes.dp > 1
+        return self.options.shards(self.sizes.dp)
 
     @property
     def spread(self) -> bool:

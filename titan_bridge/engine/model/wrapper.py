@@ -45,7 +45,8 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers 
 
 def _compiles(vllm_config: VllmConfig) -> bool:
     """FSDP's gathers are hooks that one graph cannot hold."""
-    return titan_options(vllm_config.additional_config).dense == "replicate"
+    dp = vllm_config.parallel_config.data_parallel_size
+    return not titan_options(vllm_config.additional_config).shards(dp)
 
 
 HIDDEN = "hidden_states"
