@@ -19,6 +19,7 @@ from tests import float64
 from tests.unit.quantized_samples import make_fp8, make_mxfp4, multiplied_out
 from titan_bridge import parity
 from titan_bridge.config.schema import InferConfig
+from titan_bridge.engine import specs
 from titan_bridge.models import load_hf_config
 from titan_bridge.testing import make_checkpoint
 from titan_bridge.transfer import Options, Trainer
@@ -61,6 +62,8 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
     full = multiplied_out(quantized, tmp_path / "multiplied_out")
     with engine(config) as (llm, workers, _):
         assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
+        (findings,) = specs.verify(llm, str(full))  # of what the layout has, and nothing that is derived
+        assert [each for each in findings if not each["equal"]] == []
         form = "" if case == "sinks" else f"{case} "
         assert workers[0]["attention"].startswith(f"{form}attention with a cache of "), workers[0][
             "attention"

@@ -107,11 +107,6 @@ class Built:
     rows: GroupRows | None
     """With attention data parallelism, which rows are of which group."""
 
-    def live(self) -> dict[str, torch.Tensor]:
-        """This rank's local tensor of every parameter and persistent buffer that its stage has, by FQN."""
-        tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        return {fqn: local(tensors[fqn].detach()) for fqn in self.layout.params if fqn in tensors}
-
     def describe(self) -> str:
         """Meshes, sizes and form of attention in words, for the log."""
         meshes = "".join(f"{name} mesh {mesh}, " for name, mesh in self.layout.meshes.items())
