@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.engine.features import REFUSED
+from titan_bridge.errors import BridgeError
 from titan_bridge.testing import make_checkpoint, make_run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -274,3 +275,27 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     answers = answers_of(UNSUPPORTED, [options for options, _ in cases], str(model))
     wrong = [(text, answer) for (_, text), answer in zip(cases, answers, strict=True) if text not in answer]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_replicas_that_do_not_step_together_share_no_experts(tmp_path: Path) -> None:
+    """As the workers of somebody else's launcher see it, which says nothing of the other replicas to vLLM."""
+    from vllm import EngineArgs
+
+    from titan_bridge.engine.model.build import setup_of_world
+
+    model = str(make_checkpoint(tmp_path / "moe", "qwen3_moe", tokenizer=False))
+
+    def setup(world: int, **options: Any) -> Any:
+        given = {"model": model, "model_impl": "torchtitan", "skip_tokenizer_init": True, **options}
+        return setup_of_world(EngineArgs(**given).create_engine_config(), world)
+
+    experts, sharded = {"enable_expert_parallel": True}, {"additional_config": {"titan": {"dense": "shard"}}}
+    for options, what in ((experts, "enable_expert_parallel"), (sharded, "dense = 'shard'")):
+        line = (
+            rf"^{what} joins all ranks, and 4 of them hold 2 replicas of 2 ranks, but data_parallel_size=1; "
+        )
+        with pytest.raises(BridgeError, match=line + "allowed: 2, "):
+            setup(4, tensor_parallel_size=2, **options)
+        assert setup(4, tensor_parallel_size=2, data_parallel_size=2, **options).sizes.dp == 2
+        assert setup(2, tensor_parallel_size=2, **options).sizes.dp == 1
+    assert setup(4, tensor_parallel_size=2).sizes.dp == 2  # nothing is shared over replicas
