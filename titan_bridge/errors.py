@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 
 class BridgeError(ValueError):
@@ -20,6 +20,17 @@ def about(what: object) -> Iterator[None]:
         yield
     except BridgeError as error:
         raise BridgeError(f"{what}: {error}") from None
+
+
+def refuse(options: Iterable[tuple[object, str, str]], where: str) -> None:
+    """Raise for the first option that is asked for, of those that are not supported `where`.
+
+    Args:
+        options: Whether it is asked for, what it is ("LoRA is"), and what to do instead.
+    """
+    for asked, what, allowed in options:
+        if asked:
+            raise BridgeError(f"{what} not supported {where}; {allowed}")
 
 
 def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:

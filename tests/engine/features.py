@@ -200,6 +200,32 @@ REFUSED = (
         said="fully_sharded_loras is not supported with model_impl='torchtitan'",
     ),
     Refused(
+        name="LoRA with `enable_mixed_moe_lora_format`",
+        options={"enable_lora": True, "enable_mixed_moe_lora_format": True},
+        said="enable_mixed_moe_lora_format is not supported with model_impl='torchtitan'",
+    ),
+    Refused(
+        name="LoRA with `enable_moe_shared_loras`", options={"enable_lora": True, "enable_moe_shared_loras": True},
+        said="enable_moe_shared_loras is not supported with model_impl='torchtitan'",
+    ),
+    Refused(
+        name="LoRA with `additional_config.titan.dense='shard'`",
+        options={"enable_lora": True, "data_parallel_size": 2, "additional_config": {"titan": {"dense": "shard"}}},
+        said="LoRA with additional_config.titan.dense = 'shard' is not supported with model_impl='torchtitan'",
+    ),
+    Refused(
+        name="Context parallelism in prefill (`prefill_context_parallel_size`)",
+        options={"prefill_context_parallel_size": 2},
+        said="prefill_context_parallel_size=2 is not supported with model_impl='torchtitan'; allowed: 1",
+    ),
+    Refused(
+        name="Context parallelism in decode (`decode_context_parallel_size`)",
+        options={
+            "tensor_parallel_size": 2, "decode_context_parallel_size": 2, "hf_overrides": {"num_key_value_heads": 1},
+        },
+        said="decode_context_parallel_size=2 is not supported with model_impl='torchtitan'; allowed: 1",
+    ),
+    Refused(
         name="vLLM's quantized kernels", options={"quantization": "fp8"},
         said="quantization=fp8 is not supported with model_impl='torchtitan'",
     ),
@@ -242,9 +268,20 @@ REFUSED = (
         said="load_format='sharded_state' is not supported with model_impl='torchtitan'",
     ),
     Refused(
+        name="`load_format='runai_streamer_sharded'`", options={"load_format": "runai_streamer_sharded"},
+        said="load_format='runai_streamer_sharded' is not supported with model_impl='torchtitan'",
+    ),
+    Refused(
+        name="`load_format='tensorizer'`", options={"load_format": "tensorizer"},
+        said="load_format='tensorizer' is not supported with model_impl='torchtitan'",
+    ),
+    Refused(
         name="Sleep mode (taken elsewhere)", options={"enable_sleep_mode": True}, by_vllm=True,
         said="Sleep mode is not supported on current platform",
     ),
+    _groups("pipeline stages", "pipeline_parallel_size=2 is", pipeline_parallel_size=2),
+    _groups("`additional_config.titan.dense='shard'`", "dense = 'shard' is",
+            data_parallel_size=2, titan={"dense": "shard"}),
     _groups(
         "speculation", "speculation is", speculative_config={"method": "ngram", "num_speculative_tokens": 2},
     ),

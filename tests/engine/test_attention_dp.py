@@ -18,12 +18,14 @@ import torch
 
 from tests.engine.test_attention_state import LATENT
 from tests.engine.test_parity import answer_here, check
+from titan_bridge.config.schema import InferConfig, Parallel
 from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint
 from titan_bridge.transfer import Trainer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
+PROMPT = [5, 9, 13, 200]
 MOE = {"num_hidden_layers": 3, "mlp_only_layers": [1]}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "groups of two": ("qwen3", {"num_key_value_heads": 2}, {"tp": 4, "attention_dp": True}, {}),
@@ -49,6 +51,50 @@ def test_the_numbers_of_both_references(
         assert facts["cached_tokens"] == 0
         facts["cached_tokens"] = 1
     check(facts, parallel)
+
+
+def step_of_vllms_own(worker: Any) -> list[list[int]]:
+    """On a worker: what it samples after a prompt that is not scheduled by groups, as in vLLM's warm-up."""
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+    asked, ended = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
+    request = NewRequestData(
+        req_id="warm-up", prompt_token_ids=PROMPT, mm_features=[], pooling_params=None, block_ids=([1],),
+        sampling_params=SamplingParams(temperature=0), num_computed_tokens=0, lora_request=None,
+    )  # fmt: skip
+    asked.scheduled_new_reqs = [request]
+    asked.num_scheduled_tokens, asked.total_num_scheduled_tokens = {"warm-up": len(PROMPT)}, len(PROMPT)
+    asked.num_common_prefix_blocks, ended.finished_req_ids = [0], {"warm-up"}
+    assert worker.execute_model(asked) is None
+    sampled = worker.sample_tokens(None).sampled_token_ids
+    worker.execute_model(ended)
+    return sampled
+
+
+def test_a_step_that_knows_no_groups_is_the_same_one_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_orphans: None
+) -> None:
+    """vLLM warms up some GPU kernels with such steps."""
+    from titan_bridge.engine.run.offline import complete, engine
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function to the workers
+    model = make_checkpoint(tmp_path / "model", "qwen3", tokenizer=False)
+    options = {"enforce_eager": True, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 8 << 20}
+    config = InferConfig(
+        model=str(model),
+        dtype="float32",
+        parallel=Parallel(tp=2, attention_dp=2),
+        max_model_len=64,
+        vllm=options,
+    )
+    greedy = {"temperature": 0, "max_tokens": 1, "detokenize": False}
+    with engine(config) as (llm, _, _):
+        stepped = llm.collective_rpc(step_of_vllms_own)
+        (completion,), _ = complete(llm, [PROMPT], greedy)
+    token = int(load_reference(model).logprobs(PROMPT)[-1].argmax())
+    assert stepped == [[[token]]] * 2
+    assert completion.token_ids == (token,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from tests import float64
 from tests.unit.quantized_samples import make_fp8, make_mxfp4, multiplied_out
 from titan_bridge import parity
 from titan_bridge.config.schema import InferConfig
+from titan_bridge.engine import specs
 from titan_bridge.models import load_hf_config
 from titan_bridge.testing import make_checkpoint
 from titan_bridge.transfer import Options, Trainer
@@ -61,6 +62,8 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
     full = multiplied_out(quantized, tmp_path / "multiplied_out")
     with engine(config) as (llm, workers, _):
         assert workers[0]["model_class"] == "titan_bridge.engine.model.wrapper.TitanForCausalLM"
+        (findings,) = specs.verify(llm, str(full))  # of what the layout has, and nothing that is derived
+        assert [each for each in findings if not each["equal"]] == []
         form = "" if case == "sinks" else f"{case} "
         assert workers[0]["attention"].startswith(f"{form}attention with a cache of "), workers[0][
             "attention"
@@ -111,6 +114,49 @@ def backends(worker: Any) -> list[str]:
     """On a worker: vLLM's backend of each attention."""
     layers = worker.model_runner.model.model.layers.values()
     return [layer.attention.inner_attention.paged.get_attn_backend().get_name() for layer in layers]
+
+
+@pytest.mark.parametrize(("dense", "expands"), [("shard", True), ("replicate", False)])
+def test_an_offline_dp_rank_with_parts_of_the_weights_caches_no_latents(
+    dense: str, expands: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is cached is decided before vLLM reads from the environment that there are other ranks."""
+    from vllm import EngineArgs
+
+    from titan_bridge.engine.patches.upstream import expands_latents
+
+    args = EngineArgs(model=str(tmp_path), additional_config={"titan": {"dense": dense}})
+    assert not expands_latents(args, on_cpu=False)
+    monkeypatch.setenv("VLLM_DP_SIZE", "2")
+    assert expands_latents(args, on_cpu=False) is expands
+
+
+def test_a_backend_with_sinks_in_float32_keeps_their_address(tmp_path: Path) -> None:
+    """A captured CUDA graph reads them there. b12x, as FlashInfer, which does not import here."""
+    from vllm import EngineArgs
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backends.b12x import B12xPagedAttentionImpl
+
+    from titan_bridge.engine.model.attention import PagedAttention, bind_sinks
+    from titan_bridge.models.adapters import inner_attention
+    from titan_bridge.models.gpt_oss import GptOss
+
+    model = make_checkpoint(tmp_path / "gpt_oss", "gpt_oss", tokenizer=False)
+    given = EngineArgs(model=str(model), model_impl="torchtitan", skip_tokenizer_init=True)
+    computes = inner_attention(GptOss().model_config(load_hf_config(model)).layers[0].attention)
+    attention = torch.nn.Module()
+    with set_current_vllm_config(given.create_engine_config()):
+        attention.inner_attention = PagedAttention(PagedAttention.Config(layer=0, tp=1, computes=computes))
+    impl = object.__new__(B12xPagedAttentionImpl)  # its constructor asks a GPU
+    impl._sinks_source, impl.sinks = torch.empty(computes.n_heads, dtype=torch.bfloat16), None
+    attention.inner_attention.paged.impl = impl
+    seen = []
+    for value in (1, 2):  # at the start, and with new weights
+        attention.sinks = torch.nn.Parameter(torch.full((computes.n_heads,), value, dtype=torch.bfloat16))
+        bind_sinks(attention, torch.bfloat16)
+        assert torch.equal(impl.sinks, torch.full((computes.n_heads,), float(value)))
+        seen.append(impl.sinks)
+    assert seen[0] is seen[1]
 
 
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this processor has no AMX")

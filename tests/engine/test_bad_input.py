@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.engine.features import REFUSED
+from titan_bridge.errors import BridgeError
 from titan_bridge.testing import make_checkpoint, make_run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -202,6 +203,7 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     run = make_run(tmp_path / "out", model, model)
     steps = run / "checkpoint"
     moe = str(make_checkpoint(tmp_path / "moe", "qwen3_moe", tokenizer=False))
+    gpt_oss = str(make_checkpoint(tmp_path / "gpt_oss", "gpt_oss", tokenizer=False))
     llama = str(make_checkpoint(tmp_path / "llama3", "llama3", tokenizer=False))
     narrow = str(make_checkpoint(tmp_path / "narrow", "deepseek_v3", tokenizer=False))
     latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
@@ -218,8 +220,8 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     longer = {"max_position_embeddings": 8192}
     cases: list[tuple[dict[str, Any], str]] = [
         *((filled(each.options, str(model)), each.said) for each in REFUSED),
-        ({"model": moe, "enable_lora": True, "data_parallel_size": 2, **sharded},
-         "LoRA with additional_config.titan.dense = 'shard' is not supported with model_impl='torchtitan'"),
+        ({"model": gpt_oss, "data_parallel_size": 2, **sharded},
+         "dense = 'shard' is not supported with the attention sinks of gpt_oss, of which vLLM's attention needs all"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel is set, but"),
         ({}, f"taken: {model} as {model}, {{}}, titan"),
         ({"model": str(run)}, f"taken: {steps} as {run}, {{'titan': {{'step': 2}}}}, titan"),
@@ -237,7 +239,7 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
         ({"model": narrow, "additional_config": {"titan": {"mla": "latent"}}},
          "kv_lora_rank=32 and qk_rope_head_dim=16 have no kernel in vLLM's latent attention on CPUs"),
         ({"model": wide, "data_parallel_size": 2, "additional_config": {"titan": {"mla": "latent", "dense": "shard"}}},
-         "mla = 'latent' derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"),
+         "derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"),
         ({"model": folder_with(model, tmp_path / "head", config=classifier)},
          "architecture Qwen3ForSequenceClassification is not supported"),
         ({"model": llama, "speculative_config": {"method": "eagle", **speculation, "model": llama}},
@@ -246,16 +248,7 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
          "additional_config.titan.ep=2 needs enable_expert_parallel"),
         ({"hf_overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
         ({"hf_overrides": longer, "max_model_len": 9000}, "max_position_embeddings=8192; allowed: up to 8192"),
-        ({"tensor_parallel_size": 2, "data_parallel_size": 2, "model": moe,
-          "additional_config": {"titan": {"attention_dp": 2, "dense": "shard"}}},
-         "dense = 'shard' is not supported with attention_dp=2"),
-        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "model": one_head,
-          "additional_config": {"titan": {"attention_dp": 2}}},
-         "pipeline_parallel_size=2 is not supported with attention_dp=2"),
         ({"pipeline_parallel_size": 9}, "pp=9 is more than the "),
-        ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2, "model": one_head,
-          "additional_config": {"titan": {"attention_dp": 2}}},
-         "decode_context_parallel_size=2 is not supported with attention_dp=2; allowed: 1"),
         ({"additional_config": {"titan": {"attention_dp": 2}}}, "attention_dp=2 does not fit tp=1 and n_heads="),
         ({"tensor_parallel_size": 2, "additional_config": {"titan": {"attention_dp": 1.5}}},
          "additional_config.titan.attention_dp"),
@@ -266,6 +259,7 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
          "unknown key additional_config.sharding.sharding_strategy.expert_parallelism"),
         ({"additional_config": {**shorthand(1), "titan": {"attention_dp": 2}}}, "leave one out"),
         # What must go on:
+        ({"model": gpt_oss, "tensor_parallel_size": 2, **sharded}, "taken"),
         ({"tensor_parallel_size": 2, "model": one_head, "additional_config": shorthand(1)},
          f"taken: {one_head} as {one_head}, {{'titan': {{'attention_dp': 2}}}}, titan"),
         ({"tensor_parallel_size": 2, "additional_config": {"titan": {"attention_dp": True}}}, "taken"),
@@ -281,3 +275,27 @@ def test_what_is_not_supported_is_refused_by_name_and_a_run_is_found(tmp_path: P
     answers = answers_of(UNSUPPORTED, [options for options, _ in cases], str(model))
     wrong = [(text, answer) for (_, text), answer in zip(cases, answers, strict=True) if text not in answer]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_replicas_that_do_not_step_together_share_no_experts(tmp_path: Path) -> None:
+    """As the workers of somebody else's launcher see it, which says nothing of the other replicas to vLLM."""
+    from vllm import EngineArgs
+
+    from titan_bridge.engine.model.build import setup_of_world
+
+    model = str(make_checkpoint(tmp_path / "moe", "qwen3_moe", tokenizer=False))
+
+    def setup(world: int, **options: Any) -> Any:
+        given = {"model": model, "model_impl": "torchtitan", "skip_tokenizer_init": True, **options}
+        return setup_of_world(EngineArgs(**given).create_engine_config(), world)
+
+    experts, sharded = {"enable_expert_parallel": True}, {"additional_config": {"titan": {"dense": "shard"}}}
+    for options, what in ((experts, "enable_expert_parallel"), (sharded, "dense = 'shard'")):
+        line = (
+            rf"^{what} joins all ranks, and 4 of them hold 2 replicas of 2 ranks, but data_parallel_size=1; "
+        )
+        with pytest.raises(BridgeError, match=line + "allowed: 2, "):
+            setup(4, tensor_parallel_size=2, **options)
+        assert setup(4, tensor_parallel_size=2, data_parallel_size=2, **options).sizes.dp == 2
+        assert setup(2, tensor_parallel_size=2, **options).sizes.dp == 1
+    assert setup(4, tensor_parallel_size=2).sizes.dp == 2  # nothing is shared over replicas

@@ -67,6 +67,14 @@ def test_graphs_hold_what_they_can(
     assert compilation.cudagraph_mode == (None if left is None else CUDAGraphMode[left])
 
 
+def test_a_step_that_gathers_weights_in_hooks_is_not_compiled(models: dict[str, Path]) -> None:
+    from titan_bridge.engine.model.wrapper import _compiles
+
+    one_rank = {"additional_config": SHARD["additional_config"]}
+    compiled = [_compiles(engine_config(models["qwen3"], options)) for options in ({}, one_rank, SHARD)]
+    assert compiled == [True, True, False]
+
+
 def test_without_a_gpu_there_are_none(models: dict[str, Path]) -> None:
     from vllm.config import CUDAGraphMode
 

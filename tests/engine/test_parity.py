@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama3",
         {**SERVABLE, "rope_parameters": LLAMA3_SCALING, "tie_word_embeddings": True},
     ),
-    "llama3": ("llama3", SERVABLE),
+    "llama3": ("llama3", {**SERVABLE, "sliding_window": 48}),  # which neither reference reads
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3 odd sizes": ("qwen3", {"hidden_size": 192, "head_dim": 48, "vocab_size": 777}),
     "qwen3 windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1}),

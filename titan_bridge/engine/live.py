@@ -164,8 +164,10 @@ def _titan_params(model: Any, sizes: Sizes) -> dict[str, ParamSpec]:
 
 def _live(model: Any) -> Iterator[tuple[str, torch.Tensor, ParamLayout]]:
     """Every live parameter and persistent buffer of a TorchTitan model; refuses one that its layout does not list."""
-    live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
-    if unlisted := sorted(dict(model.model.named_parameters()).keys() - model.layout.params.keys()):
+    live = model.tensors()
+    named = dict(model.model.named_parameters()).keys() - model.layout.params.keys()
+    # What vLLM's attention derives from weights, it keeps as parameters.
+    if unlisted := sorted(fqn for fqn in named if ".inner_attention." not in fqn):
         raise BridgeError(f"parameters without a layout: {', '.join(unlisted)}")
     rank = dist.get_rank()
     for fqn, known in model.layout.params.items():

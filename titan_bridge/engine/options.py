@@ -46,6 +46,10 @@ class TitanOptions:
     """Declare ShardingSpecs on vLLM's own models too (`model_impl` other than `torchtitan`). On the CPU backend their
     linears then keep plain weights, which are slower than vLLM's packed ones."""
 
+    def shards(self, dp: int) -> bool:
+        """Whether `dp` ranks keep a part of the dense weights each and gather them layer by layer."""
+        return self.dense == "shard" and dp > 1
+
 
 def titan_options(additional_config: Any) -> TitanOptions:
     """The options in a vLLM `additional_config`; defaults where it has no `titan` table.

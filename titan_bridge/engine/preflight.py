@@ -15,8 +15,9 @@ from titan_bridge.engine.cpu.head_dims import check_head_dim
 from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.build import Setup, captures_experts, setup_from
 from titan_bridge.engine.options import titan_options
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, refuse
 from titan_bridge.model_layout import layout
+from titan_bridge.models.adapters import inner_attention
 
 SPECULATION = ("draft_model", "ngram", "ngram_gpu", "suffix")
 """Methods that need no more of the served model than its logits."""
@@ -35,9 +36,7 @@ def check(vllm_config: VllmConfig) -> None:
     Raises:
         BridgeError: One line that names the field, the value given and what is allowed.
     """
-    for asked, what, allowed in _unsupported(vllm_config):
-        if asked:
-            raise BridgeError(f"{what} not supported with model_impl='torchtitan'; {allowed}")
+    refuse(_unsupported(vllm_config), "with model_impl='torchtitan'")
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     setup = setup_from(vllm_config, dp=parallel.data_parallel_size if model.is_moe else 1)
     if (setup.options.ep or 1) > 1 and not parallel.enable_expert_parallel:
@@ -51,17 +50,24 @@ def check(vllm_config: VllmConfig) -> None:
         logger.warning("%s", remark)
     if (backend := vllm_config.attention_config.backend) is not None:
         check_backend(backend.name, setup.split)
-    if setup.options.mla == "latent" and (not model.use_mla or setup.sharded):
-        why = "derives matrices from whole weights, and dense = 'shard' keeps parts; set mla = 'expanded'"
+    if setup.options.mla == "latent" and not model.use_mla:
+        raise BridgeError("additional_config.titan.mla = 'latent' needs attention with latents")
+    if model.use_mla and setup.sharded:
         raise BridgeError(
-            f"additional_config.titan.mla = 'latent' {why if model.use_mla else 'needs attention with latents'}"
+            "a cache of latents (additional_config.titan.mla) derives matrices from whole weights, and dense = 'shard' "
+            "keeps parts; set mla = 'expanded'"
+        )
+    if setup.sharded and any(inner_attention(layer.attention).sinks for layer in setup.config.layers):
+        raise BridgeError(
+            "additional_config.titan.dense = 'shard' is not supported with the attention sinks of "
+            f"{setup.family.name}, of which vLLM's attention needs all; leave it out"
         )
     check_head_dim(setup.hf, latent=model.use_mla)
     use_groups(vllm_config, setup)
     captures = captures_experts(setup, model.dtype, current_platform.get_device_capability())
     limit_graphs(vllm_config.compilation_config, setup, captures=captures)
     load = vllm_config.load_config
-    if load.load_format in ("sharded_state", "tensorizer"):
+    if load.load_format in ("sharded_state", "runai_streamer_sharded", "tensorizer"):
         raise BridgeError(
             f"load_format={load.load_format!r} is not supported with model_impl='torchtitan'; leave it out: each "
             "rank reads only its own slices of safetensors and of a DCP"
@@ -81,13 +87,13 @@ def check(vllm_config: VllmConfig) -> None:
 def _unsupported(vllm_config: VllmConfig) -> Iterator[tuple[object, str, str]]:
     """Whether it is asked for, what it is ("LoRA is"), and what to do instead; for each option that we lack."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    context = parallel.prefill_context_parallel_size
-    dense = titan_options(vllm_config.additional_config).dense
-    sharded = dense == "shard" and parallel.data_parallel_size > 1
+    sharded = titan_options(vllm_config.additional_config).shards(parallel.data_parallel_size)
     stages = parallel.pipeline_parallel_size
     what = f"additional_config.titan.dense = 'shard' with pipeline_parallel_size={stages} is"
     yield sharded and stages > 1, what, "leave one of them out"
-    yield context > 1, f"prefill_context_parallel_size={context} is", "allowed: 1"
+    # With either, vLLM spreads the tokens of a sequence over ranks, which nothing here adds up.
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        yield (size := getattr(parallel, name)) > 1, f"{name}={size} is", "allowed: 1"
     yield parallel.enable_eplb, "expert load balancing is", "leave enable_eplb off"
     yield parallel.use_ubatching, "microbatches (enable_dbo) are", "leave enable_dbo and ubatch_size out"
     if (lora := vllm_config.lora_config) is not None:

@@ -109,16 +109,12 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
         separate = separate_qkv_views(setup.family, setup.hf, padded)
         return (*setup.family.views(setup.hf, padded_vocab=padded), *separate)
 
-    def params() -> dict[str, torch.Tensor]:
-        inner = model.model
-        return dict(inner.named_buffers()) | dict(inner.named_parameters(remove_duplicate=False))
-
     def changed(names: Iterable[str], ahead: Any) -> None:
-        known = params()
+        known = model.tensors()
         model.weights_changed([known[name] for name in names if name in known], ahead)
 
     def swap(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        known = params()
+        known = model.tensors()
         before = {name: known[name].data for name in tensors}
         for name, tensor in tensors.items():
             known[name].data = tensor
@@ -126,7 +122,7 @@ def _titan(model: TitanForCausalLM, place: Mapping[str, Any]) -> Target:
         return before
 
     # On a GPU a graph may hold addresses; under FSDP a parameter is not always the tensor that holds the weights.
-    plain = not any(isinstance(tensor, DTensor) for tensor in params().values())
+    plain = not any(isinstance(tensor, DTensor) for tensor in model.tensors().values())
     swaps = current_platform.is_cpu() and plain and not setup.sharded
     return Target(
         swap=swap if swaps else None,
@@ -154,6 +150,5 @@ class _Live:
         return self._built if self._built is not None else self._now()
 
     def _now(self) -> dict[str, torch.Tensor]:
-        inner = self._model.model
-        tensors = dict(inner.named_parameters(remove_duplicate=False)) | dict(inner.named_buffers())
+        tensors = self._model.tensors()
         return {name: local_of(tensors[name]) for name in self._model.live}

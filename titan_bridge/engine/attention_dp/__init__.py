@@ -10,6 +10,6 @@ One engine and one residual stream. The invariant, in three sentences:
 
 `scheduler.py` is vLLM's scheduler once for each group (set through `scheduler_cls`), `routing.py` says which group gets
 a request, `executor.py` carries one step to the workers and the groups' answers back, `worker.py` runs a worker's own
-group's step, `stream.py` is the tensors' part, `choice.py` how many groups there are (needs no vLLM), `checks.py` what
-is set and refused before anything starts.
+group's step, `stream.py` is the tensors' part, `checks.py` what is set and refused before anything starts; how many
+groups there are is in `titan_bridge/policy/attention_dp.py`, which needs no vLLM.
 """

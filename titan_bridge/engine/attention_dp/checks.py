@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from titan_bridge.engine.attention_dp.executor import GroupExecutor
 from titan_bridge.engine.model.build import Setup
 from titan_bridge.engine.options import titan_options
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import refuse
 
 SCHEDULER = "titan_bridge.engine.attention_dp.scheduler.GroupScheduler"
 WORKER = "titan_bridge.engine.attention_dp.worker.GroupWorker"
@@ -31,9 +31,7 @@ def use_groups(vllm_config: VllmConfig, setup: Setup) -> None:
         if titan_options(vllm_config.additional_config).attention_dp is True:
             logger.warning("attention_dp makes one group here, which is none: tp copies no key-value heads")
         return
-    for asked, what, allowed in _unsupported(vllm_config, setup):
-        if asked:
-            raise BridgeError(f"{what} not supported with attention_dp={groups}; {allowed}")
+    refuse(_unsupported(vllm_config, setup), f"with attention_dp={groups}")
     given: Any = vllm_config.additional_config
     titan = {**(given.get("titan") or {}), "attention_dp": groups}
     # A number from here on, in all processes; the shorthand, if that was used, is taken out.
@@ -84,8 +82,6 @@ def _unsupported(vllm_config: VllmConfig, setup: Setup) -> Iterator[tuple[object
     yield parallel.nnodes > 1, f"nnodes={parallel.nnodes} is", "allowed: 1"
     platform = current_platform.device_type
     yield platform not in ("cpu", "cuda"), f"device {platform!r} is", "allowed: CPUs, CUDA and ROCm devices"
-    context = parallel.decode_context_parallel_size
-    yield context > 1, f"decode_context_parallel_size={context} is", "allowed: 1"
     worker = parallel.worker_cls
     yield worker not in ("auto", WORKER), f"worker_cls={worker!r} is", "leave it out"
     scheduled = scheduler.scheduler_cls

@@ -22,8 +22,13 @@ class GroupWorker(_Base):
     """The output of a step in which this worker's group has no work."""
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run the own group's part of a `Step`; None, and the rest in `sample_tokens`, where any group has work."""
-        step: Step = scheduler_output
+        """Run the own group's part of a `Step`; None, and the rest in `sample_tokens`, where any group has work.
+
+        What is no `Step` comes from vLLM's warm-up, the same to all ranks.
+        """
+        if not isinstance(scheduler_output, Step):
+            return super().execute_model(scheduler_output)
+        step = scheduler_output
         rows = self.get_model().rows
         own = step.groups[rows.group]
         if not any(step.tokens):
@@ -43,7 +48,8 @@ class GroupWorker(_Base):
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The own group's output; None on workers that are not their group's first."""
         rows, step = self.get_model().rows, self._step
-        assert step is not None
+        if step is None:
+            return super().sample_tokens(grammar_output)
         if self._idle is None:
             output = super().sample_tokens(grammar_output and grammar_output[rows.group])
         else:

@@ -43,6 +43,8 @@ class PagedAttention(Module):
         self.computes = computes
         # The model around it is built on meta; the layer's scales and workspaces must be real.
         with torch.device(vllm_config.device_config.device):
+            # The window of a whole model, from config.json, which vLLM would take for a layer that states none.
+            vllm_config.cache_config.sliding_window = None
             # A backend that knows sinks is chosen by their being there; `bind_sinks` puts the parameter in their place.
             sinks = {"sinks": torch.empty(n_heads)} if computes.sinks else {}
             self.paged = Attention(
@@ -95,12 +97,14 @@ def windows(model: nn.Module) -> set[int | None]:
 
 
 def bind_sinks(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let every backend with sinks read the parameters as they are now; some keep a copy in another dtype."""
+    """Let every backend with sinks read the parameters as they are now.
+
+    Some (FlashInfer, b12x) make a tensor of their own from `_sinks_source`, in float32, and copy into that from then
+    on: a CUDA graph holds its address.
+    """
     for module in model.modules():
         inner = getattr(module, "inner_attention", None)
         if isinstance(inner, PagedAttention) and inner.computes.sinks:
             impl: Any = inner.paged.impl
-            for name in ("sinks", "_sinks_source"):  # the latter: FlashInfer, which makes its own from it
-                if hasattr(impl, name):
-                    setattr(impl, name, module.sinks.data)
+            setattr(impl, "_sinks_source" if hasattr(impl, "_sinks_source") else "sinks", module.sinks.data)
             impl.process_weights_after_loading(dtype)

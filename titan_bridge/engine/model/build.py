@@ -45,6 +45,7 @@ from titan_bridge.engine.model.router import use_float32_gate
 from titan_bridge.engine.model.stages import keep_stage, pass_on, staged
 from titan_bridge.engine.model.triton_experts import can_use_triton, use_triton
 from titan_bridge.engine.options import TitanOptions, titan_options
+from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes, check_divides, describe, padded_vocab
 from titan_bridge.model_layout import as_layout, specs_of_module
 from titan_bridge.models import Family, family_for
@@ -83,7 +84,7 @@ class Setup:
     @property
     def sharded(self) -> bool:
         """Whether dp ranks keep a part of the dense weights each and gather them layer by layer."""
-        return self.options.dense == "shard" and self.sizes.dp > 1
+        return self.options.shards(self.sizes.dp)
 
     @property
     def spread(self) -> bool:
@@ -106,11 +107,6 @@ class Built:
     """Its form and its cache in words."""
     rows: GroupRows | None
     """With attention data parallelism, which rows are of which group."""
-
-    def live(self) -> dict[str, torch.Tensor]:
-        """This rank's local tensor of every parameter and persistent buffer that its stage has, by FQN."""
-        tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        return {fqn: local(tensors[fqn].detach()) for fqn in self.layout.params if fqn in tensors}
 
     def describe(self) -> str:
         """Meshes, sizes and form of attention in words, for the log."""
@@ -169,12 +165,29 @@ def _as_served(setup: Setup) -> None:
             )
 
 
+def setup_of_world(vllm_config: VllmConfig, world: int) -> Setup:
+    """Of a process group of `world` ranks, as its workers see it.
+
+    Raises:
+        BridgeError: as `setup_from`, and for replicas that do not step together, but would have to.
+    """
+    parallel = vllm_config.parallel_config
+    workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    replicas = world // workers
+    setup = setup_from(vllm_config, dp=replicas)
+    if (setup.sharded or setup.spread) and replicas != parallel.data_parallel_size:
+        what = "dense = 'shard'" if setup.sharded else "enable_expert_parallel"
+        raise BridgeError(
+            f"{what} joins all ranks, and {world} of them hold {replicas} replicas of {workers} ranks, but "
+            f"data_parallel_size={parallel.data_parallel_size}; allowed: {replicas}, with which they step together"
+        )
+    return setup
+
+
 def build(vllm_config: VllmConfig) -> Built:
     """Build this rank's part of the model on the worker's device; weights are uninitialised."""
     use_cpu_if_no_accelerator()
-    parallel = vllm_config.parallel_config
-    workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    setup = setup_from(vllm_config, dp=dist.get_world_size() // workers)
+    setup = setup_of_world(vllm_config, dist.get_world_size())
     config, sizes, stage = setup.config, setup.sizes, get_pp_group().rank_in_group
     own = sizes.layers_of(stage) if sizes.stages else range(len(config.layers))
     check_divides(config, sizes, narrows=setup.family.takes_policy)

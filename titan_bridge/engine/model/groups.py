@@ -1,4 +1,7 @@
-"""The process groups over which layers that are cut over fewer ranks than tp add up and gather."""
+"""The process groups over which layers that are cut over fewer ranks than tp add up and gather.
+
+On GPUs these use NCCL: vLLM gives its custom all-reduce to the group named "tp" alone.
+"""
 
 from __future__ import annotations
 

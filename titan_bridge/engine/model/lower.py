@@ -3,7 +3,8 @@
 `Module.parallelize` wraps every `forward` with a general redistribution that looks each boundary up at run
 time. Here each boundary is resolved beforehand: most need nothing and get their own `forward` back, the others
 keep exactly one collective on the tp axis of their module, from vLLM (shared memory on one CPU node, custom all-reduce
-and CUDA graphs on GPUs). The source of truth stays TorchTitan's `ShardingConfig`.
+on GPUs, but NCCL for layers that are narrower than tp: see `groups`). The source of truth stays TorchTitan's
+`ShardingConfig`.
 """
 
 from __future__ import annotations

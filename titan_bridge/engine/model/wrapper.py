@@ -38,6 +38,7 @@ from titan_bridge.engine.model.latent import derive
 from titan_bridge.engine.model.lora import AdapterManager, Target, targets
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import BridgeError
+from titan_bridge.models.experts import local
 from titan_bridge.models.peft import WEIGHT
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
@@ -45,7 +46,8 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers 
 
 def _compiles(vllm_config: VllmConfig) -> bool:
     """FSDP's gathers are hooks that one graph cannot hold."""
-    return titan_options(vllm_config.additional_config).dense == "replicate"
+    dp = vllm_config.parallel_config.data_parallel_size
+    return not titan_options(vllm_config.additional_config).shards(dp)
 
 
 HIDDEN = "hidden_states"
@@ -83,7 +85,9 @@ class TitanForCausalLM(nn.Module):
         keep_keys_together(vllm_config, windows(self.model))
         self.vocab_size = setup.hf["vocab_size"]
         self.dtype = vllm_config.model_config.dtype
-        self.live = built.live()
+        tensors = self.tensors()
+        # This rank's local tensor of every parameter and persistent buffer that its stage has, by FQN.
+        self.live = {fqn: local(tensors[fqn].detach()) for fqn in self.layout.params if fqn in tensors}
         # vLLM takes an adapter whose modules have these last names.
         self.embedding_modules = dict.fromkeys(self._adapted_names(), "")
         self.source: Path | None = None  # the directory that was read last
@@ -95,6 +99,10 @@ class TitanForCausalLM(nn.Module):
         logger.info("Serving TorchTitan's %s: %s", type(self.model).__name__, built.describe())
 
     embedding_modules: Mapping[str, str] = MappingProxyType({})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """TorchTitan's parameters and buffers as they are now, by FQN; a tied one has both its names."""
+        return dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
 
     def adapter_targets(self) -> Iterator[Target]:
         """The linear layers that may have LoRA adapters."""

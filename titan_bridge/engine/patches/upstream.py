@@ -130,16 +130,20 @@ def complete_model_config(original: Callable[..., Any], self: Any) -> Any:
     if options.dense == "shard":
         model.num_experts = max(1, model.num_experts)
     on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()
-    sharded = options.dense == "shard" and self.data_parallel_size > 1
-    if model.is_deepseek_mla and (
-        options.mla == "expanded" or (options.mla == "auto" and (on_cpu or sharded))
-    ):
+    if model.is_deepseek_mla and expands_latents(self, on_cpu=on_cpu):
         model.is_deepseek_mla = False
         model.head_size = config.hf_text_config.qk_nope_head_dim + config.hf_text_config.qk_rope_head_dim
     elif model.is_deepseek_mla and on_cpu and not (self.attention_backend or self.attention_config.backend):
         kernels = importlib.import_module("titan_bridge.engine.cpu.head_dims")  # late: it imports torchtitan
         self.attention_backend = kernels.latent_backend(config.dtype)
     return config
+
+
+def expands_latents(args: Any, *, on_cpu: bool) -> bool:
+    """Whether attention with latents is to cache the keys and values of all heads."""
+    options = titan_options(args.additional_config)
+    sharded = options.shards(_data_parallel_size(args))
+    return options.mla == "expanded" or (options.mla == "auto" and (on_cpu or sharded))
 
 
 def _read_as_it_is_served(args: Any, hf: Mapping[str, Any]) -> None:
@@ -157,6 +161,11 @@ def _read_as_it_is_served(args: Any, hf: Mapping[str, Any]) -> None:
         args.hf_overrides = {**args.hf_overrides, quantization.KEY: None}
 
 
+def _data_parallel_size(args: Any) -> int:
+    """As `ParallelConfig` reads it later: that of offline engines, one a rank, is in the environment."""
+    return max(args.data_parallel_size, int(os.environ.get("VLLM_DP_SIZE", "1")))
+
+
 def _bind_workers(args: Any) -> None:
     """Set what several workers need on a CPU, as `titan-bridge` does; what the user has set stays."""
     if cpu.BOUND in os.environ and os.environ[cpu.BOUND] == os.environ.get(
@@ -165,7 +174,7 @@ def _bind_workers(args: Any) -> None:
         for name in (cpu.BIND, cpu.BOUND, cpu.SHARED, cpu.WORKERS):
             os.environ.pop(name, None)
     workers = cpu.local_workers(
-        max(args.data_parallel_size, int(os.environ.get("VLLM_DP_SIZE", "1"))),
+        _data_parallel_size(args),
         args.tensor_parallel_size * args.pipeline_parallel_size,
         nnodes=args.nnodes,
         dp_local=args.data_parallel_size_local,
