@@ -64,9 +64,7 @@ def combine(partials: Iterable[int]) -> int:
 
 def of_box(part: torch.Tensor, box: Box, shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
     """`partial` of a tensor that is the `box` of a global tensor of `shape`."""
-    stride = contiguous_stride(shape)
-    offset = sum(a * s for a, s in zip(box.start, stride, strict=True))
-    return partial(part, Window(size=box.shape, stride=stride, offset=offset), shape, dtype)
+    return partial(part, Window.of_box(box, shape), shape, dtype)
 
 
 def of_plan(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from titan_bridge.checkpoint import files
 from titan_bridge.checkpoint.files import FilePool, inside
-from titan_bridge.checkpoint.target import rows_of
+from titan_bridge.checkpoint.target import cut_rows
 from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Window, cut
@@ -86,7 +86,7 @@ def test_what_goes_to_another_device_is_read_into_two_pinned_buffers_in_turns():
 def test_strips_tile_a_box_and_are_small_and_contiguous(data, shape, most):
     box = data.draw(boxes(shape))
     seen = torch.zeros(shape, dtype=torch.int64)
-    for strip in rows_of(box, 1, most):
+    for strip in cut_rows(box, 1, most):
         assert strip.numel <= most or strip.numel == 1
         part = torch.arange(box.numel).reshape(box.shape)[strip.relative_to(box.start).slices]
         assert part.is_contiguous()

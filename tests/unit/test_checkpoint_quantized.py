@@ -19,6 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from tests.unit.checkpoint_samples import assert_equal
 from tests.unit.quantized_samples import FP8, MXFP4, make_fp8, make_mxfp4, multiplied_out, read, write
 from titan_bridge.checkpoint import open_checkpoint, quantized
+from titan_bridge.checkpoint.compare import fingerprints, open_sides
 from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import load_hf_config
@@ -156,6 +157,8 @@ def test_the_config_that_is_in_use_says_what_is_quantized(fp8, tmp_path, to):
     prepare(Options(source=fp8, target=tmp_path / "expected", to=to)).run()
     prepare(Options(source=bare, target=tmp_path / "out", to=to, config=fp8)).run()
     assert_equal(tmp_path / "out", tmp_path / "expected")
+    sides = open_sides([str(bare), str(fp8)], config=str(fp8), common=True)
+    assert dict(fingerprints(sides[0])) == dict(fingerprints(sides[1]))
     with pytest.raises(BridgeError, match=r"--dtype: .*quantized"):
         prepare(Options(source=bare, target=tmp_path / "x", to="hf", dtype=torch.float32))
     with pytest.raises(BridgeError, match=r"--merge-lora: .*quantized"):

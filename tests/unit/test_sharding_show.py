@@ -27,13 +27,13 @@ from titan_bridge.sharding.picture import layout_figure, picture, traffic_figure
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.show import (
     human,
+    layout_rows,
     layout_table,
     load_of,
     local_numel,
     pattern_of,
     plan_summary,
     plan_tables,
-    rows_of,
     totals_of,
 )
 
@@ -102,20 +102,20 @@ def test_totals():
 
 
 def test_rows_of_one_rank():
-    rows = {row["name"]: row for row in rows_of(example(), 3)}
+    rows = {row["name"]: row for row in layout_rows(example(), 3)}
     assert len(rows) == 26
     row = rows["layers.7.moe.experts.w1_EFD"]
     assert (row["local_shape"], row["rank_bytes"], row["max_rank_bytes"]) == ([2, 4, 2], 32, 32)
-    assert rows_of(example(), 1)[-1]["local_shape"] == [4]
-    absent = {row["name"]: row for row in rows_of(example(), 5)}["norm.weight"]
+    assert layout_rows(example(), 1)[-1]["local_shape"] == [4]
+    absent = {row["name"]: row for row in layout_rows(example(), 5)}["norm.weight"]
     assert absent["local_shape"] is None
     assert absent["rank_bytes"] == 0
     with pytest.raises(BridgeError, match="rank 4 is not in the layout"):
-        rows_of(example(), 4)
+        layout_rows(example(), 4)
 
 
 def test_layers_are_one_row():
-    rows = {row["name"]: row["count"] for row in rows_of(example(), collapse=True)}
+    rows = {row["name"]: row["count"] for row in layout_rows(example(), collapse=True)}
     assert rows == {
         "tok_embeddings.weight": 1,
         "layers.*.attention.wo.weight": 12,

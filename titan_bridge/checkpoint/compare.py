@@ -23,6 +23,7 @@ from titan_bridge.checkpoint.execute import strip_workers
 from titan_bridge.checkpoint.mapping import cast, make_mapping, same_names
 from titan_bridge.checkpoint.model_dir import weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
+from titan_bridge.checkpoint.quantized import dequantized
 from titan_bridge.checkpoint.target import Strip, copies_of, hf_target
 from titan_bridge.errors import BridgeError, few
 from titan_bridge.fingerprint import combine, of_box, seal
@@ -79,6 +80,8 @@ def open_sides(
         opened: list[Checkpoint] = []
         for path, pattern in itertools.zip_longest(paths, names):
             source = open_checkpoint(weights_directory(path) or path, names=pattern)
+            if source.format == "hf" and source.config is None and config is not None:
+                source = dequantized(source, hf_config, f"--config {config}")
             opened.append(closed_on_error.enter_context(source))
             hf_config = hf_config or source.config or hf.read_config(source.path.parent)
         formats = {source.format for source in opened}

@@ -49,7 +49,7 @@ def strip_workers(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Open:
+class _Writing:
     """A file that is being written."""
 
     file: OutFile
@@ -79,7 +79,9 @@ class Executor:
         with (self._staging.path / (file.name + PART)).open("wb", buffering=0) as part:
             if file.size:
                 os.posix_fallocate(part.fileno(), 0, file.size)  # a full disk shows now, not after hours
-            opened = _Open(file=file, descriptor=part.fileno(), copies=copies_of(self._job.plan, file.name))
+            opened = _Writing(
+                file=file, descriptor=part.fileno(), copies=copies_of(self._job.plan, file.name)
+            )
             futures = [pool.submit(self._write_strip, opened, strip) for strip in file.strips]
             try:
                 written = [future.result() for future in futures]
@@ -96,7 +98,7 @@ class Executor:
         self._staging.finish(result, self._job.team.rank, fsync=self._job.options.fsync)
         return result
 
-    def _write_strip(self, opened: _Open, strip: Strip) -> tuple[_Span, dict[str, int]]:
+    def _write_strip(self, opened: _Writing, strip: Strip) -> tuple[_Span, dict[str, int]]:
         """Returns what was written, and its elements that are not finite, by what they are."""
         tensor = self._strips[strip[0]]
         chunk = tensor.chunks[strip[1]]
@@ -107,14 +109,14 @@ class Executor:
         counts = self._count(opened, strip, buffer)
         return self._write(opened, chunk.offset, bytes_of(buffer)), counts
 
-    def _fill(self, opened: _Open, strip: Strip, buffer: torch.Tensor) -> None:
+    def _fill(self, opened: _Writing, strip: Strip, buffer: torch.Tensor) -> None:
         """Read a strip into a buffer of as many elements, of any dtype."""
         if strip[0] in self._job.tensors.zero:
             buffer.zero_()
         for copy in opened.copies.get(strip, ()):
             self._job.source.fetch(copy, copy.destination_window.of(buffer))
 
-    def _count(self, opened: _Open, strip: Strip, values: torch.Tensor) -> dict[str, int]:
+    def _count(self, opened: _Writing, strip: Strip, values: torch.Tensor) -> dict[str, int]:
         """NaN, infinity, and what became infinite when it was cast, where there is any."""
         (nan, inf), overflow = count_not_finite(values), 0
         if inf:
@@ -124,7 +126,7 @@ class Executor:
         counts = {"nan": nan, "inf": inf, "overflow": overflow}
         return {what: count for what, count in counts.items() if count}
 
-    def _frame(self, opened: _Open, weights: Sequence[_Span]) -> list[_Span]:
+    def _frame(self, opened: _Writing, weights: Sequence[_Span]) -> list[_Span]:
         """Write everything but the weights; returns all spans of the file."""
         spans, weights = list(weights), sorted(weights)
         starts = [offset for offset, _, _ in weights]
@@ -138,7 +140,7 @@ class Executor:
                 spans.append(self._write(opened, offset, memoryview(data)))
         return spans
 
-    def _write(self, opened: _Open, offset: int, data: memoryview) -> _Span:
+    def _write(self, opened: _Writing, offset: int, data: memoryview) -> _Span:
         crc = done = 0
         while done < data.nbytes:
             part = data[done : done + _CALL_BYTES]

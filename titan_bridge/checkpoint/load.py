@@ -60,9 +60,9 @@ def load_into(
         layout, rank: Where every rank's slices lie, and this rank in its meshes.
         family, hf, padded_vocab: What the checkpoint's names and shapes mean.
         buffers: FQNs among `live` that Hugging Face does not know (expert bias).
-        begin: Told each FQN before the first byte of it is read, and whether all of it will be (`whole`, a bool:
+        begin: Called with each FQN before the first byte of it is read, and whether all of it will be (`whole`, a bool:
             padding is in no checkpoint). May replace the memory of `live[fqn]`.
-        arrived: Told each FQN of which something is read, once all of it is in its place.
+        arrived: Called with each FQN of which something is read, once all of it is in its place.
 
     Raises BridgeError: missing, unexpected, mis-shaped or wrongly typed tensors, all of them in one line, and damaged
     archives, before anything is written; a file that ends early.

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]  # a parsed config.json
 _MOST = 8  # names in one message
-_BIASES = (".expert_bias_E", ".e_score_correction_bias")
+EXPERT_BIAS = ".expert_bias_E"  # end of TorchTitan's name of the buffer
+_BIASES = (EXPERT_BIAS, ".e_score_correction_bias")
 """Ends of the names of expert biases, which choose experts and stay float32 whatever the weights are."""
 
 

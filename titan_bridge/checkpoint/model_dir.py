@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_bridge.checkpoint.checkpoint import Checkpoint
 from titan_bridge.checkpoint.hf import is_hf
-from titan_bridge.checkpoint.mapping import Config, check_source, expected
+from titan_bridge.checkpoint.mapping import EXPERT_BIAS, Config, check_source, expected
 from titan_bridge.checkpoint.open import is_checkpoint, named, open_checkpoint
 from titan_bridge.run_folder import RECORD, Record, model_and_step, step_folder
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from titan_bridge.models import Family
 
 LOAD_FORMAT = "titan"  # vLLM's `load_format` for weights that we read
-_EXPERT_BIAS = ".expert_bias_E"  # TorchTitan's name of the buffer
 
 
 def weights_directory(model: str, step: int | None = None) -> Path | None:
@@ -48,7 +47,7 @@ def has_expert_bias(model: str, step: int | None = None, names: str | None = Non
     if (directory.parent / RECORD).is_file():
         return Record.read(directory.parent).expert_bias
     with open_checkpoint(directory, names=names) as checkpoint:
-        return any(name.endswith(_EXPERT_BIAS) for name in checkpoint.tensors)
+        return any(name.endswith(EXPERT_BIAS) for name in checkpoint.tensors)
 
 
 def open_named_either_way(directory: Path, names: str | None, family: Family, hf: Config) -> Checkpoint:

@@ -62,7 +62,7 @@ class Target:
     def _place(self, tensor: TensorMetadata, file: OutFile, offset: int, box: Box) -> None:
         """A box of a tensor lies in a file from `offset` on."""
         strips = self.strips.setdefault(tensor.name, [])
-        for strip in rows_of(box, tensor.dtype.itemsize, STRIP_BYTES):
+        for strip in cut_rows(box, tensor.dtype.itemsize, STRIP_BYTES):
             file.strips.append((tensor.name, len(strips)))
             strips.append(Chunk(owner=file.name, box=strip, offset=offset))
             offset += strip.numel * tensor.dtype.itemsize
@@ -77,7 +77,7 @@ def copies_of(plan: Plan, file: str) -> dict[Strip, list[Copy]]:
     return found
 
 
-def rows_of(box: Box, itemsize: int, most: int) -> Iterator[Box]:
+def cut_rows(box: Box, itemsize: int, most: int) -> Iterator[Box]:
     """A box cut into boxes of at most `most` bytes (but at least one element), each contiguous where the box is.
     Rows of the first dim stay together; a row that is too large is cut further."""
     if not box.ndim or box.numel * itemsize <= most:
@@ -88,7 +88,7 @@ def rows_of(box: Box, itemsize: int, most: int) -> Iterator[Box]:
     step = max(1, most // (row.numel * itemsize))
     for first in range(box.start[0], box.stop[0], step):
         last = min(first + step, box.stop[0])
-        for part in rows_of(row, itemsize, most):
+        for part in cut_rows(row, itemsize, most):
             yield Box(start=(first, *part.start), stop=(last, *part.stop))
 
 
@@ -120,7 +120,7 @@ def dcp_target(
     boxes: list[tuple[str, Box]] = [(name, Box.whole(blob.shape)) for name, blob in blobs.items()]
     for tensor in tensors:
         whole = Box.whole(tensor.shape)
-        cut = list(rows_of(whole, tensor.dtype.itemsize, CHUNK_BYTES))
+        cut = list(cut_rows(whole, tensor.dtype.itemsize, CHUNK_BYTES))
         boxes += [(tensor.name, box) for box in cut or [whole]]
     chunks: dict[str, list[Chunk]] = {name: [] for name in target.shapes}
     sizes = {name: entry.dtype.itemsize for name, entry in target.shapes.items()}

@@ -69,7 +69,7 @@ class Inspect(InferCommand):
         elif self.json and self.rank is None:
             print(json.dumps(found.to_json()))
         elif self.json:
-            rows = show.rows_of(found, self.rank)
+            rows = show.layout_rows(found, self.rank)
             held = sum(row["rank_bytes"] for row in rows)
             print(
                 json.dumps({"rank": self.rank, "rank_bytes": held, **show.totals_of(found), "params": rows})

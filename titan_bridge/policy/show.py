@@ -15,7 +15,7 @@ from titan_bridge.models.adapters import inner_attention, latent_attention
 from titan_bridge.policy.layers import Split
 from titan_bridge.policy.schema import Policy
 from titan_bridge.sharding.layout import Layout, itemsize
-from titan_bridge.sharding.show import human, local_numel, pattern_of
+from titan_bridge.sharding.show import human, local_numel, pattern_of, ranges
 
 
 def layer_rows(split: Split, config: Decoder.Config, layout: Layout) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def layer_table(policy: Policy, split: Split, config: Decoder.Config, layout: La
         name = Text(names[0] if len(names) == 1 else pattern)
         if len(names) > 1:
             numbers = [int(name.split(".")[1]) for name in names]
-            name.append(f"  {_runs(numbers)}", style="dim")
+            name.append(f"  {ranges(numbers)}", style="dim")
         at = row["rule"]
         cache = "" if row["kv_bytes"] is None else f"{row['kv_bytes']:,}"
         if row["latent_bytes"]:
@@ -175,14 +175,3 @@ def _owner(split: Split, fqn: str) -> str:
 def _plan(plan: dict[str, Any]) -> str:
     shown = {"tp": plan["tp_size"], "ep": plan["ep_size"], "dcp": plan["dcp_size"]}
     return " ".join(f"{name}={size}" for name, size in shown.items() if size > 1 or name == "tp")
-
-
-def _runs(numbers: list[int]) -> str:
-    """ "0-2, 5" for 0, 1, 2 and 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

@@ -22,7 +22,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.boxes import Box, pieces_of, shard_dim
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, itemsize
 from titan_bridge.sharding.plan import Plan
-from titan_bridge.sharding.show import human, in_words, load_of, local_numel, pattern_of, totals_of
+from titan_bridge.sharding.show import human, in_words, load_of, local_numel, pattern_of, ranges, totals_of
 from titan_bridge.sharding.spec import placement_to_str
 
 _COLUMNS = 7
@@ -208,7 +208,7 @@ def _map(axes: Axes, names: list[str], param: ParamLayout, mesh: MeshLayout) -> 
         right, bottom = (1 if d is None else box.stop[d] for d in (x, y))
         rectangles.append(Rectangle((left, top), right - left, bottom - top))
         if len(holders) <= _LABELLED:
-            label = "every rank" if len(ranks) == len(mesh.ranks) > 1 else _ranges(ranks)
+            label = "every rank" if len(ranks) == len(mesh.ranks) > 1 else ranges(ranks)
             label = label if len(label) < 18 else f"{len(ranks)} ranks"
             turned, size = len(param.shape) < 2 and len(label) > 5, 6 if len(holders) > 8 else 9
             look = {"fontsize": size, "rotation": 90 * turned, "color": _INK, "ha": "center", "va": "center"}
@@ -258,12 +258,6 @@ def _short(name: str) -> str:
     parts = [part for part in name.removesuffix(".weight").split(".") if part not in ("layers", "*")]
     short = ".".join(parts[-2:]) or name
     return short if len(short) <= 27 else "…" + short[-26:]
-
-
-def _ranges(ranks: list[int]) -> str:
-    """ "0-3, 8" for ranks 0, 1, 2, 3 and 8."""
-    runs = np.split(np.sort(ranks), np.flatnonzero(np.diff(np.sort(ranks)) != 1) + 1)
-    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _bars(axes: Axes, layout: Layout) -> None:

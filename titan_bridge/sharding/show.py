@@ -34,6 +34,17 @@ def pattern_of(fqn: str) -> str:
     return _NUMBER.sub("*", fqn)
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """ "0-2, 5" for 0, 1, 2 and 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
 def local_numel(param: ParamLayout, mesh: MeshLayout) -> np.ndarray:
     """int64 of the shape of the mesh: elements of the local tensor at each position."""
     total = np.ones(mesh.shape, dtype=np.int64)
@@ -59,7 +70,7 @@ def load_of(layout: Layout) -> dict[int, int]:
     return dict(zip(ranks.tolist(), nbytes.tolist(), strict=True))
 
 
-def rows_of(layout: Layout, rank: int | None = None, *, collapse: bool = False) -> list[dict[str, Any]]:
+def layout_rows(layout: Layout, rank: int | None = None, *, collapse: bool = False) -> list[dict[str, Any]]:
     """One row for each parameter, as plain data.
 
     Args:
@@ -126,7 +137,7 @@ def in_words(totals: dict[str, Any]) -> str:
 
 
 def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = True) -> Table:
-    """`rows_of` and `totals_of` as a table to print."""
+    """`layout_rows` and `totals_of` as a table to print."""
     totals = totals_of(layout)
     meshes = ", ".join(f"{name} {mesh}" for name, mesh in list(layout.meshes.items())[:6])
     more = f" and {len(layout.meshes) - 6} more" if len(layout.meshes) > 6 else ""
@@ -134,7 +145,7 @@ def layout_table(layout: Layout, rank: int | None = None, *, collapse: bool = Tr
     of = "first rank" if rank is None else f"rank {rank}"
     texts = ("parameter", "global shape", "mesh", "placements", f"local shape, {of}")
     table = _table(title, texts, ("bytes a rank",), caption=in_words(totals))
-    for row in rows_of(layout, rank, collapse=collapse):
+    for row in layout_rows(layout, rank, collapse=collapse):
         name = Text(row["name"])
         if row["count"] > 1:
             name.append(f"  x{row['count']}", style="dim")
