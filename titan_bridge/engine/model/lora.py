@@ -240,8 +240,8 @@ class LiveAdapter:
             )
         if scaling is None and len(adapter.scalings) > 1:
             raise BridgeError(
-                f"LoRA adapter {name!r} scales modules by {sorted(adapter.scalings)} (alpha_pattern or rank_pattern) and "
-                "the trainer says no scale; allowed: one for all, or a trainer that is given the model, not tensors"
+                f"LoRA adapter {name!r} scales modules by {sorted(adapter.scalings)} (alpha_pattern or rank_pattern) "
+                "and the trainer says no scale; allowed: one for all, or a trainer that is given the model, not tensors"
             )
         self._manager, self.name, self.id = manager, name, adapter.id
         self._scaling = next(iter(adapter.scalings)) if scaling is None else scaling
