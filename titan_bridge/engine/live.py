@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from titan_bridge.engine.model.latent import LatentCache
 from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.layers import Native
 from titan_bridge.engine.verify import place, verify_native, verify_titan
@@ -78,7 +79,8 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
     and compared some rows at a time (`verify.SLICE_BYTES`). Workers need not call it together.
 
     Args:
-        checkpoint: Directory with the safetensors files.
+        checkpoint: Directory with any weights that we read, quantized ones too, or a training run, whose last step is
+            meant; for vLLM's own model, the one with the safetensors files.
 
     Returns:
         For each parameter `{"name", "spec", "equal", "note"}`; `note` states padding, packing, or what is wrong.
@@ -165,7 +167,12 @@ def _titan_params(model: Any, sizes: Sizes) -> dict[str, ParamSpec]:
 def _live(model: Any) -> Iterator[tuple[str, torch.Tensor, ParamLayout]]:
     """Every live parameter and persistent buffer of a TorchTitan model; refuses one that its layout does not list."""
     live = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
-    if unlisted := sorted(dict(model.model.named_parameters()).keys() - model.layout.params.keys()):
+    inside = [f"{fqn}." for fqn, each in model.model.named_modules() if isinstance(each, LatentCache)]
+    derived = {
+        fqn for fqn in live if fqn.startswith(tuple(inside))
+    }  # by vLLM, from the weights that expand latents
+    own = dict(model.model.named_parameters()).keys() - derived
+    if unlisted := sorted(own - model.layout.params.keys()):
         raise BridgeError(f"parameters without a layout: {', '.join(unlisted)}")
     rank = dist.get_rank()
     for fqn, known in model.layout.params.items():
