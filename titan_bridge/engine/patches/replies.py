@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
-logger = logging.getLogger(f"vllm.{__name__}")
+from titan_bridge.engine.log import logger_of
+
+logger = logger_of(__name__)
 
 SECONDS = 60.0
 """How long the others together may take to answer after one worker's error, which waits for them."""
