@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,9 +22,20 @@ def adaptable(names: Iterator[str]) -> Iterator[str]:
 
 
 def make_adapter(
-    folder: Path, model: Path, *, seed: int, rank: int, alpha: float, layers: tuple[int, ...], only: str = ""
+    folder: Path,
+    model: Path,
+    *,
+    seed: int,
+    rank: int,
+    alpha: float,
+    layers: tuple[int, ...],
+    only: str = "",
+    **more: Any,
 ) -> Path:
-    """An adapter on the layers' adaptable weights whose names contain `only`; its products are as large as weights."""
+    """An adapter on the layers' adaptable weights whose names contain `only`; its products are as large as weights.
+
+    `more`: other keys of its config, which `merged` does not know.
+    """
     generator = torch.Generator().manual_seed(seed)
     held = load_file(model / "model.safetensors")
     tensors: dict[str, torch.Tensor] = {}
@@ -35,13 +47,16 @@ def make_adapter(
         tensors[f"{stem}.lora_A.weight"] = 0.15 * torch.randn(rank, in_features, generator=generator)
         tensors[f"{stem}.lora_B.weight"] = torch.randn(out_features, rank, generator=generator) / alpha
     assert tensors
-    return write_adapter(folder, tensors, rank=rank, alpha=alpha)
+    return write_adapter(folder, tensors, rank=rank, alpha=alpha, **more)
 
 
-def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], *, rank: int, alpha: float) -> Path:
+def write_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor], *, rank: int, alpha: float, **more: Any
+) -> Path:
     folder.mkdir()
     modules = sorted({name.split(".")[-3] for name in tensors})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules, "bias": "none"}
+    config |= more
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder

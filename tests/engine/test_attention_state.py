@@ -72,6 +72,10 @@ def test_it_is_derived_from_the_weights_that_are_served_now(
             other_form = 4 * 2 * 2 * 8 * 96  # bytes, layers, keys and values, heads, their width
             assert workers[0]["attention"].endswith(f" 4,608 bytes a token (expanded: {other_form:,})")
 
+        for checkpoint in (quantized, full):
+            (verified,) = llm.collective_rpc("titan_verify_specs", args=(str(checkpoint),))
+            assert len(verified) > 20
+            assert [found for found in verified if not found["equal"]] == []
         answers = asking(llm, load_hf_config(quantized)["vocab_size"])
         started = answers()
         for model in send(llm, other, tmp_path / "patched"):

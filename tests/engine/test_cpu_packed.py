@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vllm.config import CompilationConfig
 from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.files import bytes_of
+from titan_bridge.engine.cpu import packed
 from titan_bridge.engine.cpu.packed import (
     PackedFeedForward,
     PackedLinear,
@@ -274,6 +276,20 @@ def test_float32_is_left_alone(model: nn.ModuleDict) -> None:
     assert type(model["qkv"]) is FusedQKVLinear
     assert type(model["feed_forward"]) is FeedForward
     assert type(model["experts"]) is KeepDtypeGroupedExperts
+
+
+def test_what_packing_costs_is_said_in_vllms_log(
+    model: nn.ModuleDict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packed, "product_dtype", lambda: torch.float32)
+    vllms = logging.getLogger("vllm")
+    caplog.set_level(logging.INFO, logger="vllm")
+    vllms.addHandler(caplog.handler)  # vLLM's loggers do not propagate
+    try:
+        use_packed_weights(model, torch.bfloat16)
+    finally:
+        vllms.removeHandler(caplog.handler)
+    assert "weights are held in float32" in caplog.text
 
 
 def test_a_routers_gate_is_left_alone() -> None:

@@ -62,3 +62,18 @@ def test_sharded_dense_weights_give_the_bits_of_one_rank_that_has_them_all(
     print(f"bytes of parameters a rank: {whole['local_bytes']:,} whole, {after:,} sharded")
     # Experts are dense here (ep=1), so that all weights are halved but those rows that do not divide.
     assert after <= 0.51 * whole["local_bytes"]
+
+
+def test_a_rank_without_a_prompt_needs_no_tokenizer(
+    tmp_path: Path, forked_ranks: None, no_orphans: None
+) -> None:
+    model = make_checkpoint(tmp_path / "model", "qwen3", tokenizer=False)
+    config = InferConfig(
+        model=str(model),
+        dtype="float32",
+        parallel=Parallel(dp=2, dense="shard"),
+        max_model_len=64,
+        vllm={"enforce_eager": True, "num_gpu_blocks_override": 32, "skip_tokenizer_init": True},
+    )
+    outcome = generate(config, [[3, 5, 7]], {"temperature": 0, "max_tokens": 4, "ignore_eos": True})
+    assert [len(completion.token_ids) for completion in outcome.completions] == [4]

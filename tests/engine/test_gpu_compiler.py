@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtitan.models.common.moe import RoutedExperts
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 
@@ -112,6 +114,38 @@ def test_the_operator_has_the_bits_of_torchtitan(kind: str, tokens: int, dtype: 
         wanted = theirs(*(each[None] for each in given[:3]), given[3])[0]
     assert torch.equal(out_TD, wanted)
     assert out_TD.any() == (tokens > 0)
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of one operator's result while it is entered."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.bytes = max(
+            [self.bytes, *(t.nbytes for t in tree_leaves(result) if isinstance(t, torch.Tensor))]
+        )
+        return result
+
+
+@pytest.mark.parametrize("kind", ["all", "own"])
+def test_a_row_of_each_token_is_added_at_a_time_and_those_of_others_may_hold_anything(kind: str) -> None:
+    """vLLM takes what a step needs at most from the KV cache."""
+    with served_experts(kind) as (served, _):
+        x_TD, *given = routing(300, torch.bfloat16)
+        dispatcher = served.token_dispatcher
+        rows_ND, _, metadata = dispatcher.dispatch(x_TD, *given)
+        if kind == "own":
+            n_own = int(metadata.n_own)
+            assert 0 < n_own < len(rows_ND)
+            rows_ND[n_own:] = 0
+        wanted = LocalTokenDispatcher.combine(dispatcher, rows_ND, metadata, x_TD)
+        if kind == "own":
+            rows_ND[n_own:] = torch.nan
+        with Largest() as largest:
+            assert torch.equal(dispatcher.combine(rows_ND, metadata, x_TD), wanted)
+        assert 0 < largest.bytes <= 4 * x_TD.numel()  # float32, and not a row for each expert of each token
 
 
 def run_without_data(served: Any, given: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -56,6 +56,13 @@ def test_an_adapter_comes_is_updated_live_and_goes(tmp_path: Path, serve: Callab
         name: make_adapter(tmp_path / name, model, seed=seed, rank=RANK, alpha=8, layers=(0, 1))
         for seed, name in enumerate(("policy", "other", "third"))
     }
+    scaled: dict[str, dict[str, Any]] = {
+        # By the square root of the rank, which makes it the trained one's.
+        "stable": {"alpha": ALPHA / RANK**0.5, "use_rslora": True},
+        "uneven": {"alpha": 8, "alpha_pattern": {"o_proj": 16}},
+    }
+    for name, config in scaled.items():
+        folders[name] = make_adapter(tmp_path / name, model, seed=9, rank=RANK, layers=(0, 1), **config)
     trained, bare = lora_model(model), expected(load_reference(model))
     options = (
         "--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--enable-lora",
@@ -132,6 +139,18 @@ def test_an_adapter_comes_is_updated_live_and_goes(tmp_path: Path, serve: Callab
                 trainer.send()
             assert trainer.send("step 3").kind == "whole"
             assert off("policy", second) < 1e-4
+        load("stable")
+        tensors = trained.model.state_dict  # tensors alone, which say no scale
+        with Trainer(tensors, url, adapter="stable", options=Options(seconds=60)) as trainer:
+            assert off("stable", second) > 0.1
+            trainer.send()
+        assert off("stable", second) < 1e-4
+        load("uneven")
+        with (
+            Trainer(tensors, url, adapter="uneven", options=Options(seconds=60)) as trainer,
+            pytest.raises(TransferError, match=r"scales modules by \[2\.0, 4\.0\] \(alpha_pattern"),
+        ):
+            trainer.send()
         base = load_reference(model)
         base.model.norm.weight.mul_(1.5)
         # The weights again, by another trainer.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,24 @@ def test_a_target_that_changed_is_named_where_torchtitan_is_asked_for(tmp_path: 
             wrong.append((target, how, options, answer))
     assert not wrong, "\n".join(map(str, wrong))
     assert answers[len(cases) :] == ["taken"] * len(fine)
+
+
+def test_an_error_waits_for_the_other_workers_once_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What those who answered have said is taken away, whatever the time that the call has itself."""
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    from titan_bridge.engine.patches import replies
+
+    monkeypatch.setattr(replies, "SECONDS", 1.0)
+    status = WorkerProc.ResponseStatus
+    writers = [MessageQueue(1, 1) for _ in range(5)]
+    readers = [MessageQueue.create_from_handle(each.export_handle(), 0) for each in writers]
+    writers[0].enqueue((status.FAILURE, "wrong"))
+    writers[4].enqueue((status.SUCCESS, "late"))
+    started = time.monotonic()
+    first = next(iter(replies.Replies(readers)))
+    assert first.dequeue(timeout=300) == (status.FAILURE, "wrong")
+    assert 0.9 < time.monotonic() - started < 2
+    with pytest.raises(TimeoutError):
+        readers[4].dequeue(timeout=0)

@@ -13,6 +13,7 @@ from titan_bridge.config.reader import from_dict
 from titan_bridge.config.schema import InferConfig
 from titan_bridge.engine import specs
 from titan_bridge.engine.run.offline import engine
+from titan_bridge.errors import BridgeError
 from titan_bridge.testing import make_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -77,6 +78,9 @@ def test_fingerprints_of_the_engine_are_those_of_the_checkpoint(model, url, tmp_
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["only_a"] == found["only_b"] == []
     assert any("experts.3.down_proj" in name for name in found["different"])
+    refused = httpx.get(f"{url}/v1/fingerprints", params={"dtype": "float7"})
+    assert refused.status_code == 400
+    assert "dtype 'float7' is not a torch dtype" in refused.text
     assert cli.main(["fingerprint", f"{url}/nothing"]) == 2
     assert "serve with --sharding-spec" in capsys.readouterr().err
 
@@ -95,6 +99,8 @@ def test_vllms_own_model_in_a_running_engine(model):
     with engine(config_of(model, "vllm", 1, attach_specs=True)) as (llm, workers, _):
         assert workers[0]["model_class"] == "vllm.model_executor.models.qwen3_moe.Qwen3MoeForCausalLM"
         verified, layout, native = specs.verify(llm, model), specs.layout(llm), specs.native(llm)
+        with pytest.raises(BridgeError, match=r"^Qwen3MoeForCausalLM has no fingerprints; serve with [^;]*$"):
+            specs.fingerprints(llm)
     assert [found for worker in verified for found in worker if not found["equal"]] == []
     assert len(verified) == 2
     w2 = "model.layers.1.mlp.experts.routed_experts.w2_weight"

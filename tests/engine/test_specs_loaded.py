@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from titan_bridge import cli
 from titan_bridge.engine.native.layers import Native, Part
 from titan_bridge.engine.native.specs import cut
 from titan_bridge.mesh import Sizes
@@ -134,18 +135,28 @@ def rank_main(rank: int, world: int, port: int, folder: str) -> None:
             else:
                 worker = SimpleNamespace(get_model=lambda loaded=loaded: loaded, vllm_config=config)
                 groups = len(dist.distributed_c10d._world.pg_map)
+                before = bytes_read()
                 with NewMemory() as new:
                     verified = live.titan_verify_specs(worker, f"{folder}/{model}")
+                read = bytes_read() - before
+                if name in TITAN:
+                    verified += live.titan_verify_specs(worker, f"{folder}/{model}-dcp")
                 answer = {
                     "layout": live.titan_sharding_spec(worker),
                     "native": live.titan_native_specs(worker) if name in NATIVE else {},
                     "verified": verified,
                     "largest": new.largest,
+                    "read": read,
                     "groups": len(dist.distributed_c10d._world.pg_map) - groups,
                     "gathered": {} if name in NATIVE else differing(loaded, f"{folder}/{model}"),
                     "carried": [fqn for fqn, param in loaded.named_parameters() if get(param) is not None],
                 }
         Path(folder, f"{name}.{rank}.json").write_text(json.dumps(answer))
+
+
+def bytes_read() -> int:
+    """By this process, from anything."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 class NewMemory(TorchDispatchMode):
@@ -196,7 +207,9 @@ def differing(loaded: Any, folder: str) -> dict[str, int]:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loaded")
     for name, (family, fields) in MODELS.items():
-        make_checkpoint(folder / name, family, num_hidden_layers=1, tokenizer=False, **fields)
+        source = make_checkpoint(folder / name, family, num_hidden_layers=1, tokenizer=False, **fields)
+        if name in {model for model, *_ in TITAN.values()}:
+            assert cli.main(["reshard", str(source), str(folder / f"{name}-dcp"), "--to", "dcp"]) == 0
     return folder
 
 
@@ -223,7 +236,7 @@ def test_a_served_torchtitan_parameter_gathered_by_its_spec_is_the_checkpoints(a
     for answer in answers[case]:
         assert "error" not in answer, answer["error"]
         assert [found for found in answer["verified"] if not found["equal"]] == []
-        assert [found["name"] for found in answer["verified"]] == list(expected.params)
+        assert [found["name"] for found in answer["verified"]] == 2 * list(expected.params)  # and of a DCP
         assert answer["gathered"] == {"parameters": len(expected.params), "different": 0}
         assert Layout.from_json(answer["layout"]) == expected
         assert answer["layout"] == expected.to_json()
@@ -232,11 +245,13 @@ def test_a_served_torchtitan_parameter_gathered_by_its_spec_is_the_checkpoints(a
 
 
 @pytest.mark.parametrize("case", TITAN)
-def test_verifying_takes_a_slice_at_a_time_and_no_other_rank(answers, case):
+def test_verifying_takes_a_slice_at_a_time_and_no_other_rank(answers, folder, case):
     embedding = answers[case][0]["layout"]["params"]["tok_embeddings.weight"]["shape"]
     assert 4 * math.prod(embedding) > 4 * SLICE_BYTES
     for answer in answers[case]:
         assert 0 < answer["largest"] <= SLICE_BYTES
+        weights = folder / TITAN[case][0] / "model.safetensors"
+        assert answer["read"] < 1.1 * weights.stat().st_size + (256 << 10)  # each weight once, and headers
         assert answer["groups"] == 0
 
 

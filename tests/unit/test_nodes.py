@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -93,8 +96,6 @@ def test_a_node_that_ends_ends_the_others(nodes, rank, how):
 
 
 def test_a_stranger_is_not_taken_for_a_node(nodes):
-    import socket
-
     port = int(nodes[0].args[-1])
     for hello in (b"GET / HTTP/1.1\n", b"titan-bridge node 1\n", b"titan-bridge node -1\n", b""):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -109,3 +110,32 @@ def test_a_port_that_is_taken_is_named(busy_port):
         watch(Node(rank=0, address="127.0.0.1", port=busy_port)),
     ):
         pass
+
+
+def test_a_node_whose_first_word_is_cut_off_tries_again(monkeypatch):
+    """As through a balancer that takes a connection before the first node listens."""
+    connect, first = socket.create_connection, True
+
+    def connect_late(*given, **options):
+        nonlocal first
+        peer = connect(*given, **options)
+        if first:  # this end writes once the other one has hung up
+            first = False
+            taken, _ = server.accept()
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            taken.close()
+            time.sleep(0.2)
+        return peer
+
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as held:
+        server.settimeout(10)
+        monkeypatch.setattr(socket, "create_connection", connect_late)
+        with watch(Node(rank=3, address="127.0.0.1", port=server.getsockname()[1])) as others:
+            deadline = time.monotonic() + 10
+            while first and time.monotonic() < deadline:
+                time.sleep(0.05)
+            peer, _ = server.accept()
+            held.enter_context(peer)  # this process would be told to end
+            with peer.makefile("rb") as stream:
+                assert stream.readline() == b"titan-bridge node 3\n"
+            assert others.lost is None

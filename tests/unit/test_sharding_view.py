@@ -57,6 +57,23 @@ def test_rows_are_written_as_the_whole_is(view, data):
         part = torch.zeros_like(whole[first : first + step])
         view.write(part, external, first=first)
         assert torch.equal(part, whole[first : first + step])
+        alone, box = torch.zeros_like(part), view.part(first, len(part))
+        if box is not None:
+            view.write(alone, external[box.slices], first=first)
+        assert torch.equal(alone, part)
+
+
+def test_the_part_that_rows_need_is_no_larger_than_they_are():
+    dims, experts = {"name": "a", "fqn": "b"}, ((4,), (6,), (8,))
+    query = View(**dims, shape=(24, 8), factors=((4, 3, 3), (8,)), index=((0, 4), (0, 2), (0, 3), (0, 8)))
+    assert str(query.part(9, 18)) == "[6:18, 0:8]"
+    one = View(**dims, shape=(6, 8), factors=experts, index=((2, 3), (0, 6), (0, 8)))
+    assert one.part(0, 2) is None
+    assert str(one.part(2, 2)) == "[0:6, 0:8]"
+    turned = View(**dims, shape=(4, 8, 6), factors=experts, index=((0, 4), (0, 6), (0, 8)), permute=(0, 2, 1))
+    assert str(turned.part(1, 2)) == "[1:3, 0:8, 0:6]"
+    inside = View(**dims, shape=(24,), factors=((4,), (6,)), index=((0, 4), (0, 6)), permute=(1, 0))
+    assert str(inside.part(1, 2)) == "[0:24]"
 
 
 @settings(max_examples=200, deadline=None)

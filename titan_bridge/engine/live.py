@@ -78,7 +78,8 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
     and compared some rows at a time (`verify.SLICE_BYTES`). Workers need not call it together.
 
     Args:
-        checkpoint: Directory with the safetensors files.
+        checkpoint: Directory with any weights that we read, quantized ones too, or a training run, whose last step is
+            meant; for vLLM's own model, the one with the safetensors files.
 
     Returns:
         For each parameter `{"name", "spec", "equal", "note"}`; `note` states padding, packing, or what is wrong.

@@ -6,6 +6,7 @@ engine: `titan-bridge inspect`. All three give the same layout.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,7 @@ def native(llm: LLM) -> list[dict[str, Any]]:
 
 
 def verify(llm: LLM, checkpoint: str) -> list[list[dict[str, Any]]]:
-    """A list for each worker: every live parameter against `checkpoint`, bit for bit; see `live.titan_verify_specs`.
-
-    With data parallelism the engines of all dp ranks must be asked at the same time.
-    """
+    """A list for each worker: every live parameter against `checkpoint`, bit for bit; see `live.titan_verify_specs`."""
     return _call(llm, VERIFY, str(checkpoint))
 
 
@@ -127,7 +125,17 @@ def _call(llm: LLM, method: str, *args: Any) -> list[Any]:
     except Exception as error:
         if missing(error, method):
             raise BridgeError(f"this engine carries no specs; {HINT}") from None
-        raise
+        if (text := said(error)) is None:
+            raise
+        raise BridgeError(text) from error
+
+
+def said(error: BaseException) -> str | None:
+    """What a worker said in a `collective_rpc` that failed, whose kind of error is lost on the way; None: none did."""
+    text = str(error)
+    bare = text.removeprefix("Call to collective_rpc method failed: ")
+    worker = re.fullmatch("Worker failed with error '(.*)', please check the stack trace .*", bare, re.DOTALL)
+    return worker[1] if worker else bare if bare != text else None
 
 
 def missing(error: BaseException, method: str) -> bool:

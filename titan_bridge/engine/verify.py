@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
+from titan_bridge.checkpoint.checkpoint import Checkpoint
+from titan_bridge.checkpoint.mapping import live_views
+from titan_bridge.checkpoint.model_dir import open_named_either_way, weights_directory
 from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.checkpoint_tensors import CheckpointTensors
 from titan_bridge.engine.native.layers import Native
@@ -44,24 +48,26 @@ def verify_titan(
     directory: str,
 ) -> Iterator[dict[str, Any]]:
     """A finding for each of `params`, whose local tensors are `live`."""
-    setup, tensors = model.setup, CheckpointTensors(directory)
-    views: dict[str, list[View]] = {}
-    every = setup.family.views(setup.hf, padded_vocab=setup.padded_vocab)
-    for view in (*every, *setup.family.optional_views(setup.hf, padded_vocab=setup.padded_vocab)):
-        if view.name in tensors:
-            views.setdefault(view.fqn, []).append(view)
-    meshes = {}
+    setup, meshes = model.setup, {}
     for name in {known.spec.mesh for known in params.values()}:
         at = describe(name, sizes, rank=dist.get_rank())
         # Without process groups, which only a gather needs.
         meshes[name] = DeviceMesh("cpu", torch.tensor(at.ranks), mesh_dim_names=at.axes, _init_backend=False)
-    for fqn, known in params.items():
-        parts = views.get(fqn, [])
-        equal = _equal(live[fqn], known, _held(known, meshes[known.spec.mesh]), parts, tensors)
-        missing = math.prod(known.shape) - sum(math.prod(view.shape) for view in parts)
-        rows = missing // max(math.prod(known.shape[1:]), 1)
-        note = f"{rows} rows of padding, zero" if rows else ""
-        yield _finding(fqn, known.spec, equal, note if parts else "not in the checkpoint")
+    found = weights_directory(directory) or Path(directory)
+    with open_named_either_way(found, setup.options.names, setup.family, setup.hf) as checkpoint:
+        views: dict[str, list[View]] = {}
+        for view in live_views(checkpoint.format, setup.family, setup.hf, setup.padded_vocab):
+            if view.name in checkpoint.tensors:
+                views.setdefault(view.fqn, []).append(view)
+        for fqn, known in params.items():
+            if fqn not in views and fqn in checkpoint.tensors:
+                views[fqn] = [View.identity(fqn, fqn, known.shape)]
+            parts = views.get(fqn, [])
+            equal = _equal(live[fqn], known, _held(known, meshes[known.spec.mesh]), parts, checkpoint)
+            missing = math.prod(known.shape) - sum(math.prod(view.shape) for view in parts)
+            rows = missing // max(math.prod(known.shape[1:]), 1)
+            note = f"{rows} rows of padding, zero" if rows else ""
+            yield _finding(fqn, known.spec, equal, note if parts else "not in the checkpoint")
 
 
 def _held(known: ParamSpec, mesh: DeviceMesh) -> list[torch.Tensor]:
@@ -79,7 +85,7 @@ def _equal(
     known: ParamSpec,
     held: list[torch.Tensor],
     views: list[View],
-    tensors: CheckpointTensors,
+    checkpoint: Checkpoint,
 ) -> bool:
     together = math.lcm(*(view.rows for view in views))  # they are written whole
     row_bytes = together * math.prod(known.shape[1:]) * known.dtype.itemsize
@@ -90,7 +96,11 @@ def _equal(
         if not len(mine):
             continue
         for view in views:
-            view.write(expected, tensors[view.name], first=first)
+            if (box := view.part(first, len(expected))) is not None:
+                # Cast once, as loading does: what is multiplied out is float32.
+                external = torch.empty(box.shape, dtype=known.dtype)
+                checkpoint.read_into(view.name, box, external)
+                view.write(expected, external, first=first)
         for dim, indices in enumerate([held[0][mine] - first, *held[1:]]):
             if len(indices) != expected.shape[dim]:
                 expected = expected.index_select(dim, indices)

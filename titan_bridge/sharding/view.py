@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.boxes import Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,22 +102,52 @@ class View:
 
     def write(self, titan: torch.Tensor, external: torch.Tensor, *, first: int = 0) -> None:
         """Copy `external` into its place in the global TorchTitan tensor (contiguous), casting to its dtype.
-        `titan` may be a part of its rows, from `first` on, both multiples of `rows`; the rest is left out."""
-        last = first + len(titan)
+        `titan` may be a part of its rows, from `first` on, as for `part`; the rest of `external` is left out, and may
+        be missing: what `part` says is enough."""
+        box = self.part(first, len(titan))
+        self._check(titan, (len(titan), *self.titan_shape[1:]), self.fqn)
+        if box is None or tuple(external.shape) != box.shape:
+            self._check(external, self.shape, self.name)
+        if box is None:
+            return
+        if tuple(external.shape) != box.shape:
+            external = external[box.slices]
+        start, stop = self._common(first, len(titan))
+        count, (low, high), begin = len(titan) // self.rows, self.index[0], first // self.rows
+        place = [slice(start - begin, stop - begin), *(slice(a, b) for a, b in self.index[1:])]
+        cut = titan.view(count, *self.flat_factors[1:])[tuple(place)].permute(self.permute)
+        held = (start, stop) if self._outer is not None else (low, high)
+        sizes = [held[1] - held[0] if dim == 0 else self.index_shape[dim] for dim in self.permute]
+        whole = external.reshape(sizes)
+        cut.copy_(whole.narrow(self.permute.index(0), start - held[0], stop - start))
+
+    def part(self, first: int, count: int) -> Box | None:
+        """The external tensor's box with what lies in `count` rows of the TorchTitan tensor from `first` on, both
+        multiples of `rows`; None: nothing. It is the whole tensor where these rows are not together in it."""
+        last = first + count
         if first % self.rows or last % self.rows or last > self.titan_shape[0]:
             what = f"rows {first} to {last} of {self.titan_shape[0]}"
             raise BridgeError(f"{self.fqn}: {what}; this view needs multiples of {self.rows}")
-        self._check(titan, (len(titan), *self.titan_shape[1:]), self.fqn)
-        self._check(external, self.shape, self.name)
-        begin, count = first // self.rows, len(titan) // self.rows
-        (low, high), *others = self.index
-        start, stop = max(low, begin), min(high, begin + count)
+        start, stop = self._common(first, count)
         if start >= stop:
-            return
-        place = [slice(start - begin, stop - begin), *(slice(a, b) for a, b in others)]
-        cut = titan.view(count, *self.flat_factors[1:])[tuple(place)].permute(self.permute)
-        whole = external.reshape([self.index_shape[dim] for dim in self.permute])
-        cut.copy_(whole.narrow(self.permute.index(0), start - low, stop - start))
+            return None
+        box = Box.whole(self.shape)
+        if (dim := self._outer) is None:
+            return box
+        low, each = self.index[0][0], math.prod(self.index_shape[inner] for inner in self.groups[dim][1:])
+        ends = [list(box.start), list(box.stop)]
+        ends[0][dim], ends[1][dim] = (start - low) * each, (stop - low) * each
+        return Box(start=tuple(ends[0]), stop=tuple(ends[1]))
+
+    def _common(self, first: int, count: int) -> tuple[int, int]:
+        """Which of the first factored dim these rows and the view have in common; empty: start >= stop."""
+        (low, high), begin = self.index[0], first // self.rows
+        return max(low, begin), min(high, begin + count // self.rows)
+
+    @property
+    def _outer(self) -> int | None:
+        """The external dim of which the first factored dim is the outermost part; None: there is none."""
+        return next((dim for dim, group in enumerate(self.groups) if group[:1] == (0,)), None)
 
     @property
     def rows(self) -> int:

@@ -16,14 +16,14 @@ from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear, ScaledBiasRowwiseLinear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from vllm import _custom_ops as ops
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from titan_bridge.engine.cpu.onednn import PackedMatrix, packed, product, product_dtype
 from titan_bridge.engine.cpu.packed_experts import PackedRoutedExperts, pack_experts
+from titan_bridge.engine.log import logger_of
 from titan_bridge.engine.model.latent import LatentCache
 
-logger = init_logger(__name__)
+logger = logger_of(__name__)
 
 
 def _joined(first_FD: torch.Tensor, second_FD: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,13 @@ import os
 from collections.abc import Collection
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
+
+from titan_bridge.engine.log import logger_of
 
 SPLIT = "VLLM_CPU_ATTN_SPLIT_KV"
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
+logger = logger_of(__name__)
 
 
 def keep_keys_together(vllm_config: VllmConfig, windows: Collection[int | None]) -> None:

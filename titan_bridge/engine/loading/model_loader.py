@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import nn
 from vllm.config import ModelConfig
 from vllm.distributed import get_world_group
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -25,12 +24,13 @@ from titan_bridge.checkpoint.finite import not_finite_lines
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, open_named_either_way, weights_directory
 from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.verify import digest
+from titan_bridge.engine.log import logger_of
 from titan_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from titan_bridge.engine.model.wrapper import TitanForCausalLM
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
+logger = logger_of(__name__)
 
 
 @register_model_loader(LOAD_FORMAT)

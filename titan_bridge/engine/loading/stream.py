@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from vllm.logger import init_logger
 
 from titan_bridge.checkpoint.finite import count_not_finite, not_finite_lines
+from titan_bridge.engine.log import logger_of
 from titan_bridge.errors import BridgeError, few
 from titan_bridge.sharding.layout import Layout, torch_dtype
 from titan_bridge.sharding.moves import Copy
@@ -21,7 +21,7 @@ from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.tensors import TensorMetadata
 from titan_bridge.sharding.view import View
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
+logger = logger_of(__name__)
 
 _SOURCE = "checkpoint"
 

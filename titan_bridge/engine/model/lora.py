@@ -175,6 +175,8 @@ class AdapterManager(LRUCacheLoRAModelManager):
         """Told of each adapter that was read from its folder, before it is used."""
         self.names[request.lora_name] = adapter.id
         adapter.load_inplace = request.load_inplace  # type: ignore[attr-defined]
+        # By the folder's rule (rsLoRA, patterns); vLLM multiplies them into B as it takes the adapter over.
+        adapter.scalings = {lora.scaling for lora in adapter.loras.values()}  # type: ignore[attr-defined]
         if adapter.id in self.live:
             self.live[adapter.id].fill(adapter)
 
@@ -221,7 +223,8 @@ class LiveAdapter:
     """
 
     def __init__(self, manager: AdapterManager, name: str, scaling: float | None) -> None:
-        """Raises BridgeError where no adapter of this name is loaded, or one whose folder vLLM reads again."""
+        """Raises BridgeError where no adapter of this name is loaded, or one whose folder vLLM reads again; and without
+        a `scaling`, where the folder has several."""
         if name not in manager.names:
             raise BridgeError(
                 f"no LoRA adapter {name!r} is loaded; loaded: {', '.join(sorted(manager.names)) or 'none'} "
@@ -235,7 +238,13 @@ class LiveAdapter:
             raise BridgeError(
                 f"LoRA adapter {name!r} was loaded with load_inplace: its folder is read again and again"
             )
-        self._manager, self.name, self.id, self._scaling = manager, name, adapter.id, scaling
+        if scaling is None and len(adapter.scalings) > 1:
+            raise BridgeError(
+                f"LoRA adapter {name!r} scales modules by {sorted(adapter.scalings)} (alpha_pattern or rank_pattern) "
+                "and the trainer says no scale; allowed: one for all, or a trainer that is given the model, not tensors"
+            )
+        self._manager, self.name, self.id = manager, name, adapter.id
+        self._scaling = next(iter(adapter.scalings)) if scaling is None else scaling
         self._alpha = next(iter(adapter.loras.values())).lora_alpha
         self.tensors: dict[str, torch.Tensor] = {}
         """Whole matrices, in the engine's dtype for adapters, as they came last."""
@@ -272,7 +281,6 @@ class LiveAdapter:
         for fqn in {name.rpartition(".lora_")[0] for name in self.tensors}:
             a, b = (self.tensors[f"{fqn}.lora_{half}{WEIGHT}"] for half in "ab")
             rank = a.shape[0]
-            scaling = self._scaling or self._alpha / rank
             for view in self._manager.modules[fqn].target.views:
-                name, part = view.name.removesuffix(WEIGHT), rows_of(view, rank).read(b) * scaling
+                name, part = view.name.removesuffix(WEIGHT), rows_of(view, rank).read(b) * self._scaling
                 adapter.loras[name] = LoRALayerWeights(name, rank, self._alpha, a, part, scaling=1.0)

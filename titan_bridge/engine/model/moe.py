@@ -52,14 +52,28 @@ class TopKSumDispatcher(LocalTokenDispatcher):
         x_TD: torch.Tensor,
     ) -> torch.Tensor:
         """Weight the rows and add those of each token, `(N, D)` to `(T, D)`; here every routed token has a row."""
-        scores_N1 = metadata.topk_scores_experts_sorted_N.unsqueeze(1)
-        rows_ND = (routed_output_RD.float() * scores_N1).to(routed_output_RD.dtype)
+        return self._sum(routed_output_RD, metadata, x_TD, None)
+
+    def _sum(
+        self,
+        rows_ND: torch.Tensor,
+        metadata: LocalDispatchMetadata | _OwnMetadata,
+        x_TD: torch.Tensor,
+        n_own: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`combine`, with a row of each token in memory at a time; rows from `n_own` on may hold anything and count as
+        zero."""
         # Stable, so that a token's rows are added in the order of experts, as they come in `rows_ND`.
         places_N = torch.argsort(metadata.token_indices_experts_sorted_N, stable=True)
-        first_TD, *others = rows_ND[places_N].view(len(x_TD), self.top_k, x_TD.shape[-1]).unbind(1)
-        sum_TD = first_TD.to(torch.float32, copy=True)
-        for row_TD in others:
-            sum_TD += row_TD
+        sum_TD: torch.Tensor | None = None
+        for places_T in places_N.view(len(x_TD), self.top_k).unbind(1):
+            scores_T1 = metadata.topk_scores_experts_sorted_N[places_T].unsqueeze(1)
+            row_TD = rows_ND[places_T].float().mul_(scores_T1)
+            if n_own is not None:
+                row_TD.masked_fill_((places_T >= n_own).unsqueeze(1), 0)
+            row_TD = row_TD.to(rows_ND.dtype)
+            sum_TD = row_TD.float() if sum_TD is None else sum_TD.add_(row_TD)
+        assert sum_TD is not None, "a token has an expert"
         return sum_TD.to(x_TD.dtype)
 
 
@@ -118,8 +132,7 @@ class OwnExpertsDispatcher(TopKSumDispatcher):
         self, routed_output_RD: torch.Tensor, metadata: _OwnMetadata, x_TD: torch.Tensor
     ) -> torch.Tensor:
         """Add the own experts' outputs; rows of other experts hold nothing and count as zero."""
-        own_N1 = (torch.arange(len(routed_output_RD), device=x_TD.device) < metadata.n_own).unsqueeze(1)
-        return super().combine(torch.where(own_N1, routed_output_RD, 0), metadata, x_TD)
+        return self._sum(routed_output_RD, metadata, x_TD, metadata.n_own)
 
 
 class ServedExperts(nn.Module):

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
@@ -29,6 +28,7 @@ from titan_bridge.checkpoint.load import Loaded, load_into
 from titan_bridge.engine.cpu.packing import Ahead, Loading, Packing
 from titan_bridge.engine.cpu.windows import keep_keys_together
 from titan_bridge.engine.loading.stream import WeightLoader
+from titan_bridge.engine.log import logger_of
 from titan_bridge.engine.model.attention import bind_sinks, windows
 from titan_bridge.engine.model.build import build
 from titan_bridge.engine.model.compiled import name_compiled_step
@@ -41,7 +41,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.models.experts import local
 from titan_bridge.models.peft import WEIGHT
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
+logger = logger_of(__name__)
 
 
 def _compiles(vllm_config: VllmConfig) -> bool:

@@ -10,7 +10,6 @@ on every worker, and vLLM's own layerwise reload makes of them what it keeps.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from titan_bridge.engine.log import logger_of
 from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.layers import Native, Part
 from titan_bridge.errors import BridgeError
@@ -34,7 +34,7 @@ from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.target import Target
 
-logger = logging.getLogger(f"vllm.{__name__}")
+logger = logger_of(__name__)
 
 EXPERTS = ("w13_weight", "w2_weight")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
-logger = logging.getLogger(f"vllm.{__name__}")
+from titan_bridge.engine.log import logger_of
+
+logger = logger_of(__name__)
 
 SECONDS = 60.0
-"""How long the others may take to answer after one worker's error."""
+"""How long the others together may take to answer after one worker's error, which waits for them."""
 
 
 class Replies(list):
@@ -32,9 +34,10 @@ class _Reply:
         """As the queue's; after an error the other workers' replies are taken away, too."""
         status, result = self._queue.dequeue(timeout=timeout)
         if status != WorkerProc.ResponseStatus.SUCCESS:
+            deadline = time.monotonic() + SECONDS
             for queue in self._rest:
                 try:
-                    queue.dequeue(timeout=SECONDS if timeout is None else timeout)
+                    queue.dequeue(timeout=max(0.0, deadline - time.monotonic()))
                 except TimeoutError:
                     logger.error(
                         "a worker did not answer a call that failed; later replies may be its late one"

@@ -14,8 +14,9 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 
-from titan_bridge.engine.specs import FINGERPRINTS, HINT, LAYOUT, joined, missing, sealed
+from titan_bridge.engine.specs import FINGERPRINTS, HINT, LAYOUT, joined, missing, said, sealed
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.layout import torch_dtype
 
 PATH, FINGERPRINTS_PATH = "/v1/sharding_spec", "/v1/fingerprints"
 
@@ -42,6 +43,10 @@ async def sharding_spec(request: Request) -> dict[str, Any]:
 
 async def fingerprints(request: Request, dtype: str | None = None) -> dict[str, Any]:
     """A fingerprint of each Hugging Face tensor of the live weights: `{"tensors": {name: hexadecimal}}`."""
+    try:
+        _ = None if dtype is None else torch_dtype(dtype)
+    except BridgeError as error:
+        raise HTTPException(400, str(error)) from None
     return {"tensors": await _ask(request, FINGERPRINTS, sealed, dtype)}
 
 
@@ -53,4 +58,6 @@ async def _ask(request: Request, method: str, put_together: Callable[[list[Any]]
     except Exception as error:
         if missing(error, method):
             raise HTTPException(404, f"this engine carries no specs; {HINT}") from None
-        raise
+        if (text := said(error)) is None:
+            raise
+        raise HTTPException(500, text) from error

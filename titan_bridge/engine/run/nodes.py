@@ -117,10 +117,10 @@ class Watch:
             server.settimeout(BEAT_SECONDS)
             while not self._ending.is_set():
                 with contextlib.suppress(OSError):
-                    peer, _ = server.accept()
-                    threading.Thread(target=self._greet, args=(peer,), daemon=True).start()
+                    peer, (address, *_) = server.accept()
+                    threading.Thread(target=self._greet, args=(peer, address), daemon=True).start()
 
-    def _greet(self, peer: socket.socket) -> None:
+    def _greet(self, peer: socket.socket, address: str) -> None:
         """Read which node it is; whoever says anything else is not one of ours."""
         peer.settimeout(SILENCE_SECONDS)
         with contextlib.suppress(OSError, ValueError):
@@ -128,7 +128,7 @@ class Watch:
                 hello = stream.readline(64).decode("ascii")
             rank = int(hello.removeprefix(_HELLO))
             if hello.startswith(_HELLO) and rank > 0 and rank not in self._peers:
-                self._follow(rank, peer)
+                self._follow(rank, peer, address)
                 return
         peer.close()
 
@@ -137,14 +137,14 @@ class Watch:
         while not self._ending.is_set():
             try:
                 peer = socket.create_connection(where, timeout=SILENCE_SECONDS)
+                peer.sendall(f"{_HELLO}{self._own.rank}\n".encode())
             except OSError as error:
                 self._ending.wait(0.5)
                 if time.monotonic() > patience:
                     patience = float("inf")
                     say(f"waiting for the first node: {where[0]} port {where[1]}: {error.strerror or error}")
                 continue
-            peer.sendall(f"{_HELLO}{self._own.rank}\n".encode())
-            self._follow(0, peer)
+            self._follow(0, peer, where[0])
             return
 
     def _beat(self) -> None:
@@ -154,10 +154,9 @@ class Watch:
                     with contextlib.suppress(OSError):
                         peer.sendall(_BEAT)
 
-    def _follow(self, rank: int, peer: socket.socket) -> None:
+    def _follow(self, rank: int, peer: socket.socket, address: str) -> None:
         with self._lock:
             self._peers[rank] = peer
-        address = peer.getpeername()[0]
         how = "has ended"
         while not self._ending.is_set():
             try:

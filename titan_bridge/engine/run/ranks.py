@@ -303,8 +303,8 @@ def _run_rank() -> int:
         _ = importlib.import_module("vllm").LLM
     job = json.loads(Path(told.get()).read_text())
     config = from_dict(InferConfig, job["config"])
-    # A rank with nothing to do must still take part in lockstep; its answer is dropped.
-    prompts, sampling = (job["prompts"], job["sampling"]) if job["prompts"] else (["."], {"max_tokens": 1})
+    # A rank with nothing to do must still take part in lockstep; its answer is dropped. Ids need no tokenizer.
+    prompts, sampling = (job["prompts"], job["sampling"]) if job["prompts"] else ([[0]], {"max_tokens": 1})
     try:
         with engine(config) as (llm, workers, load_seconds):
             completions, seconds = complete(llm, prompts, sampling)
