@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from titan_bridge.errors import BridgeError
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.spec import ShardingSpec
@@ -19,7 +20,7 @@ from titan_bridge.sharding.view import View
 from titan_bridge.testing_samples import local_part, same_bits, sample
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.fingerprints import of_messages
-from titan_bridge.transfer.layouts import shifted
+from titan_bridge.transfer.layouts import Sides, shifted
 from titan_bridge.transfer.messages import messages
 from titan_bridge.transfer.sender import Sender, Way
 from titan_bridge.transfer.snapshot import Snapshot
@@ -345,3 +346,20 @@ def test_from_gpu_to_gpu_through_the_hosts_memory(changes):
     for worker in destination.ranks:
         want = local_part(after.bfloat16().cpu(), destination, "w", worker)
         assert same_bits(live[worker]["w"].cpu(), want)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_padded_vocabulary_nothing_but_the_padding_may_be_missing(whole):
+    """The engine's 8 rows are 7 and one of padding; "head" is a tensor of which the trainer has nothing."""
+    trainer = layout_of((7, 4), (1,), [Replicate()], "float32", "embed")
+    engine = layout_of((8, 4), (2,), [Shard(0)], "float32", "embed")
+    if not whole:
+        more = layout_of((8, 4), (2,), [Shard(0)], "float32", "head")
+        engine = Layout(meshes=engine.meshes, params={**engine.params, **more.params})
+    unpadded = dict.fromkeys(engine.params, 7)
+    sides = Sides(source=trainer, destination=shifted(engine, 1), trainers=1, unpadded=unpadded)
+    if whole:
+        assert sides.plan().missing == {"embed": 4}
+        return
+    with pytest.raises(BridgeError, match=r"^the engine's head is in no tensor of the trainer .*has embed$"):
+        sides.plan()
