@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import socket
+import threading
+import time
 
 import pytest
 import torch
@@ -278,6 +280,51 @@ def test_what_waits_for_a_commit_lies_in_memory_that_the_target_makes(source):
     staging = Staging(into[0], target, live)
     staging.prepare(list(into[0]))
     assert staging.nbytes == sum(tensor.nbytes for tensor in made) >= 8 * 6 * 4
+
+
+def test_an_engine_that_takes_nothing_keeps_no_other_from_getting_its_messages():
+    """Both messages are packed, and two workers of the other engine have as many buffers as there are."""
+    sides = (layout_of((600_000, 4), (1,), [Replicate()], dtype) for dtype in ("float32", "bfloat16"))
+    _, out, _ = between(*sides, bucket_bytes=2**23)
+    hung, taking = [pair() for _ in range(2)], pair()
+    ways = {
+        name: Way(link=name[0], connection=here, buckets=out[0][1], transport=Tcp(here))
+        for name, (here, _) in {"a/0": hung[0], "a/1": hung[1], "b/0": taking}.items()
+    }
+    got = bytearray(600_000 * 4 * 2)
+
+    def take() -> None:
+        taking[1].receive(Deadline(60))
+        time.sleep(0.3)  # until the others have their buffers
+        taking[1].receive_raw(got, Deadline(60))
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    sender = Sender()
+    sent = sender.send(ways, {"w": torch.ones(600_000, 4)}, {}, 1, Deadline(3))
+    thread.join()
+    assert sent["b/0"] == len(got)
+    assert all("takes no more" in str(sent[f"a/{at}"]) for at in range(2))
+    assert sender.buffer_bytes <= 2 * 2 * len(got)
+
+
+def test_what_a_loader_gets_whole_is_in_the_hosts_memory():
+    """A device has no room for the experts of a model beside those that it serves."""
+    sides = (layout_of((8, 6), (1,), [Replicate()], "float32") for _ in range(2))
+    _, _, into = between(*sides, bucket_bytes=1024)
+    live, loaded = {"norm": torch.zeros(3, device="meta")}, {}
+    target = Target(
+        tensors=lambda: live,
+        layout=layout_of((8, 6), (1,), [Replicate()], "float32"),
+        rank=0,
+        index=0,
+        whole={"w": torch.float32},
+        load=loaded.update,
+    )
+    ((bucket,),) = into.pop(0).values()
+    (part,) = bucket.slices
+    Staging({0: (bucket,)}, target, live).write([("w", part.window, torch.arange(48.0))])
+    assert same_bits(loaded["w"], torch.arange(48.0).view(8, 6))
 
 
 def test_a_delta_is_ready_before_the_commit():

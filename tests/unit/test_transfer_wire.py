@@ -154,6 +154,25 @@ def test_a_message_that_is_cut_off_late_or_not_taken_is_one_error(listener):
     assert not there.alive()
 
 
+def test_a_peer_that_moves_a_few_bytes_at_a_time_is_late_too(listener):
+    here, there = pair(listener)
+    started = time.monotonic()
+
+    def trickle() -> None:
+        with contextlib.suppress(PeerLost):
+            while time.monotonic() - started < 8:
+                here.send_raw(b"x", Deadline(60))
+                time.sleep(0.0002)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    with pytest.raises(PeerLost, match="is silent: no answer within the time limit"):
+        there.receive_raw(bytearray(10**6), Deadline(0.3))
+    assert time.monotonic() - started < 6
+    there.close()
+    thread.join()
+
+
 def test_connections_live_in_a_process_with_many_open_files(listener):
     with contextlib.ExitStack() as files:
         for _ in range(1100):

@@ -115,7 +115,7 @@ class Trainer(contextlib.AbstractContextManager):
         self._said: dict[str, tuple] | None = None  # signature of the source when its layout was told
         self._snapshot = Snapshot()
         self._planned: tuple[Any, dict[int, tuple[Bucket, ...]]] | None = None
-        self._committed = 0
+        self._tried = 0  # updates that came as far as the vote: no two have one name
         self._sending: Future[Report] | None = None
         self._thread = ThreadPoolExecutor(1, "titan-send")
         """Of updates that nobody waits for; begins with the first of them."""
@@ -134,13 +134,15 @@ class Trainer(contextlib.AbstractContextManager):
         """Bring the weights as they are now into all engines: what has changed where that is less, else all of it.
 
         Args:
-            version: Name of these weights; else "1", "2", ...
+            version: Name of these weights; else "1", "2", ...: a new number for each update that comes as far as the
+                vote, taken or not.
             whole: Send all, whatever has changed.
             wait: Return when the engines serve them; else at once, with a handle. The tensors must not change before
                 its `wait` has returned; other calls wait for it, too.
 
         Raises:
-            TransferError: Nothing changed in the engines; the reason.
+            TransferError: The reason. No engine has changed but those that it names; one of which no answer came in
+                its commit may still take the update, and says what it serves in the next one.
             BridgeError: The source's tensors are not those of the first update.
         """
         started = time.monotonic()
@@ -201,8 +203,8 @@ class Trainer(contextlib.AbstractContextManager):
                 "base": self._snapshot.base,
             }
 
-        answer = self._ranks.exchange(mine, self._coordinator.meet, limit)
-        self._said = said
+        answer = self._ranks.exchange(mine, self._coordinator.meet, limit, more=1)
+        limit, self._said = limit.anew(), said
         self._leave(self._links - answer["engines"].keys())
         for link, engine in answer["engines"].items():
             if engine["sides"] is not None:
@@ -237,16 +239,16 @@ class Trainer(contextlib.AbstractContextManager):
                 deltas = self._snapshot.deltas(local, able)
             return {"whole": [to for to in self._ways if to not in deltas], "base": met["base"]}
 
-        going = self._ranks.exchange(changed, self._coordinator.prepare, limit)["links"]
-        ways = {to: way for to, way in self._ways.items() if way.link in going}
+        going = self._ranks.exchange(changed, self._coordinator.prepare, limit.anew())["links"]
+        limit, ways = limit.anew(), {to: way for to, way in self._ways.items() if way.link in going}
         sent = self._sender.send(ways, local, deltas, met["number"], limit)
+        self._tried += 1
         mine = {
             "sent": sent,
             "kind": "whole" if ways.keys() - deltas.keys() else "delta",
-            "version": str(self._committed + 1 if version is None else version),
+            "version": str(self._tried if version is None else version),
         }
-        told = self._ranks.exchange(lambda: mine, self._coordinator.commit, limit)
-        self._committed += 1
+        told = self._ranks.exchange(lambda: mine, self._coordinator.commit, limit, more=2)
         base = told.pop("base")
         if self.options.delta:
             self._snapshot.take(local, [way.buckets for way in self._ways.values()], base)
@@ -259,7 +261,7 @@ class Trainer(contextlib.AbstractContextManager):
             local, rank = self.source.local(), self.rank
             return {to: of_messages({rank: way.buckets}, local) for to, way in self._ways.items()}
 
-        return self._ranks.exchange(mine, self._coordinator.verify, limit)
+        return self._ranks.exchange(mine, self._coordinator.verify, limit.anew())
 
     def _leave(self, links: set[str]) -> None:
         for to in [to for to, way in self._ways.items() if way.link in links]:

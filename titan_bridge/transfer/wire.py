@@ -38,7 +38,11 @@ class Deadline:
     """A point in time up to which something may take."""
 
     def __init__(self, seconds: float) -> None:
-        self._at = time.monotonic() + seconds
+        self.seconds, self._at = seconds, time.monotonic() + seconds
+
+    def anew(self) -> Deadline:
+        """As long as this one, from now on: what was waited for whoever is gone is not taken from the others."""
+        return Deadline(self.seconds)
 
     @property
     def left(self) -> float:
@@ -102,6 +106,7 @@ class Connection:
         while view:
             sent = self._wait(socket.SO_SNDTIMEO, "takes no more", deadline, self._socket.send, view)
             view = view[sent:]
+            self._check(view, "takes no more", deadline)
 
     def receive_raw(self, into: Any, deadline: Deadline | None) -> None:
         """Fill a buffer."""
@@ -110,6 +115,12 @@ class Connection:
         while view:
             came = self._wait(socket.SO_RCVTIMEO, "is silent", deadline, take, view, len(view), every)
             view = view[came:]
+            self._check(view, "is silent", deadline)
+
+    def _check(self, rest: memoryview, late: str, limit: Deadline | None) -> None:
+        """The socket's own limit begins anew with every call: a peer that moves a byte in each would never be late."""
+        if rest and limit is not None and limit.over:
+            raise PeerLost(f"{self.peer} {late}: no answer within the time limit")
 
     def _wait(
         self, option: int, late: str, limit: Deadline | None, call: Callable[..., int], *given: Any

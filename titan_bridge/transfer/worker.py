@@ -151,7 +151,7 @@ class Worker:
         try:
             self._check_base(link)
             there = self.connected
-        except (BridgeError, TransferError) as error:
+        except Exception as error:  # whatever it is: the others wait in the vote
             self._failed(error)
             there = False
         mine = opened and staged is not None and staged[0] == update.number and there
