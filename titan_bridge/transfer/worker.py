@@ -182,6 +182,10 @@ class Worker:
         if delta and (self._base is None or self._base[1] != sample_digest(live)):
             raise TransferError(f"worker {self.target.index} got other weights while a delta was on its way")
 
+    def forget(self) -> None:
+        """Other weights are about to be loaded: no delta goes on top of them."""
+        self._base = None
+
     def shutdown(self) -> None:
         """Leave the trainer; the weights stay."""
         if self._link is not None:
