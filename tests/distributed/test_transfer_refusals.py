@@ -150,7 +150,7 @@ WITHOUT = object()
         ("init", "bucket_bytes", True, "init_info.bucket_bytes is True; it must be a valid integer"),
         ("init", "seconds", float("inf"), "init_info.seconds is inf; it must be a finite number"),
         ("init", "version", 1, "the trainer's protocol is 1, the engine's is 4"),
-        ("init", "link", "l", "no trainer at 127.0.0.1:1"),
+        ("init", "link", "l", "a worker on another host needs the address that Options(host=...) gives"),
         ("update", "link", WITHOUT, "update_info lacks the key link"),
         ("update", "version", 3, "update_info.version is 3; it must be a valid string"),
         (
@@ -221,6 +221,21 @@ def test_what_a_worker_says_instead_of_its_views_is_the_error(workers):
     ):
         trainer.send()
     assert have(workers, OLD)
+
+
+def cannot_listen(rank: int, world: int, client: PlainClient, at: int, bad: dict) -> str:
+    with pytest.raises(TransferError) as error:
+        Trainer({}, client, options=Options(**({"host": "127.0.0.1"} | (bad if rank == at else {}))))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("at", "bad", "reason"),
+    [(0, {"host": "192.0.2.1"}, "192.0.2.1:0 (.*assign.*)"), (1, {"port": 70_000}, "127.0.0.1:70001 (.*0-65535.*)")],
+)  # fmt: skip
+def test_where_one_rank_cannot_listen_all_hear_of_it(trainers, workers, at, bad, reason):
+    for said in trainers.run(cannot_listen, workers, at, bad):
+        assert re.match(f"trainer rank {at}: cannot listen at {reason}", said)
 
 
 class Undecided(PlainClient):

@@ -25,6 +25,19 @@ def test_a_server_that_is_not_there_is_named():
         HTTPClient(f"{url}/").start_weight_update()
 
 
+def test_no_proxy_of_the_environment_reads_what_is_said(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("no_proxy", "")
+    with http.server.HTTPServer(("127.0.0.1", 0), NoRoutes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = HTTPClient(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(RuntimeError, match=r"^POST /start_weight_update: 404"):
+            client.start_weight_update()
+        client.close()
+        server.shutdown()
+
+
 class NoRoutes(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.send_error(404)
@@ -84,7 +97,7 @@ def test_an_engine_gets_the_first_name_that_is_free():
     assert [engines.add(client) for _ in range(2)] == ["engine0", "engine2"]
 
 
-@pytest.mark.parametrize("given", [{"pause": None}, {"on_dead": "wait"}, {"seconds": 0}])
+@pytest.mark.parametrize("given", [{"pause": None}, {"on_dead": "wait"}, {"seconds": 0}, {"host": "0.0.0.0"}])
 def test_an_option_that_is_not_allowed_is_named(given):
     ((name, _),) = given.items()
     with pytest.raises(BridgeError, match=rf"Options\.{name} is .*"):

@@ -186,6 +186,25 @@ def test_connections_live_in_a_process_with_many_open_files(listener):
         assert not there.alive()
 
 
+def test_of_many_strangers_that_say_nothing_the_first_have_to_go(listener):
+    with contextlib.ExitStack() as stack:
+        strangers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", listener.port), timeout=60))
+            for _ in range(wire.GREETINGS + 9)
+        ]
+        for _ in pair(listener):
+            pass
+        started = time.monotonic()
+        for stranger in strangers[:9]:
+            assert len(stranger.recv(32, socket.MSG_WAITALL)) == 32
+            assert stranger.recv(1) == b""
+        assert time.monotonic() - started < wire.HELLO_SECONDS / 2
+        strangers[-1].setblocking(False)
+        assert len(strangers[-1].recv(32)) == 32
+        with pytest.raises(BlockingIOError):
+            strangers[-1].recv(1)
+
+
 def test_two_thousand_strangers_do_not_keep_a_worker_out(listener):
     """Some say nothing and stay, some talk nonsense, some hang up at once; the usual way in stays quick."""
     strangers = []

@@ -42,6 +42,10 @@ class Options:
         for name, kind in (("pause", PauseMode), ("transport", Transport), ("on_dead", OnDead)):
             if (value := getattr(self, name)) not in get_args(kind):
                 raise BridgeError(f"Options.{name} is {value!r}; allowed: {', '.join(get_args(kind))}")
+        if self.host in ("0.0.0.0", "::"):
+            raise BridgeError(
+                f"Options.host is {self.host!r}, which nobody can reach; give this host's own address"
+            )
         for name in ("seconds", "bucket_bytes"):
             if not (value := getattr(self, name)) > 0:
                 raise BridgeError(f"Options.{name} is {value!r}; it must be more than 0")

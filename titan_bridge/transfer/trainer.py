@@ -22,6 +22,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.clients import Client
 from titan_bridge.transfer.coordinator import Coordinator
 from titan_bridge.transfer.engines import Engines
+from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.fingerprints import of_messages
 from titan_bridge.transfer.layouts import Sides
 from titan_bridge.transfer.messages import Bucket, messages
@@ -78,7 +79,7 @@ class Trainer(contextlib.AbstractContextManager):
 
         Raises:
             BridgeError: Several ranks without torch.distributed, or something that is no engine.
-            TransferError: The address cannot be listened at.
+            TransferError: The address of a rank cannot be listened at.
         """
         on = dist.is_available() and dist.is_initialized()
         self.rank = (dist.get_rank() if on else 0) if rank is None else rank
@@ -95,17 +96,11 @@ class Trainer(contextlib.AbstractContextManager):
         for engine in engines if isinstance(engines, list | tuple) else [engines]:
             self.engines.add(engine)
         lora = {} if adapter is None else {"adapter": adapter, "scaling": model.scaling()}
-        host = o.host or _own_address(self.engines)
-        told: list[Any] = [None] * 3
-        if self.rank == 0:
-            secret = secrets.token_bytes(32)
-            self._listener = Listener(host, o.port, secret)
-            told = [secret, secrets.token_hex(8), (host, self._listener.port)]
+        told: list[Any] = [secrets.token_bytes(32), secrets.token_hex(8)]
         if self.world > 1:
             dist.broadcast_object_list(told)
-        secret, run, first = told
-        if self.rank:
-            self._listener = Listener(host, o.port and o.port + self.rank, secret)
+        secret, run = told
+        first = self._listen(secret)
         self._ranks = Ranks(self.rank, self.world, self._listener, first, secret)
         terms = {"secret": secret.hex(), "run": run, "seconds": o.seconds, "bucket_bytes": o.bucket_bytes}
         self._coordinator = Coordinator(self.engines, self._listener, o, terms | lora)
@@ -119,6 +114,25 @@ class Trainer(contextlib.AbstractContextManager):
         self._sending: Future[Report] | None = None
         self._thread = ThreadPoolExecutor(1, "titan-send")
         """Of updates that nobody waits for; begins with the first of them."""
+
+    def _listen(self, secret: bytes) -> tuple[str, int]:
+        """Listen on every rank, or on none; where rank 0 listens."""
+        mine: tuple[str, int] | Exception
+        try:
+            host, port = self.options.host or _own_address(self.engines), self.options.port
+            self._listener = Listener(host, port and port + self.rank, secret)
+            mine = (host, self._listener.port)
+        except (BridgeError, TransferError) as error:
+            mine = error
+        heard: list[Any] = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(heard, mine)
+        for rank, each in enumerate(heard):
+            if isinstance(each, Exception):
+                if not isinstance(mine, Exception):
+                    self._listener.close()
+                raise type(each)(f"trainer rank {rank}: " * (self.world > 1) + str(each)) from None
+        return heard[0]
 
     # What users call
 
@@ -137,8 +151,8 @@ class Trainer(contextlib.AbstractContextManager):
             version: Name of these weights; else "1", "2", ...: a new number for each update that comes as far as the
                 vote, taken or not.
             whole: Send all, whatever has changed.
-            wait: Return when the engines serve them; else at once, with a handle. The tensors must not change before
-                its `wait` has returned; other calls wait for it, too.
+            wait: Return when the engines serve them; else at once, with a handle. The tensors must not change, and a
+                model under FSDP2 not run, before its `wait` has returned; other calls wait for it, too.
 
         Raises:
             TransferError: The reason. No engine has changed but those that it names; one of which no answer came in
@@ -171,6 +185,7 @@ class Trainer(contextlib.AbstractContextManager):
         """A call of all ranks, after the one in the background, whose own `wait` says what became of that."""
         if self._sending is not None:
             self._sending.exception()
+        self.source.reshard()  # in the thread that trains
         if wait:
             return self._run(action)
         self._sending = self._thread.submit(self._run, action)
