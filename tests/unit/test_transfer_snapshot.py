@@ -15,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.memory import bytes_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.spec import ShardingSpec
@@ -29,7 +30,7 @@ from titan_bridge.transfer.snapshot import Snapshot
 from titan_bridge.transfer.staging import Staging
 from titan_bridge.transfer.target import Target
 from titan_bridge.transfer.transports import Tcp
-from titan_bridge.transfer.wire import Connection, Deadline, raw
+from titan_bridge.transfer.wire import Connection, Deadline
 
 
 def layout_of(
@@ -249,10 +250,10 @@ def test_what_is_no_delta_is_refused(head, counts, positions, reason):
     here, there = pair()
     here.send(head, Deadline(60))
     if counts:
-        here.send_raw(raw(torch.tensor(counts, dtype=torch.int32)), Deadline(60))
+        here.send_raw(bytes_of(torch.tensor(counts, dtype=torch.int32)), Deadline(60))
     if positions:
-        here.send_raw(raw(torch.tensor(positions, dtype=torch.int32)), Deadline(60))
-        here.send_raw(raw(torch.ones(len(positions))), Deadline(60))
+        here.send_raw(bytes_of(torch.tensor(positions, dtype=torch.int32)), Deadline(60))
+        here.send_raw(bytes_of(torch.ones(len(positions))), Deadline(60))
     with pytest.raises(TransferError, match=reason):
         Staging(into[0], target, live).receive(0, Tcp(there), 1, Deadline(60))
     assert not live["w"].any()

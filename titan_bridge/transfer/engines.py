@@ -30,7 +30,8 @@ class Engine:
     workers: list[Connection] = field(default_factory=list)  # control connections, by number of the worker
     sides: Sides = field(init=False)
     plan: Plan = field(init=False)
-    delta: bool = False  # whether all workers serve what the trainer's last update left: a delta can be sent
+    delta: bool = False
+    """True if every worker still serves the weights that this trainer's last update left, so a delta can be sent."""
     version: str = ""  # of the weights that it serves, as it said last
 
     @property

@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from titan_bridge.cpu import variables
+from titan_bridge.memory import bytes_of
 from titan_bridge.transfer.errors import PeerLost, TransferError
-from titan_bridge.transfer.wire import Connection, Deadline, raw
+from titan_bridge.transfer.wire import Connection, Deadline
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
 
@@ -52,7 +53,7 @@ class Tcp:
         self.device = torch.device("cpu")  # where what is sent should lie
 
     def send(self, data: torch.Tensor, deadline: Deadline) -> None:
-        self.connection.send_raw(raw(data), deadline)
+        self.connection.send_raw(bytes_of(data), deadline)
 
     def head(self, deadline: Deadline) -> dict[str, Any]:
         """What the trainer rank says before it sends tensors."""
@@ -60,10 +61,10 @@ class Tcp:
 
     def receive(self, into: torch.Tensor, deadline: Deadline) -> None:
         """Fill a tensor in the host's memory."""
-        self.connection.receive_raw(raw(into), deadline)
+        self.connection.receive_raw(bytes_of(into), deadline)
 
     def finish(self, deadline: Deadline) -> None:
-        """After an update: all that was sent has left this end's memory."""
+        """Wait until the receiver has emptied every slot; the sender's tensors may change after this."""
 
     def close(self) -> None:
         """Whoever waits on either end fails, at the latest after its deadline."""

@@ -22,8 +22,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import torch
-
 from titan_bridge.transfer.errors import PeerLost, TransferError
 
 NONCE = MAC = 32
@@ -174,11 +172,6 @@ def at_once(do: Callable[[Key], object], keys: Iterable[Key]) -> dict[Key, Excep
     for thread in threads:
         thread.join()
     return raised
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def connect(host: str, port: int, secret: bytes, hello: Mapping[str, Any], deadline: Deadline) -> Connection:
