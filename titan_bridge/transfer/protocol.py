@@ -86,7 +86,7 @@ class Terms:
     secret: _Hex  # drawn by each start of a trainer; whoever does not know it is not heard
     run: _Text  # names this start of the trainer
     link: _Text  # names this connection: one is made anew after a fault
-    seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0  # time limit of connecting and of one update
+    seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0  # time limit of each step
     adapter: _Text | None = None  # name of the engine's LoRA adapter that is updated, instead of the weights
     scaling: Annotated[float, Field(gt=0)] | None = None  # of its products; None: as the engine has loaded it
     bucket_bytes: _Count = BUCKET_BYTES  # most bytes of one message

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.transfer.errors import TransferError, described
+from titan_bridge.transfer.errors import PeerLost, TransferError, described
 from titan_bridge.transfer.fingerprints import of_messages
 from titan_bridge.transfer.layouts import VIEWS, Sides
 from titan_bridge.transfer.messages import messages
@@ -290,7 +290,8 @@ class Worker:
                     each.close()  # whatever else arrives belongs to nothing
                 raise
 
-        if failed := list(at_once(one, link.data).values()):
+        failed = sorted(at_once(one, link.data).values(), key=lambda error: isinstance(error, PeerLost))
+        if failed:  # the reason first: that others' connections were then closed is none
             raise TransferError(f"worker {self.target.index}: {described(failed[0])}") from failed[0]
         entries = [entry for found, _ in came.values() for entry in found]
         link.staged = (number, functools.partial(staging.write, entries, staging.ahead(entries)))
