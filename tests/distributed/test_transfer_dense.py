@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from tests.distributed import transfer_parties as parties
 from titan_bridge.mesh import Sizes
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing_processes import PlainClient, retarget
-from titan_bridge.testing_samples import differences, sample_dtensors, sample_target
+from titan_bridge.testing_samples import differences, sample, sample_dtensors, sample_target
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.trainer import Trainer
 from titan_bridge.transfer.worker import Worker
@@ -103,6 +107,35 @@ def three_updates(rank: int, world: int, layout: dict, client: PlainClient) -> N
 def memory(worker: Worker) -> tuple[int, int]:
     live = sum(tensor.nbytes for tensor in worker.target.tensors().values())
     return worker._link.staging.nbytes, live
+
+
+class Named(torch.nn.Module):
+    """The tensors that `workers` serve, in a model whose forward reads one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, param in Layout.from_json(parties.layout(1, 0)).params.items():
+            self.register_parameter(name, torch.nn.Parameter(sample(name, param.shape, parties.NEW)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.norm
+
+
+def after_a_forward(rank: int, world: int, client: PlainClient) -> int:
+    model = fully_shard(Named(), mesh=init_device_mesh("cpu", (world,)))
+    with Trainer(model, client, options=Options(seconds=parties.LIMIT)) as trainer:
+        trainer.connect()
+        with torch.no_grad():
+            model(torch.ones(48))
+        assert not isinstance(model.norm, DTensor)  # FSDP2 leaves its root as it is, for a backward
+        trainer.send()
+        assert torch.equal(model(torch.ones(48)), sample("norm", (48,), parties.NEW))
+        return trainer.verify()
+
+
+def test_a_model_that_has_computed_without_gradients_is_sent(trainers, workers):
+    assert trainers.run(after_a_forward, workers) == [14, 14]
+    assert parties.have(workers, parties.NEW)
 
 
 LAYOUTS = [

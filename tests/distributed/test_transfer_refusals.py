@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ WITHOUT = object()
         ("init", "bucket_bytes", True, "init_info.bucket_bytes is True; it must be a valid integer"),
         ("init", "seconds", float("inf"), "init_info.seconds is inf; it must be a finite number"),
         ("init", "version", 1, "the trainer's protocol is 1, the engine's is 4"),
-        ("init", "link", "l", "no trainer at 127.0.0.1:1"),
+        ("init", "link", "l", "a worker on another host needs the address that Options(host=...) gives"),
         ("update", "link", WITHOUT, "update_info lacks the key link"),
         ("update", "version", 3, "update_info.version is 3; it must be a valid string"),
         (
@@ -171,6 +172,70 @@ def test_a_call_with_a_bad_payload_raises(workers, call, key, value, reason):
         workers.init_weight_transfer_engine(payload) if call == "init" else workers.update_weights(payload)
     workers.finish_weight_update()
     assert have(workers, OLD)
+
+
+class Unreadable(PlainClient):
+    """One worker cannot even read what is live when it is about to vote."""
+
+    def update_weights(self, update_info: dict) -> None:
+        super().update_weights(update_info)
+        self.call(hide)
+
+
+def hide(worker: Worker) -> None:
+    if worker.target.index == 1:
+        worker.target = dataclasses.replace(worker.target, tensors=lambda: 1 // 0)
+
+
+def unreadable(rank: int, world: int, client: Unreadable) -> tuple[str, float]:
+    trainer, _ = make(rank, world, client, NEW)
+    started = time.monotonic()
+    with pytest.raises(TransferError) as error:
+        trainer.send()
+    trainer.close()
+    return str(error.value), time.monotonic() - started
+
+
+def test_whatever_goes_wrong_before_the_vote_is_a_no_that_all_hear(trainers, workers):
+    for said, seconds in trainers.run(unreadable, Unreadable(workers.addresses)):
+        assert "engine0 refused: the update was not taken" in said
+        assert seconds < LIMIT / 2  # nobody waits in the vote
+    workers.call(restore)
+    assert have(workers, OLD)
+    takes_the_next_good_update(trainers, workers)
+
+
+def no_views() -> tuple:
+    raise LookupError("no views here")
+
+
+def without_views(worker: Worker) -> None:
+    worker.target = dataclasses.replace(worker.target, views=no_views)
+
+
+def test_what_a_worker_says_instead_of_its_views_is_the_error(workers):
+    workers.call(without_views)
+    with (
+        Trainer({"layer": torch.ones(3)}, workers, options=Options(seconds=LIMIT)) as trainer,
+        pytest.raises(TransferError, match=r"^LookupError: no views here$"),
+    ):
+        trainer.send()
+    assert have(workers, OLD)
+
+
+def cannot_listen(rank: int, world: int, client: PlainClient, at: int, bad: dict) -> str:
+    with pytest.raises(TransferError) as error:
+        Trainer({}, client, options=Options(**({"host": "127.0.0.1"} | (bad if rank == at else {}))))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("at", "bad", "reason"),
+    [(0, {"host": "192.0.2.1"}, "192.0.2.1:0 (.*assign.*)"), (1, {"port": 70_000}, "127.0.0.1:70001 (.*0-65535.*)")],
+)  # fmt: skip
+def test_where_one_rank_cannot_listen_all_hear_of_it(trainers, workers, at, bad, reason):
+    for said in trainers.run(cannot_listen, workers, at, bad):
+        assert re.match(f"trainer rank {at}: cannot listen at {reason}", said)
 
 
 class Undecided(PlainClient):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import secrets
+import signal
 import socket
 import statistics
 import time
@@ -172,6 +175,54 @@ def test_engines_come_and_go_and_a_dead_one_is_left_out():
         with pytest.raises(TransferError):  # there is none left
             trainer.send("d")
         trainer.close()  # nobody is there to be told
+
+
+def stop_in(worker: Worker, question: str) -> None:
+    """A worker that hangs as soon as it is asked this."""
+
+    def stop(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(60)  # the signal may reach another thread before this one
+
+    setattr(worker, f"_{question}", stop)
+
+
+@pytest.mark.parametrize("question", ["hello", "check", "prepare", "receive", "state"])
+def test_one_that_hangs_takes_no_time_from_the_others(question):
+    for trainer, now, engines, _ in two_engines(on_dead="drop"):
+        if question != "hello":
+            trainer.send("a")
+            now["norm"] += 1
+        trainer.options = dataclasses.replace(trainer.options, seconds=3)
+        engines[0].call(stop_in, question)
+        report = trainer.send("b")
+        assert set(report.dropped) == {"engine0"}
+        assert engines[1].call(version) == ["b"]
+        now["norm"] += 1
+        assert trainer.send("c").dropped == {}
+        assert trainer.verify() == len(SHAPES)
+        trainer.close()
+
+
+def test_an_update_that_one_engine_takes_and_another_refuses_is_said_to_be_live_there():
+    for trainer, now, engines, _ in two_engines():
+
+        def refuse(_: Any = None) -> None:
+            raise RuntimeError("made to fail")
+
+        engines[1].finish_weight_update = refuse
+        with pytest.raises(
+            TransferError, match=r"^engine1 refused: made to fail; '1' is live on engine0 all"
+        ):
+            trainer.send()
+        del engines[1].finish_weight_update
+        assert [engine.call(version) for engine in engines] == [["1"], ["default"]]
+        now["norm"] += 1
+        report = trainer.send()  # a version of its own, and everything to both
+        assert (report.version, report.kind) == ("2", "whole")
+        assert report.before == {"engine0": "1", "engine1": "default"}
+        assert trainer.verify() == 2 * len(SHAPES)
+        trainer.close()
 
 
 def test_all_replicas_of_a_dense_engine_are_updated_or_the_call_fails():

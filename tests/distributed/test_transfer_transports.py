@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing_processes import PlainClient, plain_ranks, plain_workers
 from titan_bridge.testing_samples import differences, same_bits, sample_locals, sample_target
 from titan_bridge.transfer import transports
-from titan_bridge.transfer.errors import TransferError
+from titan_bridge.transfer.errors import PeerLost, TransferError
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.target import Target
 from titan_bridge.transfer.trainer import Trainer
@@ -126,6 +127,58 @@ def test_without_shared_memory_the_connection_is_taken_and_the_log_says_why(ends
         assert type(accept(worker, CPU, Deadline(60))) is Tcp
     assert trainer.receive(Deadline(60)) == {"take": "tcp"}
     assert re.search(f"come over tcp \\(memory: .*{reason}", caplog.text)
+
+
+@pytest.fixture
+def no_more_files() -> Iterator[None]:
+    """As with a limit that is reached: nothing can be opened, and so no memory shared."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("transport", ["auto", "memory"])
+def test_a_trainer_that_can_share_no_memory_offers_what_is_left(ends, no_more_files, transport):
+    taken: list[Tcp | Exception] = []
+
+    def take() -> None:
+        try:
+            taken.append(accept(ends[1], CPU, Deadline(60)))
+        except TransferError as error:
+            taken.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        sender: Tcp | Exception = offer(ends[0], transport, CPU, Deadline(60))
+    except TransferError as error:
+        sender = error
+    thread.join()
+    if transport == "auto":
+        assert [type(sender), type(taken[0])] == [Tcp, Tcp]
+        return
+    for said in (sender, taken[0]):
+        assert re.match(r"no transport to .*: memory: .*Too many open files.*may be 'auto'", str(said))
+
+
+def test_a_group_that_cannot_be_made_names_the_transport_that_needs_none(ends):
+    """The other end leaves in the middle of it."""
+
+    def leave() -> None:
+        ends[1].receive(Deadline(60))
+        ends[1].send({"take": "gloo"}, Deadline(60))
+        ends[1].close()
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    with pytest.raises(PeerLost, match=r'^no gloo group with .*Options\(transport="tcp"\) needs none$'):
+        offer(ends[0], "gloo", CPU, Deadline(20))
+    thread.join()
+
+
+def test_a_gpu_is_opened_by_the_number_that_this_process_gives_it():
+    assert transports._number(torch.device("cuda", 3)) == 3
 
 
 def test_a_ring_carries_any_sizes_and_keeps_no_file_open(ends):

@@ -17,7 +17,6 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from vllm.config import CompilationConfig
 from vllm.platforms import current_platform
 
-from titan_bridge.checkpoint.files import bytes_of
 from titan_bridge.engine.cpu import packed
 from titan_bridge.engine.cpu.packed import (
     PackedFeedForward,
@@ -30,6 +29,7 @@ from titan_bridge.engine.cpu.packed import (
 from titan_bridge.engine.cpu.packed_experts import PackedExperts, combine, pack_experts
 from titan_bridge.engine.cpu.packing import Packing
 from titan_bridge.engine.model.moe import OwnExpertsDispatcher, ServedExperts
+from titan_bridge.memory import bytes_of
 from titan_bridge.models.experts import KeepDtypeGroupedExperts
 
 pytestmark = pytest.mark.engine

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
 from tests.engine.collectives import fail_resets, groups
+from tests.engine.transfer_server import Request, Server
 from titan_bridge.ports import free_port
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing_processes import PlainClient, PlainRanks, door, plain_ranks
 from titan_bridge.testing_samples import as_dtensors, local_part
-from titan_bridge.transfer.clients import HTTPClient
+from titan_bridge.transfer.clients import HTTPClient, LLMClient
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.options import Options
 from titan_bridge.transfer.source import TensorSource
@@ -59,7 +60,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A mixture of experts in bf16 at tp=2, ep=2, started from checkpoint a; a, b and their layout as files."""
     from titan_bridge.config.schema import InferConfig, Parallel
     from titan_bridge.engine.run.offline import engine as start
-    from titan_bridge.engine.transfer import LLMClient
     from titan_bridge.mesh import Sizes
     from titan_bridge.model_layout import layout
     from titan_bridge.models import load_hf_config
@@ -93,7 +93,7 @@ def trainers() -> Iterator[PlainRanks]:
 def test_weights_by_hugging_face_names_through_vllms_own_factory(engine):
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    from titan_bridge.engine.transfer import LLMClient, TitanTrainerInitInfo, TitanWeightSource
+    from titan_bridge.engine.transfer import TitanTrainerInitInfo, TitanWeightSource
 
     made = engine.llm.collective_rpc(groups)
     held = load_file(engine.folder / "b" / "model.safetensors")
@@ -199,6 +199,34 @@ def test_a_reset_of_caches_that_fails_inside_a_commit(engine, times, served):
         assert engine.answers() == engine.fresh
 
 
+def test_reloaded_weights_are_the_base_of_no_delta(engine):
+    """They differ in one element, which is in no sample."""
+    shutil.copytree(engine.folder / "a", engine.folder / "c")
+    weights = load_file(engine.folder / "a" / "model.safetensors")
+    changed = {**weights, "model.embed_tokens.weight": weights["model.embed_tokens.weight"].clone()}
+    changed["model.embed_tokens.weight"][8, 1] = 9.0
+    save_file(changed, engine.folder / "c" / "model.safetensors", {"format": "pt"})
+    with Trainer(dict(weights), engine.llm, options=Options(seconds=60)) as trainer:
+        trainer.send()
+        assert engine.answers() == engine.fresh
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(engine.folder / "c")})
+        assert trainer.send().kind == "whole"
+        assert engine.answers() == engine.fresh
+
+
+class Positional(LLMClient):
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._llm.collective_rpc("update_weights", args=(update_info,))
+
+
+def test_a_client_may_give_its_arguments_by_position(engine):
+    weights = load_file(engine.folder / "a" / "model.safetensors")
+    with Trainer(weights, Positional(engine.llm), options=Options(seconds=60)) as trainer:
+        trainer.send("by position")
+    assert engine.llm.get_weight_version() == "by position"
+    assert engine.answers() == engine.fresh
+
+
 def test_a_call_out_of_order_leaves_the_engine_in_step(engine):
     for call in (engine.llm.finish_weight_update, lambda: engine.llm.update_weights({"update_info": {}})):
         with pytest.raises(Exception, match="start_weight_update"):
@@ -239,58 +267,6 @@ def test_a_trainer_that_is_killed_leaves_the_old_weights(engine, trainers, victi
     assert engine.answers() == engine.fresh
     trainers.run(dense_there_and_back, engine.client, engine.folder)
     assert engine.answers() == engine.fresh
-
-
-class Server:
-    """A running server that was started from checkpoint b."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.client = url, HTTPClient(url)
-        self.fresh = self.answers()
-
-    def get(self, path: str) -> Any:
-        return httpx.get(f"{self.url}{path}", timeout=60).raise_for_status().json()
-
-    def ask(self, **given: Any) -> dict[str, Any]:
-        body = {"model": "moe", "temperature": 0, "ignore_eos": True, **given}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120).raise_for_status().json()
-
-    def answers(self) -> list[float]:
-        """What `Engine.answers` gives."""
-        said = self.ask(prompt=list(range(7, 47)), max_tokens=6, prompt_logprobs=0, logprobs=0)
-        (choice,) = said["choices"]
-        prompt = [next(iter(row.values()))["logprob"] for row in choice["prompt_logprobs"][1:]]
-        return prompt + choice["logprobs"]["token_logprobs"]
-
-    def cached(self) -> int:
-        """Tokens of a prompt of two blocks and more that came out of the prefix cache."""
-        said = self.ask(prompt=list(range(100, 400)), max_tokens=1)
-        return (said["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-
-
-class Request(threading.Thread):
-    """A request that streams; `begun` once it has its first token."""
-
-    def __init__(self, server: Server, tokens: int) -> None:
-        super().__init__(daemon=True)
-        self._server, self._tokens = server, tokens
-        self.begun = threading.Event()
-        self.chunks: list[dict[str, Any]] = []
-        self.start()
-
-    def run(self) -> None:
-        body = {"model": "moe", "prompt": [5, 6, 7], "max_tokens": self._tokens, "temperature": 0}
-        body |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
-        with httpx.stream("POST", f"{self._server.url}/v1/completions", json=body, timeout=120) as stream:
-            for line in stream.iter_lines():
-                if line.startswith("data: {"):
-                    self.chunks.append(json.loads(line[6:])["choices"][0])
-                    self.begun.set()
-
-    def result(self) -> tuple[int, str]:
-        """How many tokens came, and why it ended."""
-        self.join(120)
-        return sum(len(chunk["token_ids"] or ()) for chunk in self.chunks), self.chunks[-1]["finish_reason"]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from titan_bridge.checkpoint import files
 from titan_bridge.checkpoint.files import FilePool, inside
 from titan_bridge.checkpoint.target import cut_rows
 from titan_bridge.errors import BridgeError
+from titan_bridge.memory import bytes_of
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.moves import Window, cut
 
@@ -48,7 +49,7 @@ def test_a_fetched_window_is_the_window_of_the_tensor(
     tensor = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape).to(dtype)
     path = tmp_path_factory.mktemp("window") / "file"
     head = data.draw(st.integers(0, 9))
-    path.write_bytes(b"x" * head + bytes(files.bytes_of(tensor)) + b"y" * 3)
+    path.write_bytes(b"x" * head + bytes(bytes_of(tensor)) + b"y" * 3)
     box = data.draw(boxes(shape))
     order = data.draw(st.permutations(range(len(shape))))
     expected = tensor[box.slices].permute(order)
@@ -119,7 +120,7 @@ def test_a_file_that_ends_between_runs_is_an_error(tmp_path):
 def test_gaps_between_runs_are_not_read(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(files, "NEAR_BYTES", 0)
     whole = torch.randn(64, 1024).to(torch.bfloat16)
-    (tmp_path / "f").write_bytes(bytes(files.bytes_of(whole)))
+    (tmp_path / "f").write_bytes(bytes(bytes_of(whole)))
     out, pool = torch.empty(64, 256, dtype=dtype), FilePool()
 
     def read_by_the_process() -> int:
@@ -142,7 +143,7 @@ def test_runs_that_lie_near_each_other_are_mapped_a_part_at_a_time(tmp_path, col
         files.mmap, "mmap", lambda fd, length, **how: seen.append(length) or real(fd, length, **how)
     )
     whole = torch.randn(256, columns).to(torch.bfloat16)
-    (tmp_path / "f").write_bytes(b"12" + bytes(files.bytes_of(whole)))
+    (tmp_path / "f").write_bytes(b"12" + bytes(bytes_of(whole)))
     out, pool = torch.empty(256, columns // 2, dtype=torch.bfloat16), FilePool()
     window = Window(size=(256, columns // 2), stride=(columns, 1), offset=columns // 2)
     pool.fetch(tmp_path / "f", 2, torch.bfloat16, window, out)

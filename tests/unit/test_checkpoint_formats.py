@@ -22,9 +22,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.archive import Archive, locate
 from titan_bridge.checkpoint.dcp import METADATA, write_metadata
-from titan_bridge.checkpoint.files import bytes_of
 from titan_bridge.checkpoint.hf import header_bytes, read_header
 from titan_bridge.errors import BridgeError
+from titan_bridge.memory import bytes_of
 from titan_bridge.sharding.boxes import Box
 from titan_bridge.sharding.tensors import Chunk, TensorMetadata
 

@@ -6,6 +6,7 @@ import http.server
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -13,12 +14,28 @@ import torch
 from titan_bridge.errors import BridgeError
 from titan_bridge.ports import free_port
 from titan_bridge.transfer import HTTPClient, Options, Trainer, TransferError
+from titan_bridge.transfer.engines import Engine, Engines
+from titan_bridge.transfer.errors import PeerLost
+from titan_bridge.transfer.wire import Deadline
 
 
 def test_a_server_that_is_not_there_is_named():
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(RuntimeError, match=f"^POST {url}/start_weight_update: .*refused"):
         HTTPClient(f"{url}/").start_weight_update()
+
+
+def test_no_proxy_of_the_environment_reads_what_is_said(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("no_proxy", "")
+    with http.server.HTTPServer(("127.0.0.1", 0), NoRoutes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = HTTPClient(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(RuntimeError, match=r"^POST /start_weight_update: 404"):
+            client.start_weight_update()
+        client.close()
+        server.shutdown()
 
 
 class NoRoutes(http.server.BaseHTTPRequestHandler):
@@ -63,7 +80,24 @@ def test_a_trainer_of_a_server_that_is_not_there_fails_at_once():
             trainer.send()
 
 
-@pytest.mark.parametrize("given", [{"pause": None}, {"on_dead": "wait"}, {"seconds": 0}])
+def test_a_call_for_which_no_time_is_left_is_not_made_and_named():
+    called: list[str] = []
+    engine = Engine(name="e", client=HTTPClient("http://127.0.0.1:1"))
+    calls = {"start": lambda: time.sleep(0.3), "finish": lambda: called.append("finish")}
+    with pytest.raises(PeerLost, match=r"^e is gone: no time left for finish$"):
+        engine.call(calls, Deadline(0.1))
+    assert not called
+
+
+def test_an_engine_gets_the_first_name_that_is_free():
+    engines = Engines()
+    client = HTTPClient("http://127.0.0.1:1")
+    assert [engines.add(client) for _ in range(2)] == ["engine0", "engine1"]
+    engines.remove("engine0")
+    assert [engines.add(client) for _ in range(2)] == ["engine0", "engine2"]
+
+
+@pytest.mark.parametrize("given", [{"pause": None}, {"on_dead": "wait"}, {"seconds": 0}, {"host": "0.0.0.0"}])
 def test_an_option_that_is_not_allowed_is_named(given):
     ((name, _),) = given.items()
     with pytest.raises(BridgeError, match=rf"Options\.{name} is .*"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import socket
+import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from titan_bridge.errors import BridgeError
+from titan_bridge.memory import bytes_of
 from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.spec import ShardingSpec
@@ -19,14 +23,14 @@ from titan_bridge.sharding.view import View
 from titan_bridge.testing_samples import local_part, same_bits, sample
 from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.fingerprints import of_messages
-from titan_bridge.transfer.layouts import shifted
+from titan_bridge.transfer.layouts import Sides, shifted
 from titan_bridge.transfer.messages import messages
 from titan_bridge.transfer.sender import Sender, Way
 from titan_bridge.transfer.snapshot import Snapshot
 from titan_bridge.transfer.staging import Staging
 from titan_bridge.transfer.target import Target
 from titan_bridge.transfer.transports import Tcp
-from titan_bridge.transfer.wire import Connection, Deadline, raw
+from titan_bridge.transfer.wire import Connection, Deadline
 
 
 def layout_of(
@@ -246,10 +250,10 @@ def test_what_is_no_delta_is_refused(head, counts, positions, reason):
     here, there = pair()
     here.send(head, Deadline(60))
     if counts:
-        here.send_raw(raw(torch.tensor(counts, dtype=torch.int32)), Deadline(60))
+        here.send_raw(bytes_of(torch.tensor(counts, dtype=torch.int32)), Deadline(60))
     if positions:
-        here.send_raw(raw(torch.tensor(positions, dtype=torch.int32)), Deadline(60))
-        here.send_raw(raw(torch.ones(len(positions))), Deadline(60))
+        here.send_raw(bytes_of(torch.tensor(positions, dtype=torch.int32)), Deadline(60))
+        here.send_raw(bytes_of(torch.ones(len(positions))), Deadline(60))
     with pytest.raises(TransferError, match=reason):
         Staging(into[0], target, live).receive(0, Tcp(there), 1, Deadline(60))
     assert not live["w"].any()
@@ -277,6 +281,51 @@ def test_what_waits_for_a_commit_lies_in_memory_that_the_target_makes(source):
     staging = Staging(into[0], target, live)
     staging.prepare(list(into[0]))
     assert staging.nbytes == sum(tensor.nbytes for tensor in made) >= 8 * 6 * 4
+
+
+def test_an_engine_that_takes_nothing_keeps_no_other_from_getting_its_messages():
+    """Both messages are packed, and two workers of the other engine have as many buffers as there are."""
+    sides = (layout_of((600_000, 4), (1,), [Replicate()], dtype) for dtype in ("float32", "bfloat16"))
+    _, out, _ = between(*sides, bucket_bytes=2**23)
+    hung, taking = [pair() for _ in range(2)], pair()
+    ways = {
+        name: Way(link=name[0], connection=here, buckets=out[0][1], transport=Tcp(here))
+        for name, (here, _) in {"a/0": hung[0], "a/1": hung[1], "b/0": taking}.items()
+    }
+    got = bytearray(600_000 * 4 * 2)
+
+    def take() -> None:
+        taking[1].receive(Deadline(60))
+        time.sleep(0.3)  # until the others have their buffers
+        taking[1].receive_raw(got, Deadline(60))
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    sender = Sender()
+    sent = sender.send(ways, {"w": torch.ones(600_000, 4)}, {}, 1, Deadline(3))
+    thread.join()
+    assert sent["b/0"] == len(got)
+    assert all("takes no more" in str(sent[f"a/{at}"]) for at in range(2))
+    assert sender.buffer_bytes <= 2 * 2 * len(got)
+
+
+def test_what_a_loader_gets_whole_is_in_the_hosts_memory():
+    """A device has no room for the experts of a model beside those that it serves."""
+    sides = (layout_of((8, 6), (1,), [Replicate()], "float32") for _ in range(2))
+    _, _, into = between(*sides, bucket_bytes=1024)
+    live, loaded = {"norm": torch.zeros(3, device="meta")}, {}
+    target = Target(
+        tensors=lambda: live,
+        layout=layout_of((8, 6), (1,), [Replicate()], "float32"),
+        rank=0,
+        index=0,
+        whole={"w": torch.float32},
+        load=loaded.update,
+    )
+    ((bucket,),) = into.pop(0).values()
+    (part,) = bucket.slices
+    Staging({0: (bucket,)}, target, live).write([("w", part.window, torch.arange(48.0))])
+    assert same_bits(loaded["w"], torch.arange(48.0).view(8, 6))
 
 
 def test_a_delta_is_ready_before_the_commit():
@@ -345,3 +394,20 @@ def test_from_gpu_to_gpu_through_the_hosts_memory(changes):
     for worker in destination.ranks:
         want = local_part(after.bfloat16().cpu(), destination, "w", worker)
         assert same_bits(live[worker]["w"].cpu(), want)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_padded_vocabulary_nothing_but_the_padding_may_be_missing(whole):
+    """The engine's 8 rows are 7 and one of padding; "head" is a tensor of which the trainer has nothing."""
+    trainer = layout_of((7, 4), (1,), [Replicate()], "float32", "embed")
+    engine = layout_of((8, 4), (2,), [Shard(0)], "float32", "embed")
+    if not whole:
+        more = layout_of((8, 4), (2,), [Shard(0)], "float32", "head")
+        engine = Layout(meshes=engine.meshes, params={**engine.params, **more.params})
+    unpadded = dict.fromkeys(engine.params, 7)
+    sides = Sides(source=trainer, destination=shifted(engine, 1), trainers=1, unpadded=unpadded)
+    if whole:
+        assert sides.plan().missing == {"embed": 4}
+        return
+    with pytest.raises(BridgeError, match=r"^the engine's head is in no tensor of the trainer .*has embed$"):
+        sides.plan()

@@ -154,6 +154,25 @@ def test_a_message_that_is_cut_off_late_or_not_taken_is_one_error(listener):
     assert not there.alive()
 
 
+def test_a_peer_that_moves_a_few_bytes_at_a_time_is_late_too(listener):
+    here, there = pair(listener)
+    started = time.monotonic()
+
+    def trickle() -> None:
+        with contextlib.suppress(PeerLost):
+            while time.monotonic() - started < 8:
+                here.send_raw(b"x", Deadline(60))
+                time.sleep(0.0002)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    with pytest.raises(PeerLost, match="is silent: no answer within the time limit"):
+        there.receive_raw(bytearray(10**6), Deadline(0.3))
+    assert time.monotonic() - started < 6
+    there.close()
+    thread.join()
+
+
 def test_connections_live_in_a_process_with_many_open_files(listener):
     with contextlib.ExitStack() as files:
         for _ in range(1100):
@@ -165,6 +184,25 @@ def test_connections_live_in_a_process_with_many_open_files(listener):
         here.close()
         there.close()
         assert not there.alive()
+
+
+def test_of_many_strangers_that_say_nothing_the_first_have_to_go(listener):
+    with contextlib.ExitStack() as stack:
+        strangers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", listener.port), timeout=60))
+            for _ in range(wire.GREETINGS + 9)
+        ]
+        for _ in pair(listener):
+            pass
+        started = time.monotonic()
+        for stranger in strangers[:9]:
+            assert len(stranger.recv(32, socket.MSG_WAITALL)) == 32
+            assert stranger.recv(1) == b""
+        assert time.monotonic() - started < wire.HELLO_SECONDS / 2
+        strangers[-1].setblocking(False)
+        assert len(strangers[-1].recv(32)) == 32
+        with pytest.raises(BlockingIOError):
+            strangers[-1].recv(1)
 
 
 def test_two_thousand_strangers_do_not_keep_a_worker_out(listener):

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from zlib_ng import zlib_ng
 
-from titan_bridge.checkpoint.files import SCRATCH_BYTES, SPAN_BYTES, bytes_of
+from titan_bridge.checkpoint.files import SCRATCH_BYTES, SPAN_BYTES
 from titan_bridge.checkpoint.finite import count_not_finite
 from titan_bridge.checkpoint.staging import PART, FileResult, Staging, disk_error
 from titan_bridge.checkpoint.target import STRIP_BYTES, OutFile, Strip, copies_of
+from titan_bridge.memory import bytes_of
 from titan_bridge.sharding.moves import Copy
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.memory import bytes_of
 from titan_bridge.sharding.moves import Window, cut, row_major
 
 SCRATCH_BYTES = 2 << 20
@@ -220,11 +221,6 @@ class FilePool:
             if len(self._files) > _OPEN_FILES:
                 del self._files[next(iter(self._files))]
             return self._files[path]
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as bytes, shared."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _by_stride(window: Window) -> list[tuple[int, int]]:

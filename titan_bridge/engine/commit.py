@@ -9,12 +9,13 @@ knowing better. vLLM's own pause does the waiting: for batches in flight, and fo
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from vllm.v1.engine import EngineCoreRequestType
 
+from titan_bridge.engine.options import TRANSFER_BACKEND
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.protocol import KEEP_CACHE
 
@@ -22,12 +23,16 @@ _DECIDED = "_titan_bridge_decided"
 """Attribute of the engine core: the update that `finish_weight_update` is about to take."""
 
 
-def call(core: Any, method: Any, kwargs: dict[str, Any] | None, rpc: Callable[[], Any]) -> Any:
+def call(
+    core: Any, method: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, rpc: Callable[[], Any]
+) -> Any:
     """What an engine with weight transfer "titan" does instead of `rpc`, a call of all its workers."""
     if method == "start_weight_update":
         setattr(core, _DECIDED, None)
     if method == "update_weights":
-        decided = (kwargs or {}).get("update_info")
+        decided = args[0] if args else (kwargs or {}).get("update_info")
+        if isinstance(decided, list):  # one for each worker, as vLLM has it; a trainer's are alike
+            decided = decided[0] if decided else None
         if isinstance(decided, dict) and decided.get("pause") == KEEP_CACHE:
             _check_keeping(core)  # before the workers hear of it
         result = rpc()
@@ -50,12 +55,24 @@ def call(core: Any, method: Any, kwargs: dict[str, Any] | None, rpc: Callable[[]
 
 
 def reload(core: Any, rpc: Callable[[], Any]) -> Any:
-    """`rpc` is `reload_weights`, in which all ranks compare what they have found before one writes.
+    """`rpc` is `reload_weights`; nothing that a trainer has sent is the base of a delta after it.
 
-    Where dp ranks step in lockstep, one's workers could be in a step, and wait for those of another, which wait for
-    them in that comparison: all stop first.
+    Into our models all ranks compare what they have found before one writes: where dp ranks step in lockstep, one's
+    workers could be in a step, and wait for those of another, which wait for them in that comparison. All stop first.
     """
-    return _paused(core, "keep", rpc) if hasattr(core, "dp_group") else rpc()
+    config = core.vllm_config
+
+    def load() -> Any:
+        if getattr(config.weight_transfer_config, "backend", None) == TRANSFER_BACKEND:
+            core.model_executor.collective_rpc(_forget)
+        return rpc()
+
+    lockstep = hasattr(core, "dp_group") and config.model_config.model_impl == "torchtitan"
+    return _paused(core, "keep", load) if lockstep else load()
+
+
+def _forget(worker: Any) -> None:
+    worker.weight_transfer_engine.worker.forget()
 
 
 def _paused(core: Any, mode: str, do: Callable[[], Any]) -> Any:

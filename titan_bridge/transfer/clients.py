@@ -37,7 +37,7 @@ class Client:
 
 
 class HTTPClient(Client):
-    """The routes of a server that was started with `VLLM_SERVER_DEV_MODE=1`.
+    """The routes of a server that was started with `VLLM_SERVER_DEV_MODE=1`; proxies of the environment are not used.
 
     Every call raises RuntimeError with what the server said, or PeerLost where it cannot be reached.
     """
@@ -51,8 +51,10 @@ class HTTPClient(Client):
         self.address = parts.hostname
         # Updates are far apart: a kept connection would mostly be one that the server has closed.
         limits = httpx.Limits(max_keepalive_connections=0)
-        # Certificates are read, and kept, only where they are needed.
-        self._http = httpx.Client(timeout=timeout, limits=limits, verify=parts.scheme == "https")
+        # Certificates are read, and kept, only where they are needed. With a transport of its own a client uses none of
+        # the environment's proxies, which would read the run's secret.
+        way = httpx.HTTPTransport(limits=limits, verify=parts.scheme == "https")
+        self._http = httpx.Client(timeout=timeout, transport=way)
 
     def __repr__(self) -> str:
         return self.base_url

@@ -55,6 +55,7 @@ class Coordinator:
         ]
         addresses, base = [said["address"] for said in given], given[0]["base"]
         self._settle(at_once(lambda engine: self._connect(engine, addresses, limit), anew))
+        limit = limit.anew()
 
         def check(engine: Engine) -> None:
             engine.delta = all(answer["delta"] for answer in engine.ask({"do": "check", "base": base}, limit))
@@ -78,8 +79,8 @@ class Coordinator:
         sides = join_sides([self._layouts[rank] for rank in range(len(addresses))], told)
         if not set(sides.destination.params) <= set(sides.source.params):  # other names: by views
             engine.workers[0].send({"do": "views"}, limit)
-            views = engine.workers[0].receive(limit)["views"]
-            sides = dataclasses.replace(sides, views=VIEWS.validate_python(views))
+            (answer,) = engine.answers(limit, of=1)
+            sides = dataclasses.replace(sides, views=VIEWS.validate_python(answer["views"]))
         engine.sides, engine.plan, engine.version = sides, self.plan_of(sides), told[0]["version"]
         if "adapter" in self._terms and engine.plan.unused:
             lacks = f"{self._terms['adapter']!r} has nothing on {engine.plan.unused[0]}"
@@ -111,7 +112,10 @@ class Coordinator:
     # Steps 4 to 6: vote, commit, acknowledge
 
     def commit(self, given: Given, limit: Deadline) -> dict[str, Any]:
-        """Hear what everybody says of sending and receiving; if that is "yes", let the engines take it."""
+        """Hear what everybody says of sending and receiving; if that is "yes", let the engines take it.
+
+        What is raised when some have taken it names them.
+        """
         version, base = given[0]["version"], base_of(self._terms["run"], self._number)
         received: dict[str, int] = {}
 
@@ -129,25 +133,34 @@ class Coordinator:
         self._settle(at_once(vote, self.engines.values()))
         self._phases["received"] = time.monotonic() - self._started
         before, pauses = {engine: engine.version for engine in self.engines.values()}, {}
+        taken: list[str] = []
 
         def take(engine: Engine) -> None:
             told = {"link": engine.link, "number": self._number, "version": version}
             update = Update(**told, pause=self._options.pause, token=token_of(self._terms["secret"], **told))
             begun, failed = time.monotonic(), None
             try:
-                engine.commit(update, limit)
+                engine.commit(update, limit.anew())
             except TransferError as error:
                 failed = error
             pauses[engine] = time.monotonic() - begun
             try:
-                states = engine.ask({"do": "state"}, limit)
+                states = engine.ask({"do": "state"}, limit.anew())
             except TransferError as error:
                 raise failed or error from None
             if any(state["base"] != base for state in states):
                 raise failed or TransferError(f"{engine.name} did not take the update")
             engine.version = version
+            taken.append(engine.name)
 
-        self._settle(at_once(take, self.engines.values()))
+        failed = at_once(take, self.engines.values())
+        try:
+            self._settle(failed)
+        except TransferError as error:
+            if not taken:
+                raise
+            there = f"{version!r} is live on {', '.join(sorted(taken))} all the same"
+            raise type(error)(f"{error}; {there}") from None
         self._phases["live"] = time.monotonic() - self._started
         engines = list(self.engines.values())
         names = {key: f"{engine.name}/{at}" for engine in engines for at, key in enumerate(engine.keys)}

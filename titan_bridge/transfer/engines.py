@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -29,15 +30,16 @@ class Engine:
     workers: list[Connection] = field(default_factory=list)  # control connections, by number of the worker
     sides: Sides = field(init=False)
     plan: Plan = field(init=False)
-    delta: bool = False  # whether all workers have what a delta of the update under way would be a delta of
+    delta: bool = False
+    """True if every worker still serves the weights that this trainer's last update left, so a delta can be sent."""
     version: str = ""  # of the weights that it serves, as it said last
 
     @property
     def keys(self) -> list[str]:  # of its workers, by number, as trainer ranks have them
         return [f"{self.link}/{at}" for at in range(len(self.workers))]
 
-    def call(self, calls: Sequence[Callable[[], Any]], limit: Deadline) -> None:
-        """Call the engine, one call after the other; after the time no further one begins.
+    def call(self, calls: Mapping[str, Callable[[], Any]], limit: Deadline) -> None:
+        """Call the engine, one call after the other, by name; after the time no further one begins.
 
         Raises PeerLost where nobody is there or answers in time, TransferError with what the engine refused.
         """
@@ -45,9 +47,10 @@ class Engine:
 
         def run() -> None:
             try:
-                for each in calls:
-                    if not limit.over:
-                        each()
+                for name, each in calls.items():
+                    if limit.over:
+                        raise PeerLost(f"no time left for {name}")
+                    each()
                 answer.set_result(None)
             except Exception as error:
                 answer.set_exception(error)
@@ -64,14 +67,19 @@ class Engine:
     def invite(self, terms: Terms, limit: Deadline) -> None:
         """Ask its workers to connect; when this returns, they have. Raises as `call`."""
         self.close()
-        self.call([functools.partial(self.client.init_weight_transfer_engine, asdict(terms))], limit)
+        init = functools.partial(self.client.init_weight_transfer_engine, asdict(terms))
+        self.call({"init_weight_transfer_engine": init}, limit)
         self.link = terms.link
 
     def commit(self, update: Update, limit: Deadline) -> None:
         """Let the engine take an update that all its workers have. Raises as `call`."""
-        client, take = self.client, functools.partial(self.client.update_weights, asdict(update))
+        calls = {
+            "start_weight_update": self.client.start_weight_update,
+            "update_weights": functools.partial(self.client.update_weights, asdict(update)),
+            "finish_weight_update": self.client.finish_weight_update,
+        }
         try:
-            self.call([client.start_weight_update, take, client.finish_weight_update], limit)
+            self.call(calls, limit)
         except TransferError as error:
             if not isinstance(error, PeerLost):
                 self.end_session(Deadline(MARGIN))
@@ -81,7 +89,7 @@ class Engine:
         """Close a session that was started and not finished; the first call fails where an update is dropped."""
         for _ in range(2):
             with contextlib.suppress(TransferError):
-                self.call([self.client.finish_weight_update], limit)
+                self.call({"finish_weight_update": self.client.finish_weight_update}, limit)
                 return
 
     def tell(self, message: Mapping[str, Any], limit: Deadline, **each: Sequence[Any]) -> None:
@@ -94,9 +102,12 @@ class Engine:
         self.tell(message, limit, **each)
         return self.answers(limit)
 
-    def answers(self, limit: Deadline) -> list[dict[str, Any]]:
-        """Raises TransferError with what a worker refused, PeerLost where one is gone or silent."""
-        found = [worker.receive(Deadline(limit.left + MARGIN)) for worker in self.workers]
+    def answers(self, limit: Deadline, of: int | None = None) -> list[dict[str, Any]]:
+        """Those of all workers, or of the first few.
+
+        Raises TransferError with what a worker refused, PeerLost where one is gone or silent.
+        """
+        found = [worker.receive(Deadline(limit.left + MARGIN)) for worker in self.workers[:of]]
         if refused := next((answer["error"] for answer in found if answer.get("error")), None):
             raise TransferError(refused)
         return found
@@ -115,10 +126,11 @@ class Engines(dict[str, Engine]):
         """An engine, from the next update on, which brings it all weights; returns its name.
 
         `engine`: a URL, an `LLM` in this process, or a client (see `clients.client_of`), else BridgeError. `name`: for
-        reports and errors; else the URL, or "engine0", "engine1", ...
+        reports and errors; else the URL, or the first of "engine0", "engine1", ... that is free.
         """
         client = client_of(engine)
-        name = name or (repr(client) if isinstance(engine, str) else f"engine{len(self)}")
+        free = next(at for at in itertools.count() if f"engine{at}" not in self)
+        name = name or (repr(client) if isinstance(engine, str) else f"engine{free}")
         if name in self:
             raise BridgeError(f"engine {name!r} is there already")
         self[name] = Engine(name=name, client=client)

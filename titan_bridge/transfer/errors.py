@@ -6,7 +6,8 @@ from titan_bridge.errors import BridgeError
 
 
 class TransferError(RuntimeError):
-    """An update did not happen: the engine serves what it served before, and takes the next good update.
+    """An update did not happen: every engine that the error does not name as one that has taken it serves what it
+    served before, and all take the next good update.
 
     A user's mistake (a tensor that is missing, two sides that do not fit) is a BridgeError instead.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,11 @@ class Sides:
             if (name, name) not in viewed and held and held.shape == (rows, *shape[1:]) != shape:
                 views.append(View.first_rows(name, shape, rows))
         made = plan(self.source, self.destination, views, allow_missing=bool(self.unpadded))
-        if lost := sorted(set(made.missing) - set(self.unpadded)):
+        padding = {
+            name: (params[name].shape[0] - rows) * math.prod(params[name].shape[1:])
+            for name, rows in self.unpadded.items()
+        }
+        if lost := sorted(name for name, elements in made.missing.items() if elements != padding.get(name)):
             there = f"({len(lost)} such tensors); the trainer has {few(self.source.params)}"
             raise BridgeError(f"the engine's {lost[0]} is in no tensor of the trainer {there}")
         return made

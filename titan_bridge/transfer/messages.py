@@ -15,8 +15,8 @@ from functools import cached_property
 
 import torch
 
-from titan_bridge.sharding.layout import itemsize
-from titan_bridge.sharding.moves import Window
+from titan_bridge.sharding.layout import itemsize, torch_dtype
+from titan_bridge.sharding.moves import Window, cut
 from titan_bridge.sharding.plan import Plan
 from titan_bridge.transfer.protocol import BUCKET_BYTES
 
@@ -95,9 +95,10 @@ def messages(
         else:
             peer, name, window = copy.source, served, copy.destination_window
         assert isinstance(peer, int)
+        most = max(1, bucket_bytes // itemsize(dtypes[served]))
         found.setdefault(peer, {}).setdefault(dtypes[served], []).extend(
             Slice(name=name, served=served, window=part, at=0, elements=math.prod(part.size))
-            for part in cut(window, max(1, bucket_bytes // itemsize(dtypes[served])))
+            for part in map(window.at, cut(window.size, range(len(window.size)), most))
         )
     packed = {
         peer: [_packed(parts, dtype, bucket_bytes) for dtype, parts in found[peer].items()] for peer in found
@@ -105,23 +106,8 @@ def messages(
     return {peer: tuple(itertools.chain(*packed[peer])) for peer in sorted(found)}
 
 
-def cut(window: Window, most: int) -> Iterator[Window]:
-    """The window in row-major order, in parts of at most `most` elements; depends on its size only."""
-    elements = math.prod(window.size)
-    if elements <= most:
-        if elements:
-            yield window
-        return
-    dim = next(d for d, size in enumerate(window.size) if size > 1)
-    inner = elements // window.size[dim]
-    rows = max(1, most // inner)
-    for first in range(0, window.size[dim], rows):
-        size = (*window.size[:dim], min(rows, window.size[dim] - first), *window.size[dim + 1 :])
-        yield from cut(replace(window, size=size, offset=window.offset + first * window.stride[dim]), most)
-
-
 def _packed(parts: Sequence[Slice], name: str, bucket_bytes: int) -> Iterator[Bucket]:
-    dtype = getattr(torch, name)
+    dtype = torch_dtype(name)
     most = max(1, bucket_bytes // dtype.itemsize)
     alone = max(1, min(ALONE_BYTES // dtype.itemsize, most // 4))
     slices: list[Slice] = []

@@ -15,7 +15,7 @@ Transport = Literal["auto", "tcp", "memory", "gloo", "nccl"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a trainer connects and sends; the same on all ranks."""
+    """How a trainer connects and sends; the same on all ranks, except `host`."""
 
     host: str | None = None
     """Address of this rank that the workers and the other ranks reach; None: the one from which this host reaches the
@@ -23,9 +23,9 @@ class Options:
     port: int = 0
     """Rank r listens at port + r; 0 takes free ones."""
     seconds: float = 300.0
-    """Time limit of connecting, and of an update."""
+    """Time limit of each step of an update that waits for others: see `protocol`."""
     bucket_bytes: int = BUCKET_BYTES
-    """Most bytes of one message; a rank packs two at a time."""
+    """Most bytes of one message; a rank packs two at a time for each engine."""
     delta: bool = True
     """Keep a copy of what the engines have, in their dtypes, and send only what differs where that is less."""
     pause: PauseMode = "keep"
@@ -42,6 +42,10 @@ class Options:
         for name, kind in (("pause", PauseMode), ("transport", Transport), ("on_dead", OnDead)):
             if (value := getattr(self, name)) not in get_args(kind):
                 raise BridgeError(f"Options.{name} is {value!r}; allowed: {', '.join(get_args(kind))}")
+        if self.host in ("0.0.0.0", "::"):
+            raise BridgeError(
+                f"Options.host is {self.host!r}, which nobody can reach; give this host's own address"
+            )
         for name in ("seconds", "bucket_bytes"):
             if not (value := getattr(self, name)) > 0:
                 raise BridgeError(f"Options.{name} is {value!r}; it must be more than 0")

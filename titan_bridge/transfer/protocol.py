@@ -10,10 +10,10 @@
     rank 0 -> worker    "join": both layouts. Both ends make the same    `seconds`
                         plan and cut it into the same messages
     worker -> rank n    a data connection to each rank that sends to it
- 2  PREPARE             every worker: are live weights still what the    `seconds` for 2 to 4 together
+ 2  PREPARE             every worker: are live weights still what the    `seconds`, and again for the memory
                         plan was made for? is the base of a delta what
                         is live? is there memory? It answers, or refuses
- 3  SEND                every trainer rank, to all its workers at once:
+ 3  SEND                every trainer rank, to all its workers at once:  `seconds` for 3 and 4 together
                         all planned messages, or only what changed in
                         them; the first time, the two agree on what
                         tensors travel over (`transports`). A thread
@@ -40,8 +40,10 @@ has given it up, hears so at once and is in step again for call n+1. Nothing els
 
 What a fault ends in: before the vote is complete the engine serves the old weights, whoever dies, stalls, or sends
 nonsense, and generation is not touched. After it, all workers of an engine take the update or none does; the trainer
-may be dead by then. All ranks raise one TransferError within the time limit (plus MARGIN), and the next update makes
-new connections. With `on_dead="drop"` an engine that is lost, not one that refuses, is left out instead.
+may be dead by then. Of several engines one may have taken an update that another did not: the error names those that
+have. All ranks raise one TransferError within the time limit of the step (plus MARGIN for each that waits), and the
+next update makes new connections. With `on_dead="drop"` an engine that is lost, not one that refuses, is left out
+instead: each step has time of its own, so that what one engine used up is not taken from the others.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class Terms:
     secret: _Hex  # drawn by each start of a trainer; whoever does not know it is not heard
     run: _Text  # names this start of the trainer
     link: _Text  # names this connection: one is made anew after a fault
-    seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0  # time limit of connecting and of one update
+    seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0  # time limit of each step
     adapter: _Text | None = None  # name of the engine's LoRA adapter that is updated, instead of the weights
     scaling: Annotated[float, Field(gt=0)] | None = None  # of its products; None: as the engine has loaded it
     bucket_bytes: _Count = BUCKET_BYTES  # most bytes of one message

@@ -36,9 +36,10 @@ class Ranks:
         self._call += 1
         self._step = 0
 
-    def exchange(self, make: Make, then: Then, limit: Deadline) -> dict[str, Any]:
+    def exchange(self, make: Make, then: Then, limit: Deadline, more: int = 0) -> dict[str, Any]:
         """One step: every rank makes its message, and rank 0 of all of them an answer, which all ranks get.
 
+        `more`: how often `then` takes the same time anew (`Deadline.anew`); others wait for rank 0 as long.
         What `make` raises on any rank is a BridgeError on every rank; what `then` raises, too, is heard by all.
         TransferError where another rank is late or gone.
         """
@@ -55,7 +56,7 @@ class Ranks:
                 hello = {"role": "rank", "rank": self.rank, "who": f"trainer rank {self.rank}"}
                 self._others[0] = connect(*self._address, self._secret, hello, limit)
             self._others[0].send({"at": at, **mine}, limit)
-            end = Deadline(limit.left + 4 * MARGIN)  # rank 0 waits for others, too
+            end = Deadline(limit.left + more * limit.seconds + 4 * MARGIN)  # rank 0 waits for others, too
             while (answer := self._others[0].receive(end)).pop("at") != at:
                 pass  # to what this rank has given up already
         except TransferError as error:
@@ -92,7 +93,8 @@ class Ranks:
                     if self._step > 1:
                         raise TransferError(f"trainer rank {rank} is gone")
                     self._others[rank] = self._listener.take(1, limit, role="rank", rank=rank)[-1]
-                said = self._others[rank].receive(limit)
+                # Its own limit began a little later, and it may have waited for an engine until then.
+                said = self._others[rank].receive(Deadline(limit.left + MARGIN / 2))
             except PeerLost as error:
                 if limit.over:
                     raise TransferError(f"trainer rank {rank} did not come in time ({error})") from None

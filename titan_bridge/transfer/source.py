@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -63,6 +64,15 @@ class TensorSource:
         if len(found) > 1:
             raise BridgeError(f"the model's adapters are scaled by {sorted(found)}; an engine has one scale")
         return found.pop() if found else None
+
+    def reshard(self) -> None:
+        """Let a model under FSDP2 hold its shards: after a forward without a backward its root holds whole tensors.
+
+        To be called where no forward or backward runs meanwhile; one that is still to come gathers them anew.
+        """
+        for module in self._tensors.modules() if isinstance(self._tensors, nn.Module) else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """DTensors and tensors by name, as they are now; wrappers of torch.compile and checkpointing leave no trace.

@@ -148,8 +148,8 @@ class Staging:
         Raises whatever a loader of the target's raises; the weights are then neither the old ones nor the new.
         """
         target, live = self._target, self._target.tensors()
-        loaded = {
-            name: torch.empty(target.layout.params[name].shape, dtype=dtype, device=self.device)
+        loaded = {  # on the host, where loaders find what they read from files, too
+            name: torch.empty(target.layout.params[name].shape, dtype=dtype)
             for name, dtype in target.whole.items()
         }
         places, written = {**live, **loaded}, set(self._use)

@@ -22,6 +22,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.clients import Client
 from titan_bridge.transfer.coordinator import Coordinator
 from titan_bridge.transfer.engines import Engines
+from titan_bridge.transfer.errors import TransferError
 from titan_bridge.transfer.fingerprints import of_messages
 from titan_bridge.transfer.layouts import Sides
 from titan_bridge.transfer.messages import Bucket, messages
@@ -78,7 +79,7 @@ class Trainer(contextlib.AbstractContextManager):
 
         Raises:
             BridgeError: Several ranks without torch.distributed, or something that is no engine.
-            TransferError: The address cannot be listened at.
+            TransferError: The address of a rank cannot be listened at.
         """
         on = dist.is_available() and dist.is_initialized()
         self.rank = (dist.get_rank() if on else 0) if rank is None else rank
@@ -95,17 +96,11 @@ class Trainer(contextlib.AbstractContextManager):
         for engine in engines if isinstance(engines, list | tuple) else [engines]:
             self.engines.add(engine)
         lora = {} if adapter is None else {"adapter": adapter, "scaling": model.scaling()}
-        host = o.host or _own_address(self.engines)
-        told: list[Any] = [None] * 3
-        if self.rank == 0:
-            secret = secrets.token_bytes(32)
-            self._listener = Listener(host, o.port, secret)
-            told = [secret, secrets.token_hex(8), (host, self._listener.port)]
+        told: list[Any] = [secrets.token_bytes(32), secrets.token_hex(8)]
         if self.world > 1:
             dist.broadcast_object_list(told)
-        secret, run, first = told
-        if self.rank:
-            self._listener = Listener(host, o.port and o.port + self.rank, secret)
+        secret, run = told
+        first = self._listen(secret)
         self._ranks = Ranks(self.rank, self.world, self._listener, first, secret)
         terms = {"secret": secret.hex(), "run": run, "seconds": o.seconds, "bucket_bytes": o.bucket_bytes}
         self._coordinator = Coordinator(self.engines, self._listener, o, terms | lora)
@@ -115,10 +110,29 @@ class Trainer(contextlib.AbstractContextManager):
         self._said: dict[str, tuple] | None = None  # signature of the source when its layout was told
         self._snapshot = Snapshot()
         self._planned: tuple[Any, dict[int, tuple[Bucket, ...]]] | None = None
-        self._committed = 0
+        self._tried = 0  # updates that came as far as the vote: no two have one name
         self._sending: Future[Report] | None = None
         self._thread = ThreadPoolExecutor(1, "titan-send")
         """Of updates that nobody waits for; begins with the first of them."""
+
+    def _listen(self, secret: bytes) -> tuple[str, int]:
+        """Listen on every rank, or on none; where rank 0 listens."""
+        mine: tuple[str, int] | Exception
+        try:
+            host, port = self.options.host or _own_address(self.engines), self.options.port
+            self._listener = Listener(host, port and port + self.rank, secret)
+            mine = (host, self._listener.port)
+        except (BridgeError, TransferError) as error:
+            mine = error
+        heard: list[Any] = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(heard, mine)
+        for rank, each in enumerate(heard):
+            if isinstance(each, Exception):
+                if not isinstance(mine, Exception):
+                    self._listener.close()
+                raise type(each)(f"trainer rank {rank}: " * (self.world > 1) + str(each)) from None
+        return heard[0]
 
     # What users call
 
@@ -134,13 +148,15 @@ class Trainer(contextlib.AbstractContextManager):
         """Bring the weights as they are now into all engines: what has changed where that is less, else all of it.
 
         Args:
-            version: Name of these weights; else "1", "2", ...
+            version: Name of these weights; else "1", "2", ...: a new number for each update that comes as far as the
+                vote, taken or not.
             whole: Send all, whatever has changed.
-            wait: Return when the engines serve them; else at once, with a handle. The tensors must not change before
-                its `wait` has returned; other calls wait for it, too.
+            wait: Return when the engines serve them; else at once, with a handle. The tensors must not change, and a
+                model under FSDP2 not run, before its `wait` has returned; other calls wait for it, too.
 
         Raises:
-            TransferError: Nothing changed in the engines; the reason.
+            TransferError: The reason. No engine has changed but those that it names; one of which no answer came in
+                its commit may still take the update, and says what it serves in the next one.
             BridgeError: The source's tensors are not those of the first update.
         """
         started = time.monotonic()
@@ -169,6 +185,7 @@ class Trainer(contextlib.AbstractContextManager):
         """A call of all ranks, after the one in the background, whose own `wait` says what became of that."""
         if self._sending is not None:
             self._sending.exception()
+        self.source.reshard()  # in the thread that trains
         if wait:
             return self._run(action)
         self._sending = self._thread.submit(self._run, action)
@@ -201,8 +218,8 @@ class Trainer(contextlib.AbstractContextManager):
                 "base": self._snapshot.base,
             }
 
-        answer = self._ranks.exchange(mine, self._coordinator.meet, limit)
-        self._said = said
+        answer = self._ranks.exchange(mine, self._coordinator.meet, limit, more=1)
+        limit, self._said = limit.anew(), said
         self._leave(self._links - answer["engines"].keys())
         for link, engine in answer["engines"].items():
             if engine["sides"] is not None:
@@ -237,16 +254,16 @@ class Trainer(contextlib.AbstractContextManager):
                 deltas = self._snapshot.deltas(local, able)
             return {"whole": [to for to in self._ways if to not in deltas], "base": met["base"]}
 
-        going = self._ranks.exchange(changed, self._coordinator.prepare, limit)["links"]
-        ways = {to: way for to, way in self._ways.items() if way.link in going}
+        going = self._ranks.exchange(changed, self._coordinator.prepare, limit.anew())["links"]
+        limit, ways = limit.anew(), {to: way for to, way in self._ways.items() if way.link in going}
         sent = self._sender.send(ways, local, deltas, met["number"], limit)
+        self._tried += 1
         mine = {
             "sent": sent,
             "kind": "whole" if ways.keys() - deltas.keys() else "delta",
-            "version": str(self._committed + 1 if version is None else version),
+            "version": str(self._tried if version is None else version),
         }
-        told = self._ranks.exchange(lambda: mine, self._coordinator.commit, limit)
-        self._committed += 1
+        told = self._ranks.exchange(lambda: mine, self._coordinator.commit, limit, more=2)
         base = told.pop("base")
         if self.options.delta:
             self._snapshot.take(local, [way.buckets for way in self._ways.values()], base)
@@ -259,7 +276,7 @@ class Trainer(contextlib.AbstractContextManager):
             local, rank = self.source.local(), self.rank
             return {to: of_messages({rank: way.buckets}, local) for to, way in self._ways.items()}
 
-        return self._ranks.exchange(mine, self._coordinator.verify, limit)
+        return self._ranks.exchange(mine, self._coordinator.verify, limit.anew())
 
     def _leave(self, links: set[str]) -> None:
         for to in [to for to, way in self._ways.items() if way.link in links]:

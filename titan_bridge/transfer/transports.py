@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from titan_bridge.cpu import variables
+from titan_bridge.memory import bytes_of
 from titan_bridge.transfer.errors import PeerLost, TransferError
-from titan_bridge.transfer.wire import Connection, Deadline, raw
+from titan_bridge.transfer.wire import Connection, Deadline
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handlers, without importing it
 
@@ -52,7 +53,7 @@ class Tcp:
         self.device = torch.device("cpu")  # where what is sent should lie
 
     def send(self, data: torch.Tensor, deadline: Deadline) -> None:
-        self.connection.send_raw(raw(data), deadline)
+        self.connection.send_raw(bytes_of(data), deadline)
 
     def head(self, deadline: Deadline) -> dict[str, Any]:
         """What the trainer rank says before it sends tensors."""
@@ -60,10 +61,10 @@ class Tcp:
 
     def receive(self, into: torch.Tensor, deadline: Deadline) -> None:
         """Fill a tensor in the host's memory."""
-        self.connection.receive_raw(raw(into), deadline)
+        self.connection.receive_raw(bytes_of(into), deadline)
 
     def finish(self, deadline: Deadline) -> None:
-        """After an update: all that was sent has left this end's memory."""
+        """Wait until the receiver has emptied every slot; the sender's tensors may change after this."""
 
     def close(self) -> None:
         """Whoever waits on either end fails, at the latest after its deadline."""
@@ -140,10 +141,12 @@ class Group(Tcp):
                 options._devices = [dist.ProcessGroupGloo.create_device(hostname=connection.host)]  # type: ignore[attr-defined]
                 options._timeout = timedelta(seconds=limit.left)
                 self._group = dist.ProcessGroupGloo(store, rank, 2, options)
-        except RuntimeError as error:
-            raise PeerLost(f"no {name} group with {connection.peer}: {error}") from None
-        # NCCL connects only now: where that cannot be, no weight was sent yet.
-        (self.receive if rank else self.send)(torch.zeros(1, dtype=torch.uint8), limit)
+            # NCCL connects only now: where that cannot be, no weight was sent yet.
+            (self.receive if rank else self.send)(torch.zeros(1, dtype=torch.uint8), limit)
+        except RuntimeError as error:  # PeerLost is one
+            first = (str(error).splitlines() or [""])[0]
+            without = 'Options(transport="tcp") needs none'
+            raise PeerLost(f"no {name} group with {connection.peer}: {first}; {without}") from None
 
     def head(self, deadline: Deadline) -> dict[str, Any]:
         while "key" in (told := super().head(deadline)):
@@ -203,11 +206,22 @@ class _Store(dist.Store):
 
 def offer(connection: Connection, transport: str, device: torch.device, limit: Deadline) -> Tcp:
     """The trainer rank's end, for `Options.transport` and tensors on `device`. TransferError where it takes none."""
-    names = [transport]
+    names, refused, ring, handle = [transport], list[str](), None, dict[str, Any]()
     if transport == "auto":
         names = ["memory", "nccl", "tcp"] if device.type == "cuda" else ["memory", "tcp"]
-    with _shared(device) if "memory" in names else contextlib.nullcontext((None, {})) as (ring, handle):
-        connection.send({"offer": names, "device": _name_of(device), "memory": handle}, limit)
+    with contextlib.ExitStack() as held:
+        if "memory" in names:
+            try:
+                ring, handle = held.enter_context(_shared(device))
+            except (
+                OSError,
+                RuntimeError,
+                AttributeError,
+            ) as error:  # the last one: a system without memfd_create
+                names.remove("memory")
+                refused.append(f"memory: {error}")
+        said = {"offer": names, "refused": refused, "device": _name_of(device), "memory": handle}
+        connection.send(said, limit)
         answer = connection.receive(limit)
     if answer.get("error"):
         raise TransferError(answer["error"])
@@ -219,7 +233,7 @@ def offer(connection: Connection, transport: str, device: torch.device, limit: D
 def accept(connection: Connection, device: torch.device, limit: Deadline) -> Tcp:
     """The worker's end. Raises TransferError where it can take none of what is offered."""
     told = connection.receive(limit)
-    theirs, ring, refused = told["device"], None, []
+    theirs, ring, refused = told["device"], None, list(told.get("refused", ()))
     for name in told["offer"]:
         try:
             if name == "memory":
@@ -270,8 +284,9 @@ def _opened(handle: Mapping[str, Any], theirs: str, device: torch.device) -> tor
     if "cuda" in handle:
         if theirs != _name_of(device):
             raise ValueError("not on one GPU")
+        # The first part is the number that the GPU has among those of the other process.
         parts = [bytes.fromhex(part) if isinstance(part, str) else part for part in handle["cuda"]]
-        storage = torch.UntypedStorage._new_shared_cuda(*parts)  # type: ignore[attr-defined]
+        storage = torch.UntypedStorage._new_shared_cuda(_number(device), *parts[1:])  # type: ignore[attr-defined]
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     if device.type != "cpu":
         raise ValueError("the trainer's tensors are on CPUs, the engine's are not")
@@ -282,6 +297,11 @@ def _opened(handle: Mapping[str, Any], theirs: str, device: torch.device) -> tor
     if bytes(ring[:KEY_BYTES].tolist()).hex() != handle["key"]:
         raise ValueError("not on one host")
     return ring
+
+
+def _number(device: torch.device) -> int:
+    """Of a GPU, among those that this process sees."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _mapped(path: str) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 Who connects and who listens both prove that they know the run's secret before anything else is read: the listener
 sends a nonce, the other side answers with its hello, a nonce of its own and an HMAC over both, and gets an HMAC back.
-Until then at most `HELLO_BYTES` are read within `HELLO_SECONDS`, so that a port scanner costs nothing. Nothing that
-arrives is ever unpickled: messages are JSON objects of a bounded size, tensors are bytes whose number is known.
+Until then at most `HELLO_BYTES` are read within `HELLO_SECONDS`, and of more than `GREETINGS` such connections the
+oldest is closed, so that a port scanner costs nothing. Nothing that arrives is ever unpickled: messages are JSON
+objects of a bounded size, tensors are bytes whose number is known.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
-
-import torch
 
 from titan_bridge.transfer.errors import PeerLost, TransferError
 
 NONCE = MAC = 32
 HELLO_BYTES = 4096
 HELLO_SECONDS = 5.0
+GREETINGS = 256
+"""Most connections that have not proved anything yet: what a stranger may take of this process's open files."""
 MESSAGE_BYTES = 256 * 2**20
 """Most bytes of one JSON message: both layouts of a model with a hundred thousand tensors."""
 _LENGTH = struct.Struct(">I")
@@ -38,7 +40,11 @@ class Deadline:
     """A point in time up to which something may take."""
 
     def __init__(self, seconds: float) -> None:
-        self._at = time.monotonic() + seconds
+        self.seconds, self._at = seconds, time.monotonic() + seconds
+
+    def anew(self) -> Deadline:
+        """As long as this one, from now on: what was waited for whoever is gone is not taken from the others."""
+        return Deadline(self.seconds)
 
     @property
     def left(self) -> float:
@@ -102,6 +108,7 @@ class Connection:
         while view:
             sent = self._wait(socket.SO_SNDTIMEO, "takes no more", deadline, self._socket.send, view)
             view = view[sent:]
+            self._check(view, "takes no more", deadline)
 
     def receive_raw(self, into: Any, deadline: Deadline | None) -> None:
         """Fill a buffer."""
@@ -110,6 +117,12 @@ class Connection:
         while view:
             came = self._wait(socket.SO_RCVTIMEO, "is silent", deadline, take, view, len(view), every)
             view = view[came:]
+            self._check(view, "is silent", deadline)
+
+    def _check(self, rest: memoryview, late: str, limit: Deadline | None) -> None:
+        """The socket's own limit begins anew with every call: a peer that moves a byte in each would never be late."""
+        if rest and limit is not None and limit.over:
+            raise PeerLost(f"{self.peer} {late}: no answer within the time limit")
 
     def _wait(
         self, option: int, late: str, limit: Deadline | None, call: Callable[..., int], *given: Any
@@ -161,21 +174,19 @@ def at_once(do: Callable[[Key], object], keys: Iterable[Key]) -> dict[Key, Excep
     return raised
 
 
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
 def connect(host: str, port: int, secret: bytes, hello: Mapping[str, Any], deadline: Deadline) -> Connection:
     """Connect to a listener and prove to each other that both know the secret.
 
-    Raises PeerLost where nobody is there or answers in time, TransferError where the other end has another secret.
+    Raises PeerLost where nobody is there, refused the handshake, or does not answer in time, TransferError where the
+    other end has another secret.
     """
     peer = f"the trainer at {host}:{port}"
     try:
         sock = socket.create_connection((host, port), timeout=deadline.left)
     except (OSError, OverflowError) as error:  # the latter: no port
-        raise PeerLost(f"no trainer at {host}:{port} ({error})") from None
+        here = host.startswith("127.") or host in ("::1", "localhost")
+        why = "; a worker on another host needs the address that Options(host=...) gives" if here else ""
+        raise PeerLost(f"no trainer at {host}:{port} ({error}){why}") from None
     connection = Connection(sock, peer, hello)
     try:
         theirs, mine = bytearray(NONCE), secrets.token_bytes(NONCE)
@@ -206,7 +217,7 @@ class Listener:
         try:
             family = socket.getaddrinfo(host, None)[0][0]
             self._socket = socket.create_server((host, port), family=family, backlog=1024)
-        except OSError as error:
+        except (OSError, OverflowError, UnicodeError) as error:  # the latter two: no port, no name
             raise TransferError(f"cannot listen at {host}:{port} ({error})") from None
         self._socket.setblocking(False)
         self.host, self.port = host, self._socket.getsockname()[1]
@@ -251,6 +262,7 @@ class Listener:
         self._loop.close()
 
     async def _accept(self) -> None:
+        under_way: deque[asyncio.Task[None]] = deque()
         async with asyncio.TaskGroup() as greetings:
             while True:
                 try:
@@ -258,7 +270,10 @@ class Listener:
                 except OSError:  # out of file descriptors, or the caller has hung up already
                     await asyncio.sleep(0.01)
                     continue
-                greetings.create_task(self._greet(sock, "{}:{}".format(*address)))
+                under_way = deque(task for task in under_way if not task.done())
+                if len(under_way) >= GREETINGS:
+                    under_way.popleft().cancel()
+                under_way.append(greetings.create_task(self._greet(sock, "{}:{}".format(*address))))
 
     async def _greet(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -268,8 +283,10 @@ class Listener:
                 sock.send(answer)
                 self._arrived.append(Connection(sock, f"{hello.get('who', 'a peer')} ({peer})", hello))
                 self._changed.notify_all()
-        except Exception:  # whoever it was does not belong here, and gets no reason
+        except BaseException as error:  # whoever it was does not belong here, and gets no reason
             sock.close()
+            if not isinstance(error, Exception):
+                raise
 
     async def _identify(self, sock: socket.socket) -> tuple[dict[str, Any], bytes]:
         nonce = secrets.token_bytes(NONCE)

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.transfer.errors import TransferError, described
+from titan_bridge.transfer.errors import PeerLost, TransferError, described
 from titan_bridge.transfer.fingerprints import of_messages
 from titan_bridge.transfer.layouts import VIEWS, Sides
 from titan_bridge.transfer.messages import messages
@@ -151,7 +151,7 @@ class Worker:
         try:
             self._check_base(link)
             there = self.connected
-        except (BridgeError, TransferError) as error:
+        except Exception as error:  # whatever it is: the others wait in the vote
             self._failed(error)
             there = False
         mine = opened and staged is not None and staged[0] == update.number and there
@@ -181,6 +181,10 @@ class Worker:
         delta = staging is not None and staging.whole != staging.messages.keys()
         if delta and (self._base is None or self._base[1] != sample_digest(live)):
             raise TransferError(f"worker {self.target.index} got other weights while a delta was on its way")
+
+    def forget(self) -> None:
+        """Other weights are about to be loaded: no delta goes on top of them."""
+        self._base = None
 
     def shutdown(self) -> None:
         """Leave the trainer; the weights stay."""
@@ -286,7 +290,8 @@ class Worker:
                     each.close()  # whatever else arrives belongs to nothing
                 raise
 
-        if failed := list(at_once(one, link.data).values()):
+        failed = sorted(at_once(one, link.data).values(), key=lambda error: isinstance(error, PeerLost))
+        if failed:  # the reason first: that others' connections were then closed is none
             raise TransferError(f"worker {self.target.index}: {described(failed[0])}") from failed[0]
         entries = [entry for found, _ in came.values() for entry in found]
         link.staged = (number, functools.partial(staging.write, entries, staging.ahead(entries)))

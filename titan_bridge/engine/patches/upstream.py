@@ -307,12 +307,12 @@ def commit_in_one_turn(
     def rpc() -> Any:
         return original(self, method, timeout, args, kwargs)
 
-    config = self.vllm_config
-    if method == "reload_weights" and config.model_config.model_impl == "torchtitan":
-        return importlib.import_module("titan_bridge.engine.commit").reload(self, rpc)
-    if getattr(config.weight_transfer_config, "backend", None) != TRANSFER_BACKEND:
+    config, loads = self.vllm_config, method == "reload_weights"
+    transfers = getattr(config.weight_transfer_config, "backend", None) == TRANSFER_BACKEND
+    if not transfers and not (loads and config.model_config.model_impl == "torchtitan"):
         return rpc()
-    return importlib.import_module("titan_bridge.engine.commit").call(self, method, kwargs, rpc)
+    commit = importlib.import_module("titan_bridge.engine.commit")
+    return commit.reload(self, rpc) if loads else commit.call(self, method, args, kwargs, rpc)
 
 
 @patch(
