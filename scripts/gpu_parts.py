@@ -82,7 +82,9 @@ def operators(models: Path, device: str) -> dict[str, Any]:
     config = VllmConfig()
     with set_current_vllm_config(config):
         compilation = config.compilation_config
-        served = ServedExperts(held, name="a", layer_id=0, spread=None, splits=False, compilation=compilation)
+        served = ServedExperts(
+            held, name="a", layer_id=0, token_share=None, outside_graphs=False, compilation=compilation
+        )
     x_TD = torch.randn(40, DIM)
     scores_TK, ids_TK = torch.rand(40, EXPERTS).topk(TOP_K)
     with torch.inference_mode(), set_forward_context(None, config):

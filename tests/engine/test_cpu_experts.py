@@ -84,7 +84,7 @@ def served(experts: nn.Module, first: int | None, **more: bool) -> ServedExperts
     routed.inner_experts = experts
     if first is not None:
         routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=first, count=EXPERTS)
-    options = {"name": "a", "layer_id": 0, "spread": None, "splits": False, **more}
+    options = {"name": "a", "layer_id": 0, "token_share": None, "outside_graphs": False, **more}
     return ServedExperts(routed, compilation=CompilationConfig(), **options)
 
 

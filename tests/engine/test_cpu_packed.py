@@ -333,7 +333,7 @@ def test_rows_of_own_experts_alone_give_the_bits_of_torchtitan(tokens: int, firs
     if first is not None:
         routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=first, count=count)
     served = ServedExperts(
-        routed, name="a", layer_id=0, spread=None, splits=False, compilation=CompilationConfig()
+        routed, name="a", layer_id=0, token_share=None, outside_graphs=False, compilation=CompilationConfig()
     )
     x_TD = torch.randn(tokens, DIM).to(torch.bfloat16)
     scores_TK, ids_TK = torch.rand(tokens, EXPERTS).topk(2)

@@ -90,7 +90,12 @@ def served_experts(
     config = VllmConfig()
     with set_current_vllm_config(config):
         served = ServedExperts(
-            held, name="a", layer_id=0, spread=None, splits=False, compilation=config.compilation_config
+            held,
+            name="a",
+            layer_id=0,
+            token_share=None,
+            outside_graphs=False,
+            compilation=config.compilation_config,
         )
     with torch.inference_mode(), set_forward_context(None, config):
         yield served, routed

@@ -72,7 +72,7 @@ def served(kind: type, *, own: bool) -> ServedExperts:
         routed.token_dispatcher = OwnExpertsDispatcher(routed.token_dispatcher, first=2, count=count)
     else:
         routed.token_dispatcher.__class__ = TopKSumDispatcher
-    options: dict[str, Any] = {"name": "a", "layer_id": 0, "spread": None, "splits": False}
+    options: dict[str, Any] = {"name": "a", "layer_id": 0, "token_share": None, "outside_graphs": False}
     return ServedExperts(routed, compilation=CompilationConfig(), **options)
 
 

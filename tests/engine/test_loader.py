@@ -18,6 +18,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes, padded_vocab
 from titan_bridge.model_layout import layout, specs
 from titan_bridge.models import family_for, load_hf_config
+from titan_bridge.models.build import build_on_meta
 from titan_bridge.sharding.layout import Layout
 from titan_bridge.testing import make_checkpoint
 
@@ -176,3 +177,19 @@ def test_a_model_of_over_1_gb_needs_at_most_one_tensor_of_extra_memory(tmp_path:
     print(f"{size / 1e9:.2f} GB on disk: {facts}")
     assert facts["extra"] <= facts["largest"]
     assert facts["read"] == facts["local"]
+
+
+def test_a_tied_head_is_allocated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titan_bridge.engine.model import build
+
+    hf = load_hf_config(make_checkpoint(tmp_path / "m", "llama3", tie_word_embeddings=True, tokenizer=False))
+    model = build_on_meta(family_for(hf).model_config(hf), dtype=torch.float32)
+    build._localise(model)
+    shapes, zeros_like = [], build.zeros_like
+    monkeypatch.setattr(
+        build, "zeros_like", lambda t, device: shapes.append(t.shape) or zeros_like(t, device)
+    )
+    build._materialise(model, torch.device("cpu"))
+    assert model.lm_head is not None
+    assert model.lm_head.weight is model.tok_embeddings.weight
+    assert shapes.count(model.lm_head.weight.shape) == 1

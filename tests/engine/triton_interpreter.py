@@ -99,7 +99,7 @@ def routed(kind: str, *, own: bool, dtype: torch.dtype, tokens: int) -> dict[str
     from titan_bridge.engine.model.triton_experts import use_triton
 
     held = experts(kind, own=own, dtype=dtype)
-    options: dict[str, Any] = {"name": "a", "layer_id": 0, "spread": None, "splits": False}
+    options: dict[str, Any] = {"name": "a", "layer_id": 0, "token_share": None, "outside_graphs": False}
     served = ServedExperts(held, compilation=CompilationConfig(), **options)
     generator = torch.Generator().manual_seed(tokens)
     x_TD = torch.randn(tokens, DIM, generator=generator).to(dtype)

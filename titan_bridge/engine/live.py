@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Replicate
 
 from titan_bridge.engine.native import specs as native_specs
 from titan_bridge.engine.native.layers import Native
@@ -22,6 +22,7 @@ from titan_bridge.errors import BridgeError
 from titan_bridge.fingerprint import of_plan, shapes_of
 from titan_bridge.mesh import DENSE, Sizes, mesh_axes, sizes_of
 from titan_bridge.model_layout import ParamSpec, as_layout
+from titan_bridge.models.experts import local
 from titan_bridge.sharding.layout import ParamLayout, dtype_name, torch_dtype
 from titan_bridge.sharding.plan import plan
 from titan_bridge.sharding.spec import ShardingSpec, attached, placement_to_str
@@ -61,7 +62,7 @@ def titan_native_specs(worker: Any) -> dict[str, Any]:
             "shape": list(native.shape),
             "local_shape": list(native.spec.local_shape(native.shape, *place(native.spec, sizes))),
             "live_shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensor.dtype),
             "dim": native.dim,
             "parts": [asdict(part) for part in native.parts],
             "padding": native.padding,
@@ -89,7 +90,7 @@ def titan_verify_specs(worker: Any, checkpoint: str) -> list[dict[str, Any]]:
         return list(verify_native(model, _native_params(model), sizes, checkpoint))
     params = _titan_params(model, sizes)
     with model.packing.unpacked():
-        live = {fqn: _local(tensor).detach() for fqn, tensor, _ in _live(model)}
+        live = {fqn: local(tensor).detach() for fqn, tensor, _ in _live(model)}
         return list(verify_titan(model, live, params, sizes, checkpoint))
 
 
@@ -123,7 +124,7 @@ def titan_fingerprints(worker: Any, dtype: str | None = None) -> dict[str, Any]:
     whole = [TensorMetadata.whole(view.name, view.shape, dtypes[view.name], "all") for view in views]
     made, rank = plan(layout, whole, views), dist.get_rank()
     with model.packing.unpacked():
-        live = {fqn: _local(tensor).detach() for fqn, tensor, _ in _live(model)}
+        live = {fqn: local(tensor).detach() for fqn, tensor, _ in _live(model)}
         sums = of_plan(made, rank, lambda copy: live[copy.source_name], dtypes)
     return {
         "rank": rank,
@@ -143,10 +144,6 @@ def _sizes(worker: Any) -> Sizes:
     )
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _titan_params(model: Any, sizes: Sizes) -> dict[str, ParamSpec]:
     params = {}
     for fqn, tensor, known in _live(model):
@@ -155,9 +152,9 @@ def _titan_params(model: Any, sizes: Sizes) -> dict[str, ParamSpec]:
         if spec is None:
             raise BridgeError(f"{fqn} carries no spec; every parameter of a served model must")
         expected = spec.local_shape(known.shape, *place(spec, sizes))
-        if tuple(_local(tensor).shape) != expected:
+        if tuple(local(tensor).shape) != expected:
             raise BridgeError(
-                f"{fqn} has local shape {tuple(_local(tensor).shape)}; its spec {spec} says {expected}"
+                f"{fqn} has local shape {tuple(local(tensor).shape)}; its spec {spec} says {expected}"
             )
         params[fqn] = ParamSpec(shape=known.shape, dtype=tensor.dtype, spec=spec)
     return params

@@ -16,7 +16,7 @@ def build_on_meta(config: Decoder.Config, *, dtype: torch.dtype) -> Decoder:
     Buffers keep the dtype that TorchTitan gives them (rotary caches and expert biases are float32 or
     complex64).
     """
-    with _default_dtype(dtype), torch.device("meta"):
+    with default_dtype(dtype), torch.device("meta"):
         return config.build()
 
 
@@ -26,7 +26,7 @@ def materialize(model: Decoder, device: torch.device | str) -> Decoder:
     Parameters are left uninitialised. The tie made on the meta device does not survive ``to_empty``, so the
     head is pointed at the embedding's new parameter here.
     """
-    with _default_dtype(torch.float32):
+    with default_dtype(torch.float32):
         model.to_empty(device=device)
         for module in model.modules():
             if isinstance(module, Module):
@@ -45,7 +45,8 @@ def tie(model: Decoder) -> None:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default dtype meanwhile, which TorchTitan's buffers take."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

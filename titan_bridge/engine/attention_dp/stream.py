@@ -29,6 +29,9 @@ class GroupRows:
         self._tokens: list[int] | None = None
         self._head: list[int] | None = None
         self._asked = False
+        self._announced: list[int] = []
+        self.idle = False
+        """Whether this rank's group has no work in the step."""
 
     def begin(self, tokens: Sequence[int], head: Sequence[int]) -> None:
         """A step of so many tokens of each group, of which so many rows go through the head first of all.
@@ -42,9 +45,6 @@ class GroupRows:
         """The step is over."""
         self._tokens = self._head = None
         self._asked = self.idle = False
-
-    idle = False
-    """Whether this rank's group has no work in the step."""
 
     def all_ids(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Token ids of all groups, `(A,)`, from those of the own one."""

@@ -166,9 +166,9 @@ class PackedRoutedExperts(KeepDtypeExperts):
         twice = self.isa is not None and self.products
         return sum(weight.nbytes for weight in self.packs()) if twice else 0
 
-    def in_one(self, rows: float) -> bool:
+    def in_one(self, rows_an_expert: float) -> bool:
         """Whether vLLM's operator is the faster one for so many rows an expert."""
-        return "_packed" in self.__dict__ and (not self.products or rows <= FEW_ROWS)
+        return "_packed" in self.__dict__ and (not self.products or rows_an_expert <= FEW_ROWS)
 
     def routed(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, *, first: int | None

@@ -1,9 +1,9 @@
 """When packed copies are made, and whether the plain weights stay beside them.
 
-Packed copies are all that is computed with (`cpu_packed`). Where nothing else needs the plain weights, they exist only
-while they are loaded, a few modules at a time: half the memory, and the next ones take the place of those before, which
-the processor still has at hand. Weight transfer updates parts of them in place and takes failed updates back, so it
-keeps them.
+Packed copies are all that is computed with (`cpu/packed.py`). Where nothing else needs the plain weights, they exist
+only while they are loaded, a few modules at a time: half the memory, and the next ones take the place of those before,
+which the processor still has at hand. Weight transfer updates parts of them in place and takes failed updates back, so
+it keeps them.
 """
 
 from __future__ import annotations

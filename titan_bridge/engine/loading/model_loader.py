@@ -26,6 +26,7 @@ from titan_bridge.checkpoint.open import open_checkpoint
 from titan_bridge.checkpoint.verify import digest
 from titan_bridge.engine.log import logger_of
 from titan_bridge.errors import BridgeError
+from titan_bridge.sharding.layout import dtype_name
 
 if TYPE_CHECKING:
     from titan_bridge.engine.model.wrapper import TitanForCausalLM
@@ -77,7 +78,7 @@ def load(model: TitanForCausalLM, path: str, step: int | None = None, *, again: 
         loaded.bytes_planned / 2**20,
         time.perf_counter() - started,
     )
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     if loaded.dtypes != (dtype,):
         logger.warning("%s holds %s; it is served in %s", checkpoint.path, ", ".join(loaded.dtypes), dtype)
     for line in not_finite_lines(loaded.nan, loaded.inf):

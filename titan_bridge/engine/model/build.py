@@ -50,7 +50,7 @@ from titan_bridge.mesh import Sizes, check_divides, describe, padded_vocab
 from titan_bridge.model_layout import as_layout, specs_of_module
 from titan_bridge.models import Family, family_for
 from titan_bridge.models.adapters import inner_attention, keep_expert_dtype
-from titan_bridge.models.build import build_on_meta
+from titan_bridge.models.build import build_on_meta, tie
 from titan_bridge.models.experts import local, rows_fit
 from titan_bridge.parallelize import parallelize
 from titan_bridge.policy.layers import Split, split
@@ -318,8 +318,8 @@ def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> Non
             experts,
             name=f"model.layers.{index}.mlp.experts",
             layer_id=index,
-            spread=(on_tp, sizes.tp) if setup.spread else None,
-            splits=setup.spread or (current_platform.support_static_graph_mode() and not captures),
+            token_share=(on_tp, sizes.tp) if setup.spread else None,
+            outside_graphs=setup.spread or (current_platform.support_static_graph_mode() and not captures),
             compilation=vllm_config.compilation_config,
             reports=vllm_config.aux_output_config.enabled,
         )
@@ -327,19 +327,21 @@ def _serve_experts(model: Decoder, setup: Setup, vllm_config: VllmConfig) -> Non
 
 def _materialise(model: Decoder, device: torch.device) -> None:
     """Allocate the local shards, zero, and compute the buffers that no checkpoint holds."""
+    tie(model)
+    made: dict[torch.Tensor, torch.Tensor] = {}  # by the tensor on meta: two modules may share one
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    local = zeros_like(tensor, device)
-                    tensors[name] = (
-                        nn.Parameter(local, requires_grad=False) if tensors is module._parameters else local
-                    )
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if tensor not in made:
+                    zero = zeros_like(tensor, device)
+                    is_parameter = tensors is module._parameters
+                    made[tensor] = nn.Parameter(zero, requires_grad=False) if is_parameter else zero
+                tensors[name] = made[tensor]
     for module in model.modules():
         if isinstance(module, Module):
             module._init_self_buffers(buffer_device=device)
-    if model.enable_weight_tying:
-        model.lm_head.weight = model.tok_embeddings.weight
 
 
 def _attach(model: nn.Module, layout: Layout) -> None:

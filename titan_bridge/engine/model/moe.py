@@ -150,23 +150,23 @@ class ServedExperts(nn.Module):
         *,
         name: str,
         layer_id: int,
-        spread: tuple[int, int] | None,
-        splits: bool,
+        token_share: tuple[int, int] | None,
+        outside_graphs: bool,
         compilation: CompilationConfig,
         reports: bool = False,
     ) -> None:
-        """`name` is unique in the model; `splits` keeps it out of CUDA graphs; `reports`: `capture_fn` will be set.
+        """`name` is unique in the model; `outside_graphs`: no CUDA graph holds it; `reports`: `capture_fn` will be set.
 
-        `spread` takes the all-to-all way: position on the tp axis and its size, by which ranks share out the tokens.
+        `token_share` takes the all-to-all way: position on the tp axis and its size, by which ranks share tokens out.
         """
         super().__init__()
-        self.name, self.layer_id, self.spread = name, layer_id, spread
+        self.name, self.layer_id, self.token_share = name, layer_id, token_share
         self.capture_fn: Callable[[torch.Tensor], None] | None = None
         self.reports = reports
         self.inner_experts = experts.inner_experts
         self.token_dispatcher = experts.token_dispatcher
         compilation.static_forward_context[name] = self
-        if splits and compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
+        if outside_graphs and compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
             compilation.splitting_ops.append(OP)
 
     def forward(
@@ -195,7 +195,7 @@ class ServedExperts(nn.Module):
         )
         all_here = getattr(self.token_dispatcher, "first", None) is None
         unseen = self.capture_fn is None and not self.reports
-        return packed and all_here and unseen and self.spread is None
+        return packed and all_here and unseen and self.token_share is None
 
     def run(
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
@@ -203,9 +203,9 @@ class ServedExperts(nn.Module):
         """The body of the operator; returns this rank's part of the sum, `(T, D)`."""
         if self.capture_fn is not None:
             self.capture_fn(ids_TK)
-        if self.spread is None:
+        if self.token_share is None:
             return self._compute(x_TD, scores_TK, ids_TK, count_E)
-        rank, tp = self.spread
+        rank, tp = self.token_share
         start, stop = (len(x_TD) * r // tp for r in (rank, rank + 1))
         out_TD = torch.zeros_like(x_TD)
         share = slice(start, stop)
@@ -219,7 +219,7 @@ class ServedExperts(nn.Module):
         self, x_TD: torch.Tensor, scores_TK: torch.Tensor, ids_TK: torch.Tensor, count_E: torch.Tensor
     ) -> torch.Tensor:
         experts = self.inner_experts
-        routes = self.spread is None and isinstance(experts, PackedRoutedExperts | TritonExperts)
+        routes = self.token_share is None and isinstance(experts, PackedRoutedExperts | TritonExperts)
         if routes and experts.in_one(ids_TK.numel() / len(count_E)):
             first = getattr(self.token_dispatcher, "first", None)
             return experts.routed(x_TD, scores_TK, ids_TK, first=first)

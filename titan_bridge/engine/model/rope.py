@@ -17,6 +17,7 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.rope import ComplexRoPE, CosSinRoPE, RoPE
 
 from titan_bridge.engine.cpu.eager import rotate_in_one, table_for_operator
+from titan_bridge.models.build import default_dtype
 
 Rows = tuple[torch.Tensor, ...]
 """One table's rows for the tokens of a step: (cos, sin) of half the head's width; before them the complex rows, if the
@@ -116,13 +117,9 @@ class StepRopes(nn.Module):
 
     def fill(self, device: torch.device) -> None:
         """Compute the tables (float32 or complex64) on `device`, whatever the model's dtype."""
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
+        with default_dtype(torch.float32):
             for rope in self._tables():
                 rope._init_self_buffers(buffer_device=device)
-        finally:
-            torch.set_default_dtype(dtype)
 
     def gather(self, positions_T: torch.Tensor) -> tuple[Rows, ...]:
         """The rows of each table for `positions_T` (int, this step's tokens), shaped for broadcast over heads.

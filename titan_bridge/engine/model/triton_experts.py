@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.triton_utils import tl
 
 from titan_bridge.models.experts import KeepDtypeExperts, expert_of_rows
+from titan_bridge.sharding.layout import dtype_name
 
 
 class TritonExperts(KeepDtypeExperts):
@@ -26,7 +27,7 @@ class TritonExperts(KeepDtypeExperts):
     routes: bool
     """Whether `routed` may be called: not where weights are gathered for each call of the module."""
 
-    def in_one(self, rows: float) -> bool:
+    def in_one(self, rows_an_expert: float) -> bool:
         """Whether `routed` is the way to compute, whatever the rows an expert."""
         return self.routes
 
@@ -84,7 +85,7 @@ class TritonExperts(KeepDtypeExperts):
         ) -> None:  # fmt: skip
             fused_moe.invoke_fused_moe_triton_kernel(
                 x, weight, out, None, None, scores, *places, scores is not None, top_k, config,
-                compute_type=getattr(tl, str(weight.dtype).removeprefix("torch.")), B_bias=bias, **_NOT_QUANTIZED,
+                compute_type=getattr(tl, dtype_name(weight.dtype)), B_bias=bias, **_NOT_QUANTIZED,
             )  # fmt: skip
 
         wide_TKG, at = x_TD.new_empty(tokens, top_k, wide), 0

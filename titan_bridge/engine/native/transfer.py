@@ -29,7 +29,7 @@ from titan_bridge.engine.native.layers import Native, Part
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import DENSE, Sizes, describe, sizes_of
 from titan_bridge.models import family_for
-from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout
+from titan_bridge.sharding.layout import Layout, MeshLayout, ParamLayout, dtype_name
 from titan_bridge.sharding.spec import ShardingSpec
 from titan_bridge.sharding.view import View
 from titan_bridge.transfer.target import Target
@@ -141,8 +141,7 @@ class _Builder:
                 raise BridgeError(f"no tensor of the checkpoint is known for {claim[0].rstrip('.')}")
             for view in found:
                 self.whole[view.name] = dtype
-                name = str(dtype).removeprefix("torch.")
-                self.params[view.name] = ParamLayout(spec=spec, shape=view.shape, dtype=name)
+                self.params[view.name] = ParamLayout(spec=spec, shape=view.shape, dtype=dtype_name(dtype))
 
     def coverage(self) -> str:
         """What an update brings to this worker, in bytes."""
@@ -219,6 +218,5 @@ class _Builder:
         self._write(name, piece, shape, ShardingSpec(mesh=key, placements=placements))
 
     def _write(self, name: str, piece: torch.Tensor, shape: tuple[int, ...], spec: ShardingSpec) -> None:
-        dtype = str(piece.dtype).removeprefix("torch.")
-        self.params[name] = ParamLayout(spec=spec, shape=tuple(shape), dtype=dtype)
+        self.params[name] = ParamLayout(spec=spec, shape=tuple(shape), dtype=dtype_name(piece.dtype))
         self.tensors[name] = piece

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
+from titan_bridge.sharding.layout import dtype_name
+
 WORKER_EXTENSION = "titan_bridge.engine.run.worker.BridgeWorker"
 
 
@@ -28,7 +30,7 @@ class BridgeWorker:
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
         return {
             "rank": self.rank,  # type: ignore[attr-defined]
-            "dtype": str(self.model_config.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
+            "dtype": dtype_name(self.model_config.dtype),  # type: ignore[attr-defined]
             "model_class": _name(_ours(type(model))),
             "inner_class": None if inner is None else _name(type(inner)),
             "sizes": None if setup is None else setup.sizes.axes,
