@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.checkpointer.base import ModelWrapper
 from torchtitan.distributed.utils import set_spmd_backend
 
+from tests import lora_samples
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.device_meshes import get_device_meshes, to_parallel_dims
@@ -144,6 +145,28 @@ def test_torchrun_shares_the_work_and_gives_the_same_tensors(tmp_path, to):
         assert one.tensors.keys() == other.tensors.keys()
         for name in one.tensors:
             assert torch.equal(one.read(name), other.read(name)), name
+
+
+def test_under_torchrun_one_process_writes_an_adapter(tmp_path):
+    model = make_checkpoint(tmp_path / "hf", "llama3", tokenizer=False)
+    options = {"seed": 1, "rank": 4, "alpha": 8, "layers": (0, 1), "only": "down_proj"}
+    adapter = lora_samples.make_adapter(tmp_path / "adapter", model, **options)
+    command = (
+        "-m",
+        "titan_bridge.cli",
+        "reshard",
+        adapter,
+        tmp_path / "out",
+        "--to",
+        "dcp",
+        "--config",
+        model,
+    )
+    found = torchrun(*command, "--json")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count('"tensors"') == 1
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert len(checkpoint.tensors) == 4
 
 
 def test_an_error_on_one_rank_ends_all(tmp_path):
