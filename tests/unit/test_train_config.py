@@ -186,6 +186,10 @@ REFUSED = {
         "",
         "trainer.parallelism.pipeline_parallel_degree=2",
     ): "--set: trainer.parallelism.pipeline_parallel_degree = 2 is not supported by titan-bridge train; allowed: 1",
+    (
+        "",
+        "trainer.parallelism.context_parallel_degree=2",
+    ): "--set: trainer.parallelism.context_parallel_degree = 2 is not supported by titan-bridge train; allowed: 1",
     ("", "lr=inf"): "--set: lr = inf (float) is not allowed; it must be a finite number",
     ("", "out="): "--set: out = '' (str) is not allowed; it must be a text that is not empty",
     (
