@@ -76,10 +76,6 @@ def model(*, pp: int, replicas: int, fsdp: int, tp: int, ep: int, shard: bool) -
     return Layout(meshes=meshes, params=params)
 
 
-def largest_divisor(n: int, limit: int) -> int:
-    return max(d for d in range(1, limit + 1) if n % d == 0)
-
-
 def layouts(ranks: int) -> tuple[Layout, Layout, str]:
     """Trainer and inference layout for a number of trainer ranks, and both in words."""
     tp, pp, replicas = min(8, ranks // 4), 1 if ranks < 64 else 4 if ranks < 1024 else 8, 2

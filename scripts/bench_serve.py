@@ -191,7 +191,6 @@ def run(model: Path, case: Case, side: str, device: str) -> dict[str, float]:
                 raise RuntimeError(f"{said['completed']} of {ROUNDS * case.batch} requests were answered")
             server.send_signal(signal.SIGINT)
             server.wait(60)
-            cache = re.search(r"with a cache of ([\d,]+) bytes", log.read_text())
             figures = {"start, s": started} | {figure: said[key] for figure, key in FIGURES.items()}
             cache = re.search(r"with a cache of ([\d,]+) bytes", log.read_text())
             return figures | ({CACHE: int(cache[1].replace(",", ""))} if cache else {})

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -105,7 +105,7 @@ def main() -> int:
     if given.list:
         print("\n".join(f"{check.name}{'  (two GPUs)' if check.gpus == 2 else ''}" for check in checks))
         return 0
-    gpus = list(gpu_names()) if given.device == "cuda" else []
+    gpus = smi("name") if given.device == "cuda" else []
     if given.device == "cuda" and not gpus:
         print("gpu_check: nvidia-smi finds no GPU; --device cpu runs what a CPU can", file=sys.stderr)
         return 2
@@ -146,16 +146,21 @@ def run(check: Check, given: argparse.Namespace, gpus: Sequence[str], log: Path)
             process.wait()
         output.seek(0)
         said = output.read()
-    log.write_text(log.read_text() + said)
+    log.write_text(log.read_text(encoding="utf-8", errors="replace") + said)
     row |= {"seconds": round(time.monotonic() - started, 1), "peak_mib": used[0], **facts(said)}
     reason = None
     if code is None:
         reason = f"not done after {check.seconds} s"
     elif code:
         reason = row.get("why") or f"exit code {code}: {last_line(log)}"
-    elif check.mean is not None and not (row.get("mean") or 1e9) <= check.mean:
+    elif check.mean is not None and not within(row.get("mean"), check.mean):
         reason = f"mean |difference| {row.get('mean')}, allowed {check.mean}"
     return row | {"result": "FAIL" if reason else "PASS"} | ({"why": reason} if reason else {})
+
+
+def within(mean: float | None, allowed: float) -> bool:
+    """Whether a mean was measured, is a number, and is allowed."""
+    return mean is not None and mean <= allowed
 
 
 def facts(said: str) -> dict[str, Any]:
@@ -211,10 +216,6 @@ def smi(field: str) -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return []
     return done.stdout.split("\n")[:-1]
-
-
-def gpu_names() -> Iterator[str]:
-    return iter(smi("name"))
 
 
 def make_models(folder: Path) -> None:

@@ -13,7 +13,10 @@ import errno
 import gc
 import importlib
 import inspect
+import io
+import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -128,18 +131,46 @@ def _parse(name: str, arguments: list[str]) -> Any:
     if takes_options and "--" in arguments:
         cut = arguments.index("--")
         own, passed = arguments[:cut], arguments[cut + 1 :]
-    parsed = tyro.cli(
-        command,
-        args=list(_with_numbers(own)),
-        prog=f"titan-bridge {name}",
-        description=inspect.cleandoc(command.__doc__ or ""),
-        return_unknown_args=takes_options,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(
+                command,
+                args=list(_with_numbers(own)),
+                prog=f"titan-bridge {name}",
+                description=inspect.cleandoc(command.__doc__ or ""),
+                return_unknown_args=takes_options,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise BridgeError(f"{_usage_error(said.getvalue())}; see titan-bridge {name} --help") from None
     if not takes_options:
         return parsed
     parsed, unknown = parsed
     return dataclasses.replace(parsed, vllm_options=(*unknown, *passed))
+
+
+def _usage_error(box: str) -> str:
+    """What tyro says in a box of several lines, in one: between the title and a rule. The box is of ASCII where the
+    screen is."""
+    lines = [line.strip("│ ") and line.strip("│").rstrip("│ ") for line in box.splitlines()[1:]]
+    rule = re.compile(r"\s*[-─╰╯]{8,}\s*").fullmatch
+    lines = list(itertools.dropwhile(lambda line: not line.strip() or rule(line), lines))
+    lines = list(itertools.takewhile(lambda line: not rule(line), lines))
+    if lines and lines[0].strip().startswith("Missing from"):
+        # Under each, further in, stands its help.
+        indent = min((len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()), default=0)
+        names = [line.strip() for line in lines[1:] if line[indent : indent + 1].strip()]
+        return f"missing: {', '.join(names)}"
+    text = " ".join(" ".join(lines).split())
+    if wrong := re.match(r"Error parsing (\S+): .*?['\"](.*?)['\"]", text):
+        option = next((n for n in reversed(wrong[1].split("/")) if n.startswith("--")), wrong[1])
+        given = re.search(r"from \[['\"](.*?)['\"]\]", text) or re.search(r": ['\"]([^'\"]*)['\"]$", text)
+        kind = "integer" if "int()" in text else "number"
+        return f"{option} {given[1] if given else wrong[2]} is no {kind}"
+    return text[:1].lower() + text[1:].rstrip(".")
 
 
 def _with_numbers(arguments: Sequence[str]) -> Iterator[str]:
@@ -148,7 +179,7 @@ def _with_numbers(arguments: Sequence[str]) -> Iterator[str]:
         yield argument
         number = arguments[at + 1] if at + 1 < len(arguments) else ""
         if (
-            argument == "--attention-dp"
+            argument in ("--attention-dp", "--attention_dp")
             and not number.lstrip("-").isdecimal()
             and number not in ("true", "false")
         ):

@@ -320,11 +320,6 @@ def describe(name: str, sizes: Sizes, *, rank: int = 0) -> NamedMesh:
     return NamedMesh(name=name, axes=axes, shape=shape, ranks=_nest(tuple(flat), shape))
 
 
-def describe_all(sizes: Sizes, *, rank: int = 0) -> dict[str, NamedMesh]:
-    """Every named mesh of ``rank``."""
-    return {name: describe(name, sizes, rank=rank) for name in sizes.meshes}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShardPlacement:
     """Which mesh a parameter belongs to, and which of its dims that mesh's fsdp or efsdp axis shards."""

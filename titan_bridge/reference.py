@@ -102,8 +102,3 @@ def load_reference(
             buffers={fqn: param for fqn, param in where.params.items() if fqn not in known},
         )
     return Reference(family=family, model=model)
-
-
-def reference_logprobs(model_dir: str | os.PathLike[str], token_ids: Sequence[int]) -> torch.Tensor:
-    """Float32 log-probabilities ``[L, V]`` of one sequence on the CPU; see ``Reference.logprobs``."""
-    return load_reference(model_dir).logprobs(token_ids)

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_bridge.device_meshes import get_device_meshes, to_parallel_dims
 from titan_bridge.errors import BridgeError
-from titan_bridge.mesh import MESHES, Sizes, describe_all
+from titan_bridge.mesh import MESHES, Sizes, describe
 from titan_bridge.sharding import ShardingSpec
 
 pytestmark = pytest.mark.distributed
@@ -45,7 +45,8 @@ def vllm_config(**sizes: object) -> SimpleNamespace:
 def as_described(sizes: Sizes) -> None:
     meshes, rank = get_device_meshes(sizes), dist.get_rank()
     assert list(meshes) == list(MESHES)
-    for name, told in describe_all(sizes, rank=rank).items():
+    for name in sizes.meshes:
+        told = describe(name, sizes, rank=rank)
         mesh = meshes[name]
         assert (mesh.mesh_dim_names, tuple(mesh.shape)) == (told.axes, told.shape), name
         assert tuple(mesh.mesh.flatten().tolist()) == told.flat_ranks(), name

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.checkpointer.base import ModelWrapper
 from torchtitan.distributed.utils import set_spmd_backend
 
+from tests import lora_samples
 from titan_bridge.checkpoint import open_checkpoint
 from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.device_meshes import get_device_meshes, to_parallel_dims
@@ -164,6 +165,28 @@ def test_a_rank_that_is_done_waits_for_the_slowest(tmp_path):
     found = torchrun(tmp_path / "script.py", source, tmp_path / "out")
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "out" / ".metadata").is_file()
+
+
+def test_under_torchrun_one_process_writes_an_adapter(tmp_path):
+    model = make_checkpoint(tmp_path / "hf", "llama3", tokenizer=False)
+    options = {"seed": 1, "rank": 4, "alpha": 8, "layers": (0, 1), "only": "down_proj"}
+    adapter = lora_samples.make_adapter(tmp_path / "adapter", model, **options)
+    command = (
+        "-m",
+        "titan_bridge.cli",
+        "reshard",
+        adapter,
+        tmp_path / "out",
+        "--to",
+        "dcp",
+        "--config",
+        model,
+    )
+    found = torchrun(*command, "--json")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count('"tensors"') == 1
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert len(checkpoint.tensors) == 4
 
 
 def test_an_error_on_one_rank_ends_all(tmp_path):

@@ -201,12 +201,15 @@ def test_a_full_disk_and_a_final_export_leave_whole_checkpoints_and_the_run_goes
     train(file, out, "--set=parallel.dp=2", *in_hf)
     assert "going on from step 3" in capsys.readouterr().out
     export = find(out).directory
-    exported = {path: path.stat().st_mtime_ns for path in export.rglob("*")}
+    exported = {path.name: path.stat().st_mtime_ns for path in export.rglob("*")}
     assert (export.name, (export / ".metadata").exists()) == ("step-8", False)
     more = ("--set=trainer.training.steps=10", "--set=trainer.checkpoint.keep_latest_k=0")
     train(file, out, "--set=parallel.dp=2", *more)
-    assert "going on from step 6" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in export.rglob("*")} == exported
+    printed = capsys.readouterr().out
+    assert "going on from step 6" in printed
+    assert "step 8 is of the training that this one replaces; set aside as replaced-8" in printed
+    aside = export.with_name("replaced-8")
+    assert {path.name: path.stat().st_mtime_ns for path in aside.rglob("*")} == exported
     assert sorted(losses(out)) == list(range(1, 11))
     assert find(out).step == 10
 

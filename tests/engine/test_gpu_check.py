@@ -30,6 +30,11 @@ def script() -> ModuleType:
     return module
 
 
+def test_a_mean_of_zero_is_within_what_is_allowed(script) -> None:
+    assert script.within(0.0, 1e-3)
+    assert not any(script.within(mean, 1e-3) for mean in (None, float("nan"), 2e-3))
+
+
 def check(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(ROOT / "scripts/gpu_check.sh"), *options],

@@ -116,6 +116,45 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(trained, tmp_path: Path, c
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_options_hold_for_an_adapter_or_are_refused_by_name(trained, tmp_path: Path, capsys) -> None:
+    _, folder = trained
+    peft, back, told = tmp_path / "peft", tmp_path / "back", ["--config", "llama3:debugmodel"]
+    to_peft = [folder, peft, "--to", "peft", *told, "--lora-alpha", ALPHA]
+    to_dcp = [peft, back, "--to", "dcp", *told]
+    assert convert(*to_peft, "--dry-run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert convert(*to_peft) == 0
+    assert convert(*to_dcp, "--dry-run") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+    for given in (to_peft, to_dcp):
+        for option in (
+            ["--verify"],
+            ["--dtype", "bfloat16"],
+            ["--resume"],
+            ["--names", "a.{}"],
+            ["--fsync"],
+            ["--merge-lora", peft],
+            ["--with-optimizer"],
+            ["--max-shard-size", "1GB"],
+            ["--workers", "2"],
+            ["--allow-nan"],
+        ):
+            capsys.readouterr()
+            assert convert(*given, *option) == 2
+            assert f"{option[0]} is not for a LoRA adapter" in capsys.readouterr().err
+    assert convert(*to_dcp, "--lora-alpha", 3) == 2
+    assert "--lora-alpha is for --to peft" in capsys.readouterr().err
+
+    (peft / "kept").write_text("")
+    assert convert(*to_peft) == 2
+    assert "--overwrite it" in capsys.readouterr().err
+    assert convert(*to_peft, "--overwrite") == 0
+    assert {path.name for path in peft.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert convert(folder, folder, "--to", "peft", *told, "--lora-alpha", ALPHA, "--overwrite") == 2
+    assert "SRC and DST are both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", ["llama3", "gpt_oss"])
 def test_an_adapter_is_merged_on_the_way_into_any_format(family, tmp_path: Path, capsys) -> None:
     model = make_checkpoint(tmp_path / "model", family, tokenizer=False)

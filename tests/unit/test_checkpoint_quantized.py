@@ -23,7 +23,7 @@ from titan_bridge.checkpoint.compare import fingerprints, open_sides
 from titan_bridge.checkpoint.reshard import Options, prepare
 from titan_bridge.errors import BridgeError
 from titan_bridge.models import load_hf_config
-from titan_bridge.reference import reference_logprobs
+from titan_bridge.reference import load_reference
 from titan_bridge.sharding.boxes import Box
 
 TOKENS = torch.randint(768, (40,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -146,7 +146,7 @@ def test_conversions_and_the_reference_are_those_of_the_full_weights(kind, reque
     assert held.keys() == values.keys()
     assert all(torch.equal(held[name], value.float()) for name, value in values.items())
     exact = multiplied_out(source, tmp_path / "exact")
-    assert torch.equal(reference_logprobs(source, TOKENS), reference_logprobs(exact, TOKENS))
+    assert torch.equal(load_reference(source).logprobs(TOKENS), load_reference(exact).logprobs(TOKENS))
 
 
 @pytest.mark.parametrize("to", ["hf", "dcp"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import shutil
@@ -80,6 +81,59 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, expected, capsys
     assert captured.out == ""
     assert captured.err.startswith("titan-bridge: ")
     assert expected.removeprefix("the command line, ") in captured.err
+    assert captured.err.count("\n") == 1
+
+
+USAGE = {
+    "inspect m --tp x": "--tp x is no integer",
+    "parity m --tolerance x": "--tolerance x is no number",
+    "inspect m --bogus 3": "unrecognized options: --bogus, 3",
+    "plan": "missing: SRC, DST",
+    "reshard a b": "missing: --to {hf,dcp,peft}",
+    "reshard a b --to zip": "invalid choice 'zip' for argument '--to'. Expected one of ('hf', 'dcp', 'peft')",
+    "generate m --tp": "missing value for argument '--tensor-parallel-size/-tp/--tp'. Expected 1 values",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro's boxes depend on it
+@pytest.mark.parametrize("line", USAGE)
+def test_a_usage_error_is_one_line(line, encoding, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    command, *rest = line.split()
+    assert cli.main([command, *rest]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"titan-bridge: {USAGE[line]}; see titan-bridge {command} --help\n"
+    assert captured.out == ""
+
+
+MISTAKES = {
+    "parity m --tolerance nan": "--tolerance nan; give a finite number of at least 0",
+    "parity m --tolerance -1": "--tolerance -1.0; give",
+    "parity m --tolerance inf": "--tolerance inf; give",
+    "diff a b --show -1": "--show -1; give at least 0",
+    "plan {model} tp=2 --pairs -1": "--pairs -1; give at least 0",
+    "plan {model} tp=2 --colocated": "--colocated is for two sides of ranks",
+    "plan nosuch tp=2": "SRC nosuch does not exist; give a checkpoint, or a layout file",
+    "fingerprint {model} --names-b a.{{}}": "--names-b is of B",
+    "generate m --attention_dp --max-tokens 2": "m does not exist",
+    "generate m -ep --ep 2": "--enable-expert-parallel (-ep) and --ep 2 both say ep",
+    "generate m --set vllm.additional_config=3": "vllm.additional_config is 3; it must be a table",
+    "generate m --policy none.yaml --set vllm.additional_config.titan=x": "none.yaml",
+    "generate m --dense shard --set vllm.additional_config.titan=x": "vllm.additional_config.titan is 'x'; it must",
+    "generate m --compilation-config 3 --compilation-config.mode 0": "--compilation-config has the value 3 already",
+    "serve {model} --nnodes abc": "--nnodes abc; give an integer of at least 1",
+    "serve {model} --nnodes 0": "--nnodes 0; give an integer of at least 1",
+    "serve {model} --node-rank x --dry-run": "--node-rank x; give an integer of at least 0",
+    "inspect {model} --why norm --json": "--why prints text on all ranks; leave --json out",
+    "inspect {model} --layers --json --rank 0": "--layers shows all ranks; leave --rank out",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_what_does_not_hold_or_go_together_is_refused(line, model, capsys):
+    assert cli.main(line.format(model=model).split()) == 2
+    captured = capsys.readouterr()
+    assert MISTAKES[line] in captured.err
     assert captured.err.count("\n") == 1
 
 

@@ -119,7 +119,10 @@ def test_sizes_stand_for_the_layout_of_an_engine(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.json", "tp=2,ep=2"], "tp=2,ep=2 are sizes of which model? give its folder with --model"),
+        (
+            ["{model}/config.json", "tp=2,ep=2"],
+            "tp=2,ep=2 are sizes of which model? give its folder with --model",
+        ),
         (["{model}", "tp=2,cp=2"], "'tp=2,cp=2' are no sizes; write for instance tp=2,ep=2"),
         (["{model}", "pp=3"], "pp=3 is more than the 2 layers of the model; allowed: 1 to 2"),
         (["{model}", "tp=two"], "'tp=two' are no sizes"),
@@ -170,6 +173,9 @@ def test_a_trainers_layout_and_its_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert told["meshes"]["dense"]["shape"] == [1, 4, 1]
     assert main(["inspect", str(file), "--dense", "shard"]) == 2
     assert "--dense is for an engine" in capsys.readouterr().err
+    for option in (["-ep"], ["--names", "a.{}"], ["--model-impl", "vllm"]):
+        assert main(["inspect", str(file), *option]) == 2
+        assert " is for an engine" in capsys.readouterr().err
 
     job = job_of(str(file))
     folder.mkdir(parents=True)

@@ -49,6 +49,35 @@ def test_serve_passes_every_option_on(model, monkeypatch, capsys):
     assert cpu.BIND not in printed  # the user's stays
 
 
+def words_after_serve(capsys, *arguments: str) -> list[str]:
+    assert cli.main(["serve", *arguments, "--port", "18123", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    return words[words.index("serve") + 1 :]
+
+
+def test_lists_tables_and_dashes_of_the_file_reach_vllm(model, tmp_path, capsys):
+    file = tmp_path / "a.toml"
+    file.write_text(
+        f'model = "{model}"\n[vllm]\nserved-model-name = ["a", "b"]\nmax-num-seqs = 4\n'
+        'cudagraph_capture_sizes = [1, 2]\n[vllm.additional_config.titan]\nmla = "latent"\n'
+    )
+    words = words_after_serve(capsys, str(file), "--set", "vllm.max-num-seqs=8")
+    for option in (
+        ["--served-model-name", "a", "b"],
+        ["--cudagraph-capture-sizes", "1", "2"],
+        ["--max-num-seqs", "8"],
+    ):
+        at = words.index(option[0])
+        assert words[at : at + len(option)] == option
+        assert words.count(option[0]) == 1
+    words = words_after_serve(capsys, str(file), "--additional-config.other", "1")
+    given = json.loads(words[words.index("--additional-config") + 1])
+    assert given == {"titan": {"mla": "latent"}, "other": 1}
+    file.write_text(f'model = "{model}"\n[vllm]\nmax-num-seqs = 4\nmax_num_seqs = 5\n')
+    assert cli.main(["serve", str(file), "--dry-run"]) == 2
+    assert "vllm.max_num_seqs is given twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("form", "step"), [("", 2), ("/checkpoint", 2), ("/checkpoint/step-1", 1)])
 def test_serve_takes_a_training_run_under_the_name_that_was_typed(form, step, model, tmp_path, capsys):
     out = make_run(tmp_path / "out", Path(model), Path(model))

@@ -335,6 +335,14 @@ def test_the_table_has_exactly_the_keys_that_a_file_may_set_with_their_defaults(
             assert rows[key][0] == shown, key
 
 
+def test_json_has_no_infinity(tmp_path, capsys):
+    file = tmp_path / "a.toml"
+    file.write_text('[model]\nfamily = "llama3"\nflavor = "debugmodel"\n[trainer.training]\nmax_norm = inf\n')
+    assert cli.main(["config", str(file), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert printed["trainer.training.max_norm"]["value"] == "inf"
+
+
 def test_one_file_reads_toml():
     found = subprocess.run(
         [
@@ -374,7 +382,7 @@ def test_vllm_options_from_the_command_line():
         "x": [1],
         "name": "a",
     }
-    assert parse_vllm_options(format_vllm_options(options)) == options
+    assert parse_vllm_options(format_vllm_options(options | {"x": [1, 2]})) == options | {"x": [1, 2]}
     assert parse_vllm_options(
         [
             *("--compilation-config", '{"mode": 0, "x": [true, null]}', "-O0", "--additional-config={}"),
@@ -388,5 +396,15 @@ def test_vllm_options_from_the_command_line():
         "names": ["a", "b"],
         "nnodes": 2,
     }
+    lists = {"served_model_name": ["a", "b"], "hf_overrides": {"a": [1]}, "allowed_origins": ["x"]}
+    assert format_vllm_options(lists) == [
+        "--served-model-name",
+        "a",
+        "b",
+        "--hf-overrides",
+        '{"a": [1]}',
+        "--allowed-origins",
+        '["x"]',
+    ]
     with pytest.raises(BridgeError, match="'4' is not an option"):
         parse_vllm_options(["4"])

@@ -129,6 +129,26 @@ def test_mistakes_are_one_line(model, flags, expected, capsys):
     assert captured.out == ""
 
 
+def test_ep_of_the_command_line_and_overrides_of_the_config_count(model, tmp_path, capsys):
+    file = tmp_path / "a.toml"
+    file.write_text(f'model = "{model}"\n[parallel]\ntp = 4\nep = 2\n')
+    assert Layout.from_json(json.loads(run(capsys, file, "--json"))) != (
+        whole := Layout.from_json(json.loads(run(capsys, file, "-ep", "--json")))
+    )
+    assert whole == Layout.from_json(json.loads(run(capsys, model, "--tp", 4, "--ep", 4, "--json")))
+    override = ["--set", 'vllm.hf_overrides={"num_hidden_layers" = 1}']
+    names = json.loads(run(capsys, model, *override, "--json"))["params"]
+    assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0"}
+
+
+def test_the_note_on_the_dtype_says_what_config_json_says(model, tmp_path, capsys):
+    stated = json.loads((model / "config.json").read_text())
+    for dtype, note in (("float32", "as config.json says"), (None, "since config.json states no dtype")):
+        (tmp_path / "config.json").write_text(json.dumps(stated | {"dtype": dtype, "torch_dtype": None}))
+        assert cli.main(["inspect", str(tmp_path)]) == 0
+        assert f"shown in float32, {note}" in capsys.readouterr().err
+
+
 def test_pictures(model, tmp_path, capsys):
     svg, png = tmp_path / "a.svg", tmp_path / "a.png"
     run(capsys, model, "--dp", 2, "--tp", 2, "--ep", 4, "--picture", svg, "--picture", png)

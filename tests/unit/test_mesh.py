@@ -15,7 +15,6 @@ from titan_bridge.mesh import (
     Sizes,
     check_divides,
     describe,
-    describe_all,
     divisors,
     mesh_axes,
     padded_vocab,
@@ -55,7 +54,7 @@ def sizes(draw: st.DrawFn) -> Sizes:
 def test_dense_and_sparse_meshes_are_two_shapes_of_the_same_consecutive_ranks(sizes: Sizes) -> None:
     stage = sizes.world // sizes.pp
     for rank in range(sizes.world):
-        meshes = describe_all(sizes, rank=rank)
+        meshes = {name: describe(name, sizes, rank=rank) for name in sizes.meshes}
         first = rank // stage * stage
         for name in ("dense", "sparse"):
             assert meshes[name].flat_ranks() == tuple(range(first, first + stage))
@@ -65,7 +64,7 @@ def test_dense_and_sparse_meshes_are_two_shapes_of_the_same_consecutive_ranks(si
 @given(sizes())
 def test_a_rank_has_the_coordinates_of_vllms_rank_order(sizes: Sizes) -> None:
     for rank in range(sizes.world):
-        meshes = describe_all(sizes, rank=rank)
+        meshes = {name: describe(name, sizes, rank=rank) for name in sizes.meshes}
         replica, dp_rank, tp_rank = meshes["dense"].coordinate(rank)
         (pp_rank,) = meshes["pp"].coordinate(rank)
         assert rank == ((pp_rank * sizes.dp_replicate + replica) * sizes.dp + dp_rank) * sizes.tp + tp_rank

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from titan_bridge.errors import BridgeError
-from titan_bridge.reference import load_reference, reference_logprobs
+from titan_bridge.reference import load_reference
 from titan_bridge.testing import make_checkpoint, make_tokenizer
 
 LLAMA3_ROPE = {
@@ -91,7 +91,7 @@ def test_logprobs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     family, overrides = VARIANTS[name]
     path = make_checkpoint(tmp_path, family, tokenizer=False, **overrides)  # type: ignore[arg-type]
     token_ids = tokens(overrides.get("vocab_size", 768))
-    theirs, ours = transformers_logprobs(path, token_ids), reference_logprobs(path, token_ids)
+    theirs, ours = transformers_logprobs(path, token_ids), load_reference(path).logprobs(token_ids)
     difference = (theirs - ours).abs().max().item()
     # Measured on one CPU: 0 for Qwen3 and at most 1.5e-5 for Llama 3, whose rotation is written differently.
     assert difference <= 1e-4
@@ -101,12 +101,12 @@ def test_logprobs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 def test_a_config_in_the_older_spelling_gives_the_same_numbers(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama3", tokenizer=False, rope_parameters=LLAMA3_ROPE)
     token_ids = tokens(768)
-    newer = reference_logprobs(path, token_ids)
+    newer = load_reference(path).logprobs(token_ids)
     config = json.loads((path / "config.json").read_text())
     scaling = config.pop("rope_parameters")
     config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     (path / "config.json").write_text(json.dumps(config))
-    assert torch.equal(reference_logprobs(path, token_ids), newer)
+    assert torch.equal(load_reference(path).logprobs(token_ids), newer)
     assert (transformers_logprobs(path, token_ids) - newer).abs().max() <= 1e-4
 
 
@@ -126,7 +126,9 @@ def test_settings_that_matter_change_the_numbers(tmp_path: Path) -> None:
         plain = make_checkpoint(tmp_path / f"{family}-plain", family, tokenizer=False)  # type: ignore[arg-type]
         changed = make_checkpoint(tmp_path / f"{family}-changed", family, tokenizer=False, **change)  # type: ignore[arg-type]
         difference = (
-            (reference_logprobs(plain, token_ids) - reference_logprobs(changed, token_ids)).abs().max()
+            (load_reference(plain).logprobs(token_ids) - load_reference(changed).logprobs(token_ids))
+            .abs()
+            .max()
         )
         assert difference > 1e-2, change
 
@@ -136,18 +138,18 @@ def test_a_checkpoint_in_several_files_is_read_whole(tmp_path: Path) -> None:
     many = make_checkpoint(tmp_path / "many", "qwen3_moe", tokenizer=False, max_shard_size="300KB")
     assert len(list(many.glob("*.safetensors"))) > 1
     token_ids = tokens(768)
-    assert torch.equal(reference_logprobs(one, token_ids), reference_logprobs(many, token_ids))
+    assert torch.equal(load_reference(one).logprobs(token_ids), load_reference(many).logprobs(token_ids))
 
 
 def test_a_tied_checkpoint_that_repeats_its_head_is_read(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "qwen3", tokenizer=False, tie_word_embeddings=True)
     token_ids = tokens(768)
-    before = reference_logprobs(path, token_ids)
+    before = load_reference(path).logprobs(token_ids)
     weights = load_file(path / "model.safetensors")
     assert "lm_head.weight" not in weights
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, path / "model.safetensors")
-    assert torch.equal(reference_logprobs(path, token_ids), before)
+    assert torch.equal(load_reference(path).logprobs(token_ids), before)
 
 
 def test_all_tensors_that_do_not_fit_are_named_in_one_error(tmp_path: Path) -> None:

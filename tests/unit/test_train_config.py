@@ -186,6 +186,14 @@ REFUSED = {
         "",
         "trainer.parallelism.pipeline_parallel_degree=2",
     ): "--set: trainer.parallelism.pipeline_parallel_degree = 2 is not supported by titan-bridge train; allowed: 1",
+    (
+        "",
+        "trainer.parallelism.context_parallel_degree=2",
+    ): "--set: trainer.parallelism.context_parallel_degree = 2 is not supported by titan-bridge train; allowed: 1",
+    (
+        "",
+        "trainer.activation_checkpoint=[1]",
+    ): "trainer.activation_checkpoint = [1] (list) is not allowed; it must be one",
     ("", "lr=inf"): "--set: lr = inf (float) is not allowed; it must be a finite number",
     ("", "out="): "--set: out = '' (str) is not allowed; it must be a text that is not empty",
     (
@@ -246,6 +254,7 @@ def test_refused_in_one_line_with_place_key_and_remedy(job, head, text):
 
 
 FUNCTIONS = {
+    "titan_bridge_raises:f": "titan_bridge_raises cannot be imported: ZeroDivisionError: division by zero",
     "nowhere.at_all:f": "nowhere.at_all cannot be imported",
     "torchtitan.models.llama3.config_registry:llama3_debugmodl": "did you mean llama3_debugmodel?",
     "torchtitan.components.optimizer:default_adamw": "returns OptimizersContainer.Config; it must be a Trainer.Config",
@@ -256,7 +265,9 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("target", FUNCTIONS)
-def test_refused_functions(job, target):
+def test_refused_functions(job, target, tmp_path, monkeypatch):
+    (tmp_path / "titan_bridge_raises.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BridgeError) as caught:
         job(f'[model]\nconfig = "{target}"\n')
     assert FUNCTIONS[target] in str(caught.value)

@@ -140,6 +140,21 @@ def test_a_given_tokenizer_is_copied(tmp_path):
         tokenizer.planned_size(given)
 
 
+def test_no_character_is_cut(tmp_path):
+    (tmp_path / "a.txt").write_text("äö€𝄞" * 500, encoding="utf-8")
+    documents = data.find_documents(Data(path=str(tmp_path), tokenizer="bytes", longest=101), ranks=1)
+    pieces = [dict(zip(("path", "start", "stop"), piece, strict=True)) for piece in documents.pieces]
+    texts = [data.read_piece(piece) for piece in sorted(pieces, key=lambda piece: piece["start"])]
+    assert len(texts) > 5
+    assert "".join(texts) == "äö€𝄞" * 500
+
+
+@pytest.mark.parametrize("pattern", ["/x*", "**.py"])
+def test_a_pattern_that_is_none_is_refused(pattern, tmp_path):
+    with pytest.raises(BridgeError, match=r"data\.pattern = "):
+        data.find_documents(Data(path=str(tmp_path), pattern=pattern), ranks=1)
+
+
 def test_torchtitans_data_loader_reads_the_text_in_order(tmp_path):
     """Two ranks together see every document, once an epoch, in the order of the list."""
     (tmp_path / "text").mkdir()

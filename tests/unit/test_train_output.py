@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -28,8 +30,9 @@ from titan_bridge.models.build import build_on_meta, materialize
 from titan_bridge.run_folder import METADATA, RECORD, Record, find, model_and_step, whole_steps
 from titan_bridge.train import launch, output
 from titan_bridge.train.build import Job, build
+from titan_bridge.train.data import find_documents
 from titan_bridge.train.guard import lock
-from titan_bridge.train.progress import duration, read_metrics
+from titan_bridge.train.progress import duration, forget_after, read_metrics
 
 TOML = """
 out = "{out}"
@@ -62,6 +65,7 @@ def trained(job, tmp_path):
     folder = tmp_path / "out/checkpoint"
     folder.mkdir(parents=True)
     launch._record(made).write(folder)
+    find_documents(made.config.data, ranks=1).write(tmp_path / "out" / output.DOCUMENTS)
     model = materialize(build_on_meta(made.trainer.model_spec.model, dtype=torch.float32), "cpu")
     for step in (2, 4):
         state = {**model.state_dict(), "train_state": {"step": step}}
@@ -275,6 +279,66 @@ def test_metrics_survive_a_crash_and_the_last_time_counts(tmp_path):
         '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo'
     )
     assert {step: entry["loss"] for step, entry in read_metrics(file).items()} == {1: 3.0, 2: 1.0}
+
+
+def test_a_run_begins_with_the_records_of_the_steps_before_it(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    forget_after(file, -1)
+    assert not file.exists()
+    file.write_text(
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 9, "loss": 1.0}\n{"step": 10, "lo'
+    )
+    forget_after(file, 2)
+    assert file.read_text() == '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
+    forget_after(file, -1)
+    assert read_metrics(file) == {}
+
+
+def test_checkpoints_after_the_beginning_are_set_aside(trained, job):
+    torchtitans = re.compile(r"step-(\d+)")  # searched for anywhere in a name
+    (trained / "replaced-4").mkdir()
+    assert output.set_aside(trained, 2) == {4: "replaced-4-2", 6: "replaced-6"}
+    assert (trained / "replaced-4-2" / METADATA).is_file()
+    assert [path.name for path in trained.iterdir() if torchtitans.search(path.name)] == ["step-2"]
+
+
+def test_a_step_that_was_asked_for_and_is_the_last_is_nothing_to_do(trained, job):
+    told = []
+    assert not launch.train(job("trainer.checkpoint.load_step=4", "trainer.training.steps=4"), told.append)
+    assert "nothing to do, step 4 is there and trainer.training.steps is 4" in told[0]
+    assert whole_steps(trained) == {2: "dcp", 4: "dcp"}
+
+
+def test_checkpoints_that_training_would_not_read_are_refused(trained, job):
+    with pytest.raises(BridgeError, match=r"step 2, 4\), and with trainer\.checkpoint\.enable = false"):
+        launch.train(job("trainer.checkpoint.enable=false"))
+
+
+def test_going_on_needs_the_list_of_documents(trained, job, tmp_path):
+    (tmp_path / "out" / output.DOCUMENTS).unlink()
+    with pytest.raises(
+        BridgeError, match=r"documents\.json, which says .*; restore it, or choose another out"
+    ):
+        launch.train(job())
+    (tmp_path / "out" / output.DOCUMENTS).write_text('{"pieces": 3}')
+    with pytest.raises(BridgeError, match=r"documents\.json, which says"):
+        launch.train(job())
+
+
+def test_a_run_is_locked_before_its_checkpoints_are_read_and_free_after_any_refusal(trained, job, tmp_path):
+    held = lock(tmp_path / "out")
+    try:
+        with pytest.raises(BridgeError, match="another run trains in"):
+            launch.train(job("model.sizes.hidden_size=128"))
+    finally:
+        os.close(held)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BridgeError, match="another model"):
+        launch.train(job("model.sizes.hidden_size=128"))
+    with files_of_at_most(1000), pytest.raises(BridgeError, match="out cannot be written"):
+        launch.train(job())
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(lock(tmp_path / "out", wait=0))
 
 
 def test_durations():

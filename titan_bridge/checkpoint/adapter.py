@@ -38,7 +38,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: float) -> int:
+def write_peft(
+    source: Path,
+    target: Path,
+    *,
+    hf: Mapping[str, Any],
+    alpha: float,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> int:
     """Write the adapter in a checkpoint by TorchTitan's names as a PEFT folder; how many tensors.
     `source` is a DCP, or a training run; `hf` the model's config.json; by `alpha` over the rank products are scaled.
     Raises BridgeError: no adapter in the checkpoint, or one that does not fit the model."""
@@ -51,17 +59,23 @@ def write_peft(source: Path, target: Path, *, hf: Mapping[str, Any], alpha: floa
     modules = sorted({name.split(".")[-3] for name in tensors})
     fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
     config = {**fixed, "r": rank, "lora_alpha": alpha, "target_modules": modules}
-    with _beside(target) as made:
+    if dry_run:
+        return len(tensors)
+    with _beside(target, overwrite=overwrite) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2))
         save_file(tensors, made / TENSORS, metadata={"format": "pt"})
     return len(tensors)
 
 
-def write_dcp(source: Path, target: Path, *, hf: Mapping[str, Any]) -> int:
+def write_dcp(
+    source: Path, target: Path, *, hf: Mapping[str, Any], overwrite: bool = False, dry_run: bool = False
+) -> int:
     """Write a PEFT folder's adapter as a DCP by TorchTitan's names; how many tensors. Arguments as above.
     Raises BridgeError: not a plain LoRA, or one that TorchTitan's cannot be."""
     tensors = from_peft(_read_adapter(source)[1], family_for(hf).views(hf))
-    with _beside(target) as made:
+    if dry_run:
+        return len(tensors)
+    with _beside(target, overwrite=overwrite) as made:
         import torch.distributed.checkpoint as dcp  # noqa: PLC0415  brings DTensor, which reads do without
 
         dcp.save(dict(tensors), checkpoint_id=made, no_dist=True)
@@ -131,10 +145,10 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def _beside(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A hidden folder that takes the target's place in the end; see `staging`."""
     with contextlib.closing(Staging(target)) as staging:
-        staging.check(overwrite=False)
+        staging.check(overwrite=overwrite)
         staging.begin("adapter", resume=False)
         yield staging.path
-        staging.publish((), overwrite=False, fsync=False)
+        staging.publish((), overwrite=overwrite, fsync=False)

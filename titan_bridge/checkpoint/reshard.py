@@ -41,7 +41,11 @@ def prepare(options: Options, team: Team | None = None) -> Job:
     refuse_remote(options.target)
     # The output folder of a training run, and its checkpoint folder, stand for the last whole step.
     found = weights_directory(str(options.source)) or options.source
-    _check_paths(options, found)
+    if options.workers < 1:
+        raise BridgeError(f"--workers {options.workers}; give at least 1")
+    if options.max_shard_size < 1:
+        raise BridgeError(f"--max-shard-size {options.max_shard_size}; give at least 1 byte")
+    check_paths(found, options.target, overwrite=options.overwrite)
     extra = options.with_optimizer
     if options.names is not None and extra:
         raise BridgeError("--names and --with-optimizer do not go together; give one of them")
@@ -102,17 +106,14 @@ def _check_not_quantized(flag: str, source: Checkpoint) -> None:
         )
 
 
-def _check_paths(options: Options, found: Path) -> None:
-    source, target = found.resolve(), options.target.resolve()
+def check_paths(found: Path, destination: Path, *, overwrite: bool) -> None:
+    """Raise BridgeError where the source would be replaced, or the destination may not be written."""
+    source, target = found.resolve(), destination.resolve()
     if source == target:
         raise BridgeError(f"SRC and DST are both {source}; give another directory for DST")
     if source.is_relative_to(target):
         raise BridgeError(f"SRC lies inside DST ({target}), which is replaced; give another DST")
-    if options.workers < 1:
-        raise BridgeError(f"--workers {options.workers}; give at least 1")
-    if options.max_shard_size < 1:
-        raise BridgeError(f"--max-shard-size {options.max_shard_size}; give at least 1 byte")
-    Staging(options.target).check(overwrite=options.overwrite)
+    Staging(destination).check(overwrite=overwrite)
 
 
 def _config(options: Options, source: Checkpoint) -> tuple[Mapping[str, Any] | None, tuple[Path, ...]]:

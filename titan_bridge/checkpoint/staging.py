@@ -66,7 +66,7 @@ class Staging:
             wrong = "is where you are, and would be replaced; run from another directory"
         elif target.exists() and any(target.iterdir()) and not overwrite:
             wrong = "is not empty; choose another directory, or --overwrite it"
-        elif target.exists() and any(target.iterdir()) and not is_checkpoint(target):
+        elif target.exists() and any(target.iterdir()) and not _replaceable(target):
             wrong = "holds no checkpoint; --overwrite replaces nothing else"
         elif not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
             wrong = f"cannot be made, since {parent} cannot be written to"
@@ -193,6 +193,11 @@ class Staging:
             self.close()  # whoever held it has published meanwhile: this file is gone, and keeps nobody out
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def _replaceable(directory: Path) -> bool:
+    """Whether a checkpoint lies there, or a LoRA adapter."""
+    return is_checkpoint(directory) or (directory / "adapter_config.json").is_file()
 
 
 def sync(path: Path) -> None:

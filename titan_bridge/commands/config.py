@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Config:
     """
 
     file: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help_behavior_hint="")
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]", help_behavior_hint="")
     ] = None
     """A .toml file (see configs/infer/ and configs/train/)."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -47,7 +48,9 @@ class Config:
             raise BridgeError("nothing to show; give a .toml file, --schema or --table")
         rows = reader.resolve(KINDS[kind_of(self.file)], file=self.file, sets=self.set).table()
         if self.json:
-            print(json.dumps({key: {"value": value, "origin": origin} for key, value, origin in rows}))
+            print(
+                json.dumps({key: {"value": finite(value), "origin": origin} for key, value, origin in rows})
+            )
             return 0
         width = max(len(key) for key, _, _ in rows)
         for key, value, origin in rows:

@@ -56,6 +56,8 @@ class Diff:
     def run(self) -> int:
         if not self.atol >= 0:
             raise BridgeError(f"--atol {self.atol}; give a number of at least 0")
+        if self.show < 0:
+            raise BridgeError(f"--show {self.show}; give at least 0")
         layouts = [side.endswith(".json") and not Path(side).is_dir() for side in (self.a, self.b)]
         if any(layouts) and not all(layouts):
             raise BridgeError(f"{self.a} and {self.b}: give two checkpoints or two layout files")

@@ -14,6 +14,7 @@ from typing import Literal
 Status = Literal["ok", "note", "fix"]
 
 PLUGIN = "titan_bridge"
+_INSTALL = "from a clone of titan-bridge: pip install '.[cpu]' (no GPU) or '.[cuda]'"
 BREAKABLE = ("torchvision", "torchaudio", "torchcodec")
 """Packages that vLLM pulls in, that we do not need, and whose CUDA builds do not import on a CPU torch."""
 
@@ -104,7 +105,7 @@ def _versions() -> Iterable[Finding]:
         name="transformers",
         value=found or "not installed",
         status="ok" if found else "fix",
-        advice="" if found else "install the extra: pip install 'titan-bridge[cpu]' or 'titan-bridge[cuda]'",
+        advice="" if found else _INSTALL,
     )
 
 
@@ -126,14 +127,14 @@ def _vllm() -> Iterable[Finding]:
             value=" and ".join(f"{name} {version}" for name, version in found.items()),
             status="fix",
             advice="both install the package `vllm`, one over the other: make a new environment with either "
-            "titan-bridge[cpu] or titan-bridge[cuda]",
+            f"extra, {_INSTALL}",
         )
     elif not found:
         yield Finding(
             name="vllm",
             value="not installed",
             status="fix",
-            advice="pip install 'titan-bridge[cpu]' (no GPU) or 'titan-bridge[cuda]'",
+            advice=_INSTALL,
         )
     else:
         ((name, version),) = found.items()
@@ -279,7 +280,7 @@ def _device() -> Iterable[Finding]:
             name="device",
             value=f"CPU, although there are {gpus} GPUs ({torch.cuda.get_device_name(0)})",
             status="note",
-            advice="for the GPUs make an environment with titan-bridge[cuda]",
+            advice="for the GPUs make an environment, and from a clone of titan-bridge: pip install '.[cuda]'",
         )
     elif gpus:
         yield Finding(name="device", value=f"{gpus} x {torch.cuda.get_device_name(0)}")
@@ -290,5 +291,6 @@ def _device() -> Iterable[Finding]:
             name="device",
             value="no GPU that torch can use, but vLLM's CUDA build",
             status="fix",
-            advice="make an environment with titan-bridge[cpu], or put the GPU driver right",
+            advice="make an environment, and from a clone of titan-bridge: pip install '.[cpu]'; or put the GPU driver "
+            "right",
         )

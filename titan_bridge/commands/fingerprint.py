@@ -49,6 +49,8 @@ class Fingerprint:
     """Print one JSON object."""
 
     def run(self) -> int:
+        if self.b is None and self.names_b is not None:
+            raise BridgeError("--names-b is of B, and only A is given; leave it out")
         sources = [self.a] if self.b is None else [self.a, self.b]
         folders = [source for source in sources if not _is_url(source)]
         found = self._of_folders(folders) if folders else {}

@@ -72,6 +72,10 @@ class InferCommand:
         from titan_bridge.config.train_schema import TrainConfig
         from titan_bridge.run_folder import model_and_step
 
+        if self.enable_expert_parallel and self.ep is not None:
+            raise BridgeError(
+                f"--enable-expert-parallel (-ep) and --ep {self.ep} both say ep; give one of them"
+            )
         is_file = self.model.endswith(".toml")
         policy = None
         if self.policy is not None:
@@ -98,10 +102,11 @@ class InferCommand:
         )
         config = resolved.config
         parallel = config.parallel
-        if self.enable_expert_parallel and self.ep is None and parallel.ep == 1:
+        if self.enable_expert_parallel:
             parallel = dataclasses.replace(parallel, ep=parallel.sizes.most_ep)
             config = dataclasses.replace(config, parallel=parallel)
-            resolved = dataclasses.replace(resolved, config=config)
+            origin = {**resolved.origin, "parallel.ep": "--enable-expert-parallel"}
+            resolved = dataclasses.replace(resolved, config=config, origin=origin)
         additional = dict(config.vllm.get("additional_config") or {})
         titan = additional.get("titan") or {}
         found = local_folder(config.model, self.model if is_file else None, weights=self.needs_weights)
@@ -204,6 +209,11 @@ def parse_vllm_options(arguments: Sequence[str]) -> dict[str, Any]:
         place = options
         for key in (name, *path)[:-1]:
             place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                option = name.replace("_", "-")
+                raise BridgeError(
+                    f"{argument}: --{option} has the value {place!r} already; give one of the two"
+                )
         place[(name, *path)[-1]] = value
     return options
 
@@ -226,6 +236,10 @@ def option_name(argument: str) -> list[str]:
     return [first[2:].replace("-", "_"), *path] if first.startswith("--") else [""]
 
 
+_JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
+"""Options of vLLM's whose list is one word of JSON; of all others each item is a word."""
+
+
 def format_vllm_options(options: Mapping[str, Any]) -> list[str]:
     """The reverse, for `vllm serve`: `{"max_num_seqs": 4, "eager": True}` -> `["--max-num-seqs", "4", "--eager"]`."""
     import json  # with the rest of run()
@@ -235,6 +249,8 @@ def format_vllm_options(options: Mapping[str, Any]) -> list[str]:
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list) and key not in _JSON_LISTS:
+            arguments += [f"--{flag}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
         elif isinstance(value, (dict, list)):
             arguments += [f"--{flag}", json.dumps(value)]
         else:

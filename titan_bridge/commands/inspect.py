@@ -64,6 +64,12 @@ class Inspect(InferCommand):
 
             picture(found, file, title=title)
         by_layer = self.layers or (shown.policy and not self.json and self.rank is None and not self.all)
+        if self.why is not None and (self.json or self.rank is not None):
+            raise BridgeError(
+                f"--why prints text on all ranks; leave {'--json' if self.json else '--rank'} out"
+            )
+        if self.layers and self.rank is not None:
+            raise BridgeError("--layers shows all ranks; leave --rank out")
         if self.why is not None or by_layer:
             self._show_layers(shown)
         elif self.json and self.rank is None:
@@ -110,10 +116,10 @@ class Inspect(InferCommand):
 
         import torch  # with what follows, four seconds that a bad flag need not wait for
 
-        from titan_bridge.checks import model_directory
+        from titan_bridge.checks import model_directory, overridden
         from titan_bridge.engine.options import titan_options
 
-        hf = model_directory(config.model)
+        hf = overridden(model_directory(config.model), config.vllm.get("hf_overrides"))
 
         from titan_bridge.model_layout import layout, stated_dtype
         from titan_bridge.models import family_for
@@ -124,7 +130,12 @@ class Inspect(InferCommand):
         sizes = parallel.sizes
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         notes = []
-        if config.dtype == "auto" and stated_dtype(hf) in (torch.float32, None):
+        stated = stated_dtype(hf)
+        if config.dtype == "auto" and stated is None:
+            notes.append(
+                "shown in float32, since config.json states no dtype; vLLM takes that of the weights"
+            )
+        elif config.dtype == "auto" and stated == torch.float32:
             notes.append(
                 "shown in float32, as config.json says; vLLM serves such a checkpoint in bfloat16 unless told "
                 "--dtype float32"
@@ -159,8 +170,9 @@ class Inspect(InferCommand):
         from titan_bridge.commands.train import job_of
         from titan_bridge.policy.schema import NO_POLICY
 
-        for flag in ("pp", "dense", "dtype", "max_model_len", "attention_tp", "attention_dp", "policy"):
-            if getattr(self, flag) is not None:
+        own = ("enable_expert_parallel", "model_impl", "names")
+        for flag in ("pp", "dense", "dtype", "max_model_len", "attention_tp", "attention_dp", "policy", *own):
+            if getattr(self, flag) not in (None, False):
                 name = flag.replace("_", "-")
                 raise BridgeError(
                     f"--{name} is for an engine; {self.model} is a file for `titan-bridge train`"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 
 import tyro
 
 from titan_bridge import cpu
 from titan_bridge.commands.infer import InferCommand, Number, parse_vllm_options
+from titan_bridge.errors import BridgeError
 
 FLOAT32_TOLERANCE = 1e-4
 
@@ -18,7 +20,7 @@ FLOAT32_TOLERANCE = 1e-4
 class Parity(InferCommand):
     """Compare the engine's log-probabilities with transformers' and TorchTitan's own, token by token.
 
-    Runs in float32 unless --dtype says otherwise; the references are always float32. Exit code 0 if every
+    Runs in float32 unless --dtype or --set says otherwise; the references are always float32. Exit code 0 if every
     difference is finite and within the tolerance and every greedy token is the reference's, 1 if not.
 
     Example: titan-bridge parity out/demo/qwen3_moe --tp 2 --ep 2
@@ -35,11 +37,17 @@ class Parity(InferCommand):
     def run(self) -> int:
         from titan_bridge import parity
 
-        options = {**parity.ENGINE_OPTIONS, "enforce_eager": True, **parse_vllm_options(self.vllm_options)}
-        config = self.resolve({f"vllm.{key}": value for key, value in options.items()}).config
-        if self.dtype is None:
-            config = dataclasses.replace(config, dtype="float32")
         tolerance = self.tolerance
+        if tolerance is not None and not 0 <= tolerance < math.inf:
+            raise BridgeError(f"--tolerance {tolerance}; give a finite number of at least 0")
+
+        given = parse_vllm_options(self.vllm_options)
+        resolved = self.resolve({f"vllm.{key}": value for key, value in given.items()})
+        config = resolved.config
+        ours = {**parity.ENGINE_OPTIONS, "enforce_eager": True}
+        config = dataclasses.replace(config, vllm={**ours, **config.vllm})
+        if resolved.origin.get("dtype") not in ("--dtype", "--set"):  # a file's is what one serves with
+            config = dataclasses.replace(config, dtype="float32")
         if tolerance is None and config.dtype == "float32":
             tolerance = FLOAT32_TOLERANCE
 

@@ -53,6 +53,14 @@ class PlanCommand:
     """Print one JSON object."""
 
     def run(self) -> int:
+        if "=" not in self.src and not Path(self.src).exists():
+            raise BridgeError(
+                f"SRC {self.src} does not exist; give a checkpoint, or {_SIDE.removeprefix('give ')}"
+            )
+        if self.colocated and Path(self.src).is_dir():
+            raise BridgeError(f"--colocated is for two sides of ranks; SRC {self.src} is a checkpoint")
+        if self.pairs < 0:
+            raise BridgeError(f"--pairs {self.pairs}; give at least 0")
         if Path(self.dst).is_dir():
             raise BridgeError(f"DST {self.dst} is a directory; {_SIDE}")
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+_OF_AN_ADAPTER = {"src", "dst", "to", "config", "lora_alpha", "dry_run", "overwrite", "json"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reshard:
@@ -81,13 +83,22 @@ class Reshard:
     """Print one JSON object."""
 
     def run(self) -> int:
+        of_adapter = self.to == "peft" or (self.src / "adapter_config.json").is_file()
+        if of_adapter:
+            for field in dataclasses.fields(self):
+                if field.name not in _OF_AN_ADAPTER and getattr(self, field.name) != field.default:
+                    raise BridgeError(
+                        f"--{field.name.replace('_', '-')} is not for a LoRA adapter; leave it out"
+                    )
+        if self.lora_alpha is not None and self.to != "peft":
+            raise BridgeError(f"--lora-alpha is for --to peft; with --to {self.to} leave it out")
         with imports():
             import torch  # with what follows, two seconds that a bad flag need not wait for
 
             from titan_bridge.checkpoint.reshard import Options, prepare
             from titan_bridge.checkpoint.team import Team
 
-        if self.to == "peft" or (self.src / "adapter_config.json").is_file():
+        if of_adapter:
             return self._adapter()
 
         options = Options(
@@ -121,27 +132,44 @@ class Reshard:
             team.leave()
 
     def _adapter(self) -> int:
+        from titan_bridge.checkpoint.team import Team
+
+        team = Team()
+        team.join()
+        try:
+            count = team.first(self._write_adapter)  # small: one process does it
+        finally:
+            team.leave()
+        if team.rank == 0:
+            facts = {"to": self.to, "tensors": count, "path": str(self.dst)}
+            note = "; nothing was written" if self.dry_run else ""
+            print(json.dumps(facts) if self.json else f"{self.dst}: a LoRA adapter, {count} tensors{note}")
+        return 0
+
+    def _write_adapter(self) -> int:
         from titan_bridge.checkpoint import adapter
-        from titan_bridge.checkpoint.reshard import stated_config
+        from titan_bridge.checkpoint.model_dir import weights_directory
+        from titan_bridge.checkpoint.open import refuse_remote
+        from titan_bridge.checkpoint.reshard import check_paths, stated_config
         from titan_bridge.models import load_hf_config
         from titan_bridge.run_folder import model_and_step
 
+        refuse_remote(self.src)
+        refuse_remote(self.dst)
+        check_paths(weights_directory(str(self.src)) or self.src, self.dst, overwrite=self.overwrite)
+        how = {"overwrite": self.overwrite, "dry_run": self.dry_run}
         if adapter.is_adapter(self.src):
             if self.to != "dcp":
                 raise BridgeError(f"{self.src} is a LoRA adapter; allowed: --to dcp")
             if self.config is None:
                 raise BridgeError(f"{self.src} has no config.json; give the model's with --config")
-            count = adapter.write_dcp(self.src, self.dst, hf=stated_config(self.config))
-        else:
-            if self.lora_alpha is None:
-                raise BridgeError(
-                    "--to peft needs --lora-alpha, the alpha of TorchTitan's LoRAConverter: no checkpoint has it"
-                )
-            hf = stated_config(self.config) if self.config else load_hf_config(model_and_step(self.src)[0])
-            count = adapter.write_peft(self.src, self.dst, hf=hf, alpha=self.lora_alpha)
-        facts = {"to": self.to, "tensors": count, "path": str(self.dst)}
-        print(json.dumps(facts) if self.json else f"{self.dst}: a LoRA adapter, {count} tensors")
-        return 0
+            return adapter.write_dcp(self.src, self.dst, hf=stated_config(self.config), **how)
+        if self.lora_alpha is None:
+            raise BridgeError(
+                "--to peft needs --lora-alpha, the alpha of TorchTitan's LoRAConverter: no checkpoint has it"
+            )
+        hf = stated_config(self.config) if self.config else load_hf_config(model_and_step(self.src)[0])
+        return adapter.write_peft(self.src, self.dst, hf=hf, alpha=self.lora_alpha, **how)
 
     def _execute(self, job: Job) -> int:
         start = time.perf_counter()

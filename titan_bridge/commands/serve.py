@@ -56,6 +56,10 @@ class Serve(InferCommand):
         from titan_bridge.engine.cpu import forking
 
         given, parallel = {**config.vllm, **passed}, config.parallel
+        for name, least in (("nnodes", 1), ("node_rank", 0), ("data_parallel_size_local", 0)):
+            value = given.get(name, least)
+            if type(value) is not int or value < least:
+                raise BridgeError(f"--{name.replace('_', '-')} {value}; give an integer of at least {least}")
         listens = not given.get("headless")
         if listens:
             port_free(self.host, self.port)

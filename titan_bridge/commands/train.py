@@ -18,6 +18,7 @@ import tyro
 from titan_bridge.commands.infer import Int, Text
 from titan_bridge.cpu import is_cpu_backend
 from titan_bridge.errors import BridgeError
+from titan_bridge.json_file import finite
 
 if TYPE_CHECKING:
     from titan_bridge.train.build import Job
@@ -35,9 +36,9 @@ class Train:
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A .toml file (see configs/train/)."""
     nproc: Int = None
-    """Processes: the product of the degrees. On a GPU one a device, on a CPU with gloo."""
+    """Number of processes, one per GPU; default: the product of the degrees."""
     out: Text = None
-    """Folder for checkpoints, logs and TensorBoard."""
+    """Folder for checkpoints, logs and TensorBoard; default: out/train/NAME of the file."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Set one key, for instance --set trainer.training.steps=50 or --set parallel.tp=2; may be repeated."""
     print_config: bool = False
@@ -50,7 +51,7 @@ class Train:
         if self.print_config:
             rows = job.table()
             if self.json:
-                values = {key: {"value": value, "origin": origin} for key, value, origin in rows}
+                values = {key: {"value": finite(value), "origin": origin} for key, value, origin in rows}
                 print(json.dumps(values, default=str))
                 return 0
             width = max(len(key) for key, _, _ in rows)

@@ -61,17 +61,24 @@ def resolve(
     origin: dict[str, str] = {}
     if file is not None:
         name = str(file)
-        values = read_toml(Path(file))
+        values = _underscored(schema, read_toml(Path(file)), name)
         _check_kind(schema, values, name, others or {})
         _check_keys(schema, values, name)
         origin.update({key: name for key, _ in _walk(values)})
     for text in sets:
         key, value = parse_set(text)
+        if key.startswith("vllm."):  # its keys are vLLM's options, which have both spellings
+            table, option, *rest = key.split(".")
+            key = ".".join([table, option.replace("-", "_"), *rest])
+        elif key == "vllm":
+            value = _underscored(schema, {key: value}, "--set vllm")[key]
         _put(schema, values, key, value, f"--set {key}")
         origin[key] = "--set"
     for key, value in (flags or {}).items():
         if value is not None:
             flag = "--" + key.rsplit(".", 1)[-1].replace("_", "-")
+            if isinstance(value, Mapping) and key.startswith("vllm."):
+                value = _merged((values.get("vllm") or {}).get(key.removeprefix("vllm.")), value)
             _put(schema, values, key, value, flag)
             origin[key] = flag
     try:
@@ -156,6 +163,29 @@ def known_keys(schema: Any, values: Mapping[str, Any]) -> int:
         else:
             count += not isinstance(value, Mapping) or typing.get_origin(fields[key]) is dict
     return count
+
+
+def _underscored(schema: Any, values: dict[str, Any], source: str) -> dict[str, Any]:
+    """The values with the options in their table [vllm] spelled with underscores."""
+    options = values.get("vllm")
+    if not isinstance(options, dict) or "vllm" not in (fields_of(schema) or ()):
+        return values
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        name = key.replace("-", "_")
+        if name in found:
+            raise BridgeError(
+                f"{source}: vllm.{name} is given twice, with dashes and with underscores; give one"
+            )
+        found[name] = value
+    return {**values, "vllm": found}
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """`new`, with what `old` says beside it where both are tables."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def _check_keys(schema: Any, values: Mapping[str, Any], source: str, prefix: str = "") -> None:

@@ -98,7 +98,8 @@ class InferConfig:
     model_impl: Text = "torchtitan"
     """"torchtitan" for TorchTitan's classes; any value of vLLM's own --model-impl to compare with."""
     dtype: Dtype = "auto"
-    """Type of weights and activations; "auto" takes the checkpoint's."""
+    """Type of weights and activations; "auto" takes the checkpoint's, but bfloat16 for a float32 checkpoint, as vLLM
+    does: say float32 to compare numbers."""
     max_model_len: Positive | None = None
     """Longest sequence in tokens, prompt included; none: what the model's config allows."""
     parallel: Parallel = Field(default_factory=Parallel)
@@ -112,14 +113,17 @@ class InferConfig:
 
     def __post_init__(self) -> None:
         for option in self.vllm:
-            if ours := OWNED_BY_US.get(option.replace("-", "_")):
+            if ours := OWNED_BY_US.get(option):
                 raise ValueError(f"vllm.{option} is set by {ours}; write it there")
-        titan = self.additional_config().get("titan")
+        additional = self.vllm.get("additional_config")
+        if additional is not None and not isinstance(additional, dict):
+            raise ValueError(f"vllm.additional_config is {additional!r}; it must be a table")
+        titan = (additional or {}).get("titan")
         if titan is not None and not isinstance(titan, dict):
             raise ValueError(f"vllm.additional_config.titan is {titan!r}; it must be a table")
         said = {name: f"parallel.{name}" for name in ("dense", "ep", "attention_dp")}
         for key, ours in {**said, "parallelism": "parallelism"}.items():
-            if key in ((self.vllm.get("additional_config") or {}).get("titan") or {}):
+            if key in (titan or {}):
                 raise ValueError(f"vllm.additional_config.titan.{key} is set by {ours}; write it there")
         if self.parallelism and self.parallel.attn_tp:
             raise ValueError(
@@ -156,7 +160,7 @@ class InferConfig:
             "dtype": self.dtype,
             "tensor_parallel_size": self.parallel.tp,
             "enable_expert_parallel": self.parallel.ep > 1,
-            **{key.replace("-", "_"): value for key, value in self.vllm.items()},
+            **self.vllm,
         }
         if self.parallel.pp > 1:
             options["pipeline_parallel_size"] = self.parallel.pp

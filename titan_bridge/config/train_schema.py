@@ -132,7 +132,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrainParallel:
-    """Degrees. Processes = dp_replicate * dp * tp (times TorchTitan's pipeline and context degrees)."""
+    """Degrees. Processes = dp_replicate * dp * tp."""
 
     dp: Positive | None = None
     """Ranks over which FSDP shards (data_parallel_shard_degree); none: what nproc leaves, or 1."""

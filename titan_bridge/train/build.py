@@ -51,7 +51,7 @@ class Job:
         family: of the model.
         hf_config: config.json of the model that is trained.
         expert_bias: whether routers have TorchTitan's load-balancing bias (a buffer in the checkpoint).
-        sizes: degrees; context parallelism is in none of them.
+        sizes: degrees.
         nproc: processes.
     """
 
@@ -71,11 +71,7 @@ class Job:
         return self.sizes.dp_replicate * self.sizes.dp
 
     def layout(self) -> Layout:
-        """Where the trainer's ranks hold every parameter.
-
-        Raises:
-            BridgeError: pipeline stages.
-        """
+        """Where the trainer's ranks hold every parameter."""
         assert self.trainer.model_spec is not None
         dtype = getattr(torch, self.trainer.training.dtype)
         return layout(self.trainer.model_spec.model, self.sizes, "shard", dtype=dtype, policy=None)
@@ -191,18 +187,14 @@ def _degrees(
         if value is not None:
             setattr(parallelism, theirs, value)
             found[f"trainer.parallelism.{theirs}"] = f"parallel.{ours}"
-    if parallelism.pipeline_parallel_degree > 1:
-        key = "trainer.parallelism.pipeline_parallel_degree"
-        raise BridgeError(
-            f"{origin.get(key, 'the configuration')}: {key} = {parallelism.pipeline_parallel_degree} is not supported "
-            "by titan-bridge train; allowed: 1"
-        )
-    others = (
-        parallelism.data_parallel_replicate_degree
-        * parallelism.tensor_parallel_degree
-        * parallelism.pipeline_parallel_degree
-        * parallelism.context_parallel_degree
-    )
+    for name in ("pipeline_parallel_degree", "context_parallel_degree"):
+        if (degree := getattr(parallelism, name)) > 1:
+            key = f"trainer.parallelism.{name}"
+            raise BridgeError(
+                f"{origin.get(key, 'the configuration')}: {key} = {degree} is not supported by titan-bridge train; "
+                "allowed: 1"
+            )
+    others = parallelism.data_parallel_replicate_degree * parallelism.tensor_parallel_degree
     nproc = config.nproc
     if parallelism.data_parallel_shard_degree == -1:
         left = 1 if nproc is None else max(1, nproc // others)
@@ -212,15 +204,8 @@ def _degrees(
     if nproc is None:
         nproc = product
     if nproc != product:
-        names = ("dp_replicate", "dp", "tp", "pp", "cp")
-        values = (
-            parallelism.data_parallel_replicate_degree,
-            parallelism.data_parallel_shard_degree,
-            parallelism.tensor_parallel_degree,
-            parallelism.pipeline_parallel_degree,
-            parallelism.context_parallel_degree,
-        )
-        factors = [f"{n}={v}" for n, v in zip(names, values, strict=True) if v > 1] or ["dp=1"]
+        values = {name: getattr(parallelism, _DEGREES[name]) for name in ("dp_replicate", "dp", "tp")}
+        factors = [f"{name}={value}" for name, value in values.items() if value > 1] or ["dp=1"]
         raise BridgeError(
             f"{origin.get('nproc', 'the configuration')}: nproc={nproc} is not the product of the degrees "
             f"{' * '.join(factors)} = {product}; set nproc={product}, leave it out, or change the degrees"
@@ -238,7 +223,6 @@ def _sizes(parallelism: ParallelismConfig) -> Sizes:
         tp=parallelism.tensor_parallel_degree,
         ep=parallelism.expert_parallel_degree,
         dp_replicate=parallelism.data_parallel_replicate_degree,
-        pp=parallelism.pipeline_parallel_degree,
     )
 
 
@@ -255,7 +239,7 @@ def _located(origin: Mapping[str, str], check: Callable[[], T]) -> T:
 
 def _check_even(hf_config: Mapping[str, Any], sizes: Sizes) -> None:
     """Refuse what torch cannot put together again: FSDP on top of tp or ep on a dim that they do not divide."""
-    if sizes.dp == 1 or sizes.tp * sizes.ep == 1 or sizes.pp > 1:
+    if sizes.dp == 1 or sizes.tp * sizes.ep == 1:
         return
     for name, parameter in specs(hf_config, sizes, "shard", policy=None).items():
         axes = describe(parameter.spec.mesh, sizes)

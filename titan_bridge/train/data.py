@@ -130,9 +130,13 @@ def _files(given: str, pattern: str) -> list[Path]:
 
 def _walk(root: Path, pattern: str) -> list[Path]:
     """Files below `root` by name, sorted; hidden ones left out."""
+    try:
+        found = list(root.rglob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise BridgeError(f"data.pattern = {pattern!r} is no name of files below a folder: {error}") from None
     return sorted(
         file
-        for file in root.rglob(pattern)
+        for file in found
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
     )
 
@@ -170,6 +174,10 @@ def _cut(file: str, size: int, largest: int) -> Iterator[tuple[str, int, int]]:
             stop = min(size, start + largest)
             if stop < size:
                 opened.seek(stop)
-                stop = min(size, stop + len(opened.readline(largest)))
+                line = opened.readline(largest)
+                # Cut where the line is as long again: not inside a character of UTF-8.
+                more = b"" if line.endswith(b"\n") else opened.read(3)
+                inside = next((n for n, byte in enumerate(more) if byte & 0xC0 != 0x80), len(more))
+                stop = min(size, stop + len(line) + inside)
             yield file, start, stop
             start = stop

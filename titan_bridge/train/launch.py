@@ -1,6 +1,7 @@
 """Start a run: validate everything, write the record and the tokenizer, then torchrun.
 
-Nothing is written before everything was checked, and nothing of a checkpoint that is whole is ever touched.
+Nothing but the lock is written before everything was checked, and no checkpoint that is whole is ever changed: where
+training begins before it, it is set aside under another name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from titan_bridge.run_folder import CHECKPOINT, Record, step_folder, whole_steps
 from titan_bridge.train import data, tokenizer
 from titan_bridge.train.build import Job, on_cpu
 from titan_bridge.train.guard import die_with_parent, lock
-from titan_bridge.train.output import DOCUMENTS, LOGS, check_same_run, remove_partial
+from titan_bridge.train.output import DOCUMENTS, LOGS, METRICS, check_same_run, remove_partial, set_aside
+from titan_bridge.train.progress import forget_after
 
 WORKER = "titan_bridge.train.worker"
 
@@ -45,36 +47,61 @@ def train(job: Job, tell: Callable[[str], object] = lambda line: None) -> bool:
         BridgeError: what the user can put right: data, an output folder of another model, a full disk.
         RuntimeError: a rank failed; the message is its error and names the log.
     """
-    folder = job.out / CHECKPOINT
-    record = _record(job)
-    check_same_run(folder, record)
-    begin, wanted = job.trainer.checkpoint.load_step, job.trainer.training.steps
-    last = max(whole_steps(folder), default=-1)
-    if begin != -1:
-        check_checkpoint(job, step_folder(folder, begin))
-    elif last >= wanted:
-        tell(f"{job.out}: nothing to do, step {last} is there and trainer.training.steps is {wanted}")
-        return False
-    else:
-        begin = _last_to_go_on_from(job, folder)
-    resuming = begin != -1
-    if not resuming and (path := job.trainer.checkpoint.initial_load_path) and is_dcp(Path(path)):
-        _open(Path(path)).close()
-    if resuming:
-        tell(f"{job.out}: going on from step {begin}")
-    documents = _documents(job, resuming=resuming)
+    # Before there is a folder, so that a refusal leaves none.
+    documents = None if job.out.exists() else _documents(job, resuming=False)
     try:
         descriptor = lock(job.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_partial(folder)
-        _write(job, record, documents, resuming=resuming)
     except OSError as error:
         raise BridgeError(f"{job.out} cannot be written: {error.strerror}") from None
     try:
+        folder = job.out / CHECKPOINT
+        record = _record(job)
+        begin = _begin(job, folder, record, tell)
+        if begin is None:
+            return False
+        if documents is None or begin != -1:
+            documents = _documents(job, resuming=begin != -1)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partial(folder)
+            _write(job, record, documents, resuming=begin != -1)
+            forget_after(job.out / METRICS, begin)
+            if not job.trainer.checkpoint.load_only:
+                for step, aside in set_aside(folder, begin).items():
+                    tell(
+                        f"{job.out}: step {step} is of the training that this one replaces; set aside as {aside}"
+                    )
+        except OSError as error:
+            raise BridgeError(f"{job.out} cannot be written: {error.strerror}") from None
         _torchrun(job, folder, descriptor, begin)
     finally:
         os.close(descriptor)
     return True
+
+
+def _begin(job: Job, folder: Path, record: Record, tell: Callable[[str], object]) -> int | None:
+    """The step to go on from, checked: -1 for a new run, None where there is nothing to do."""
+    check_same_run(folder, record)
+    checkpoint, wanted = job.trainer.checkpoint, job.trainer.training.steps
+    steps, begin = whole_steps(folder), checkpoint.load_step
+    if steps and not checkpoint.enable:
+        raise BridgeError(
+            f"{folder} holds checkpoints (step {', '.join(map(str, steps))}), and with trainer.checkpoint.enable = "
+            "false training would begin anew; leave it out to go on from them, or choose another out"
+        )
+    if begin != -1:
+        check_checkpoint(job, step_folder(folder, begin))
+    last = max(steps, default=-1) if begin == -1 else begin
+    if last >= wanted:
+        tell(f"{job.out}: nothing to do, step {last} is there and trainer.training.steps is {wanted}")
+        return None
+    if begin == -1:
+        begin = _last_to_go_on_from(job, folder)
+    if begin != -1:
+        tell(f"{job.out}: going on from step {begin}")
+    elif (path := checkpoint.initial_load_path) and is_dcp(Path(path)):
+        _open(Path(path)).close()
+    return begin
 
 
 def _last_to_go_on_from(job: Job, folder: Path) -> int:
@@ -160,10 +187,15 @@ def _documents(job: Job, *, resuming: bool) -> data.Documents | None:
     """The text of the run: as before when it goes on, else found now. None for data that are not ours."""
     if job.config.data is None:
         return None
-    file = job.out / DOCUMENTS
-    if not (resuming and file.is_file()):
+    if not resuming:
         return data.find_documents(job.config.data, ranks=job.data_ranks)
-    documents = data.Documents.read(file)
+    file = job.out / DOCUMENTS
+    try:
+        documents = data.Documents.read(file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BridgeError(
+            f"{file}, which says what text this run reads, cannot be read ({error}); restore it, or choose another out"
+        ) from None
     if (gone := documents.missing()) is not None:
         raise BridgeError(
             f"{gone}, which this run reads, is gone or shorter than it was; restore it, or choose another out"

@@ -32,6 +32,18 @@ def remove_partial(folder: Path) -> tuple[int, ...]:
     return tuple(sorted(partial))
 
 
+def set_aside(folder: Path, begin: int) -> dict[int, str]:
+    """Rename the checkpoints after step `begin`, which TorchTitan would write into and take for its own; new names by
+    step. "step-" is in none of them, since TorchTitan finds its checkpoints by that anywhere in a name."""
+    names: dict[int, str] = {}
+    for step, path in sorted(step_folders(folder).items()):
+        if step > begin:
+            tries = (f"replaced-{step}{more}" for more in ("", *(f"-{number}" for number in range(2, 1000))))
+            names[step] = next(name for name in tries if not (folder / name).exists())
+            path.rename(folder / names[step])
+    return names
+
+
 def check_same_run(folder: Path, record: Record) -> None:
     """Refuse to go on from the checkpoints of another model or of other data.
 

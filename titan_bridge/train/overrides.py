@@ -209,7 +209,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 def _checked(node: Any, key: str, value: Any, path: str, full: str, place: str) -> Any:
     """`value` as the field's type, or a refusal."""
     if path in CHOICES:
-        if value not in CHOICES[path]:
+        if not isinstance(value, str) or value not in CHOICES[path]:
             raise _refusal(place, full, value, f"one of {', '.join(CHOICES[path])}")
         return CHOICES[path][value]()
     if _keys(_get(node, key)) is not None and not isinstance(value, (Mapping, list)):

@@ -6,6 +6,7 @@ TorchTitan's own metrics go on beside it (TensorBoard, its log line); this is on
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -76,6 +77,15 @@ def read_metrics(file: Path) -> dict[int, dict[str, Any]]:
                 continue
             found[record["step"]] = record
     return found
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Leave the records up to `step` in metrics.jsonl, whole ones, each step once."""
+    kept = [record for done, record in sorted(read_metrics(file).items()) if done <= step]
+    if file.exists():
+        new = file.with_name(f".{file.name}.new")
+        new.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(new, file)
 
 
 def duration(seconds: float) -> str:

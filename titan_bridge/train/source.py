@@ -100,10 +100,10 @@ def _call(target: str, place: str) -> Trainer.Config:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # the module is the user's
         raise BridgeError(
-            f"{place}: model.config = {target!r}: {module_name} cannot be imported: {error}"
-        ) from None
+            f"{place}: model.config = {target!r}: {module_name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         own = [value for value in vars(module).values() if inspect.isfunction(value)]

@@ -84,8 +84,7 @@ def _run(job: Job, folder: Path, screen: TextIO) -> None:
     )
     trainer: Trainer = job.trainer.build()
     try:
-        rank = dist.get_rank()
-        if rank == dist.get_world_size() // job.sizes.pp * (job.sizes.pp - 1):  # the first of the last stage
+        if dist.get_rank() == 0:
             print(_headline(job, trainer), file=screen, flush=True)
             add_progress(trainer, screen, folder.parent / METRICS)
         trainer.train()
