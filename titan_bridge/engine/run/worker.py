@@ -27,7 +27,9 @@ class BridgeWorker:
         setup = getattr(model, "setup", None)
         inner = getattr(model, "model", None) if setup is not None else None
         loaded = getattr(model, "loaded", None) if setup is not None else None
-        parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        # What vLLM's attention derives from weights, it keeps as parameters.
+        weights = [p for name, p in model.named_parameters() if ".inner_attention." not in name]
+        parameters = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
         return {
             "rank": self.rank,  # type: ignore[attr-defined]
             "dtype": dtype_name(self.model_config.dtype),  # type: ignore[attr-defined]
