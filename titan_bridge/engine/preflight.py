@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from titan_bridge.checkpoint.model_dir import LOAD_FORMAT, check_weights, weights_directory
 from titan_bridge.checks import experts_in, model_fits
 from titan_bridge.engine.attention_dp.checks import use_groups
 from titan_bridge.engine.cpu.head_dims import check_head_dim
+from titan_bridge.engine.log import logger_of
 from titan_bridge.engine.model.backends import check_backend
 from titan_bridge.engine.model.build import Setup, captures_experts, setup_from
 from titan_bridge.engine.options import titan_options
@@ -25,7 +25,7 @@ SPECULATION = ("draft_model", "ngram", "ngram_gpu", "suffix")
 RUNNERS = (("generate", "none"), ("pooling", "embed"))
 """vLLM's runner and the conversion of a causal model: embeddings, and scores from them, need no further weights."""
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
+logger = logger_of(__name__)
 
 
 def check(vllm_config: VllmConfig) -> None:

@@ -33,8 +33,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
     materialize_full_tensor,
 )
-from vllm.logger import init_logger
 
+from titan_bridge.engine.log import logger_of
 from titan_bridge.engine.transfer_target import adapter_target, target_of
 from titan_bridge.errors import BridgeError
 from titan_bridge.transfer.clients import LLMClient
@@ -52,7 +52,7 @@ __all__ = [
     "TitanWeightTransferEngine",
 ]  # fmt: skip
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
+logger = logger_of(__name__)
 
 
 # The worker's half
@@ -155,7 +155,7 @@ class TitanTrainerInitInfo(TrainerInitInfo):
     port: int = 0
     """Rank r listens at port + r; 0 takes free ones."""
     timeout_seconds: float = 300.0
-    """Of a connection, and of one update."""
+    """Of a connection, and of each step of an update."""
     bucket_bytes: int = BUCKET_BYTES
     """Most bytes of one message; a rank packs two at a time."""
     delta: bool = True

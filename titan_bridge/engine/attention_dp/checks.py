@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from titan_bridge.engine.attention_dp.executor import GroupExecutor
+from titan_bridge.engine.log import logger_of
 from titan_bridge.engine.model.build import Setup
 from titan_bridge.engine.options import titan_options
 from titan_bridge.errors import refuse
@@ -17,7 +17,7 @@ from titan_bridge.errors import refuse
 SCHEDULER = "titan_bridge.engine.attention_dp.scheduler.GroupScheduler"
 WORKER = "titan_bridge.engine.attention_dp.worker.GroupWorker"
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
+logger = logger_of(__name__)
 
 
 def use_groups(vllm_config: VllmConfig, setup: Setup) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm import envs
-from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -26,9 +25,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from titan_bridge.engine.attention_dp.routing import best_group
 from titan_bridge.engine.attention_dp.step import GroupOutputs, StepOutput, joined
+from titan_bridge.engine.log import logger_of
 from titan_bridge.engine.options import titan_options
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers and level it shares
+logger = logger_of(__name__)
 
 
 class GroupScheduler(SchedulerInterface):
