@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 
 class BridgeError(ValueError):
@@ -20,6 +20,14 @@ def about(what: object) -> Iterator[None]:
         yield
     except BridgeError as error:
         raise BridgeError(f"{what}: {error}") from None
+
+
+def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
+    """ "did you mean NAME? " with the nearest of the known names, or nothing."""
+    import difflib  # noqa: PLC0415  only for this message
+
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"did you mean {prefix}{near[0]}? " if near else ""
 
 
 def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:
