@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from titan_bridge import __version__
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, did_you_mean
 
 COMMANDS = {
     "doctor": "titan_bridge.commands.doctor:Doctor",
@@ -113,10 +113,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        import difflib  # only for this message
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        guess = f"did you mean {near[0]}? " if near else ""
+        guess = did_you_mean(name, COMMANDS)
         raise BridgeError(f"unknown command {name!r}; {guess}allowed: {', '.join(COMMANDS)}")
     return _parse(name, rest).run()
 

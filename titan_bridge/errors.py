@@ -33,6 +33,14 @@ def refuse(options: Iterable[tuple[object, str, str]], where: str) -> None:
             raise BridgeError(f"{what} not supported {where}; {allowed}")
 
 
+def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
+    """ "did you mean NAME? " with the nearest of the known names, or nothing."""
+    import difflib  # noqa: PLC0415  only for this message
+
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"did you mean {prefix}{near[0]}? " if near else ""
+
+
 def few(items: Collection[str], most: int = 3, separator: str = ", ") -> str:
     """The first items, and how many more there are: for messages."""
     more = f" and {len(items) - most} more" if len(items) > most else ""

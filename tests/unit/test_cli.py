@@ -118,7 +118,6 @@ MISTAKES = {
     "generate m --attention_dp --max-tokens 2": "m does not exist",
     "generate m -ep --ep 2": "--enable-expert-parallel (-ep) and --ep 2 both say ep",
     "generate m --set vllm.additional_config=3": "vllm.additional_config is 3; it must be a table",
-    "generate m --policy none.yaml --set vllm.additional_config.titan=x": "none.yaml",
     "generate m --dense shard --set vllm.additional_config.titan=x": "vllm.additional_config.titan is 'x'; it must",
     "generate m --compilation-config 3 --compilation-config.mode 0": "--compilation-config has the value 3 already",
     "serve {model} --nnodes abc": "--nnodes abc; give an integer of at least 1",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from titan_bridge.commands.parity import Parity
 from titan_bridge.parity import compare
 
 TABLE_LV = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
@@ -64,3 +65,17 @@ def test_a_reference_that_is_nan_fails_and_is_named() -> None:
     assert found.not_finite is not None
     assert found.not_finite.startswith("prompt 0 (3 tokens), position 1, token 1: the engine says -")
     assert found.not_finite.endswith(", ref nan")
+
+
+def test_what_the_user_says_beats_the_options_of_parity(tmp_path):
+    folder = str(tmp_path)
+    plain = Parity(model=folder).config()
+    assert (plain.dtype, plain.vllm["max_num_seqs"], plain.vllm["enforce_eager"]) == ("float32", 4, True)
+    asked = Parity(
+        model=folder, set=("vllm.max_num_seqs=8", 'dtype="bfloat16"', "vllm.enforce-eager=false")
+    ).config()
+    assert (asked.dtype, asked.vllm["max_num_seqs"], asked.vllm["enforce_eager"]) == ("bfloat16", 8, False)
+    file = tmp_path / "a.toml"
+    file.write_text(f'model = "{folder}"\ndtype = "bfloat16"\n[vllm]\nblock_size = 16\n')
+    told = Parity(model=str(file), vllm_options=("--max-num-seqs", "2")).config()
+    assert (told.dtype, told.vllm["block_size"], told.vllm["max_num_seqs"]) == ("float32", 16, 2)

@@ -6,12 +6,16 @@ import dataclasses
 import json
 import math
 import os
+from typing import TYPE_CHECKING
 
 import tyro
 
 from titan_bridge import cpu
 from titan_bridge.commands.infer import InferCommand, Number, parse_vllm_options
 from titan_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from titan_bridge.config.schema import InferConfig
 
 FLOAT32_TOLERANCE = 1e-4
 
@@ -41,13 +45,7 @@ class Parity(InferCommand):
         if tolerance is not None and not 0 <= tolerance < math.inf:
             raise BridgeError(f"--tolerance {tolerance}; give a finite number of at least 0")
 
-        given = parse_vllm_options(self.vllm_options)
-        resolved = self.resolve({f"vllm.{key}": value for key, value in given.items()})
-        config = resolved.config
-        ours = {**parity.ENGINE_OPTIONS, "enforce_eager": True}
-        config = dataclasses.replace(config, vllm={**ours, **config.vllm})
-        if resolved.origin.get("dtype") not in ("--dtype", "--set"):  # a file's is what one serves with
-            config = dataclasses.replace(config, dtype="float32")
+        config = self.config()
         if tolerance is None and config.dtype == "float32":
             tolerance = FLOAT32_TOLERANCE
 
@@ -92,6 +90,19 @@ class Parity(InferCommand):
             _show(facts)
         warn_of_weights(outcome.workers)
         return 0 if right and not outcome.killed_ranks else 1
+
+    def config(self) -> InferConfig:
+        """What is served: our options where neither the command line nor the file says another."""
+        from titan_bridge import parity
+
+        given = parse_vllm_options(self.vllm_options)
+        resolved = self.resolve({f"vllm.{key}": value for key, value in given.items()})
+        config = resolved.config
+        ours = {**parity.ENGINE_OPTIONS, "enforce_eager": True}
+        config = dataclasses.replace(config, vllm={**ours, **config.vllm})
+        if resolved.origin.get("dtype") not in ("--dtype", "--set"):  # a file's is what one serves with
+            config = dataclasses.replace(config, dtype="float32")
+        return config
 
 
 def _show(facts: dict) -> None:

@@ -6,19 +6,18 @@ The only file that imports tomli. Every refusal names the file, the key, what wa
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import tomli
 from pydantic import TypeAdapter, ValidationError
 
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, did_you_mean
 
 T = TypeVar("T")
 
@@ -64,7 +63,7 @@ def resolve(
         values = _underscored(schema, read_toml(Path(file)), name)
         _check_kind(schema, values, name, others or {})
         _check_keys(schema, values, name)
-        origin.update({key: name for key, _ in _walk(values)})
+        origin.update({key: name for key, _ in walk(values)})
     for text in sets:
         key, value = parse_set(text)
         if key.startswith("vllm."):  # its keys are vLLM's options, which have both spellings
@@ -210,10 +209,8 @@ def _check_kind(schema: Any, values: Mapping[str, Any], file: str, others: Mappi
 
 
 def _unknown_key(what: str, key: str, fields: Mapping[str, Any], prefix: str) -> str:
-    near = difflib.get_close_matches(key, fields, n=1)
-    guess = f"; did you mean {prefix}{near[0]}?" if near else ";"
     table = f"[{prefix[:-1]}]" if prefix else "the top level"
-    return f"{what}{guess} allowed in {table}: {', '.join(sorted(fields))}"
+    return f"{what}; {did_you_mean(key, fields, prefix)}allowed in {table}: {', '.join(sorted(fields))}"
 
 
 def _put(schema: Any, values: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -230,10 +227,11 @@ def _put(schema: Any, values: dict[str, Any], key: str, value: Any, source: str)
     place[last] = value
 
 
-def _walk(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def walk(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested tables; an empty one is a value."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _walk(value, f"{prefix}{key}.")
+            yield from walk(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -244,7 +242,7 @@ def _leaves(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{prefix}{field.name}.")
         elif isinstance(value, Mapping) and value:
-            yield from _walk(value, f"{prefix}{field.name}.")
+            yield from walk(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, _plain(value)
 

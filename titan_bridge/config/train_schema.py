@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from titan_bridge.config.reader import walk
 from titan_bridge.config.schema import CONFIG, Positive, Text
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -165,7 +166,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         owned = OWNED_BY_US | (OWNED_BY_DATA if self.uses_text else {})
-        for path in _paths(self.trainer):
+        for path, _ in walk(self.trainer):
             for theirs, ours in owned.items():
                 if path == theirs or path.startswith(f"{theirs}."):
                     raise ValueError(f"trainer.{path} is set by {ours}; write it there")
@@ -174,13 +175,3 @@ class TrainConfig:
     def uses_text(self) -> bool:
         """Whether the data are text of ours and not those of a `model.config` function."""
         return self.data is not None or self.model.config is None
-
-
-def _paths(table: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            found += _paths(value, f"{prefix}{key}.")
-        else:
-            found.append(prefix + key)
-    return found

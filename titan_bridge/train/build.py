@@ -18,6 +18,7 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
+from titan_bridge.config.reader import walk
 from titan_bridge.config.train_schema import Data, TrainConfig
 from titan_bridge.errors import BridgeError
 from titan_bridge.mesh import Sizes, check_divides, describe
@@ -81,7 +82,7 @@ class Job:
         ours = dataclasses.asdict(self.config)
         ours.pop("trainer")
         ours |= {"out": str(self.out), "nproc": self.nproc}
-        rows = [(key, value, self.origin.get(key, "default")) for key, value in overrides.flatten(ours)]
+        rows = [(key, value, self.origin.get(key, "default")) for key, value in walk(ours)]
         for key, value in overrides.leaves(self.trainer):
             rows.append((f"trainer.{key}", value, self.origin.get(f"trainer.{key}", "default")))
         return rows
@@ -153,7 +154,7 @@ def build(config: TrainConfig, origin: Mapping[str, str], *, name: str = "train"
 
 def _device_values(trainer: Trainer.Config, config: TrainConfig, origin: Mapping[str, str]) -> dict[str, str]:
     """Set what this torch and this device require and prefer; refuse what they cannot do. Returns the origins."""
-    given = dict(overrides.flatten(config.trainer))
+    given = dict(walk(config.trainer))
     wanted = {path: (value, compat.ORIGIN) for path, value in compat.PREFERRED.items()}
     if on_cpu():
         from titan_bridge.train import cpu  # noqa: PLC0415  absent where there is an accelerator

@@ -6,7 +6,6 @@ A path goes through dataclass fields, list indices and dict keys: `optimizer.par
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -17,7 +16,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 
-from titan_bridge.errors import BridgeError
+from titan_bridge.config.reader import walk
+from titan_bridge.errors import BridgeError, did_you_mean
 
 CHOICES: dict[str, dict[str, Any]] = {
     "activation_checkpoint": {
@@ -115,17 +115,8 @@ def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, config
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of a nested table."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _touched(values: Mapping[str, Any], path: str) -> bool:
-    return not path or any(name.startswith(f"{path}.") for name, _ in flatten(values))
+    return not path or any(name.startswith(f"{path}.") for name, _ in walk(values))
 
 
 def _descend(node: Any, values: Mapping[str, Any], source: Mapping[str, str], prefix: str, path: str) -> None:
@@ -138,12 +129,11 @@ def _descend(node: Any, values: Mapping[str, Any], source: Mapping[str, str], pr
             shown = "none" if node is None else repr(node)
             raise BridgeError(f"{place}: {full}: {prefix}{path} is {shown}; nothing below it can be set")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
             parent = f"{prefix}{path}." if path else prefix
-            guess = f"; did you mean {parent}{near[0]}?" if near else ";"
+            guess = did_you_mean(key, known, parent)
             table = f"[{parent[:-1]}]" if parent else "the top level"
             raise BridgeError(
-                f"{place}: unknown key {full}{guess} allowed in {table}: {', '.join(sorted(known)) or 'nothing'}"
+                f"{place}: unknown key {full}; {guess}allowed in {table}: {', '.join(sorted(known)) or 'nothing'}"
             )
         current = _get(node, key)
         if isinstance(value, Mapping) and _keys(current) is not None:

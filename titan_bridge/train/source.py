@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import importlib
 import inspect
 import os
@@ -24,7 +23,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from titan_bridge.config.train_schema import ModelSizes, TrainConfig
-from titan_bridge.errors import BridgeError
+from titan_bridge.errors import BridgeError, did_you_mean
 from titan_bridge.models import Family, families, family_of
 from titan_bridge.train import overrides, tokenizer
 
@@ -133,9 +132,7 @@ def _family(name: str, origin: Mapping[str, str]) -> Family:
 
 
 def _unknown(place: str, what: str, given: str, known: Any) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    return f"{place}: {what} = {given!r} is unknown; {guess}allowed: {', '.join(known)}"
+    return f"{place}: {what} = {given!r} is unknown; {did_you_mean(given, known)}allowed: {', '.join(known)}"
 
 
 def _model_config(family: Family, sizes: ModelSizes, vocab: int) -> Decoder.Config:
