@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story, from nothing: set-up; TorchTitan trains a Llama 3 and a Qwen3-MoE on the standard library's sources
-# (two ranks each, FSDP and expert parallel) and saves DCP; vLLM serves those folders as they lie, at tp=2 and at
+# (two ranks each, FSDP and expert parallel) and saves DCP; vLLM serves those folders, unconverted, at tp=2 and at
 # tp=2 with expert parallelism, and writes what they learned; the engine's log-probabilities are held against
 # TorchTitan's own forward pass on the same weights. Exit code 0 only if all parity holds.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TorchTitan trains a small Llama 3 on the standard library's sources; vLLM serves the last checkpoint as it lies.
+# TorchTitan trains a small Llama 3 on the standard library's sources; vLLM serves the last checkpoint, unconverted.
 #   bash scripts/examples/train_then_serve.sh [OUT] [more options of titan-bridge train, e.g. --set trainer.training.steps=20]
 # Run it again and training goes on where it stopped; `scripts/demo.sh` is longer, with a mixture of experts and parity.
 set -euo pipefail

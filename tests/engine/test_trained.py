@@ -1,4 +1,4 @@
-"""A checkpoint that `titan-bridge train` wrote: served as it lies at several layouts, and converted for transformers,
+"""A checkpoint that `titan-bridge train` wrote: served without conversion at several layouts, and converted for transformers,
 it has the same numbers, and each rank reads its own slices and nothing else."""
 
 from __future__ import annotations

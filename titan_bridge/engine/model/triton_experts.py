@@ -1,4 +1,4 @@
-"""Routed experts by vLLM's Triton kernel, which reads TorchTitan's weights as they lie.
+"""Routed experts by vLLM's Triton kernel, which reads TorchTitan's weights in place.
 
 For GPUs on which `torch._grouped_mm` is a product for each expert that asks the host where its tokens end: those before
 Hopper, and consumer Blackwell; and for sizes that it refuses. The kernel asks nothing, so a CUDA graph holds it.
