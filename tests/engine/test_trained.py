@@ -1,5 +1,5 @@
-"""A checkpoint that `titan-bridge train` wrote: served without conversion at several layouts, and converted for transformers,
-it has the same numbers, and each rank reads its own slices and nothing else."""
+"""A checkpoint that `titan-bridge train` wrote, served without conversion at several layouts, and converted for
+transformers, has the same numbers, and each rank reads its own slices and nothing else."""
 
 from __future__ import annotations
 
