@@ -133,7 +133,8 @@ def test_without_shared_memory_the_connection_is_taken_and_the_log_says_why(ends
 def no_more_files() -> Iterator[None]:
     """As with a limit that is reached: nothing can be opened, and so no memory shared."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    os.close(lowest := os.dup(0))  # the limit is on numbers, and there may be gaps among those in use
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
